@@ -1,0 +1,45 @@
+"""Events: what happened, when, where and why, one row each."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+KINDS = {
+    "spike": "the loss left its trend upwards and stayed",
+    "outlier": "one or two updates left the trend and came back at once",
+    "divergence": "the loss rises slowly and does not come back",
+    "nonfinite": "the loss is NaN or infinite",
+    "recovered": "a spike is over",
+    "request": "somebody asked for another routing mode",
+    "acknowledge": "the training obeyed a request",
+    "routing": "anticipatory routing changed its state",
+    "decision": "what the controller decided, or would have decided",
+    "fault": "a fault was planted on purpose",
+    "attempt": "training began, resumed or rolled back",
+    "problem": "geodiag itself could not do something; training went on",
+}
+"""Every kind of event and what it means."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One row of the table `events`. `data` is any JSON-able detail."""
+
+    step: int
+    kind: str
+    message: str
+    layer: int | None = None
+    site: str | None = None
+    expert: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    time: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown event kind {self.kind!r}; known: {', '.join(KINDS)}")
+
+    def columns(self) -> dict[str, list]:
+        """The event as columns of one row, as `Run.append` takes them."""
+        row = {k: getattr(self, k) for k in ("step", "kind", "layer", "site", "expert", "message", "time")}
+        return {k: [v] for k, v in row.items()} | {"data": [json.dumps(self.data)]}

@@ -1,0 +1,149 @@
+"""Reading a run's tables: closed parts plus the journal, newest attempt, all ranks, bad pieces skipped and named."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from geodiag.errors import GeodiagError
+from geodiag.files import Folder
+from geodiag.journal import read_journal
+from geodiag.parts import Part, list_parts
+from geodiag.schema import SCHEMAS
+
+Steps = tuple[int | None, int | None]
+_RETRIES = 3
+
+
+def read_table(
+    store: Folder,
+    table: str,
+    columns: Sequence[str] | None,
+    steps: Steps | None,
+    starts: dict[int, int],
+    attempt: int | str,
+    problems: dict[str, str],
+) -> pa.Table:
+    """Rows of `table` in (rank, attempt, step) order; see `Run.read_arrow` for the arguments."""
+    schema = _select(table, columns)
+    needed = list(dict.fromkeys([*schema.names, "rank", "attempt", "step"]))
+    full = pa.schema([SCHEMAS[table].field(n) for n in needed])
+    pieces = []
+    for rank in sorted({*store.names(table), *_journal_ranks(store, table)}):
+        pieces += _read_rank(store, table, rank, full, steps, problems)
+    rows = pa.concat_tables(pieces).unify_dictionaries() if pieces else full.empty_table()
+    keep = _wanted(rows, steps, starts, attempt)
+    if keep is not None:
+        rows = rows.filter(keep)
+    rows = rows.sort_by([("rank", "ascending"), ("attempt", "ascending"), ("step", "ascending")])
+    return rows.select(schema.names)
+
+
+def _journal_ranks(store: Folder, table: str) -> list[str]:
+    tail = f"-{table}.arrows"
+    return [n[: -len(tail)] for n in store.names("journal") if n.endswith(tail)]
+
+
+def _select(table: str, columns: Sequence[str] | None) -> pa.Schema:
+    if table not in SCHEMAS:
+        raise GeodiagError(f"there is no table {table!r}; pass one of {', '.join(SCHEMAS)}")
+    schema = SCHEMAS[table]
+    if columns is None:
+        return schema
+    unknown = [c for c in columns if c not in schema.names]
+    if unknown:
+        raise GeodiagError(f"table {table} has no column {', '.join(unknown)}; it has {', '.join(schema.names)}")
+    return pa.schema([schema.field(c) for c in columns])
+
+
+def _read_rank(
+    store: Folder, table: str, rank: str, schema: pa.Schema, steps: Steps | None, problems: dict[str, str]
+) -> list[pa.Table]:
+    for _ in range(_RETRIES):
+        # The journal first: a part closed after this line names the journal it swallowed.
+        raw = store.read(f"journal/{rank}-{table}.arrows")
+        parts = list_parts(store, f"{table}/{rank}", problems)
+        try:
+            pieces = [t for p in parts if _overlaps(p, steps) and (t := _read_part(store, p, schema, problems))]
+        except FileNotFoundError:
+            continue  # a merge took a part away between the listing and the reading
+        name, batches = read_journal(raw) if raw else ("", [])
+        if batches and not any(name in p.journals for p in parts):
+            live = pa.Table.from_batches(batches)
+            fitted = fit(live, schema)
+            if isinstance(fitted, str):
+                problems[f"journal/{rank}-{table}.arrows"] = fitted
+            else:
+                pieces.append(fitted)
+        return pieces
+    problems[f"{table}/{rank}"] = "kept changing while it was read; read again"
+    return []
+
+
+def _overlaps(part: Part, steps: Steps | None) -> bool:
+    low, high = steps or (None, None)
+    return (low is None or part.last >= low) and (high is None or part.first < high)
+
+
+def _read_part(store: Folder, part: Part, schema: pa.Schema, problems: dict[str, str]) -> pa.Table | None:
+    name = part.path.removeprefix(store.root + "/")
+    try:
+        with store.fs.open(part.path, "rb") as f:
+            file = pq.ParquetFile(f)
+            have = set(file.schema_arrow.names)
+            read = file.read([n for n in schema.names if n in have])
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError, NotImplementedError) as e:
+        problems[name] = f"unreadable ({str(e).splitlines()[0][:80]})"
+        return None
+    fitted = fit(read, schema)
+    if isinstance(fitted, str):
+        problems[name] = fitted
+        return None
+    return fitted
+
+
+def fit(rows: pa.Table, schema: pa.Schema) -> pa.Table | str:
+    """`rows` in the form of `schema`, absent columns as nulls; or one line that says why that cannot be."""
+    columns: list[Any] = []
+    for field in schema:
+        if field.name not in rows.column_names:
+            if not field.nullable:
+                return f"has no column {field.name}"
+            columns.append(pa.nulls(rows.num_rows, field.type))
+            continue
+        column = rows[field.name]
+        if column.type != field.type:
+            same_kind = pa.types.is_floating(column.type) == pa.types.is_floating(field.type) and (
+                pa.types.is_integer(column.type) == pa.types.is_integer(field.type)
+            )
+            try:
+                if not same_kind and column.null_count < len(column):
+                    raise pa.ArrowInvalid("other kind")
+                column = column.cast(field.type)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+                return f"column {field.name} is {column.type}, not {field.type}"
+        columns.append(column)
+    return pa.table(columns, schema=schema)
+
+
+def _wanted(rows: pa.Table, steps: Steps | None, starts: dict[int, int], attempt: int | str) -> Any:
+    step, tests = rows["step"], []
+    low, high = steps or (None, None)
+    if low is not None:
+        tests.append(pc.greater_equal(step, low))
+    if high is not None:
+        tests.append(pc.less(step, high))
+    if isinstance(attempt, int):
+        tests.append(pc.equal(rows["attempt"], attempt))
+    elif attempt == "newest":
+        # An attempt's rows end where a later attempt began.
+        for later, first in starts.items():
+            tests.append(pc.or_(pc.greater_equal(rows["attempt"], later), pc.less(step, first)))
+    keep = None
+    for test in tests:
+        keep = test if keep is None else pc.and_(keep, test)
+    return keep

@@ -1,0 +1,4 @@
+"""Spike detection: one float in, one verdict out."""
+
+
+class SpikeDetector: ...
