@@ -1,0 +1,104 @@
+"""What a reference model is: one frozen dataclass, and the named sizes."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Residual = Literal["plain", "hc", "mhc"]
+Kernels = Literal["auto", "reference", "triton"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only mixture-of-experts transformer with hyper-connections."""
+
+    vocab: int = 256
+    layers: int = 6
+    channels: int = 64
+    heads: int = 4
+    head_dim: int = 16
+    sequence: int = 128
+    """Tokens in a training sequence; also the longest one RoPE is laid out for."""
+
+    experts: int = 8
+    experts_per_token: int = 2
+    shared_experts: int = 1
+    expert_dim: int = 64
+    hash_layers: int = 1
+    """So many first layers choose experts by a fixed hash of the token id."""
+    routed_scale: float = 1.5
+    balance_speed: float = 1e-3
+    """Step of the aux-loss-free balancing bias (arXiv 2408.15664)."""
+    balance_weight: float = 1e-4
+    """Weight of the sequence-wise balance loss (arXiv 2412.19437)."""
+    swiglu_limit: float | None = 10.0
+    """Clamp of the SwiGLU pre-activations; None for none (arXiv 2606.19348)."""
+
+    residual: Residual = "mhc"
+    streams: int = 4
+    sinkhorn_iterations: int = 20
+    sinkhorn_order: Literal["columns-first", "rows-first"] = "columns-first"
+    """Which side Sinkhorn-Knopp normalises first; the other is exact at the end."""
+    hc_eps: float = 1e-6
+    alpha_init: float = 0.01
+
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the residual stream and the matrices; coefficients and routing stay float32."""
+    kernels: Kernels = "auto"
+    recompute: bool = False
+    """Activation checkpointing of whole layers."""
+
+    def __post_init__(self) -> None:
+        if self.residual == "plain" and self.streams != 1:
+            raise ValueError(f"residual 'plain' has one stream, not {self.streams}; pass streams=1")
+        if not 1 <= self.experts_per_token < self.experts:
+            raise ValueError(f"experts_per_token is 1 to {self.experts - 1}, not {self.experts_per_token}")
+        if not 0 <= self.hash_layers <= self.layers:
+            raise ValueError(f"hash_layers is 0 to {self.layers}, not {self.hash_layers}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for RoPE, not {self.head_dim}")
+        if self.swiglu_limit is not None and self.swiglu_limit <= 0:
+            raise ValueError(f"swiglu_limit is positive or None, not {self.swiglu_limit}")
+
+
+TINY = ModelConfig()
+SMALL = ModelConfig(
+    layers=10, channels=512, heads=8, head_dim=64, sequence=1024, experts=16, expert_dim=384, hash_layers=1
+)
+
+
+def _table5(layers: int, channels: int, experts: int, expert_dim: int, heads: int) -> ModelConfig:
+    return ModelConfig(
+        vocab=129_280,
+        layers=layers,
+        channels=channels,
+        heads=heads,
+        head_dim=128,
+        sequence=4096,
+        experts=experts,
+        experts_per_token=6,
+        shared_experts=2,
+        expert_dim=expert_dim,
+        dtype="bfloat16",
+        recompute=True,
+    )
+
+
+SIZES: dict[str, ModelConfig] = {
+    "tiny": TINY,
+    "small": SMALL,
+    "3b": _table5(12, 1280, 64, 896, 16),
+    "9b": _table5(18, 1920, 64, 1280, 24),
+    "27b": _table5(30, 2560, 72, 1536, 32),
+}
+"""`tiny` for two CPU cores, `small` of about 100 M parameters, then the sizes of arXiv 2512.24880, Table 5."""
+
+
+def sized(size: str, residual: Residual = "mhc", **changes: object) -> ModelConfig:
+    """The config of a named size with one residual kind. ValueError for an unknown size."""
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; one of {', '.join(SIZES)}")
+    streams = 1 if residual == "plain" else SIZES[size].streams
+    return replace(SIZES[size], residual=residual, streams=streams, **changes)  # type: ignore[arg-type]

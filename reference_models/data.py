@@ -1,0 +1,98 @@
+"""Batches: batch `step` is a pure function of (corpus, seed, step), so any run can resume anywhere."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geodiag.reference_models.text import Corpus
+
+
+class Batch(NamedTuple):
+    """One optimizer step's sequences."""
+
+    step: int
+    token_ids_BS: Tensor
+    targets_BS: Tensor
+    domain_B: tuple[str, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        move = {"device": device, "non_blocking": True}
+        return self._replace(token_ids_BS=self.token_ids_BS.to(**move), targets_BS=self.targets_BS.to(**move))
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Equal micro-batches. ValueError where the sequences do not divide."""
+        size, rest = divmod(len(self.domain_B), parts)
+        if rest or not size:
+            raise ValueError(f"{len(self.domain_B)} sequences do not make {parts} equal micro-batches")
+        return [
+            Batch(
+                self.step, self.token_ids_BS[i : i + size], self.targets_BS[i : i + size], self.domain_B[i : i + size]
+            )
+            for i in range(0, len(self.domain_B), size)
+        ]
+
+
+class Loader:
+    """Random windows of the corpus, domains by their size, made ahead by one thread.
+
+    `Loader.batch(step)` is deterministic; iteration starts at `step` and continues for ever.
+    """
+
+    def __init__(self, corpus: Corpus, sequences: int, sequence: int, seed: int = 0, step: int = 0) -> None:
+        self.corpus, self.sequences, self.sequence, self.seed, self.step = corpus, sequences, sequence, seed, step
+        sizes = {d: len(t) - sequence for d, t in corpus.domains.items() if len(t) > sequence}
+        if not sizes:
+            raise ValueError(
+                f"the text has {corpus.tokens} tokens, fewer than one sequence of {sequence + 1}; add text"
+            )
+        self._names = list(sizes)
+        self._sizes = np.array(list(sizes.values()))
+
+    def batch(self, step: int) -> Batch:
+        rng = np.random.default_rng((self.seed, step))
+        picks = rng.choice(len(self._names), self.sequences, p=self._sizes / self._sizes.sum())
+        starts = rng.integers(0, self._sizes[picks])
+        names = tuple(self._names[p] for p in picks)
+        windows = [self.corpus.domains[n][s : s + self.sequence + 1] for n, s in zip(names, starts, strict=True)]
+        ids = torch.from_numpy(np.stack(windows).astype(np.int64))
+        return Batch(step, ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), names)
+
+    def __iter__(self) -> Iterator[Batch]:
+        made: queue.Queue[Batch | Exception] = queue.Queue(maxsize=4)
+        stop = threading.Event()
+
+        def make(step: int) -> None:
+            while not stop.is_set():
+                try:
+                    item: Batch | Exception = self.batch(step)
+                except Exception as e:  # raised again where the batch is asked for
+                    item = e
+                while not stop.is_set():
+                    try:
+                        made.put(item, timeout=0.1)
+                        break
+                    except queue.Full:
+                        continue
+                step += 1
+
+        threading.Thread(target=make, args=(self.step,), name="geodiag-data", daemon=True).start()
+        try:
+            while True:
+                item = made.get()
+                if isinstance(item, Exception):
+                    raise item
+                self.step = item.step + 1
+                yield item
+        finally:
+            stop.set()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seed": self.seed, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seed, self.step = state["seed"], state["step"]

@@ -1,0 +1,135 @@
+"""The kernels' definitions in plain torch: same names, same signatures, any device, any float type.
+
+The Triton kernels are tested against these, and these against float64 and a third party's model.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# T tokens (any leading shape), N streams, C channels, E experts, K experts per token, A = T·K assignments, F expert dim
+
+
+class Mix(NamedTuple):
+    """What a hyper-connection decided for each token, and the input it made for its block."""
+
+    inner_TC: Tensor
+    """Block input, Σ_n pre_n x_n."""
+    pre_TN: Tensor | None
+    post_TN: Tensor | None
+    res_TNN: Tensor | None
+    """Applied to the streams as `res @ x`: rows are outputs. None where the residual path is the identity."""
+    logits_TNN: Tensor | None
+    """`res` before its projection."""
+
+
+class Routing(NamedTuple):
+    """What a router decided for each token."""
+
+    scores_TE: Tensor
+    """Affinities in float32, dense, with gradient."""
+    expert_ids_TK: Tensor
+    weights_TK: Tensor
+
+
+def sinkhorn(logits_TNN: Tensor, iterations: int = 20, eps: float = 0.0, order: str = "columns-first") -> Tensor:
+    """Projects exp(logits) towards the doubly stochastic matrices (Sinkhorn-Knopp; arXiv 2512.24880 eq. 9).
+
+    One iteration normalises both sides; the side that comes last sums to 1 exactly, the other up to the
+    truncation error. The first normalisation is done as a softmax, so that large logits cannot overflow.
+    """
+    first, second = (-2, -1) if order == "columns-first" else (-1, -2)
+    m = torch.softmax(logits_TNN.float() if logits_TNN.dtype != torch.float64 else logits_TNN, dim=first) + eps
+    m = m / (m.sum(second, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        m = m / (m.sum(first, keepdim=True) + eps)
+        m = m / (m.sum(second, keepdim=True) + eps)
+    return m
+
+
+def mhc_before(
+    x_TNC: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    iterations: int = 20,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    order: str = "columns-first",
+) -> Mix:
+    """The coefficients of one site and its block's input (arXiv 2512.24880 eq. 7-8).
+
+    `phi` is (N·C, N²+2N) with columns pre | post | res (row-major), `alpha` has one scale each, `bias` N²+2N.
+    """
+    n = x_TNC.shape[-2]
+    wide = x_TNC.dtype if x_TNC.dtype == torch.float64 else torch.float32
+    flat = x_TNC.flatten(-2).to(wide)
+    rms = flat.square().mean(-1, keepdim=True).add(norm_eps).rsqrt()
+    h = (flat @ phi.to(wide)) * rms
+    pre, post, res = h.split([n, n, n * n], -1)
+    b_pre, b_post, b_res = bias.to(wide).split([n, n, n * n])
+    pre = torch.sigmoid(alpha[0] * pre + b_pre) + eps
+    post = 2 * torch.sigmoid(alpha[1] * post + b_post)
+    logits = (alpha[2] * res + b_res).unflatten(-1, (n, n))
+    return Mix(_aggregate(pre, x_TNC), pre, post, sinkhorn(logits, iterations, eps, order), logits)
+
+
+def hc_before(x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_eps: float = 1e-6) -> Mix:
+    """Unconstrained hyper-connection: per-stream RMSNorm, tanh, static part plus dynamic part (arXiv 2409.19606).
+
+    `phi` is (C, 2+N): each normalised stream j gives its own pre_j, post_j and column j of `res`.
+    """
+    n = x_TNC.shape[-2]
+    wide = x_TNC.dtype if x_TNC.dtype == torch.float64 else torch.float32
+    x = x_TNC.to(wide)
+    x = x * x.square().mean(-1, keepdim=True).add(norm_eps).rsqrt()
+    h = torch.tanh(x @ phi.to(wide))
+    b_pre, b_post, b_res = bias.to(wide).split([n, n, n * n])
+    pre = alpha[0] * h[..., 0] + b_pre
+    post = alpha[1] * h[..., 1] + b_post
+    res = alpha[2] * h[..., 2:].transpose(-1, -2) + b_res.view(n, n)
+    return Mix(_aggregate(pre, x_TNC), pre, post, res, res)
+
+
+def _aggregate(pre_TN: Tensor, x_TNC: Tensor) -> Tensor:
+    return (pre_TN.unsqueeze(-1) * x_TNC).sum(-2).to(x_TNC.dtype)
+
+
+def mhc_after(x_TNC: Tensor, branch_TC: Tensor, post_TN: Tensor, res_TNN: Tensor) -> Tensor:
+    """X' = H_res X + H_postᵀ f (arXiv 2512.24880 eq. 3), in the stream's type."""
+    mixed = res_TNN.to(x_TNC.dtype) @ x_TNC
+    return mixed + post_TN.to(x_TNC.dtype).unsqueeze(-1) * branch_TC.unsqueeze(-2)
+
+
+def read_out(x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, norm_eps: float) -> Tensor:
+    """Learned sigmoid-gated sum of the streams; `phi` is (N·C, N)."""
+    flat = x_TNC.flatten(-2).float()
+    rms = flat.square().mean(-1, keepdim=True).add(norm_eps).rsqrt()
+    gate = torch.sigmoid((flat @ phi.float()) * rms * alpha + bias) + eps
+    return _aggregate(gate, x_TNC)
+
+
+def clamped_swiglu(gate_up_A2F: Tensor, limit: float | None = 10.0) -> Tensor:
+    """silu(min(g, limit)) · clamp(u, ±limit); halves layout, gate clamped before SiLU (arXiv 2606.19348)."""
+    gate, up = gate_up_A2F.chunk(2, -1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
+
+
+def affinity(hidden_TC: Tensor, weight_EC: Tensor) -> Tensor:
+    """√softplus of the router logits, in float32 (arXiv 2606.19348)."""
+    return F.softplus(hidden_TC.float() @ weight_EC.float().T).sqrt()
+
+
+def choose(scores_TE: Tensor, bias_E: Tensor, k: int) -> Tensor:
+    """Ids of the k largest biased scores, largest first; the bias takes part in choosing only."""
+    return (scores_TE.detach() + bias_E).topk(k, dim=-1).indices
+
+
+def weigh(scores_TE: Tensor, expert_ids_TK: Tensor, scale: float) -> Tensor:
+    """Gate weights of the chosen experts: their scores, normalised to sum to `scale`."""
+    chosen = scores_TE.gather(-1, expert_ids_TK)
+    return chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * scale

@@ -1,0 +1,97 @@
+"""Hyper-connections: how a site reads from the residual streams and writes back to them."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from geodiag.reference_models.config import ModelConfig
+from geodiag.reference_models.kernels import reference
+from geodiag.reference_models.kernels.reference import Mix
+
+
+class HyperConnection(nn.Module):
+    """One site's maps, `mhc` (doubly stochastic H_res) or `hc` (unconstrained).
+
+    `forward` returns them with the block's input; `expand` applies them to the streams.
+    """
+
+    def __init__(self, config: ModelConfig, site: int) -> None:
+        super().__init__()
+        n, c = config.streams, config.channels
+        self.config, self.site = config, site
+        wide = config.residual == "mhc"
+        self.phi = nn.Parameter(torch.empty((n * c, n * n + 2 * n) if wide else (c, n + 2)))
+        self.alpha = nn.Parameter(torch.empty(3))
+        self.bias = nn.Parameter(torch.empty(n * n + 2 * n))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Starts near the plain residual: stream `site mod N` is read, all are written, H_res keeps them apart."""
+        n = self.config.streams
+        nn.init.normal_(self.phi, std=self.config.init_std)
+        nn.init.constant_(self.alpha, self.config.alpha_init)
+        read, keep = torch.eye(n)[self.site % n], torch.eye(n).flatten()
+        if self.config.residual == "hc":
+            start = torch.cat([read, torch.ones(n), keep])
+        else:
+            # sigmoid(±2) reads mostly one stream; exp(3) to 1 keeps 87 % of a stream in place.
+            start = torch.cat([4 * read - 2, torch.zeros(n), 3 * keep])
+        self.bias.copy_(start)
+
+    def forward(self, x_BSNC: Tensor) -> Mix:
+        c = self.config
+        if c.residual == "hc":
+            return reference.hc_before(x_BSNC, self.phi, self.alpha, self.bias, c.norm_eps)
+        return reference.mhc_before(
+            x_BSNC,
+            self.phi,
+            self.alpha,
+            self.bias,
+            c.sinkhorn_iterations,
+            c.hc_eps,
+            c.norm_eps,
+            c.sinkhorn_order,
+        )
+
+
+class PlainResidual(nn.Module):
+    """One stream, x + f(x): the identity map, with nothing to measure."""
+
+    def forward(self, x_BS1C: Tensor) -> Mix:
+        return Mix(x_BS1C.squeeze(-2), None, None, None, None)
+
+
+def expand(x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix) -> Tensor:
+    """The streams after the site: X' = H_res X + H_postᵀ f."""
+    if mix.res_TNN is None or mix.post_TN is None:
+        return x_BSNC + branch_BSC.unsqueeze(-2)
+    return reference.mhc_after(x_BSNC, branch_BSC, mix.post_TN, mix.res_TNN)
+
+
+class ReadOut(nn.Module):
+    """The streams' learned sum that the head reads; of one stream, the stream itself."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        n, c = config.streams, config.channels
+        if n > 1:
+            self.phi = nn.Parameter(torch.empty(n * c, n))
+            self.alpha = nn.Parameter(torch.empty(1))
+            self.bias = nn.Parameter(torch.empty(n))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Starts as the mean of the streams."""
+        n = self.config.streams
+        if n > 1:
+            nn.init.normal_(self.phi, std=self.config.init_std)
+            nn.init.constant_(self.alpha, self.config.alpha_init)
+            nn.init.constant_(self.bias, -math.log(n - 1))
+
+    def forward(self, x_BSNC: Tensor) -> Tensor:
+        if self.config.streams == 1:
+            return x_BSNC.squeeze(-2)
+        c = self.config
+        return reference.read_out(x_BSNC, self.phi, self.alpha, self.bias, c.hc_eps, c.norm_eps)

@@ -1,0 +1,143 @@
+"""Mixture of experts: a router, its experts, and the shared expert every token visits."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geodiag.reference_models.config import ModelConfig
+from geodiag.reference_models.kernels import reference
+from geodiag.reference_models.kernels.reference import Routing
+
+# T tokens, C channels, E experts, K experts per token, A = T·K assignments sorted by expert, F expert dim
+
+_HASH = 2654435761  # Knuth's multiplicative hash, 2^32 / φ
+
+
+class MoEOutput(NamedTuple):
+    hidden_BSC: Tensor
+    routing: Routing
+
+
+class Router(nn.Module):
+    """√softplus affinities, K best after an aux-loss-free balancing bias (arXiv 2408.15664)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.k, self.scale = config.experts_per_token, config.routed_scale
+        self.weight = nn.Parameter(torch.empty(config.experts, config.channels))
+        self.balance: Tensor
+        self.register_buffer("balance", torch.zeros(config.experts))
+
+    def forward(self, hidden_TC: Tensor, token_ids_T: Tensor) -> Routing:
+        scores = reference.affinity(hidden_TC, self.weight)
+        return self.weighed(scores, reference.choose(scores, self.balance, self.k))
+
+    def weighed(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Routing:
+        """Today's gate weights for any choice of experts; anticipatory routing replays a choice through this."""
+        return Routing(scores_TE, expert_ids_TK, reference.weigh(scores_TE, expert_ids_TK, self.scale))
+
+
+class HashRouter(Router):
+    """Experts by a fixed hash of the token id; the affinities only weigh them (arXiv 2106.04426)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config)
+        token = torch.arange(config.vocab)[:, None] + layer * config.vocab + 1
+        first = (token * _HASH) % (1 << 32) % config.experts
+        # An odd stride coprime to E would be needed for any E; consecutive ids are distinct for every E.
+        self.table: Tensor
+        self.register_buffer("table", (first + torch.arange(config.experts_per_token)) % config.experts)
+
+    def forward(self, hidden_TC: Tensor, token_ids_T: Tensor) -> Routing:
+        return self.weighed(reference.affinity(hidden_TC, self.weight), self.table[token_ids_T])
+
+
+class ClampedSwiGLU(nn.Module):
+    """The gated activation as a module, so that its input and output can be watched."""
+
+    def __init__(self, limit: float | None) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, gate_up_A2F: Tensor, expert_A: Tensor | None = None) -> Tensor:
+        """`expert_A` names each row's expert; the activation does not need it, a watcher does."""
+        return reference.clamped_swiglu(gate_up_A2F, self.limit)
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer, applied to tokens sorted by expert with one grouped matmul a weight."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        e, c, f = config.experts, config.channels, config.expert_dim
+        self.gate_up = nn.Parameter(torch.empty(e, c, 2 * f))
+        self.down = nn.Parameter(torch.empty(e, f, c))
+        self.act = ClampedSwiGLU(config.swiglu_limit)
+
+    def forward(self, hidden_TC: Tensor, routing: Routing) -> Tensor:
+        k = routing.expert_ids_TK.shape[-1]
+        expert_A, order = routing.expert_ids_TK.flatten().sort(stable=True)
+        ends = torch.searchsorted(expert_A, torch.arange(1, len(self.gate_up) + 1, device=expert_A.device))
+        token = order // k
+        rows = F.grouped_mm(hidden_TC[token], self.gate_up, offs=ends.int())
+        rows = F.grouped_mm(self.act(rows, expert_A), self.down, offs=ends.int())
+        rows = rows * routing.weights_TK.flatten()[order].unsqueeze(-1).to(rows.dtype)
+        return torch.zeros_like(hidden_TC).index_add(0, token, rows)
+
+
+class SharedExpert(nn.Module):
+    """The expert every token visits, clamped like the others."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.shared_experts * config.expert_dim
+        self.gate_up = nn.Linear(config.channels, 2 * width, bias=False)
+        self.down = nn.Linear(width, config.channels, bias=False)
+        self.act = ClampedSwiGLU(config.swiglu_limit)
+
+    def forward(self, hidden_TC: Tensor) -> Tensor:
+        return self.down(self.act(self.gate_up(hidden_TC)))
+
+
+class MoE(nn.Module):
+    """(B, S, C) in; routed experts plus shared expert out, with the routing."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.router = HashRouter(config, layer) if layer < config.hash_layers else Router(config)
+        self.experts = Experts(config)
+        self.shared = SharedExpert(config) if config.shared_experts else None
+
+    def forward(self, hidden_BSC: Tensor, token_ids_BS: Tensor) -> MoEOutput:
+        flat = hidden_BSC.flatten(0, 1)
+        routing = self.router(flat, token_ids_BS.flatten())
+        out = self.experts(flat, routing)
+        if self.shared is not None:
+            out = out + self.shared(flat)
+        return MoEOutput(out.view_as(hidden_BSC), routing)
+
+
+def sequence_balance_loss(routing: Routing, sequences: int) -> Tensor:
+    """Σ_e f_e·P_e within each sequence, mean over sequences; 1 when perfectly even (arXiv 2412.19437 eq. 17-20)."""
+    scores = routing.scores_TE.unflatten(0, (sequences, -1))
+    ids = routing.expert_ids_TK.unflatten(0, (sequences, -1))
+    share = scores / scores.sum(-1, keepdim=True)
+    picked = torch.zeros_like(scores).scatter(-1, ids, 1.0)
+    frequency = picked.mean(1) * scores.shape[-1] / ids.shape[-1]
+    return (frequency * share.mean(1)).sum(-1).mean()
+
+
+def loads(routing: Routing) -> Tensor:
+    """Assignments per expert (E), as a count."""
+    ids = routing.expert_ids_TK.flatten()
+    return torch.zeros(routing.scores_TE.shape[-1], device=ids.device).index_add(
+        0, ids, torch.ones_like(ids, dtype=torch.float32)
+    )
+
+
+@torch.no_grad()
+def nudge_balance(router: Router, load_E: Tensor, speed: float) -> None:
+    """Aux-loss-free balancing after a step: overloaded experts lose `speed`, others gain it."""
+    router.balance += speed * torch.sign(load_E.mean() - load_E)

@@ -1,0 +1,91 @@
+"""Where training text comes from: the interpreter's own library, a folder, text files, or a flat token file."""
+
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_TEXT = {".txt", ".md", ".rst", ".html", ".tex", ".csv", ".json", ".jsonl", ".xml", ".toml", ".cfg", ".ini", ".yaml"}
+_CODE = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cu", ".rs", ".go", ".js", ".ts", ".java", ".sh", ".sql", ".jl"}
+_WIDE_ID = 1 << 22
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids by domain. Byte corpora have 256 ids."""
+
+    domains: dict[str, np.ndarray]
+    vocab: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(t) for t in self.domains.values())
+
+
+def open_corpus(data: str) -> Corpus:
+    """`stdlib`, a folder, a text file, or a `.bin` of uint16/uint32 token ids.
+
+    FileNotFoundError or ValueError, each with the fix in its message.
+    """
+    if data == "stdlib":
+        return stdlib()
+    path = Path(data)
+    if not path.exists():
+        raise FileNotFoundError(f"{data} does not exist; pass --data stdlib, a folder, a text file or a .bin of tokens")
+    if path.is_file() and path.suffix == ".bin":
+        return flat_tokens(path)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _is_text(p))
+    corpus = _bytes_by_domain((_kind(p), p) for p in files)
+    if not corpus.tokens:
+        what = "is empty" if path.is_file() else "holds no text or code files"
+        raise ValueError(f"{data} {what}; pass a folder with some ({', '.join(sorted(_TEXT)[:4])}, .py, …)")
+    return corpus
+
+
+def stdlib() -> Corpus:
+    """Bytes of the interpreter's standard library: code, tests, codec tables and prose, each a domain."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "__pycache__"}
+    files = sorted(p for p in root.rglob("*") if p.is_file() and _is_text(p) and not skip & set(p.parts))
+
+    def kind(p: Path) -> str:
+        folder = set(p.relative_to(root).parts[:-1])
+        if "encodings" in folder or p.name.startswith(("_pydecimal", "mbcs")) or "cjk" in p.name:
+            return "codecs"
+        if folder & {"test", "tests", "idle_test"}:
+            return "tests"
+        return "prose" if p.suffix in _TEXT or "pydoc_data" in folder else "code"
+
+    return _bytes_by_domain((kind(p), p) for p in files)
+
+
+def flat_tokens(path: Path) -> Corpus:
+    """A flat little-endian uint16 or uint32 token file, mapped, not read; which of the two is told from the ids."""
+    size = path.stat().st_size
+    if size < 4 or size % 2:
+        raise ValueError(f"{path} has {size} bytes: not a flat file of uint16 or uint32 tokens")
+    head = np.fromfile(path, "<u4", count=min(size // 4, 1 << 20))
+    # Two 16-bit ids read as one 32-bit id are enormous, unless every second one is zero.
+    wide = size % 4 == 0 and int(head.max()) < _WIDE_ID
+    tokens = np.memmap(path, "<u4" if wide else "<u2", mode="r")
+    largest = max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
+    return Corpus({path.stem: tokens}, vocab=largest + 1)
+
+
+def _is_text(path: Path) -> bool:
+    return path.suffix.lower() in _TEXT | _CODE
+
+
+def _kind(path: Path) -> str:
+    return "code" if path.suffix.lower() in _CODE else "prose"
+
+
+def _bytes_by_domain(files: Iterator[tuple[str, Path]]) -> Corpus:
+    pieces: dict[str, list[np.ndarray]] = {}
+    for domain, path in files:
+        raw = np.frombuffer(path.read_bytes(), np.uint8)
+        if len(raw):
+            pieces.setdefault(domain, []).append(raw)
+    return Corpus({d: np.concatenate(p) for d, p in sorted(pieces.items())}, vocab=256)

@@ -1,0 +1,116 @@
+"""The reference transformer: embedding, layers of two sites each, read-out, head."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from geodiag.reference_models.attention import Attention, rotary_table
+from geodiag.reference_models.config import ModelConfig
+from geodiag.reference_models.kernels.reference import Routing
+from geodiag.reference_models.mhc import HyperConnection, PlainResidual, ReadOut, expand
+from geodiag.reference_models.moe import HashRouter, MoE, sequence_balance_loss
+
+
+class Output(NamedTuple):
+    logits_BSV: Tensor
+    routings: tuple[Routing, ...]
+    """One a layer: the choice that was used, for balancing and for whoever watches."""
+
+
+class Loss(NamedTuple):
+    total: Tensor
+    """What is differentiated."""
+    token: Tensor
+    """Cross-entropy, nats a token."""
+    per_sequence_B: Tensor
+
+
+class Layer(nn.Module):
+    """Attention site, then feed-forward site."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_hc = _connection(config, 2 * layer)
+        self.attn_norm = nn.RMSNorm(config.channels, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.ffn_hc = _connection(config, 2 * layer + 1)
+        self.ffn_norm = nn.RMSNorm(config.channels, eps=config.norm_eps)
+        self.moe = MoE(config, layer)
+
+    def forward(self, x_BSNC: Tensor, token_ids_BS: Tensor, rotary: Tensor) -> tuple[Tensor, Routing]:
+        mix = self.attn_hc(x_BSNC)
+        x_BSNC = expand(x_BSNC, self.attn(self.attn_norm(mix.inner_TC), rotary), mix)
+        mix = self.ffn_hc(x_BSNC)
+        out = self.moe(self.ffn_norm(mix.inner_TC), token_ids_BS)
+        return expand(x_BSNC, out.hidden_BSC, mix), out.routing
+
+
+def _connection(config: ModelConfig, site: int) -> nn.Module:
+    return PlainResidual() if config.residual == "plain" else HyperConnection(config, site)
+
+
+class Transformer(nn.Module):
+    """Decoder-only MoE transformer with `plain`, `hc` or `mhc` residual streams."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.channels)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
+        self.read_out = ReadOut(config)
+        self.norm = nn.RMSNorm(config.channels, eps=config.norm_eps)
+        self.head = nn.Linear(config.channels, config.vocab, bias=False)
+        self.rotary: Tensor
+        table = rotary_table(config.sequence, config.head_dim, config.rope_theta)
+        self.register_buffer("rotary", table, persistent=False)
+        self.reset()
+        self._to_stream_type()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Initialises every weight; output projections are scaled down by depth."""
+        std, deep = self.config.init_std, self.config.init_std / (2 * self.config.layers) ** 0.5
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=deep if name.endswith((".out.weight", ".down.weight", ".down")) else std)
+        for m in self.modules():
+            if isinstance(m, HyperConnection | ReadOut) and not self.head.weight.is_meta:
+                m.reset()
+
+    def _to_stream_type(self) -> None:
+        """Matrices and embedding in the stream's type; routers, hyper-connections and norms stay float32."""
+        if self.config.dtype == "bfloat16":
+            for name, p in self.named_parameters():
+                small = p.dim() == 1 or "_hc." in name or ".router." in name or name.startswith("read_out.")
+                if not small:
+                    p.data = p.data.to(torch.bfloat16)
+
+    def forward(self, token_ids_BS: Tensor) -> Output:
+        """Token ids (B, S) to logits (B, S, V). ValueError for a sequence longer than the model was laid out for."""
+        if token_ids_BS.shape[1] > self.config.sequence:
+            raise ValueError(f"sequence {token_ids_BS.shape[1]} is longer than config.sequence {self.config.sequence}")
+        x = self.embed(token_ids_BS).unsqueeze(-2).expand(-1, -1, self.config.streams, -1)
+        routings = []
+        for layer in self.layers:
+            if self.config.recompute and torch.is_grad_enabled():
+                x, routing = checkpoint(layer, x, token_ids_BS, self.rotary, use_reentrant=False)
+            else:
+                x, routing = layer(x, token_ids_BS, self.rotary)
+            routings.append(Routing(*routing))
+        return Output(self.head(self.norm(self.read_out(x))), tuple(routings))
+
+    def loss(self, output: Output, targets_BS: Tensor) -> Loss:
+        """Cross-entropy plus the sequence balance loss of the learned routers."""
+        each = F.cross_entropy(output.logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction="none")
+        each = each.view_as(targets_BS)
+        token = each.mean()
+        learned = [
+            r
+            for layer, r in zip(self.layers, output.routings, strict=True)
+            if not isinstance(layer.moe.router, HashRouter)
+        ]
+        balance = sum((sequence_balance_loss(r, len(targets_BS)) for r in learned), start=token.new_zeros(()))
+        return Loss(token + self.config.balance_weight * balance, token.detach(), each.detach().mean(1))
