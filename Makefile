@@ -1,0 +1,63 @@
+# Two commands do everything: `make demo` and `make test`. `make bench` and `make fmt` beside them.
+# Each installs what it needs into .venv once; it asks pip again only when the two files below change.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.SILENT:
+.DELETE_ON_ERROR:
+.PHONY: demo test bench fmt clean
+
+PYTHON ?=
+BIN := .venv/bin
+PINS := pyproject.toml constraints.txt
+# PIP_CONSTRAINT also holds inside pip's own build environment, `-c` does not everywhere.
+PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt
+
+demo: .venv/.installed
+	$(BIN)/geodiag demo $(ARGS)
+
+test: .venv/.installed-test
+	.ci/chromium
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -rs $(ARGS)
+
+bench: .venv/.installed
+	for name in overhead spikes; do
+	  if [ -f "benchmarks/$$name.py" ]; then
+	    echo "benchmarks/$$name.py"
+	    $(BIN)/python "benchmarks/$$name.py" $(ARGS)
+	  fi
+	done
+
+fmt: .venv/.installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+$(BIN)/python:
+	for try in $(PYTHON) python3 python3.13 python3.12 python3.11; do
+	  command -v "$$try" >/dev/null || continue
+	  "$$try" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+	  echo "Making .venv with $$("$$try" --version)"
+	  "$$try" -m venv .venv && exit 0
+	  rm -rf .venv
+	  echo "$$try cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2
+	  exit 1
+	done
+	echo "geodiag needs Python 3.11 or newer; install one, or name it: make demo PYTHON=/path/to/python3.11" >&2
+	exit 1
+
+.venv/.installed: $(PINS) | $(BIN)/python
+	echo "Installing geodiag and its pinned dependencies into .venv (once; a few minutes)"
+	$(PIP) -e .
+	touch $@
+
+.venv/.installed-test: $(PINS) .venv/.installed
+	echo "Installing what the tests need into .venv (once)"
+	$(PIP) -e '.[test]'
+	touch $@
