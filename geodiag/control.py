@@ -1,11 +1,11 @@
 """The one small file that goes back: a request for the training, and whether it was obeyed."""
 
-import json
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from geodiag.events import details
 from geodiag.files import Folder, write_json
 
 MODES = ("off", "auto", "on")
@@ -43,13 +43,16 @@ def read_request(store: Folder) -> Request | None:
 
 
 class RequestWatch:
-    """Sees a new request once. Costs one `stat` a look while nothing changes."""
+    """Sees a new request once. Costs one `stat` a look while nothing changes.
+
+    `Run.create` removes what was asked of an earlier training, so a request that is there already
+    when the watch begins is meant for this one.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path, self._store = folder / "control.json", Folder.of(folder)
-        self._seen = self._stamp()
-        request = read_request(self._store)
-        self._last = request.id if request else None
+        self._seen: tuple[int, int] | None = None
+        self._last: str | None = None
 
     def _stamp(self) -> tuple[int, int] | None:
         try:
@@ -73,4 +76,4 @@ class RequestWatch:
 
 def acknowledged(events_data: list[str], request_id: str) -> bool:
     """Whether one of the `acknowledge` events' data names the request."""
-    return any(json.loads(d or "{}").get("request") == request_id for d in events_data)
+    return any(details(d).get("request") == request_id for d in events_data)

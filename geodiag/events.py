@@ -5,6 +5,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from geodiag.files import plain
+
 KINDS = {
     "spike": "the loss left its trend upwards and stayed",
     "outlier": "one or two updates left the trend and came back at once",
@@ -42,4 +44,13 @@ class Event:
     def columns(self) -> dict[str, list]:
         """The event as columns of one row, as `Run.append` takes them."""
         row = {k: getattr(self, k) for k in ("step", "kind", "layer", "site", "expert", "message", "time")}
-        return {k: [v] for k, v in row.items()} | {"data": [json.dumps(self.data)]}
+        return {k: [v] for k, v in row.items()} | {"data": [json.dumps(plain(self.data))]}
+
+
+def details(data: str | None) -> dict[str, Any]:
+    """An event's `data` as a dict again; empty where there is none or it makes no sense."""
+    try:
+        found = json.loads(data or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

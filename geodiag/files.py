@@ -1,8 +1,10 @@
 """Files of a run: whole or not at all when written, anywhere fsspec reaches when read."""
 
 import json
+import math
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +17,38 @@ from geodiag.errors import GeodiagError
 def write_whole(path: Path, text: str) -> None:
     """Writes `text` to `path` so that a reader sees the old file or the new one, never a part."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
+    try:
+        tmp.write_text(text, encoding="utf-8")
+        os.replace(tmp, path)
+    except OSError:
+        tmp.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, data: Any) -> None:
-    """`write_whole` of indented JSON; a NaN becomes null, so that every JSON reader takes it."""
-    write_whole(path, json.dumps(_finite(data), indent=1) + "\n")
+    """`write_whole` of indented JSON that every reader takes: see `plain`."""
+    write_whole(path, json.dumps(plain(data), indent=1, allow_nan=False) + "\n")
 
 
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {k: _finite(v) for k, v in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(v) for v in data]
-    if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
-        return None
-    return data
+def plain(data: Any) -> Any:
+    """`data` as JSON has it: NaN and infinity as null, numpy's and torch's scalars as numbers, the rest as text."""
+    if data is None or isinstance(data, bool | int | str):
+        return data
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {str(k): plain(v) for k, v in data.items()}
+    if isinstance(data, list | tuple | set | frozenset):
+        return [plain(v) for v in data]
+    if hasattr(data, "tolist"):
+        return plain(data.tolist())
+    return str(data)
+
+
+def first_line(error: BaseException, width: int = 80) -> str:
+    """What went wrong, in one short line."""
+    lines = str(error).splitlines()
+    return lines[0][:width] if lines else type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,7 @@ class Folder:
         try:
             fs, root = fsspec.core.url_to_fs(os.fspath(url))
         except (ValueError, ImportError) as e:
-            raise GeodiagError(f"cannot open {url}: {e}") from None
+            raise GeodiagError(f"cannot open {url}: {first_line(e)}") from None
         return cls(fs, root.rstrip("/") or "/", os.fspath(url))
 
     @property
@@ -59,11 +76,19 @@ class Folder:
 
     def names(self, sub: str = "") -> list[str]:
         """Names of what lies in `sub`; an absent folder holds nothing."""
+        path = self.path(sub) if sub else self.root
         try:
-            entries = self.fs.ls(self.path(sub) if sub else self.root, detail=False)
+            self.fs.invalidate_cache(path)  # a remote file system remembers listings; a running run outgrows them
+            entries = self.fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except PermissionError:
+            raise GeodiagError(f"cannot list {path}: permission denied; check the folder's rights") from None
         return sorted(e.rstrip("/").rsplit("/", 1)[-1] for e in entries)
+
+    def exists(self, name: str = "") -> bool:
+        """Whether there is such a file or folder."""
+        return self.fs.exists(self.path(name) if name else self.root)
 
     def read(self, name: str) -> bytes | None:
         """The file's bytes, or None where there is no such file."""
@@ -71,6 +96,8 @@ class Folder:
             return self.fs.cat_file(self.path(name))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
+        except PermissionError:
+            raise GeodiagError(f"cannot read {self.path(name)}: permission denied; check the file's rights") from None
 
     def read_json(self, name: str) -> Any:
         """The file's JSON, or None where it is absent or unreadable."""

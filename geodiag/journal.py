@@ -13,16 +13,17 @@ from typing import BinaryIO
 import pyarrow as pa
 
 _ID = b"geodiag.journal"
+_TORN = (pa.ArrowException, OSError, MemoryError)
+"""What Arrow raises over bytes that end early or make no sense; a mad length asks for mad memory."""
 
 
 class Journal:
-    """Appends record batches to one stream file; `restart` begins an empty one in its place."""
+    """Appends record batches to one stream file, which appears with the first of them."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path, self.schema = path, schema
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO | None = None
-        self.restart()
+        self._begin()
 
     def append(self, batch: pa.RecordBatch) -> None:
         """One batch, handed to the operating system before this returns.
@@ -43,20 +44,18 @@ class Journal:
             raise
 
     def restart(self) -> None:
-        """Forgets everything: the caller has closed a part that holds it."""
+        """Forgets everything, on disk too: the caller has closed a part that holds it."""
+        self._give_up_file()
+        self._begin()
+        self.path.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
         self.id = uuid.uuid4().hex
         self.batches: list[pa.RecordBatch] = []
         self.bytes = 0
-        self._rewrite()
-
-    def close(self) -> None:
-        """Ends the stream; the file stays."""
-        if self._file is not None:
-            self._stream.close()
-            self._file.close()
 
     def _rewrite(self) -> None:
-        self._give_up_file()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         tmp = self.path.with_suffix(".tmp")
         file = tmp.open("wb", buffering=1 << 16)
         try:
@@ -64,10 +63,12 @@ class Journal:
             for batch in self.batches:
                 self._stream.write_batch(batch)
             file.flush()
+            tmp.replace(self.path)
         except OSError:
+            with contextlib.suppress(OSError):
+                file.close()
             tmp.unlink(missing_ok=True)
             raise
-        tmp.replace(self.path)
         self._file = file
 
     def _give_up_file(self) -> None:
@@ -78,16 +79,17 @@ class Journal:
 
 
 def read_journal(raw: bytes) -> tuple[str, list[pa.RecordBatch]]:
-    """The journal's id and its complete batches; a torn last batch is left out."""
+    """The journal's id and its complete batches; a torn last batch is left out. The id of nonsense is ""."""
     batches: list[pa.RecordBatch] = []
     try:
         stream = pa.ipc.open_stream(io.BytesIO(raw))
         name = (stream.schema.metadata or {}).get(_ID, b"").decode()
-    except (pa.ArrowInvalid, OSError):
+    except (*_TORN, UnicodeDecodeError):
         return "", []
     try:
         for batch in stream:
+            batch.validate()
             batches.append(batch)
-    except (pa.ArrowInvalid, OSError):
+    except _TORN:
         pass  # the step in flight when the process died: its batch has no end
     return name, batches

@@ -1,5 +1,7 @@
 """Reading a run's tables: closed parts plus the journal, newest attempt, all ranks, bad pieces skipped and named."""
 
+import operator
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +10,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from geodiag.errors import GeodiagError
-from geodiag.files import Folder
+from geodiag.files import Folder, first_line
 from geodiag.journal import read_journal
-from geodiag.parts import Part, list_parts
+from geodiag.manifest import all_starts
+from geodiag.parts import UNREADABLE, Part, list_parts
 from geodiag.schema import SCHEMAS
 
 Steps = tuple[int | None, int | None]
-_RETRIES = 3
+_TRIES = 20
 
 
 def read_table(
@@ -31,7 +34,7 @@ def read_table(
     needed = list(dict.fromkeys([*schema.names, "rank", "attempt", "step"]))
     full = pa.schema([SCHEMAS[table].field(n) for n in needed])
     pieces = []
-    for rank in sorted({*store.names(table), *_journal_ranks(store, table)}):
+    for rank in sorted({*_part_ranks(store, table), *_journal_ranks(store, table)}):
         pieces += _read_rank(store, table, rank, full, steps, problems)
     rows = pa.concat_tables(pieces).unify_dictionaries() if pieces else full.empty_table()
     keep = _wanted(rows, steps, starts, attempt)
@@ -39,6 +42,15 @@ def read_table(
         rows = rows.filter(keep)
     rows = rows.sort_by([("rank", "ascending"), ("attempt", "ascending"), ("step", "ascending")])
     return rows.select(schema.names)
+
+
+def read_keys(store: Folder, table: str) -> pa.Table:
+    """Attempt and step of every row that can be read, all attempts."""
+    return read_table(store, table, ["attempt", "step"], None, {}, "all", {})
+
+
+def _part_ranks(store: Folder, table: str) -> list[str]:
+    return [n for n in store.names(table) if n.startswith("rank-")]
 
 
 def _journal_ranks(store: Folder, table: str) -> list[str]:
@@ -61,25 +73,48 @@ def _select(table: str, columns: Sequence[str] | None) -> pa.Schema:
 def _read_rank(
     store: Folder, table: str, rank: str, schema: pa.Schema, steps: Steps | None, problems: dict[str, str]
 ) -> list[pa.Table]:
-    for _ in range(_RETRIES):
-        # The journal first: a part closed after this line names the journal it swallowed.
-        raw = store.read(f"journal/{rank}-{table}.arrows")
-        parts = list_parts(store, f"{table}/{rank}", problems)
+    """One rank's rows as they stood at one moment: looked at again where the writer moved files meanwhile."""
+    folder = f"{table}/{rank}"
+    pieces: list[pa.Table] | None = None
+    for trial in range(_TRIES):
+        found: dict[str, str] = {}
         try:
-            pieces = [t for p in parts if _overlaps(p, steps) and (t := _read_part(store, p, schema, problems))]
+            before = store.names(folder)
+            # The journal before the parts: a part closed from here on names the journal it swallowed.
+            now = _read_once(store, table, rank, schema, steps, found)
         except FileNotFoundError:
-            continue  # a merge took a part away between the listing and the reading
-        name, batches = read_journal(raw) if raw else ("", [])
-        if batches and not any(name in p.journals for p in parts):
-            live = pa.Table.from_batches(batches)
-            fitted = fit(live, schema)
-            if isinstance(fitted, str):
-                problems[f"journal/{rank}-{table}.arrows"] = fitted
-            else:
-                pieces.append(fitted)
+            now = None  # merged away between the listing and the reading
+        if now is not None:
+            pieces, seen = now, found
+            if store.names(folder) == before:
+                break  # a listing taken while files come and go may show neither the old ones nor the new
+        time.sleep(0.001 * trial)
+    if pieces is None:
+        problems[folder] = "kept changing while it was read; read again"
+        return []
+    problems |= seen
+    return pieces
+
+
+def _read_once(
+    store: Folder, table: str, rank: str, schema: pa.Schema, steps: Steps | None, problems: dict[str, str]
+) -> list[pa.Table]:
+    journal = f"journal/{rank}-{table}.arrows"
+    raw = store.read(journal)
+    parts = list_parts(store, f"{table}/{rank}", problems)
+    pieces = [t for p in parts if _overlaps(p, steps) and (t := _read_part(store, p, schema, problems))]
+    if raw is None:
         return pieces
-    problems[f"{table}/{rank}"] = "kept changing while it was read; read again"
-    return []
+    name, batches = read_journal(raw)
+    if not name:
+        problems[journal] = "unreadable (no Arrow stream)"
+    elif batches and not any(name in p.journals for p in parts):
+        fitted = fit(pa.Table.from_batches(batches), schema)
+        if isinstance(fitted, str):
+            problems[journal] = fitted
+        else:
+            pieces.append(fitted)
+    return pieces
 
 
 def _overlaps(part: Part, steps: Steps | None) -> bool:
@@ -96,8 +131,8 @@ def _read_part(store: Folder, part: Part, schema: pa.Schema, problems: dict[str,
             read = file.read([n for n in schema.names if n in have])
     except FileNotFoundError:
         raise
-    except (pa.ArrowInvalid, OSError, NotImplementedError) as e:
-        problems[name] = f"unreadable ({str(e).splitlines()[0][:80]})"
+    except UNREADABLE as e:
+        problems[name] = f"unreadable ({first_line(e)})"
         return None
     fitted = fit(read, schema)
     if isinstance(fitted, str):
@@ -137,13 +172,20 @@ def _wanted(rows: pa.Table, steps: Steps | None, starts: dict[int, int], attempt
         tests.append(pc.greater_equal(step, low))
     if high is not None:
         tests.append(pc.less(step, high))
-    if isinstance(attempt, int):
-        tests.append(pc.equal(rows["attempt"], attempt))
-    elif attempt == "newest":
+    if attempt == "newest":
         # An attempt's rows end where a later attempt began.
-        for later, first in starts.items():
+        for later, first in all_starts(rows, starts).items():
             tests.append(pc.or_(pc.greater_equal(rows["attempt"], later), pc.less(step, first)))
+    elif attempt != "all":
+        tests.append(pc.equal(rows["attempt"], _number(attempt)))
     keep = None
     for test in tests:
         keep = test if keep is None else pc.and_(keep, test)
     return keep
+
+
+def _number(attempt: Any) -> int:
+    try:
+        return operator.index(attempt)
+    except TypeError:
+        raise GeodiagError(f"there is no attempt {attempt!r}; pass a number, 'newest' or 'all'") from None

@@ -1,34 +1,34 @@
 """A run is a directory: training writes it, everything else reads it, and one small file goes back."""
 
 import os
-import platform
-import socket
-import sys
-import time
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 import pyarrow as pa
 
-from geodiag import control
+from geodiag import alive, control, manifest
 from geodiag.errors import GeodiagError
 from geodiag.events import Event
 from geodiag.files import Folder, write_json
-from geodiag.reading import Steps, read_table
-from geodiag.schema import SCHEMA_VERSION, SCHEMAS, registry
+from geodiag.reading import Steps, read_keys, read_table
+from geodiag.schema import SCHEMA_VERSION, SCHEMAS
 from geodiag.writing import Writer
 
+if TYPE_CHECKING:  # `import geodiag` stays light; pandas comes with the first `read`
+    import pandas as pd
+
 Status = Literal["running", "finished", "failed", "interrupted"]
-_SILENT_SECONDS = 60.0
 
 
 class Run:
     """A run directory, opened for reading by `Run.open` or for writing by `Run.create`."""
 
-    def __init__(self, folder: Folder, manifest: dict[str, Any], writer: Writer | None = None) -> None:
-        self._store, self.manifest, self._writer = folder, manifest, writer
+    def __init__(self, folder: Folder, said: dict[str, Any], writer: Writer | None = None) -> None:
+        self._store, self.manifest, self._writer = folder, said, writer
+        self._unsaved = False
+        self._turn = threading.RLock()
         self.problems: dict[str, str] = {}
         """Pieces that could not be read, and why; they are skipped."""
 
@@ -38,12 +38,14 @@ class Run:
     def open(cls, path: str | os.PathLike) -> "Run":
         """Opens a run for reading; `path` may be any fsspec URL. GeodiagError where there is none."""
         store = Folder.of(path)
-        manifest = store.read_json("run.json")
-        if isinstance(manifest, dict):
-            return cls(store, manifest)
-        names = store.names()
-        if not set(names) & {*SCHEMAS, "journal"}:
-            what = "does not exist" if not store.fs.exists(store.root) else "has no run.json"
+        said = store.read_json("run.json")
+        if isinstance(said, dict):
+            run = cls(store, said)
+            if said.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+                run.problems["run.json"] = "written by another version of geodiag; upgrade geodiag if rows are missing"
+            return run
+        if not looks_like_a_run(store):
+            what = "has no run.json" if store.exists() else "does not exist"
             raise GeodiagError(f"{path} {what}; pass a run directory, e.g. sample_runs/mhc-tear")
         run = cls(store, {})
         run.problems["run.json"] = "missing or unreadable; the tables are read without it"
@@ -59,31 +61,29 @@ class Run:
         counterfactual: Sequence[str] = (),
         rank: int = 0,
         world_size: int = 1,
+        attempt: int | None = None,
     ) -> "Run":
-        """Begins a run in `path`, or a new attempt of the run that is there. GeodiagError where `path` cannot be written."""
+        """Begins a run in `path`, or the next attempt of the run that is there.
+
+        Rank 0 writes the manifest; the other ranks pass the `attempt` that rank 0 got.
+        GeodiagError where `path` cannot be written, or is being written by another process.
+        """
         folder = Path(path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            old = Folder.of(folder).read_json("run.json") or {}
-            attempts = old.get("attempts", [])
-            attempt = 1 + max((a["attempt"] for a in attempts), default=-1)
-            writer = Writer(folder, rank, attempt)
-            run = cls(Folder.of(folder), {}, writer)
-            run.manifest = {
-                "schema_version": SCHEMA_VERSION,
-                "created": old.get("created", time.time()),
-                "status": "running",
-                "last_step": old.get("last_step"),
-                "attempts": attempts,
-                "found": dict(found or {}),
-                "config": dict(config or {}),
-                "world_size": world_size,
-                "command": sys.argv,
-                "versions": _versions(),
-                "registry": registry(counterfactual),
-            }
+            writer = Writer(folder, rank, 0)
+            store = Folder.of(folder)
+            old = store.read_json("run.json")
+            if not isinstance(old, dict):
+                old = manifest.recovered([read_keys(store, t) for t in SCHEMAS])
+            writer.attempt = manifest.next_attempt(old, rank) if attempt is None else attempt
+            said = manifest.begin(old, writer.attempt, found or {}, config or {}, counterfactual, world_size)
+            writer.last_step = said["last_step"]
+            run = cls(store, said, writer)
+            if rank == 0:
+                (folder / "control.json").unlink(missing_ok=True)  # it asked a training that is no more
             run._save()
-            writer.heartbeat(old.get("last_step") or 0, force=True)
+            writer.heartbeat(writer.last_step, force=True)
         except OSError as e:
             raise GeodiagError(
                 f"cannot write a run to {path}: {e.strerror or e}; pass a folder you may write"
@@ -98,40 +98,57 @@ class Run:
         return self._need_writer().attempt
 
     def append(self, table: str, columns: Mapping[str, Any]) -> None:
-        """Appends rows; see `geodiag.writing.to_batch` for what `columns` may hold. OSError on a full disk."""
-        writer = self._need_writer()
-        if table == "steps" and not self._attempt_began():
-            self.manifest["attempts"] = [
-                *self.manifest["attempts"],
-                {"attempt": writer.attempt, "first_step": int(columns["step"][0]), "time": time.time()},
-            ]
-            self._save()
-        writer.append(table, columns)
+        """Appends rows; see `geodiag.writing.to_batch` for what `columns` may hold. Any thread may call it.
+
+        OSError on a full disk: the rows are kept, and written with the next ones that fit.
+        """
+        with self._turn:
+            writer = self._need_writer()
+            # The rows come before the note of where the attempt began: a reader can tell that from the rows.
+            writer.append(table, columns)
+            if table == "steps":
+                self._note_attempt(writer)
 
     def event(self, event: Event) -> None:
         """Appends one row to `events`."""
-        self._need_writer().append("events", event.columns())
+        self.append("events", event.columns())
 
     def heartbeat(self, step: int) -> None:
-        self._need_writer().heartbeat(step)
+        """Says that the training lives and where it is; at most once a second reaches the disk."""
+        with self._turn:
+            self._need_writer().heartbeat(step)
 
     def next_attempt(self) -> int:
-        """After a rollback: rows from here on belong to the next attempt, whose number is returned."""
-        writer = self._need_writer()
-        writer.attempt += 1
-        return writer.attempt
+        """After a rollback: rows appended from here on belong to the next attempt, whose number is returned."""
+        with self._turn:
+            writer = self._need_writer()
+            writer.attempt += 1
+            self.manifest["attempt"] = writer.attempt
+            self._save()
+            return writer.attempt
 
     def close(self, status: Status = "finished") -> None:
-        """Turns journals into parts and says how the run ended. Closing twice does nothing."""
-        if self._writer is None:
-            return
-        self._writer.close()
-        self.manifest |= {"status": status, "last_step": self._writer.last_step}
-        self._save()
-        self._writer = None
+        """Turns journals into parts and says how the run ended. Closing twice does nothing.
 
-    def _attempt_began(self) -> bool:
-        return any(a["attempt"] == self.attempt for a in self.manifest["attempts"])
+        OSError where the disk refuses; what is in the journals is safe there, and closing may be tried again.
+        """
+        with self._turn:
+            if self._writer is None:
+                return
+            try:
+                self._writer.close()
+            finally:
+                self.manifest |= {"status": status, "last_step": self._writer.last_step}
+                self._save()
+            self._writer = None
+
+    def _note_attempt(self, writer: Writer) -> None:
+        """Notes in the manifest where the attempt began, once it did."""
+        if writer.attempt not in manifest.known_starts(self.manifest) and writer.first_step is not None:
+            self.manifest["attempts"] = [*self.manifest["attempts"], manifest.entry(writer.attempt, writer.first_step)]
+            self._unsaved = True
+        if self._unsaved:
+            self._save()
 
     def _need_writer(self) -> Writer:
         if self._writer is None:
@@ -141,7 +158,9 @@ class Run:
     def _save(self) -> None:
         writer = self._need_writer()
         if writer.rank == 0:
+            self._unsaved = True
             write_json(writer.folder / "run.json", self.manifest)
+        self._unsaved = False
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -166,7 +185,7 @@ class Run:
         except for `events`, whose trail is kept whole. Unreadable pieces are skipped and named in `problems`.
         GeodiagError for an unknown table or column.
         """
-        starts = {a["attempt"]: a["first_step"] for a in self.manifest.get("attempts", [])}
+        starts = manifest.known_starts(self.manifest)
         which = attempt if attempt is not None else ("all" if table == "events" else "newest")
         return read_table(self._store, table, columns, steps, starts, which, self.problems)
 
@@ -176,7 +195,7 @@ class Run:
         columns: Sequence[str] | None = None,
         steps: Steps | None = None,
         attempt: int | Literal["newest", "all"] | None = None,
-    ) -> pd.DataFrame:
+    ) -> "pd.DataFrame":
         """`read_arrow` as a pandas DataFrame; dictionary columns become categoricals."""
         return self.read_arrow(table, columns, steps, attempt).to_pandas()
 
@@ -186,19 +205,17 @@ class Run:
 
     def heartbeat_age(self) -> float | None:
         """Seconds since the training last gave a sign of life."""
-        beat = self._store.read_json("heartbeat.json") or {}
-        return time.time() - beat["time"] if "time" in beat else None
+        return alive.age(self._store.read_json("heartbeat.json"))
 
     def status(self) -> Status:
         """How the run stands now; a `running` whose process is gone is `interrupted`."""
-        said: Status = self.manifest.get("status", "interrupted")
-        if said != "running":
-            return said
-        beat = self._store.read_json("heartbeat.json") or {}
-        if beat.get("host") == socket.gethostname():
-            return "running" if _alive(beat.get("pid", -1)) else "interrupted"
-        age = self.heartbeat_age()
-        return "running" if age is not None and age < _SILENT_SECONDS else "interrupted"
+        now = self.manifest if self._writer else self._store.read_json("run.json")
+        said = now.get("status") if isinstance(now, dict) else None
+        ended: tuple[Status, ...] = ("finished", "failed", "interrupted")
+        for status in ended:
+            if said == status:
+                return status
+        return "running" if alive.lives(self._store.read_json("heartbeat.json")) else "interrupted"
 
     def last_step(self) -> int | None:
         """The newest step on record."""
@@ -234,40 +251,23 @@ class Run:
         return None if control.acknowledged(answers, request.id) else request
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid > 0
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("geodiag", "torch", "triton", "numpy", "pyarrow"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def open_run(path: str | os.PathLike) -> Run:
     """Opens a run for reading: `open_run("runs/a").read("steps", ["loss"], steps=(0, 100))`."""
     return Run.open(path)
 
 
+def looks_like_a_run(store: Folder, sub: str = "") -> bool:
+    """Whether a run lies in `sub`, be it one that lost its manifest."""
+    return bool(set(store.names(sub)) & {"run.json", "journal", "steps"})
+
+
 def find_runs(path: str | os.PathLike) -> list[Run]:
     """The run at `path`, or every run in that folder. GeodiagError where there is none."""
     store = Folder.of(path)
-    if store.fs.exists(store.path("run.json")):
+    if looks_like_a_run(store):
         return [Run.open(path)]
-    names = [n for n in store.names() if store.fs.exists(store.path(f"{n}/run.json"))]
+    names = [n for n in store.names() if looks_like_a_run(store, n)]
     if not names:
-        what = "holds no runs" if store.fs.exists(store.root) else "does not exist"
+        what = "holds no runs" if store.exists() else "does not exist"
         raise GeodiagError(f"{path} {what}; pass a run directory or a folder of them, e.g. sample_runs")
     return [Run.open(f"{store.url.rstrip('/')}/{n}") for n in names]

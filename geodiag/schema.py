@@ -6,7 +6,7 @@ A null in a table means "not sampled" or "not applicable"; a NaN is a measured N
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -19,6 +19,8 @@ MAPS = ("pre", "post", "res")
 Reduction = Literal["mean", "max", "min", "sum", "last"]
 MHC = "arXiv 2512.24880 §3.1"
 V4 = "arXiv 2606.19348 §4.2.3"
+V4_CLAMP = "arXiv 2606.19348"
+FIG8 = "arXiv 2512.24880 Fig. 8"
 NORMS = "arXiv 2602.10604"
 BALANCE = "arXiv 2408.15664"
 
@@ -49,7 +51,7 @@ def _metrics(table: str, rows: Iterable[dict]) -> list[Metric]:
     return [Metric(table=table, **row) for row in rows]
 
 
-def _m(name: str, unit: str, reduce: Reduction | tuple[Reduction, Reduction], help: str, **more) -> dict:
+def _m(name: str, unit: str, reduce: Reduction | tuple[Reduction, Reduction], help: str, **more: Any) -> dict:
     micro, ranks = (reduce, reduce) if isinstance(reduce, str) else reduce
     return dict(name=name, unit=unit, micro=micro, ranks=ranks, help=help, **more)
 
@@ -68,76 +70,26 @@ _STEPS = [
     _m("stage3_score", "robust z", ("last", "max"), "Amplification: worst layer against its own past.", stage=3),
 ]
 
-_GAIN = dict(stage=3, source=MHC)
+_GAIN = {"stage": 3, "source": MHC}
+_SHRINK = {"worse": "low", "source": MHC}
+_CLAMP = {"stage": 1, "source": V4_CLAMP}
 _AMPLIFICATION = [
     _m("amax_gain_fwd", "×", "mean", "Largest |row sum| of H_res, mean over tokens.", **_GAIN),
     _m("amax_gain_bwd", "×", "mean", "Largest |column sum| of H_res, mean over tokens.", **_GAIN),
     _m("amax_gain_fwd_max", "×", "max", "Largest |row sum| of H_res, worst token.", **_GAIN),
     _m("amax_gain_bwd_max", "×", "max", "Largest |column sum| of H_res, worst token.", **_GAIN),
-    _m(
-        "gain_fwd_min",
-        "×",
-        "mean",
-        "Smallest |row sum| of H_res, mean over tokens: attenuation.",
-        worse="low",
-        source=MHC,
-    ),
-    _m(
-        "gain_bwd_min",
-        "×",
-        "mean",
-        "Smallest |column sum| of H_res, mean over tokens: attenuation.",
-        worse="low",
-        source=MHC,
-    ),
+    _m("gain_fwd_min", "×", "mean", "Smallest |row sum| of H_res, mean over tokens: attenuation.", **_SHRINK),
+    _m("gain_bwd_min", "×", "mean", "Smallest |column sum| of H_res, mean over tokens: attenuation.", **_SHRINK),
     _m("composite_gain_fwd", "×", "mean", "Amax gain of all maps up to here, mean over tokens.", **_GAIN),
-    _m(
-        "composite_gain_fwd_min",
-        "×",
-        "mean",
-        "Smallest |row sum| of the composite, mean over tokens.",
-        worse="low",
-        source=MHC,
-    ),
+    _m("composite_gain_fwd_min", "×", "mean", "Smallest |row sum| of the composite, mean over tokens.", **_SHRINK),
     _m("composite_gain_fwd_max", "×", "max", "Amax gain of all maps up to here, worst token.", **_GAIN),
     _m("composite_gain_bwd", "×", "mean", "Amax gain of all maps from here to the end, mean over tokens.", **_GAIN),
-    _m(
-        "composite_gain_bwd_min",
-        "×",
-        "mean",
-        "Smallest |column sum| of the composite, mean over tokens.",
-        worse="low",
-        source=MHC,
-    ),
+    _m("composite_gain_bwd_min", "×", "mean", "Smallest |column sum| of the composite, mean over tokens.", **_SHRINK),
     _m("composite_gain_bwd_max", "×", "max", "Amax gain of all maps from here to the end, worst token.", **_GAIN),
-    _m(
-        "amax_gain_fwd_of_mean",
-        "×",
-        "mean",
-        "Amax gain of the token-mean map (a second definition).",
-        source="arXiv 2512.24880 Fig. 8",
-    ),
-    _m(
-        "amax_gain_bwd_of_mean",
-        "×",
-        "mean",
-        "Backward Amax gain of the token-mean map.",
-        source="arXiv 2512.24880 Fig. 8",
-    ),
-    _m(
-        "composite_gain_fwd_of_mean",
-        "×",
-        "mean",
-        "Amax gain of the product of token-mean maps.",
-        source="arXiv 2512.24880 Fig. 8",
-    ),
-    _m(
-        "composite_gain_bwd_of_mean",
-        "×",
-        "mean",
-        "Backward Amax gain of the product of token-mean maps.",
-        source="arXiv 2512.24880 Fig. 8",
-    ),
+    _m("amax_gain_fwd_of_mean", "×", "mean", "Amax gain of the token-mean map (a second definition).", source=FIG8),
+    _m("amax_gain_bwd_of_mean", "×", "mean", "Backward Amax gain of the token-mean map.", source=FIG8),
+    _m("composite_gain_fwd_of_mean", "×", "mean", "Amax gain of the product of token-mean maps.", source=FIG8),
+    _m("composite_gain_bwd_of_mean", "×", "mean", "Backward Amax gain of the product of token-mean maps.", source=FIG8),
     _m(
         "early_signal_share",
         "1",
@@ -148,6 +100,8 @@ _AMPLIFICATION = [
     _m("spectral_norm_res", "×", "mean", "‖H_res‖₂, mean over tokens.", **_GAIN),
     _m("spectral_norm_res_max", "×", "max", "‖H_res‖₂, worst token.", **_GAIN),
     _m("sinkhorn_residual", "1", "max", "Largest |row or column sum − 1|: what Sinkhorn left.", source=MHC),
+    _m("res_logit_min", "logit", "min", "Smallest entry of H_res before its projection.", worse="low", source=MHC),
+    _m("res_logit_max", "logit", "max", "Largest entry of H_res before its projection: saturation.", source=MHC),
     _m("branch_share", "1", "mean", "How much of the update is the block's own output.", worse=None),
     _m("post_concentration", "×", "mean", "Largest over mean H_post: N = all mass on one stream.", worse=None),
     _m(
@@ -166,25 +120,9 @@ _AMPLIFICATION = [
 ]
 
 _CURVATURE = [
-    _m(
-        "clamp_gate_rate",
-        "share",
-        "mean",
-        "Gate pre-activations above the SwiGLU limit.",
-        stage=1,
-        source="arXiv 2606.19348",
-    ),
-    _m(
-        "clamp_up_high_rate", "share", "mean", "Up pre-activations above the limit.", stage=1, source="arXiv 2606.19348"
-    ),
-    _m(
-        "clamp_up_low_rate",
-        "share",
-        "mean",
-        "Up pre-activations below minus the limit.",
-        stage=1,
-        source="arXiv 2606.19348",
-    ),
+    _m("clamp_gate_rate", "share", "mean", "Gate pre-activations above the SwiGLU limit.", **_CLAMP),
+    _m("clamp_up_high_rate", "share", "mean", "Up pre-activations above the limit.", **_CLAMP),
+    _m("clamp_up_low_rate", "share", "mean", "Up pre-activations below minus the limit.", **_CLAMP),
     _m("gate_amax", "1", "max", "Largest |gate| before the clamp.", stage=1),
     _m("up_amax", "1", "max", "Largest |up| before the clamp.", stage=1),
     _m("act_amax", "1", "max", "Largest |activation| of the gated product.", stage=1),
