@@ -1,0 +1,168 @@
+"""What a loss normally does: its trend, its noise, and how smooth somebody made it before logging it.
+
+Only normal updates are learned. Every statistic is a median or a quartile of a short window.
+"""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+from geodiag.spike_window import SortedWindow
+
+_APART = 4
+"""Smoothness shows in how differences grow from 1 update apart to this many."""
+_FURTHEST = 1e9
+"""No score is larger, so that scores stay finite."""
+
+
+class Excess(NamedTuple):
+    """How far one loss lies above the trend, in robust σ."""
+
+    total: float
+    fresh: float
+    """The part that the update before does not explain. In a smoothed log every update carries most of the last one."""
+
+
+class Trend:
+    """The running trend and noise of a loss. `judge` says how far a loss is off; `learn` takes it as normal.
+
+    The level is the lower of a short and a long median: the short one follows a falling loss closely, the long one
+    does not follow a rising one. Nothing is extrapolated, so a kink in the descent is not a rise.
+    """
+
+    def __init__(self, *, long: int, short: int, noise: int, warmup: int, floor: float, smooth: float) -> None:
+        self.warmup, self.floor, self.smooth = warmup, floor, smooth
+        self._long, self._short = SortedWindow(long), SortedWindow(short)
+        self._steps: deque[int] = deque(maxlen=long)
+        self._residuals, self._near, self._apart = SortedWindow(noise), SortedWindow(noise), SortedWindow(noise)
+        self._unbroken: deque[float] = deque(maxlen=_APART + 1)
+        self._excess: float | None = None
+        self._carry = 0.0
+
+    @property
+    def ready(self) -> bool:
+        return len(self._long) >= self.warmup
+
+    @property
+    def level(self) -> float:
+        return min(self._long.median, self._short.median)
+
+    @property
+    def slow_level(self) -> float:
+        """The level without the short median's noise, for slow drift."""
+        return self._long.median
+
+    @property
+    def sigma(self) -> float:
+        """Noise of one update, never below `floor` of the level."""
+        least = max(self.floor * abs(self.level), 1e-12)
+        sigma = self._residuals.sigma
+        if sigma < least:
+            # A loss printed with few digits takes few values and has no quartiles: then go by the largest normal one.
+            return max(least, (self._residuals.largest - self._residuals.median) / 3)
+        return sigma
+
+    def judge(self, loss: float) -> Excess | None:
+        """How far `loss` is above the trend; None before there is a trend. Call once an update."""
+        if not self.ready:
+            return self._judge_early(loss)
+        excess, sigma = loss - self.level, self.sigma
+        total = fresh = excess / sigma
+        carry = min(self._carry, 0.99)
+        if carry > self.smooth and self._excess is not None:
+            fresh = (excess - carry * self._excess) / (sigma * (1 - carry * carry) ** 0.5)
+        self._excess = excess
+        return Excess(_bounded(total), _bounded(fresh))
+
+    def _judge_early(self, loss: float) -> Excess | None:
+        # Too few updates for a trend: only what towers over everything so far can be told.
+        if len(self._long) < self.warmup // 4:
+            return None
+        top = self._long.largest
+        scale = max(top - self._long.smallest, 0.1 * abs(top), 1e-12)
+        score = _bounded((loss - top) / scale)
+        return Excess(score, score)
+
+    def learn(self, step: int, loss: float) -> None:
+        """Takes `loss` as normal."""
+        residual = loss - (self.level if len(self._long) else loss)
+        self._long.push(loss)
+        self._short.push(loss)
+        self._steps.append(step)
+        self._residuals.push(residual)
+        self._unbroken.append(loss)
+        if len(self._unbroken) > 1:
+            self._near.push(loss - self._unbroken[-2])
+        if len(self._unbroken) > _APART:
+            self._apart.push(loss - self._unbroken[0])
+            self._update_carry()
+
+    def _update_carry(self) -> None:
+        # For an exponential average with factor c, Var(x[t+4] - x[t]) / Var(x[t+1] - x[t]) = 1 + c + c² + c³; for an
+        # unsmoothed loss it is 1. Quartiles do not see a constant slope, so a steep descent does not look smooth.
+        near = self._near.sigma
+        if len(self._apart) >= self._apart.size // 4 and near > 0:
+            carry = _solve_carry((self._apart.sigma / near) ** 2)
+            self._carry += (carry - self._carry) / self._near.size
+
+    def skip(self) -> None:
+        """An update was not learned: differences must not span it."""
+        self._unbroken.clear()
+
+    def lose_thread(self) -> None:
+        """What came before does not carry over into the next update."""
+        self._unbroken.clear()
+        self._excess = None
+
+    def forget_from(self, step: int) -> None:
+        """Training goes back to `step`: losses of that step and later ones are forgotten, the noise is not."""
+        while self._steps and self._steps[-1] >= step:
+            self._steps.pop()
+        self._long.keep_oldest(len(self._steps))
+        self._short = SortedWindow(self._short.size, self._long.values)
+        self.lose_thread()
+
+    def adopt(self, rows: list[tuple[int, float]]) -> None:
+        """Takes these (step, loss) rows as all there is to know: the new normal."""
+        for window in (self._long, self._short, self._residuals):
+            window.keep_oldest(0)
+        self._steps.clear()
+        self._unbroken.clear()
+        for step, loss in rows:
+            self.learn(step, loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "long": list(self._long.values),
+            "short": list(self._short.values),
+            "steps": list(self._steps),
+            "residuals": list(self._residuals.values),
+            "near": list(self._near.values),
+            "apart": list(self._apart.values),
+            "unbroken": list(self._unbroken),
+            "excess": self._excess,
+            "carry": self._carry,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("long", "short", "residuals", "near", "apart"):
+            window: SortedWindow = getattr(self, f"_{name}")
+            setattr(self, f"_{name}", SortedWindow(window.size, state[name]))
+        self._steps = deque(state["steps"], maxlen=self._steps.maxlen)
+        self._unbroken = deque(state["unbroken"], maxlen=self._unbroken.maxlen)
+        self._excess, self._carry = state["excess"], state["carry"]
+
+
+def _solve_carry(ratio: float) -> float:
+    """c ≥ 0 with 1 + c + c² + c³ = ratio, by Newton's method from the chord."""
+    if ratio <= 1:
+        return 0.0
+    if ratio >= _APART:
+        return 1.0
+    c = (ratio - 1) / (_APART - 1)
+    for _ in range(3):
+        c -= ((1 + c) * (1 + c * c) - ratio) / (1 + 2 * c + 3 * c * c)
+    return c
+
+
+def _bounded(score: float) -> float:
+    return max(-_FURTHEST, min(score, _FURTHEST))
