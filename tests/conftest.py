@@ -1,0 +1,70 @@
+"""What all tests share: runs in temporary folders, the command line in-process, and a browser or a reason why not."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from geodiag.run import Run
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Browser tests: skipped with the reason where there is no Chromium; in CI that is a failure."""
+    if item.get_closest_marker("browser"):
+        from geodiag.cli.doctor import find_chromium
+
+        if find_chromium() is None:
+            why = "no Chromium on this machine; install it: apt-get install chromium"
+            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(why)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Where the system's Chromium lies, for Playwright's `executable_path`."""
+    from geodiag.cli.doctor import find_chromium
+
+    found = find_chromium()
+    if found is None:
+        pytest.skip("no Chromium on this machine")
+    return found
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Run]:
+    """Writes a small run: `make_run("a", steps=20, layers=3)` in a temporary folder, closed unless told otherwise."""
+
+    def make(name: str = "run", *, steps: int = 20, layers: int = 3, close: bool = True, **changes: Any) -> Run:
+        run = Run.create(tmp_path / name, found={"sites": 2 * layers, "routers": layers, "experts": 4 * layers})
+        for step in range(steps):
+            write_step(run, step, layers, **changes)
+        if close:
+            run.close()
+        return run
+
+    return make
+
+
+def write_step(run: Run, step: int, layers: int = 3, loss: float | None = None, **changes: Any) -> None:
+    """One healthy step of a small run; `changes` are columns of `layers` that differ."""
+    run.append(
+        "steps", {"step": [step], "loss": [3.0 - 0.01 * step if loss is None else loss], "routing_mode": ["off"]}
+    )
+    rows = 2 * layers
+    columns = {"composite_gain_fwd": [1.0 + 0.001 * i for i in range(rows)], "flip_rate": [0.01] * rows}
+    where = {"layer": [i // 2 for i in range(rows)], "site": ["attn", "ffn"] * layers}
+    run.append("layers", {"step": [step] * rows, **where, **columns, **changes})
+    run.heartbeat(step)
+
+
+@pytest.fixture
+def cli() -> Callable[..., Any]:
+    """`cli("show", path)`: the command line in this process; what it printed, and its exit code."""
+    from geodiag.cli.main import app
+
+    def call(*args: Any) -> Any:
+        return CliRunner().invoke(app, [str(a) for a in args])
+
+    return call
