@@ -35,7 +35,7 @@ class Trend:
         self._steps: deque[int] = deque(maxlen=long)
         self._residuals, self._near, self._apart = SortedWindow(noise), SortedWindow(noise), SortedWindow(noise)
         self._unbroken: deque[float] = deque(maxlen=_APART + 1)
-        self._excess: float | None = None
+        self._last: float | None = None
         self._carry = 0.0
 
     @property
@@ -65,12 +65,13 @@ class Trend:
         """How far `loss` is above the trend; None before there is a trend. Call once an update."""
         if not self.ready:
             return self._judge_early(loss)
-        excess, sigma = loss - self.level, self.sigma
-        total = fresh = excess / sigma
-        carry = min(self._carry, 0.99)
-        if carry > self.smooth and self._excess is not None:
-            fresh = (excess - carry * self._excess) / (sigma * (1 - carry * carry) ** 0.5)
-        self._excess = excess
+        level, sigma, last, carry = self.level, self.sigma, self._last, self._carry
+        total = fresh = (loss - level) / sigma
+        if carry > self.smooth and last is not None:
+            # Where the log is not quite an exponential average, its differences are noisier than one would have.
+            new_sigma = max(sigma * (1 - carry * carry) ** 0.5, self._near.sigma * ((1 + carry) / 2) ** 0.5)
+            fresh = (loss - level - carry * (last - level)) / new_sigma
+        self._last = loss
         return Excess(_bounded(total), _bounded(fresh))
 
     def _judge_early(self, loss: float) -> Excess | None:
@@ -111,7 +112,7 @@ class Trend:
     def lose_thread(self) -> None:
         """What came before does not carry over into the next update."""
         self._unbroken.clear()
-        self._excess = None
+        self._last = None
 
     def forget_from(self, step: int) -> None:
         """Training goes back to `step`: losses of that step and later ones are forgotten, the noise is not."""
@@ -139,7 +140,7 @@ class Trend:
             "near": list(self._near.values),
             "apart": list(self._apart.values),
             "unbroken": list(self._unbroken),
-            "excess": self._excess,
+            "last": self._last,
             "carry": self._carry,
         }
 
@@ -149,7 +150,7 @@ class Trend:
             setattr(self, f"_{name}", SortedWindow(window.size, state[name]))
         self._steps = deque(state["steps"], maxlen=self._steps.maxlen)
         self._unbroken = deque(state["unbroken"], maxlen=self._unbroken.maxlen)
-        self._excess, self._carry = state["excess"], state["carry"]
+        self._last, self._carry = state["last"], state["carry"]
 
 
 def _solve_carry(ratio: float) -> float:
@@ -157,7 +158,7 @@ def _solve_carry(ratio: float) -> float:
     if ratio <= 1:
         return 0.0
     if ratio >= _APART:
-        return 1.0
+        return 0.99
     c = (ratio - 1) / (_APART - 1)
     for _ in range(3):
         c -= ((1 + c) * (1 + c * c) - ratio) / (1 + 2 * c + 3 * c * c)

@@ -52,6 +52,7 @@ class SpikeDetector:
         long: int = 64,
         noise: int = 128,
         smooth: float = 0.6,
+        tails: float = 0.01,
     ) -> None:
         """
         threshold: σ of a clear excess.
@@ -64,12 +65,13 @@ class SpikeDetector:
         short, long: updates in the two medians of the trend.
         noise: updates in the noise estimate.
         smooth: share of the last update that the log must carry over to count as smoothed before logging.
+        tails: share of near misses above which the noise has heavy tails, and one sparse update is no spike.
         """
         if not (0 < normal < threshold and hold >= 1 and 4 <= warmup <= short <= long and hold <= long and noise >= 16):
             raise ValueError("need 0 < normal < threshold, 1 ≤ hold ≤ long, 4 ≤ warmup ≤ short ≤ long, noise ≥ 16")
         self.normal, self.threshold, self.hold, self.patience = normal, threshold, hold, patience
         self._trend = Trend(long=long, short=short, noise=noise, warmup=warmup, floor=floor, smooth=smooth)
-        self._evidence = Evidence(threshold=threshold, normal=normal, hold=hold, noise=noise)
+        self._evidence = Evidence(threshold=threshold, normal=normal, hold=hold, noise=noise, tails=tails)
         self._drift = Drift(limit=drift, memory=2 * patience)
         self._recent: deque[Row] = deque(maxlen=long)
         self._active: OpenSpike | None = None
@@ -145,7 +147,10 @@ class SpikeDetector:
         """The loss is back in its range and nothing was raised: if it was clearly out, that was an outlier."""
         excursion = self._excursion
         self._excursion = None
-        if excursion is None or excursion.score < self.threshold:
+        if excursion is None:
+            return None
+        if excursion.score < self.threshold:
+            self._evidence.near_miss()
             return None
         excursion.detected = step
         return excursion.at(step)
