@@ -1,0 +1,158 @@
+"""What an adapter tells geodiag about a model: where its sites, routers and experts are, and which way they point."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+# T tokens (any leading shape), N streams, C channels, E experts, K experts per token, A assignments, F expert dim
+
+
+class Removable(Protocol):
+    def remove(self) -> None: ...
+
+
+class MixView(NamedTuple):
+    """One hyper-connection's forward. `res` is the operator applied to the streams: x' = res @ x."""
+
+    streams_TNC: Tensor
+    pre_TN: Tensor | None = None
+    post_TN: Tensor | None = None
+    res_TNN: Tensor | None = None
+    logits_TNN: Tensor | None = None
+
+
+class RouterView(NamedTuple):
+    """One router's forward: dense affinities before the balancing bias, and the choice that was used."""
+
+    hidden_TC: Tensor
+    scores_TE: Tensor
+    bias_E: Tensor | None
+    expert_ids_TK: Tensor
+    weights_TK: Tensor
+
+
+class Choice(NamedTuple):
+    """A router's chosen experts, in the router's own order, and their gate weights."""
+
+    expert_ids_TK: Tensor
+    weights_TK: Tensor
+
+
+class ActView(NamedTuple):
+    """Pre-activations before any clamp, and the gated product; `expert_A` None for a shared expert."""
+
+    gate_AF: Tensor
+    up_AF: Tensor
+    act_AF: Tensor
+    expert_A: Tensor | None
+
+
+Sink = Callable[[Callable[[], Any]], None]
+"""Takes a view, wrapped in a call: a sink that is not interested never makes it, and one that is guards its making."""
+
+Watch = Callable[[Sink], list[Removable]]
+"""Hooks a place up to a sink and returns what takes the hooks off again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One residual site, in static order (layer, attn < ffn)."""
+
+    layer: int
+    site: str
+    watch_mix: Watch
+    """→ MixView"""
+    watch_branch: Watch | None
+    """→ Tensor, the block's own output"""
+    constrained: bool = False
+    """Whether H_res is held doubly stochastic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSite:
+    layer: int
+    module: nn.Module
+    experts: int
+    k: int
+    hashed: bool
+    watch: Watch
+    """→ RouterView"""
+    weight: Callable[[], Tensor]
+    """(E, C), as it is now"""
+    bias: Callable[[], Tensor | None]
+    rescore: Callable[[Tensor, Tensor], Tensor]
+    """(hidden, weight) → affinities before the bias"""
+    chosen: Callable[[Any], Choice]
+    """module output → what it chose"""
+    replay: Callable[[Any, Tensor], Any]
+    """(module output, ids) → the output with that choice and today's gate weights"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSite:
+    layer: int
+    experts: int
+    watch: list[Watch]
+    """→ ActView; routed experts first, then the shared one"""
+    gate_limit: float | None
+    up_limit: float | None
+    weights: Callable[[], dict[str, Tensor]]
+    """gate, up, down as (E, rows, columns), as they are now"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Everything geodiag may look at in one model."""
+
+    family: str
+    layers: list[nn.Module]
+    sites: list[Site] = field(default_factory=list)
+    routers: list[RouterSite] = field(default_factory=list)
+    experts: list[ExpertSite] = field(default_factory=list)
+    watch_end: Watch | None = None
+    """→ Tensor, the streams after the last site"""
+    streams: int = 1
+    missing: list[str] = field(default_factory=list)
+    """What this model does not have, each as a sentence."""
+
+    def summary(self) -> dict[str, Any]:
+        """What was found, for the manifest."""
+        learned = [r for r in self.routers if not r.hashed]
+        return {
+            "family": self.family,
+            "layers": len(self.layers),
+            "sites": len(self.sites),
+            "routers": len(self.routers),
+            "hash_layers": [r.layer for r in self.routers if r.hashed],
+            "experts": self.experts[0].experts if self.experts else 0,
+            "experts_per_token": learned[0].k if learned else None,
+            "streams": self.streams,
+            "constrained": any(s.constrained for s in self.sites),
+            "missing": self.missing,
+        }
+
+
+def on_output(module: nn.Module, read: Callable[[tuple, dict, Any], Any]) -> Watch:
+    """Watches a module's forward; `read` takes (args, kwargs, output)."""
+
+    def watch(sink: Sink) -> list[Removable]:
+        def hook(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            sink(lambda: read(args, kwargs, output))
+
+        return [module.register_forward_hook(hook, with_kwargs=True)]
+
+    return watch
+
+
+def on_input(module: nn.Module, read: Callable[[tuple, dict], Any]) -> Watch:
+    """Watches what a module is called with."""
+
+    def watch(sink: Sink) -> list[Removable]:
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            sink(lambda: read(args, kwargs))
+
+        return [module.register_forward_pre_hook(hook, with_kwargs=True)]
+
+    return watch

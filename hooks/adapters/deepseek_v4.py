@@ -1,0 +1,169 @@
+"""Adapter for transformers' DeepSeek-V4: its `comb` is applied transposed, so H_res = combᵀ."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geodiag.hooks.adapters.base import (
+    ActView,
+    Choice,
+    ExpertSite,
+    Layout,
+    MixView,
+    Removable,
+    RouterSite,
+    RouterView,
+    Sink,
+    Site,
+    Watch,
+    on_input,
+    on_output,
+)
+
+
+def find(model: nn.Module) -> Layout | None:
+    """The layout of a `DeepseekV4Model` or of a head around it; None for other models. Imports no transformers."""
+    own = next((m for m in model.modules() if type(m).__name__ == "DeepseekV4Model"), None)
+    if own is None:
+        return None
+    layers = list(own.layers)
+    sites = []
+    for i, layer in enumerate(layers):
+        for name, connection, branch in (("attn", layer.attn_hc, layer.self_attn), ("ffn", layer.ffn_hc, layer.mlp)):
+            sites.append(
+                Site(
+                    layer=i,
+                    site=name,
+                    watch_mix=on_output(
+                        connection,
+                        # post, comb, collapsed; out_n = Σ_m comb[m, n] x_m
+                        lambda args, kwargs, out: MixView(
+                            args[0] if args else kwargs["hidden_streams"], None, out[0], out[1].transpose(-1, -2)
+                        ),
+                    ),
+                    watch_branch=on_output(branch, lambda _a, _k, out: out[0] if isinstance(out, tuple) else out),
+                    constrained=True,
+                )
+            )
+    return Layout(
+        family="deepseek_v4 (transformers)",
+        layers=layers,
+        sites=sites,
+        routers=[_router(i, layer.mlp.gate) for i, layer in enumerate(layers)],
+        experts=[_experts(i, layer.mlp) for i, layer in enumerate(layers)],
+        watch_end=on_input(own.hc_head, lambda args, _: args[0]),
+        streams=own.config.hc_mult,
+    )
+
+
+def _router(layer: int, gate: Any) -> RouterSite:
+    hashed = not hasattr(gate, "e_score_correction_bias")
+
+    def replay(out: tuple, ids: Tensor) -> tuple:
+        logits = out[0]
+        chosen = gate.score_fn(logits).gather(1, ids)
+        weights = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+        return logits, weights * gate.routed_scaling_factor, ids
+
+    def read(args: tuple, kwargs: dict, out: tuple) -> RouterView:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        bias = None if hashed else gate.e_score_correction_bias
+        return RouterView(hidden.reshape(-1, hidden.shape[-1]), gate.score_fn(out[0]), bias, out[2], out[1])
+
+    return RouterSite(
+        layer=layer,
+        module=gate,
+        experts=gate.num_experts,
+        k=gate.top_k,
+        hashed=hashed,
+        watch=on_output(gate, read),
+        weight=lambda: gate.weight,
+        bias=lambda: None if hashed else gate.e_score_correction_bias,
+        rescore=lambda hidden, weight: gate.score_fn(hidden.to(weight.dtype) @ weight.T),
+        chosen=lambda out: Choice(out[2], out[1]),
+        replay=replay,
+    )
+
+
+class _Restore:
+    """Takes an instance attribute away again, so that the class's own shows."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+
+    def remove(self) -> None:
+        self.module.__dict__.pop(self.name, None)
+
+
+def _watch_experts(experts: Any) -> Watch:
+    """The pre-activations exist only as the argument of `_apply_gate`: called once, or once an expert in order."""
+
+    def watch(sink: Sink) -> list[Removable]:
+        pieces: list[tuple[Tensor, Tensor]] = []
+        gated = type(experts)._apply_gate
+
+        def apply_gate(gate_up: Tensor) -> Tensor:
+            act = gated(experts, gate_up)
+            pieces.append((gate_up.detach(), act.detach()))
+            return act
+
+        def view(args: tuple, kwargs: dict) -> ActView:
+            ids = (args[1] if len(args) > 1 else kwargs["top_k_index"]).flatten()
+            if getattr(experts.config, "_experts_implementation", None) != "batched_mm":
+                ids = ids.sort().values
+            ins, outs = (torch.cat(t) if len(pieces) > 1 else t[0] for t in zip(*pieces, strict=True))
+            return ActView(*ins.chunk(2, -1), outs, ids)
+
+        def finish(_: nn.Module, args: tuple, kwargs: dict, __: Any) -> None:
+            sink(lambda: view(args, kwargs))
+            pieces.clear()
+
+        experts.__dict__["_apply_gate"] = apply_gate
+        return [
+            _Restore(experts, "_apply_gate"),
+            experts.register_forward_pre_hook(lambda *_: pieces.clear()),
+            experts.register_forward_hook(finish, with_kwargs=True),
+        ]
+
+    return watch
+
+
+def _watch_shared(mlp: Any) -> Watch:
+    def watch(sink: Sink) -> list[Removable]:
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda _m, _a, out: seen.__setitem__(name, out.detach())
+
+        def view(args: tuple) -> ActView:
+            act = args[0].detach().flatten(0, -2)
+            return ActView(seen["gate"].flatten(0, -2), seen["up"].flatten(0, -2), act, None)
+
+        def finish(_: nn.Module, args: tuple) -> None:
+            sink(lambda: view(args))
+            seen.clear()
+
+        return [
+            mlp.gate_proj.register_forward_hook(keep("gate")),
+            mlp.up_proj.register_forward_hook(keep("up")),
+            mlp.down_proj.register_forward_pre_hook(finish),
+        ]
+
+    return watch
+
+
+def _experts(layer: int, mlp: Any) -> ExpertSite:
+    def weights() -> dict[str, Tensor]:
+        gate, up = mlp.experts.gate_up_proj.detach().chunk(2, 1)
+        return {"gate": gate, "up": up, "down": mlp.experts.down_proj.detach()}
+
+    return ExpertSite(
+        layer=layer,
+        experts=mlp.experts.num_experts,
+        watch=[_watch_experts(mlp.experts), _watch_shared(mlp.shared_experts)],
+        gate_limit=mlp.experts.limit,
+        up_limit=mlp.experts.limit,
+        weights=weights,
+    )

@@ -1,0 +1,48 @@
+"""Adapter for any stack of blocks: what can be said without knowing the model is the stream between blocks."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from geodiag.hooks.adapters.base import Layout, MixView, Site, Watch, on_input, on_output
+
+
+def find(model: nn.Module) -> Layout | None:
+    """Takes the longest list of alike blocks for the decoder; None where a model has no such list."""
+    blocks = max(_stacks(model), key=len, default=None)
+    if blocks is None:
+        return None
+    return Layout(
+        family=type(model).__name__,
+        layers=blocks,
+        sites=[Site(layer=i, site="block", watch_mix=_stream(b), watch_branch=None) for i, b in enumerate(blocks)],
+        watch_end=on_output(blocks[-1], lambda _a, _k, out: _first(out).unsqueeze(-2)),
+        missing=[
+            "no hyper-connections found: streams and their transport are recorded, H_res gains are not",
+            "no router found: flips, loads and margins are not recorded",
+            "no gated experts found: clamp hits and expert norms are not recorded",
+        ],
+    )
+
+
+def _stacks(model: nn.Module) -> Iterator[list[nn.Module]]:
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1:
+            blocks = list(module)
+            if len({type(b) for b in blocks}) == 1 and any(True for _ in blocks[0].children()):
+                yield blocks
+
+
+def _stream(block: nn.Module) -> Watch:
+    return on_input(block, lambda args, kwargs: MixView(_first((*args, *kwargs.values())).unsqueeze(-2)))
+
+
+def _first(values: Any) -> Tensor:
+    """The first floating-point tensor of a block's arguments or output: its hidden state."""
+    if isinstance(values, Tensor):
+        return values
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise TypeError("a block takes or returns no floating-point tensor, so it has no stream to watch")

@@ -1,0 +1,102 @@
+"""Adapter for geodiag's own reference transformer."""
+
+from torch import Tensor, nn
+
+from geodiag.hooks.adapters.base import (
+    ActView,
+    Choice,
+    ExpertSite,
+    Layout,
+    MixView,
+    RouterSite,
+    RouterView,
+    Site,
+    Watch,
+    on_input,
+    on_output,
+)
+from geodiag.reference_models.kernels.reference import affinity
+from geodiag.reference_models.mhc import HyperConnection
+from geodiag.reference_models.moe import ClampedSwiGLU, HashRouter, MoE, Router
+from geodiag.reference_models.transformer import Transformer
+
+
+def find(model: nn.Module) -> Layout | None:
+    """The layout of a reference `Transformer`, or of the one inside a wrapper; None for other models."""
+    own = next((m for m in model.modules() if isinstance(m, Transformer)), None)
+    if own is None:
+        return None
+    sites, routers, experts = [], [], []
+    for i, layer in enumerate(own.layers):
+        for name, connection, branch in (("attn", layer.attn_hc, layer.attn), ("ffn", layer.ffn_hc, layer.moe)):
+            sites.append(_site(i, name, connection, branch))
+        routers.append(_router(i, layer.moe.router))
+        experts.append(_experts(i, layer.moe, own.config.swiglu_limit))
+    plain = own.config.residual == "plain"
+    return Layout(
+        family=f"reference ({own.config.residual})",
+        layers=list(own.layers),
+        sites=sites,
+        routers=routers,
+        experts=experts,
+        watch_end=on_input(own.read_out, lambda args, _: args[0]),
+        streams=own.config.streams,
+        missing=["no hyper-connections: the residual is plain, so there are no H_res gains"] if plain else [],
+    )
+
+
+def _site(layer: int, name: str, connection: nn.Module, branch: nn.Module) -> Site:
+    attention = name == "attn"
+    return Site(
+        layer=layer,
+        site=name,
+        watch_mix=on_output(connection, lambda args, _, mix: MixView(args[0], *mix[1:])),
+        watch_branch=on_output(branch, lambda _a, _k, out: out if attention else out.hidden_BSC),
+        constrained=isinstance(connection, HyperConnection) and connection.config.residual == "mhc",
+    )
+
+
+def _router(layer: int, router: Router) -> RouterSite:
+    hashed = isinstance(router, HashRouter)
+    return RouterSite(
+        layer=layer,
+        module=router,
+        experts=len(router.weight),
+        k=router.k,
+        hashed=hashed,
+        watch=on_output(
+            router,
+            lambda args, _, r: RouterView(
+                args[0], r.scores_TE, None if hashed else router.balance, r.expert_ids_TK, r.weights_TK
+            ),
+        ),
+        weight=lambda: router.weight,
+        bias=lambda: None if hashed else router.balance,
+        rescore=affinity,
+        chosen=lambda out: Choice(out.expert_ids_TK, out.weights_TK),
+        replay=lambda out, ids: router.weighed(out.scores_TE, ids),
+    )
+
+
+def _act(act: ClampedSwiGLU) -> Watch:
+    def read(args: tuple, kwargs: dict, out: Tensor) -> ActView:
+        gate, up = args[0].chunk(2, -1)
+        return ActView(gate, up, out, args[1] if len(args) > 1 else kwargs.get("expert_A"))
+
+    return on_output(act, read)
+
+
+def _experts(layer: int, moe: MoE, limit: float | None) -> ExpertSite:
+    def weights() -> dict[str, Tensor]:
+        gate, up = moe.experts.gate_up.detach().chunk(2, -1)
+        return {"gate": gate, "up": up, "down": moe.experts.down.detach()}
+
+    acts = [moe.experts.act] + ([moe.shared.act] if moe.shared is not None else [])
+    return ExpertSite(
+        layer=layer,
+        experts=len(moe.experts.gate_up),
+        watch=[_act(a) for a in acts],
+        gate_limit=limit,
+        up_limit=limit,
+        weights=weights,
+    )

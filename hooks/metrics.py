@@ -1,0 +1,175 @@
+"""The measured quantities as functions: tensors in, tensors out, nothing read on the host.
+
+Definitions: docs/metrics.md. Orientation: `res_TNN` is the operator applied to the streams, x' = res @ x.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# T tokens, S sites, N streams, C channels, E experts, K experts per token, A assignments, F expert dim
+
+
+class Gains(NamedTuple):
+    """Per token: largest and smallest |row sum| (forward) and |column sum| (backward) of a map."""
+
+    fwd_T: Tensor
+    fwd_min_T: Tensor
+    bwd_T: Tensor
+    bwd_min_T: Tensor
+
+
+@torch.no_grad()
+def amax_gains(res_TNN: Tensor) -> Gains:
+    """Signed sums first, then magnitudes (arXiv 2512.24880 §3.1): not the ∞-norm for a signed map."""
+    rows, columns = res_TNN.sum(-1).abs(), res_TNN.sum(-2).abs()
+    return Gains(rows.amax(-1), rows.amin(-1), columns.amax(-1), columns.amin(-1))
+
+
+@torch.no_grad()
+def sinkhorn_residual(res_TNN: Tensor) -> Tensor:
+    """Per token: the largest distance of a row or column sum from 1."""
+    rows, columns = (res_TNN.sum(-1) - 1).abs(), (res_TNN.sum(-2) - 1).abs()
+    return torch.maximum(rows.amax(-1), columns.amax(-1))
+
+
+@torch.no_grad()
+def composite_gains(res_STNN: Tensor) -> Gains:
+    """Gains of the composites at every site, each (S, T).
+
+    Forward of P_s = H_s … H_1 and backward of Q_s = H_S … H_s, in the order of the sites. Row sums of a product
+    are the product applied to ones, so a vector a token suffices: H_s (… (H_1 1)).
+    """
+    sites, tokens, n, _ = res_STNN.shape
+    rows = torch.ones(tokens, n, device=res_STNN.device, dtype=res_STNN.dtype)
+    columns = torch.ones_like(rows)
+    forward, backward = [], []
+    for s in range(sites):
+        rows = (res_STNN[s] * rows.unsqueeze(-2)).sum(-1)
+        forward.append(rows)
+    for s in reversed(range(sites)):
+        columns = (res_STNN[s] * columns.unsqueeze(-1)).sum(-2)
+        backward.append(columns)
+    f, b = torch.stack(forward).abs(), torch.stack(backward[::-1]).abs()
+    return Gains(f.amax(-1), f.amin(-1), b.amax(-1), b.amin(-1))
+
+
+_SQUARINGS = 6
+
+
+@torch.no_grad()
+def spectral_norm(maps: Tensor) -> Tensor:
+    """‖H‖₂ of small maps (…, N, N): power iteration on HᵀH by repeated squaring, then a Rayleigh quotient.
+
+    2⁶ = 64 iterations; from below, and within 1e-3 even where the two largest singular values are close.
+    """
+    gram = maps.mT @ maps
+    power = gram
+    for _ in range(_SQUARINGS):
+        power = power / power.abs().amax((-2, -1), keepdim=True).clamp_min(1e-30)
+        power = power @ power
+    column = power.square().sum(-2).argmax(-1, keepdim=True).unsqueeze(-2)
+    v = power.gather(-1, column.expand(*power.shape[:-1], 1))
+    value = (v.mT @ gram @ v) / v.square().sum((-2, -1), keepdim=True).clamp_min(1e-30)
+    return value.clamp_min(0).sqrt().squeeze(-1).squeeze(-1) + 0 * maps.sum((-2, -1))
+
+
+@torch.no_grad()
+def token_norms(x_T: Tensor) -> Tensor:
+    """‖x‖_F of each token, whatever shape a token has; float32."""
+    return x_T.flatten(1).float().square().sum(1).sqrt()
+
+
+@torch.no_grad()
+def post_concentration(post_TN: Tensor) -> Tensor:
+    """Mean over tokens of max_i H_post / mean_i H_post, in [1, N]."""
+    return (post_TN.amax(-1) / post_TN.mean(-1)).mean()
+
+
+class ClampHits(NamedTuple):
+    """Per row of pre-activations: how many of each kind would be, or are, clamped."""
+
+    gate_A: Tensor
+    up_high_A: Tensor
+    up_low_A: Tensor
+
+
+@torch.no_grad()
+def clamp_hits(gate_AF: Tensor, up_AF: Tensor, gate_limit: float, up_limit: float) -> ClampHits:
+    """Strictly beyond the limits; a value on the limit is not clamped."""
+    return ClampHits(
+        (gate_AF > gate_limit).sum(-1, dtype=torch.float32),
+        (up_AF > up_limit).sum(-1, dtype=torch.float32),
+        (up_AF < -up_limit).sum(-1, dtype=torch.float32),
+    )
+
+
+@torch.no_grad()
+def by_expert(values_A: Tensor, expert_A: Tensor, experts: int, reduce: str = "sum") -> Tensor:
+    """Sums (or "amax") of a per-row value over each expert's rows; 0 for an expert with none."""
+    start = torch.zeros(experts, device=values_A.device)
+    return start.scatter_reduce(0, expert_A.long(), values_A.float(), reduce, include_self=reduce == "sum")
+
+
+@torch.no_grad()
+def over_median(values_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest and smallest over the median, of the experts that saw a token (last dimension)."""
+    median = values_E.nanquantile(0.5, dim=-1)
+    high = torch.where(values_E.isnan(), -torch.inf, values_E).amax(-1)
+    low = torch.where(values_E.isnan(), torch.inf, values_E).amin(-1)
+    return high / median, low / median
+
+
+@torch.no_grad()
+def flips(now_TK: Tensor, then_TK: Tensor) -> Tensor:
+    """1 − |A ∩ B| / K of each token: set-based, so order does not matter."""
+    same = (now_TK.unsqueeze(-1) == then_TK.unsqueeze(-2)).any(-1)
+    return 1 - same.float().mean(-1)
+
+
+@torch.no_grad()
+def first_choice(expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Each token's expert of the largest gate weight, whatever order the router lists them in."""
+    return expert_ids_TK.gather(-1, weights_TK.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+@torch.no_grad()
+def jaccard(a_TK: Tensor, b_TK: Tensor) -> Tensor:
+    """|A ∩ B| / |A ∪ B| of each token's two choices of K."""
+    both = (a_TK.unsqueeze(-1) == b_TK.unsqueeze(-2)).any(-1).sum(-1).float()
+    return both / (2 * a_TK.shape[-1] - both)
+
+
+@torch.no_grad()
+def margins(biased_TE: Tensor, k: int) -> Tensor:
+    """Score of the last chosen expert minus the best rejected one, per token."""
+    top = biased_TE.topk(k + 1, dim=-1).values
+    return top[..., k - 1] - top[..., k]
+
+
+@torch.no_grad()
+def entropy(scores_TE: Tensor) -> Tensor:
+    """Entropy of each token's normalised scores, nats."""
+    p = scores_TE / scores_TE.sum(-1, keepdim=True)
+    return -(p * p.clamp_min(1e-30).log()).sum(-1)
+
+
+@torch.no_grad()
+def max_vio(load_E: Tensor) -> Tensor:
+    """Busiest expert over the mean load, minus 1 (arXiv 2408.15664)."""
+    return load_E.amax(-1) / load_E.mean(-1) - 1
+
+
+@torch.no_grad()
+def load_cv(load_E: Tensor) -> Tensor:
+    """Standard deviation of the loads over their mean."""
+    return load_E.std(-1, correction=0) / load_E.mean(-1)
+
+
+@torch.no_grad()
+def power_step(weight_ERC: Tensor, vector_EC: Tensor) -> tuple[Tensor, Tensor]:
+    """One power iteration on each matrix: the estimate ‖W v‖ for unit v, and the next v."""
+    u = (weight_ERC.float() @ vector_EC.unsqueeze(-1)).squeeze(-1)
+    v = (weight_ERC.float().mT @ u.unsqueeze(-1)).squeeze(-1)
+    return u.norm(dim=-1), torch.nn.functional.normalize(v, dim=-1)

@@ -1,0 +1,333 @@
+"""attach: find a model's sites, routers and experts, watch every training step, record it, steer it."""
+
+import atexit
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from geodiag.control import Request, RequestWatch
+from geodiag.errors import GeodiagError
+from geodiag.events import Event
+from geodiag.hooks.adapters import Layout, find_layout
+from geodiag.hooks.anticipatory import AnticipatoryRouting, Mode
+from geodiag.hooks.controller import Controller, Decision
+from geodiag.hooks.gradients import GradientNorms, optimizers_in
+from geodiag.hooks.past import RouterPast
+from geodiag.hooks.probe import Probe
+from geodiag.hooks.recorder import Facts, Recorder
+from geodiag.hooks.rows import Places
+from geodiag.hooks.slots import Slots
+from geodiag.hooks.spectra import WeightSpectra
+from geodiag.hooks.summary import summarise
+from geodiag.hooks.taps import Taps
+from geodiag.run import Run, Status
+
+_COUNTERFACTUAL = ("clamp_gate_rate", "clamp_up_high_rate", "clamp_up_low_rate")
+
+
+class Monitor:
+    """A watched training. `step` once an optimizer step, `close` at the end; or use it as a context."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        run: Run,
+        layout: Layout,
+        *,
+        routing: AnticipatoryRouting | None,
+        controller: Controller,
+        probe: tuple | Mapping[str, Any] | None,
+        probe_every: int,
+        every: int,
+        sample: int,
+        micro_batches: int,
+        first_step: int,
+    ) -> None:
+        self.model, self.run, self.layout = model, run, layout
+        self.routing, self.controller = routing, controller
+        self.next_step = first_step
+        self._first_step, self._every, self._probe_every = first_step, every, probe_every
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        places = Places.of(layout)
+        hashed = np.array([places.row_of_layer[r.layer] for r in layout.routers if r.hashed], int)
+        self._recorder = Recorder(run, places, hashed, device)
+        self.slots = Slots(device, micro_batches, sample)
+        self._taps = Taps(model, layout, self.slots, self._complain)
+        self._gradients = GradientNorms(layout, optimizers, device, self._complain)
+        self._optimizers = optimizers
+        self._past = RouterPast(layout, lag=probe_every)
+        args, kwargs = ((), dict(probe)) if isinstance(probe, Mapping) else (tuple(probe or ()), {})
+        self._probe = Probe(model, layout.routers, args, kwargs)
+        self._spectra = WeightSpectra(layout)
+        self._watch = RequestWatch(Path(run.url))
+        self._adopt_probe = model.register_forward_pre_hook(self._take_probe, with_kwargs=True)
+        self._ended_at: float | None = None
+        self._record_seconds: float | None = None
+        self._closed = False
+        if routing is not None:
+            self._taps.replaying = lambda: routing.replaying
+            routing.on_change = self._routing_changed
+            if controller.policy == "on":
+                self._act(controller.ask("on", first_step))
+        atexit.register(self.close, "interrupted")
+
+    # -- once a step -------------------------------------------------------------------------
+
+    def step(
+        self,
+        loss: Tensor | float,
+        *,
+        grad_norm: Tensor | float | None = None,
+        lr: float | None = None,
+    ) -> None:
+        """Ends one optimizer step: records it, and lets the controller decide about the next.
+
+        `grad_norm` is the total before clipping, where the trainer knows it; without it, what the optimizer saw.
+        A failure in here is reported once and swallowed: monitoring does not end a training.
+        """
+        began = time.perf_counter()
+        step, self.next_step = self.next_step, self.next_step + 1
+        try:
+            self._record(step, loss, grad_norm, lr, began)
+            for seen in self._recorder.observed():
+                decision = self.controller.decide(seen.step, seen.verdict)
+                if decision is not None:
+                    self._act(decision)
+            request = self._watch.poll()
+            if request is not None:
+                self._obey(request)
+        except Exception as e:
+            self._complain(f"step {step}", e)
+        self._ended_at = time.perf_counter()
+        self._record_seconds = self._ended_at - began
+
+    def _record(
+        self, step: int, loss: Tensor | float, grad_norm: Tensor | float | None, lr: float | None, began: float
+    ) -> None:
+        device = self.slots.device
+        values = {"loss": _scalar(loss, device), "tokens": self.slots.sum("tokens")}
+        total = None if grad_norm is None else _scalar(grad_norm, device)
+        if self._optimizers or total is not None:
+            values |= self._gradients.values(total)
+        sampled = self._taps.recording
+        absent = []
+        if sampled:
+            values |= summarise(self._taps)
+            absent = [] if self._past.ready else ["flip_rate_router"]
+            if not (self.routing is not None and self.routing.replaying):
+                absent.append("flip_rate_anticipatory")
+        if step % self._probe_every == 0:
+            values |= self._probe_now()
+        groups = self._optimizers[0].param_groups if self._optimizers else []
+        facts = Facts(
+            step=step,
+            lr=lr if lr is not None else (float(groups[0]["lr"]) if groups else None),
+            routing_mode=self.routing.mode if self.routing else "off",
+            routing_lag=self.routing.lag if self.routing else 0,
+            step_seconds=began - self._ended_at if self._ended_at is not None else None,
+            record_seconds=self._record_seconds,
+            sampled=sampled,
+            with_matrices=step % self._probe_every == 0,
+            absent=tuple(absent),
+        )
+        self._recorder.push(values, facts)
+        self.slots.clear()
+        self._gradients.clear()
+        self._past.remember(self._taps)
+        self._taps.recording = self.next_step % self._every == 0
+        self._gradients.recording = self._taps.recording
+
+    def _probe_now(self) -> dict[str, Tensor]:
+        values = self._spectra.run()
+        if self.layout.routers and self._probe.ready:
+            values |= self._probe.run()
+        return values
+
+    def _take_probe(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Without a probe batch of the user's, the first batch that is trained on becomes it."""
+        if torch.is_grad_enabled():
+            if not self._probe.ready:
+                self._probe.adopt(args, kwargs)
+            self._adopt_probe.remove()
+
+    # -- routing -----------------------------------------------------------------------------
+
+    def _act(self, decision: Decision) -> None:
+        data = {"action": decision.action, "acted": decision.acted, "policy": self.controller.policy}
+        self.event("decision", decision.reason, data=data)
+        if self.routing is None or not decision.acted:
+            return
+        if decision.action == "enable":
+            self.routing.enable()
+        elif decision.action == "disable":
+            self.routing.disable()
+
+    def _obey(self, request: Request) -> None:
+        asked = f"{request.routing} (by {request.by})"
+        self.event("request", f"asked for routing {asked}", data={"request": request.id, "routing": request.routing})
+        refusal = self._why_not(request)
+        data = {"request": request.id, "obeyed": refusal is None, "routing": request.routing}
+        if refusal is not None:
+            self.event("acknowledge", f"refused {asked}: {refusal}", data=data)
+            return
+        if request.delay_steps is not None and self.routing is not None:
+            self.routing.delay_steps = self.controller.delay_steps = request.delay_steps
+        self.event("acknowledge", f"obeyed: routing {asked}", data=data)
+        self._act(self.controller.ask(request.routing, self.next_step))  # type: ignore[arg-type]
+
+    def _why_not(self, request: Request) -> str | None:
+        if self.routing is None and request.routing != "off":
+            return "this training gave attach no AnticipatoryRouting, so there is nothing to switch"
+        changes = request.delay_steps is not None and self.routing is not None
+        if changes and self.routing.mode != "off" and request.delay_steps != self.routing.delay_steps:  # type: ignore[union-attr]
+            return f"the delay can change only while routing is off; it is in {self.routing.mode}"  # type: ignore[union-attr]
+        return None
+
+    def _routing_changed(self, old: Mode, new: Mode) -> None:
+        delay = self.routing.delay_steps if self.routing else 0
+        self.event("routing", f"routing went from {old} to {new}", data={"from": old, "to": new, "delay_steps": delay})
+
+    # -- the rest ----------------------------------------------------------------------------
+
+    def event(self, kind: str, message: str, **more: Any) -> None:
+        """Records an event at the coming step: a fault, a note of the training script's own."""
+        self._recorder.event(Event(step=self.next_step, kind=kind, message=message, **more))
+
+    @property
+    def last(self) -> Any:
+        """The newest `Observation`, or None before the first."""
+        return self._recorder.last
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs to go on judging as before."""
+        return {
+            "next_step": self.next_step,
+            "detector": self._recorder.observer.detector.state_dict(),
+            "controller": self.controller.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.next_step = state["next_step"]
+        self._recorder.observer.detector.load_state_dict(state["detector"])
+        self.controller.load_state_dict(state["controller"])
+
+    def _complain(self, what: str, error: Exception) -> None:
+        self._recorder.complain(what, error, self.next_step)
+
+    def close(self, status: Status = "finished") -> None:
+        """Takes every hook off and closes the run. Closing twice does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        self._taps.remove()
+        self._gradients.remove()
+        self._adopt_probe.remove()
+        if self.routing is not None:
+            self.routing.on_change = lambda _old, _new: None
+        self._recorder.close(status)
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if kind is None:
+            self.close("finished")
+        else:
+            self.close("interrupted" if issubclass(kind, KeyboardInterrupt | SystemExit) else "failed")
+
+
+def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().float().reshape(()).to(device)
+    return torch.full((), float(value), device=device)
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    path: str | os.PathLike,
+    *,
+    routing: AnticipatoryRouting | None = None,
+    policy: str = "off",
+    controller: Controller | None = None,
+    probe: tuple | Mapping[str, Any] | None = None,
+    probe_every: int = 10,
+    every: int = 1,
+    sample: int = 1024,
+    micro_batches: int = 8,
+    first_step: int = 0,
+    config: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Monitor:
+    """Watches `model` and records every step of its training in the run directory `path`.
+
+    Finds the model's residual sites, routers and experts by itself and says what it found. Call `step(loss)` on what
+    is returned after every optimizer step.
+
+    routing: an AnticipatoryRouting that the controller may switch; policy `off`, `auto` or `on` says whether it may.
+    probe: arguments of a fixed batch for flip rates; without it, the first batch. probe_every: steps between probes.
+    every: steps between samples of the layers. sample: tokens a micro-batch for per-token products.
+    micro_batches: the most a step has; more than that, and only the last so many of a step are on record.
+
+    GeodiagError where the model has no blocks to watch, or `path` cannot be written.
+    """
+    if min(probe_every, every, sample, micro_batches) < 1:
+        raise ValueError("probe_every, every, sample and micro_batches are at least 1")
+    optimizers = optimizers_in(optimizer)
+    layout = find_layout(model)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and policy != "off":
+        raise GeodiagError(f"routing {policy} on {world} ranks is not there yet; pass policy='off' to record only")
+    controller = controller or Controller(delay_steps=routing.delay_steps if routing else 8)
+    controller.policy = policy  # type: ignore[assignment]
+    if policy not in ("off", "auto", "on"):
+        raise ValueError(f"policy is off, auto or on, not {policy!r}")
+    if routing is None and policy != "off":
+        raise GeodiagError(f"routing {policy} needs an AnticipatoryRouting; pass attach(..., routing=...)")
+    unclamped = any(e.gate_limit is None for e in layout.experts)
+    run = Run.create(
+        path,
+        found=layout.summary(),
+        config=config,
+        counterfactual=_COUNTERFACTUAL if unclamped else (),
+        rank=rank,
+        world_size=world,
+    )
+    if not quiet:
+        print(_introduction(layout, path), file=sys.stderr, flush=True)
+    return Monitor(
+        model,
+        optimizers,
+        run,
+        layout,
+        routing=routing,
+        controller=controller,
+        probe=probe,
+        probe_every=probe_every,
+        every=every,
+        sample=sample,
+        micro_batches=micro_batches,
+        first_step=first_step,
+    )
+
+
+def _introduction(layout: Layout, path: str | os.PathLike) -> str:
+    learned = sum(not r.hashed for r in layout.routers)
+    hashed = len(layout.routers) - learned
+    parts = [f"{len(layout.sites)} residual sites of {layout.streams} stream{'s' * (layout.streams > 1)}"]
+    if layout.routers:
+        parts.append(f"{learned} learned routers" + (f" and {hashed} by hash" if hashed else ""))
+        parts.append(f"{layout.routers[0].experts} experts a layer")
+    lines = [f"geodiag watches a {layout.family} model: {', '.join(parts)}; recording to {path}"]
+    return "\n".join(lines + [f"  {m}" for m in layout.missing])

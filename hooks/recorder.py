@@ -1,0 +1,205 @@
+"""The recorder: one asynchronous copy a step off the device, one thread that turns it into rows.
+
+The thread owns the run directory: rows, events and heartbeats are all written there, in order. On a CPU the
+caller waits for it, so a step that returned is on record. On a GPU the training is at most one step ahead.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geodiag.events import Event
+from geodiag.hooks import rows
+from geodiag.hooks.observer import Observation, Observer
+from geodiag.hooks.rows import Host, Places
+from geodiag.run import Run, Status
+from geodiag.spikes import Spike
+
+Packed = list[tuple[str, torch.Size]]
+
+
+@dataclass(kw_only=True)
+class Facts:
+    """What the host knows of a step without asking the device."""
+
+    step: int
+    lr: float | None
+    routing_mode: str
+    routing_lag: int
+    step_seconds: float | None
+    record_seconds: float | None
+    sampled: bool = True
+    """Whether this step's layers are on record."""
+    with_matrices: bool = False
+    absent: tuple[str, ...] = ()
+    """Metrics that this step could not measure."""
+
+
+@dataclass
+class _Step:
+    facts: Facts
+    names: Packed
+    flat: Tensor
+    ready: Any = field(default=None)
+
+
+class Recorder:
+    """`push` a step's device values; `observed` gives back what is known of the steps that are through."""
+
+    def __init__(self, run: Run, places: Places, hashed_rows: np.ndarray, device: torch.device) -> None:
+        self.run, self.places, self.hashed_rows = run, places, hashed_rows
+        self.observer = Observer()
+        self.last: Observation | None = None
+        self._behind = 1 if device.type == "cuda" else 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="geodiag-writer")
+        self._under_way: deque[Future[Observation | None]] = deque()
+        self._complained: set[str] = set()
+
+    # -- on the training thread ----------------------------------------------------------------
+
+    def push(self, values: dict[str, Tensor], facts: Facts) -> None:
+        """Starts the copy of one step's values and hands it to the writer."""
+        names = [(n, v.shape) for n, v in values.items()]
+        flat = torch.cat([v.detach().reshape(-1).float() for v in values.values()])
+        step = _Step(facts, names, flat)
+        if flat.is_cuda:
+            step.flat = torch.empty(flat.shape, pin_memory=True)
+            step.flat.copy_(flat, non_blocking=True)
+            step.ready = torch.cuda.Event()
+            step.ready.record()
+        self._under_way.append(self._pool.submit(self._write, step))
+
+    def observed(self) -> list[Observation]:
+        """Steps that have come through since the last call: on a CPU all, on a GPU all but the newest."""
+        through = []
+        while len(self._under_way) > self._behind:
+            seen = self._under_way.popleft().result()
+            if seen is not None:
+                through.append(seen)
+        return through
+
+    def event(self, event: Event) -> None:
+        """Records an event after the rows that are already under way."""
+        written = self._pool.submit(self._guarded, "events", lambda: self.run.event(event))
+        if not self._behind:
+            written.result()
+
+    def complain(self, what: str, error: BaseException, step: int) -> None:
+        """Says once that geodiag itself failed at something; training goes on."""
+        if what in self._complained:
+            return
+        self._complained.add(what)
+        line = f"{what}: {type(error).__name__}: {error}".splitlines()[0]
+        print(f"geodiag could not record {line}; training goes on without it", file=sys.stderr, flush=True)
+        self._pool.submit(
+            self._quiet, lambda: self.run.event(Event(step=step, kind="problem", message=f"could not record {line}"))
+        )
+
+    def close(self, status: Status) -> None:
+        """Waits for everything under way and closes the run."""
+        for future in self._under_way:
+            future.result()
+        self._under_way.clear()
+        self._pool.submit(self._guarded, "closing the run", lambda: self.run.close(status)).result()
+        self._pool.shutdown()
+
+    # -- in the writer's thread ----------------------------------------------------------------
+
+    def _guarded(self, what: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except Exception as e:  # a full disk, a vanished folder: said once; training goes on
+            if what not in self._complained:
+                self._complained.add(what)
+                print(f"geodiag: {what}: {type(e).__name__}: {e}; training goes on", file=sys.stderr, flush=True)
+            return None
+
+    def _quiet(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except Exception:  # the complaint was printed already; there is nowhere left to write it
+            return
+
+    def _write(self, step: _Step) -> Observation | None:
+        if step.ready is not None:
+            step.ready.synchronize()
+        host: Host = {}
+        start, flat = 0, step.flat.numpy()
+        for name, shape in step.names:
+            host[name] = flat[start : start + shape.numel()].reshape(shape or (1,))
+            start += shape.numel()
+        seen = self._guarded("the detector", lambda: self.observer.observe(step.facts.step, host))
+        self._guarded("rows", lambda: self._append(step.facts, host, seen))
+        self.last = seen
+        return seen
+
+    def _append(self, facts: Facts, host: Host, seen: Observation | None) -> None:
+        for table, columns in self._tables(facts, host):
+            self.run.append(table, {"step": facts.step, **columns})
+        for event in events_of(seen) if seen else []:
+            self.run.event(event)
+        # The step's own row goes last: who sees it may count on the rest of the step being there.
+        self.run.append("steps", self._step_row(facts, host, seen))
+        self.run.heartbeat(facts.step)
+
+    def _tables(self, facts: Facts, host: Host) -> list[tuple[str, rows.Columns]]:
+        if not facts.sampled:
+            return []
+        layers = rows.layer_rows(host, self.places)
+        rows.hide(layers, *facts.absent)
+        rows.nulls_for_hash(layers, self.hashed_rows)
+        found = [("layers", layers), ("experts", rows.expert_rows(host, self.places))]
+        if facts.with_matrices:
+            found.append(("matrices", rows.matrix_rows(host, self.places)))
+        return [(t, c) for t, c in found if c]
+
+    def _step_row(self, facts: Facts, host: Host, seen: Observation | None) -> rows.Columns:
+        row: rows.Columns = {
+            "step": [facts.step],
+            "loss": host["loss"],
+            "grad_norm": host.get("grad_norm"),
+            "lr": facts.lr,
+            "tokens": host.get("tokens"),
+            "step_seconds": facts.step_seconds,
+            "record_seconds": facts.record_seconds,
+            "routing_mode": facts.routing_mode,
+            "routing_lag": facts.routing_lag,
+        }
+        if seen is not None:
+            row |= {"spike_score": _or_null(seen.verdict.score)}
+            row |= {f"stage{s}_score": _or_null(z) for s, z in seen.stages.items()}
+        return row
+
+
+def _or_null(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def events_of(seen: Observation) -> list[Event]:
+    """What the detector said of this step, as events."""
+    events = []
+    raised, ended = seen.verdict.raised, seen.verdict.ended
+    if raised is not None:
+        events.append(Event(step=seen.step, kind=raised.kind, message=_said(raised), data=_data(raised)))
+    if ended is not None and ended.kind != "outlier":
+        message = f"{ended.kind} since step {ended.onset} is over; its peak was at step {ended.peak}"
+        events.append(Event(step=seen.step, kind="recovered", message=message, data=_data(ended)))
+    return events
+
+
+def _data(spike: Spike) -> dict[str, Any]:
+    names = ("kind", "detected", "onset", "peak", "end", "score")
+    return {n: getattr(spike, n) for n in names}
+
+
+def _said(spike: Spike) -> str:
+    if spike.kind == "nonfinite":
+        return f"the loss is not finite since step {spike.onset}"
+    return f"{spike.kind}: the loss left its trend at step {spike.onset}, {spike.score:.1f} robust σ above it"

@@ -1,0 +1,115 @@
+"""From a step's host values to the rows of its tables."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from geodiag.hooks.adapters.base import Layout
+from geodiag.schema import METRICS
+
+Host = dict[str, np.ndarray]
+Columns = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the rows of a layout's tables stand."""
+
+    layer_S: np.ndarray
+    site_S: list[str]
+    row_of_layer: dict[int, int]
+    """The layer's last site: the row that carries what a layer has once (router, experts, gradient norm)."""
+    router_rows: np.ndarray
+    expert_rows: np.ndarray
+    expert_layers: np.ndarray
+    streams: int
+
+    @classmethod
+    def of(cls, layout: Layout) -> "Places":
+        row_of_layer = {s.layer: i for i, s in enumerate(layout.sites)}
+        return cls(
+            np.array([s.layer for s in layout.sites]),
+            [s.site for s in layout.sites],
+            row_of_layer,
+            np.array([row_of_layer[r.layer] for r in layout.routers], int),
+            np.array([row_of_layer[e.layer] for e in layout.experts], int),
+            np.array([e.layer for e in layout.experts], int),
+            layout.streams,
+        )
+
+
+def layer_rows(host: Host, places: Places) -> Columns:
+    """One row a site. A metric that a place does not have is null there."""
+    sites = len(places.layer_S)
+    columns: Columns = {"layer": places.layer_S, "site": places.site_S}
+    rows_of = {"router": places.router_rows, "act": places.expert_rows}
+    for key, value in host.items():
+        group, _, name = key.partition("/")
+        if ("layers", name) not in METRICS:
+            continue
+        if group == "site":
+            columns[name] = value
+        elif group in rows_of:
+            columns[name] = _scattered(value, rows_of[group], sites)
+        elif group == "layer":
+            rows = np.array([places.row_of_layer[i] for i in range(len(value))])
+            columns[name] = _scattered(value, rows, sites)
+    return columns
+
+
+def _scattered(value: np.ndarray, rows: np.ndarray, size: int) -> np.ma.MaskedArray:
+    out = np.ma.masked_all(size, np.float32)
+    out[rows] = value
+    return out
+
+
+def hide(columns: Columns, *names: str) -> None:
+    """Leaves out metrics that this step could not measure, so that they read as null."""
+    for name in names:
+        columns.pop(name, None)
+
+
+def nulls_for_hash(columns: Columns, hashed_rows: np.ndarray) -> None:
+    """A hash router chooses nothing: no margin, no bias, no overlap. Its flips stay, and must be 0."""
+    for name in ("router_margin_mean", "router_margin_p01", "router_margin_p10", "bias_abs_max", "bias_jaccard"):
+        if name in columns:
+            columns[name][hashed_rows] = np.ma.masked
+
+
+def expert_rows(host: Host, places: Places) -> Columns | None:
+    """One row an expert. An expert that saw no token has no activation."""
+    if "load" not in host or "expert/act_rms" not in host:
+        return None
+    layers, experts = host["load"].shape
+    idle = host["expert/elements"] == 0
+    return {
+        "layer": np.repeat(places.expert_layers, experts),
+        "expert": np.tile(np.arange(experts), layers),
+        "load": host["load"].ravel(),
+        "gate_mass": host["gate_mass"].ravel(),
+        "act_rms": np.ma.masked_array(host["expert/act_rms"], idle).ravel(),
+        "act_amax": np.ma.masked_array(host["expert/act_amax"], idle).ravel(),
+        "clamp_hits": host["expert/clamp_hits"].ravel(),
+    }
+
+
+def matrix_rows(host: Host, places: Places) -> Columns | None:
+    """Token-mean H_pre, H_post and H_res of every site, one row an entry; what a model does not expose is left out."""
+    if "maps" not in host:
+        return None
+    n, maps = places.streams, host["maps"]
+    kinds = ["pre"] * n + ["post"] * n + ["res"] * (n * n)
+    i = [0] * n + list(range(n)) + [a for a in range(n) for _ in range(n)]
+    j = list(range(n)) + [0] * n + [b for _ in range(n) for b in range(n)]
+    known = np.array([k != "pre" or not np.isnan(maps[:, :n]).all() for k in kinds])
+    sites = len(maps)
+    pick = np.flatnonzero(known)
+    return {
+        "layer": np.repeat(places.layer_S, len(pick)),
+        "site": [s for s in places.site_S for _ in pick],
+        "map": [kinds[p] for p in pick] * sites,
+        "i": np.tile(np.array(i)[pick], sites),
+        "j": np.tile(np.array(j)[pick], sites),
+        "value": maps[:, pick].ravel(),
+    }
