@@ -1,0 +1,139 @@
+"""`geodiag show`: one run's health on one screen."""
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from geodiag.cli.output import STATUS_STYLE, number, place, print_json, screen
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from geodiag.health import Composite, Health
+
+KEY_METRICS = {
+    "Outcome": ["loss", "grad_norm", "spike_score"],
+    "Stage 1: local curvature": [
+        "stage1_score",
+        "clamp_gate_rate",
+        "clamp_up_high_rate",
+        "clamp_up_low_rate",
+        "act_amax",
+        "expert_norm_max_median",
+    ],
+    "Stage 2: chart inconsistency": [
+        "stage2_score",
+        "flip_rate",
+        "flip_top1",
+        "flip_rate_router",
+        "router_entropy",
+        "max_vio",
+    ],
+    "Stage 3: amplification": [
+        "stage3_score",
+        "amax_gain_fwd_max",
+        "amax_gain_bwd_max",
+        "composite_gain_fwd",
+        "composite_gain_bwd",
+        "transport_gain_bwd",
+        "stream_amax",
+        "sinkhorn_residual",
+    ],
+}
+"""What the screen shows; `--json` has every metric."""
+
+
+def show(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory; a path or a URL.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, every metric included.")] = False,
+) -> None:
+    """Show one run's health on one screen: the worst value of each key metric, where and when."""
+    from geodiag.health import health
+    from geodiag.run import open_run
+
+    found = health(open_run(run))
+    if json:
+        print_json(found.as_json())
+        return
+    for part in (_head(found), *_stages(found), *_tail(found)):
+        screen().print(part)
+
+
+def _head(h: "Health") -> str:
+    from rich.markup import escape
+
+    f = h.found
+    step = "no step yet" if h.last_step is None else f"last step {h.last_step:,}"
+    return (
+        f"[bold]{escape(h.run)}[/]\n[{STATUS_STYLE[h.status]}]{h.status}[/]  {step}  loss {number(h.last_loss)}\n"
+        f"watches {f['sites']} residual sites, {f['routers']} routers, {f['experts']} experts"
+    )
+
+
+def _stages(h: "Health") -> list["RenderableType"]:
+    from rich.table import Table
+
+    from geodiag.health import ALERT
+
+    parts: list[RenderableType] = []
+    for title, names in KEY_METRICS.items():
+        known = [n for n in names if n in h.worst]
+        stage = title[6] if title.startswith("Stage") else None
+        score = h.worst.get(f"stage{stage}_score") if stage else None
+        verdict = ""
+        if score:
+            calm = score.value <= ALERT
+            verdict = (
+                "  [green]within its own history[/]" if calm else f"  [red]left its own history at step {score.step}[/]"
+            )
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+        for width, side in ((24, "left"), (16, "right"), (24, "left"), (0, "left")):
+            table.add_column(min_width=width, justify=side)  # type: ignore[arg-type]
+        for name in known:
+            table.add_row(*_row(h, name))
+        parts.append(f"\n[bold]{title}[/]{verdict}" + ("" if known else "  nothing measured"))
+        if known:
+            parts.append(table)
+        if stage == "3":
+            parts.append("  " + composite_in_words(h.composite))
+    return parts
+
+
+def _row(h: "Health", name: str) -> tuple[str, str, str, str]:
+    from geodiag.health import outside
+    from geodiag.schema import METRICS
+
+    table = "steps" if ("steps", name) in METRICS else "layers"
+    metric, worst = METRICS[table, name], h.worst[name]
+    bad = outside(name, worst, table)
+    value = number(worst.value, metric.unit)
+    low, high = metric.healthy or (None, None)
+    healthy = f"healthy up to {high:g}" if high is not None else f"healthy from {low:g}" if low is not None else ""
+    where = ", ".join(w for w in (f"step {worst.step}", place(worst.layer, worst.site)) if w)
+    return name, f"[red]{value}[/]" if bad else value, where, healthy
+
+
+def composite_in_words(c: "Composite") -> str:
+    """The one sentence on amplification."""
+    if c.worst is None:
+        return "composite gain: no residual maps measured; this model has no hyper-connections"
+    where = f"{c.direction}, step {c.worst.step}, {place(c.worst.layer, c.worst.site)}"
+    gain = number(c.worst.value, "×")
+    if not math.isfinite(c.worst.value):
+        return f"[red]composite gain is {gain}[/] ({where})"
+    if c.verdict == "within":
+        explained = number(c.bound, "×")
+        return f"[green]composite gain stayed within the truncation error[/]: {gain} at most, {explained} explained"
+    if c.verdict == "flat":
+        return f"[green]composite gain stayed flat[/]: {gain} at most"
+    return f"[red]composite gain grew to {gain}[/] ({where})"
+
+
+def _tail(h: "Health") -> list["RenderableType"]:
+    from rich.text import Text
+
+    parts: list[RenderableType] = [f"\n[bold]Spikes[/]  {len(h.spikes) or 'none'}"]
+    parts += [Text(f"  step {e['step']}: {e['message']}") for e in h.spikes[-5:]]
+    parts += [Text(f"not read: {piece}: {why}", style="yellow") for piece, why in h.problems.items()]
+    return parts

@@ -1,0 +1,168 @@
+"""A run's health in a few lines: the worst value of every metric, and what it says of the three stages."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from geodiag.files import plain
+from geodiag.run import Run, Status
+from geodiag.schema import METRICS, Metric, metrics_of
+
+SPIKES = ("spike", "divergence", "nonfinite")
+"""Kinds of events that count as a spike of the run; an outlier is over before anybody can act."""
+ALERT = 6.0
+"""A stage's score, in robust z, from which its worst layer has left its own history."""
+EXACT = 1e-2
+"""How near to 1 the sums of a projected map stay on the side that was normalised last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worst:
+    """The worst value that a metric took, and where."""
+
+    value: float
+    step: int
+    layer: int | None = None
+    site: str | None = None
+    expert: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """A value that is not finite is null, and named beside it."""
+        said = {"value": plain(self.value), "step": self.step, "layer": self.layer, "site": self.site}
+        said |= {} if self.expert is None else {"expert": self.expert}
+        return said | ({} if math.isfinite(self.value) else {"nonfinite": str(self.value)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composite:
+    """Whether the residual maps, one after the other, amplify: the third stage in one word."""
+
+    verdict: Literal["absent", "within", "flat", "grew", "nonfinite"]
+    worst: Worst | None
+    direction: Literal["forward", "backward"]
+    bound: float | None
+    """What the truncated projection alone can account for; None where the maps are not projected."""
+
+    def as_json(self) -> dict[str, Any]:
+        worst = self.worst.as_json() if self.worst else None
+        return {"verdict": self.verdict, "direction": self.direction, "worst": worst, "bound": plain(self.bound)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """What `geodiag show` and `geodiag runs` tell of a run."""
+
+    run: str
+    status: Status
+    last_step: int | None
+    last_loss: float | None
+    spikes: list[dict[str, Any]]
+    worst: dict[str, Worst]
+    composite: Composite
+    found: dict[str, int]
+    problems: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "status": self.status,
+            "last_step": self.last_step,
+            "loss": plain(self.last_loss),
+            "spikes": len(self.spikes),
+            "spike_events": self.spikes,
+            "worst": {name: w.as_json() for name, w in self.worst.items()},
+            "composite": self.composite.as_json(),
+            "found": self.found,
+            "problems": self.problems,
+        }
+
+
+def health(run: Run) -> Health:
+    """Reads the run's tables once and sums them up."""
+    steps, layers = run.read_arrow("steps"), run.read_arrow("layers")
+    worst: dict[str, Worst] = {}
+    for table, rows in (("steps", steps), ("layers", layers), ("experts", run.read_arrow("experts"))):
+        for metric in metrics_of(table):
+            if metric.worse and metric.name not in worst and (found := worst_of(rows, metric)):
+                worst[metric.name] = found
+    events = run.read_arrow("events", ["step", "kind", "message"]).to_pylist()
+    losses = steps["loss"].drop_null()
+    return Health(
+        run=run.url,
+        status=run.status(),
+        last_step=steps["step"][-1].as_py() if len(steps) else None,
+        last_loss=losses[-1].as_py() if len(losses) else None,
+        spikes=[e for e in events if e["kind"] in SPIKES],
+        worst=worst,
+        composite=_composite(layers, worst),
+        found=_found(run),
+        problems=dict(run.problems),
+    )
+
+
+def worst_of(rows: pa.Table, metric: Metric) -> Worst | None:
+    """The row where the metric was at its bad end; what is not finite is worse than all; nulls say nothing."""
+    column = rows[metric.name]
+    measured = np.flatnonzero(column.is_valid().to_numpy())
+    if not len(measured):
+        return None
+    values = column.drop_null().to_numpy()
+    wild = np.flatnonzero(~np.isfinite(values))
+    pick = wild[0] if len(wild) else values.argmin() if metric.worse == "low" else values.argmax()
+    row = rows.slice(int(measured[pick]), 1).to_pylist()[0]
+    where = {key: row.get(key) for key in ("layer", "site", "expert")}
+    return Worst(value=float(values[pick]), step=row["step"], **where)
+
+
+def outside(name: str, worst: Worst, table: str = "layers") -> bool:
+    """Whether the worst value lies outside the metric's healthy range; false where it has none."""
+    low, high = METRICS[table, name].healthy or (None, None)
+    value = worst.value
+    return not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high)
+
+
+def _composite(layers: pa.Table, worst: dict[str, Worst]) -> Composite:
+    ends = [n for n in ("composite_gain_fwd", "composite_gain_bwd") if n in worst]
+    if not ends:
+        return Composite(verdict="absent", worst=None, direction="forward", bound=None)
+    name = max(ends, key=lambda n: worst[n].value if math.isfinite(worst[n].value) else math.inf)
+    top, bound = worst[name], _truncation(layers)
+    verdict: Literal["within", "flat", "grew", "nonfinite"]
+    if not math.isfinite(top.value):
+        verdict = "nonfinite"
+    elif bound is not None and top.value <= bound * (1 + EXACT):
+        verdict = "within"
+    else:
+        verdict = "flat" if top.value <= 1 + EXACT else "grew"
+    return Composite(
+        verdict=verdict, worst=top, direction="forward" if name.endswith("fwd") else "backward", bound=bound
+    )
+
+
+def _truncation(layers: pa.Table) -> float | None:
+    """The largest composite that unfinished Sinkhorn iterations alone explain: what each map leaves, compounded.
+
+    A doubly stochastic map that was cut short still has exact sums on the side normalised last. Where neither
+    side of some map is near 1, nothing was projected, and there is nothing to explain growth away with.
+    """
+    names = ["rank", "attempt", "step", "amax_gain_fwd_max", "amax_gain_bwd_max", "sinkhorn_residual"]
+    rows = layers.select(names).drop_null()
+    if not rows.num_rows:
+        return None
+    fwd, bwd, left = (rows[n].to_numpy().astype(float) for n in names[3:])
+    if not (np.minimum(np.abs(fwd - 1), np.abs(bwd - 1)) < EXACT).all():
+        return None
+    keys = np.stack([rows[n].to_numpy() for n in names[:3]])
+    _, moment = np.unique(keys, axis=1, return_inverse=True)
+    return float(np.exp(np.bincount(moment.ravel(), np.log1p(left)).max()))
+
+
+def _found(run: Run) -> dict[str, int]:
+    """How many sites, routers and experts the run watches, however its manifest lists them."""
+    said = run.manifest.get("found")
+    said = said if isinstance(said, dict) else {}
+    counts = {name: said.get(name) for name in ("sites", "routers", "experts")}
+    return {n: len(c) if isinstance(c, list | dict) else c if isinstance(c, int) else 0 for n, c in counts.items()}

@@ -1,0 +1,222 @@
+"""The query side of the command line: runs, show, routing, doctor. What people read and what programs parse."""
+
+import json
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from geodiag.cli import doctor
+from geodiag.control import RequestWatch
+from geodiag.events import Event
+from geodiag.health import health, worst_of
+from geodiag.run import Run, open_run
+from geodiag.schema import METRICS
+
+
+def record_maps(run: Run, fwd: float, bwd: float, residual: float, composite: float, steps: int = 5) -> None:
+    """Steps whose six residual maps have these worst row and column sums."""
+    for step in range(steps):
+        run.append("steps", {"step": [step], "loss": [2.0]})
+        rows = {"layer": [0, 0, 1, 1, 2, 2], "site": ["attn", "ffn"] * 3}
+        top = [1.0] * 5 + [composite if step == steps - 1 else 1.0]
+        sums = {"amax_gain_fwd_max": fwd, "amax_gain_bwd_max": bwd, "sinkhorn_residual": residual}
+        run.append("layers", {"step": step, **rows, **sums, "composite_gain_fwd": 1.0, "composite_gain_bwd": top})
+
+
+# -- show ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fwd", "bwd", "residual", "composite", "words"),
+    [
+        (1.0, 1.03, 0.03, 1.15, "stayed within the truncation error: ×1.15 at most, ×1.194 explained"),
+        (1.0, 1.03, 0.03, 1.30, "grew to ×1.3 (backward, step 4, layer 2 ffn)"),  # more than the truncation explains
+        (
+            1.2,
+            1.30,
+            0.30,
+            4.00,
+            "grew to ×4 (backward, step 4, layer 2 ffn)",
+        ),  # not projected: its residual excuses nothing
+        (1.0, 1.00, 0.00, math.inf, "composite gain is infinite"),
+    ],
+)
+def test_show_says_plainly_whether_the_composite_gain_grew(tmp_path, cli, fwd, bwd, residual, composite, words) -> None:
+    run = Run.create(tmp_path / "a")
+    record_maps(run, fwd, bwd, residual, composite)
+    run.close()
+    out = cli("show", tmp_path / "a")
+    assert out.exit_code == 0
+    assert words in " ".join(out.output.split())
+
+
+def test_show_says_when_there_are_no_residual_maps(tmp_path: Path, cli) -> None:
+    run = Run.create(tmp_path / "plain")
+    run.append("steps", {"step": [0], "loss": [2.0]})
+    run.close()
+    out = cli("show", tmp_path / "plain")
+    assert "this model has no hyper-connections" in " ".join(out.output.split())
+    assert "Stage 1: local curvature nothing measured" in " ".join(out.output.split())
+
+
+def test_show_json_has_the_worst_value_of_every_metric_with_its_place(make_run, cli, tmp_path: Path) -> None:
+    run = make_run(steps=5, close=False)
+    flips = [0.0, 0.0, 0.0, 0.75, 0.0, 0.0]
+    run.append("layers", {"step": 5, "layer": [0, 0, 1, 1, 2, 2], "site": ["attn", "ffn"] * 3, "flip_rate": flips})
+    run.append("experts", {"step": 5, "layer": 1, "expert": [0, 1], "clamp_hits": [3, 400]})
+    run.event(Event(step=4, kind="spike", message="the loss left its trend"))
+    run.event(Event(step=4, kind="outlier", message="and came back"))
+    run.close()
+    said = json.loads(cli("show", tmp_path / "run", "--json").output)
+    assert said["run"] == str(tmp_path / "run")
+    assert (said["status"], said["last_step"], said["spikes"]) == ("finished", 4, 1)
+    assert said["found"] == {"sites": 6, "routers": 3, "experts": 12}
+    assert said["worst"]["flip_rate"] == {"value": 0.75, "step": 5, "layer": 1, "site": "ffn"}
+    assert said["worst"]["clamp_hits"] == {"value": 400.0, "step": 5, "layer": 1, "site": None, "expert": 1}
+    assert said["worst"]["loss"] == {"value": 3.0, "step": 0, "layer": None, "site": None}
+    assert "lr" not in said["worst"], "a metric without a bad end has no worst value"
+    assert "grad_norm" not in said["worst"], "what was never measured is absent, not zero"
+
+
+def test_worst_follows_the_bad_end_skips_nulls_and_puts_what_is_not_finite_first(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "a")
+    values = np.ma.masked_array([0.5, 0.1, 0.9, -5.0], mask=[False, False, False, True])
+    run.append("layers", {"step": range(4), "layer": 0, "site": "attn", "flip_rate": values, "router_entropy": values})
+    rows = run.read_arrow("layers")
+    high = worst_of(rows, METRICS["layers", "flip_rate"])
+    low = worst_of(rows, METRICS["layers", "router_entropy"])
+    assert (round(high.value, 3), high.step) == (0.9, 2)
+    assert (round(low.value, 3), low.step) == (0.1, 1)
+    assert worst_of(rows, METRICS["layers", "max_vio"]) is None
+    run.append("layers", {"step": [4, 5], "layer": 7, "site": "ffn", "flip_rate": [math.nan, math.inf]})
+    wild = health(run).worst["flip_rate"]
+    assert (wild.step, wild.layer, wild.as_json()["value"], wild.as_json()["nonfinite"]) == (4, 7, None, "nan")
+
+
+def test_a_run_that_is_not_finite_from_the_first_step_is_shown(tmp_path: Path, cli) -> None:
+    run = Run.create(tmp_path / "nan")
+    run.append("steps", {"step": range(3), "loss": [math.nan] * 3, "stage3_score": [math.inf] * 3})
+    run.close()
+    out = cli("show", tmp_path / "nan")
+    assert out.exit_code == 0
+    assert "loss NaN" in out.output
+    assert "left its own history" in out.output
+    json.loads(cli("show", tmp_path / "nan", "--json").output, parse_constant=pytest.fail)
+
+
+def test_a_run_without_a_step_is_shown(tmp_path: Path, cli) -> None:
+    Run.create(tmp_path / "empty").close()
+    out = cli("show", tmp_path / "empty")
+    assert (out.exit_code, "no step yet" in out.output) == (0, True)
+    assert json.loads(cli("show", tmp_path / "empty", "--json").output)["last_step"] is None
+
+
+# -- runs ----------------------------------------------------------------------------------
+
+
+def test_runs_lists_every_run_and_survives_a_broken_one(make_run, cli, tmp_path: Path) -> None:
+    make_run("good")
+    make_run("open", close=False)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/run.json").write_text('{"status": "fin')
+    (tmp_path / "notes").mkdir()
+    said = {Path(r["run"]).name: r for r in json.loads(cli("runs", tmp_path, "--json").output)}
+    assert {n: r["status"] for n, r in said.items()} == {"good": "finished", "open": "running", "torn": "interrupted"}
+    assert set(said["good"]) >= {"run", "status", "last_step", "spikes", "worst", "found"}
+    out = cli("runs", tmp_path)
+    assert out.exit_code == 0
+    assert "×1.005 at step 0" in out.output
+    assert "torn: run.json: missing or unreadable" in out.output
+
+
+# -- routing -------------------------------------------------------------------------------
+
+
+def obey(folder: Path, run: Run, stop: threading.Event) -> None:
+    """A training that looks at its control file as the controller does."""
+    watch = RequestWatch(folder)
+    while not stop.wait(0.01):
+        request = watch.poll()
+        if request:
+            data = {"request": request.id, "routing": request.routing}
+            run.event(Event(step=20, kind="acknowledge", message=f"routing is {request.routing}", data=data))
+            return
+
+
+def test_routing_asks_and_says_at_which_step_the_training_obeyed(make_run, cli, tmp_path: Path) -> None:
+    run, stop = make_run(close=False), threading.Event()
+    training = threading.Thread(target=obey, args=(tmp_path / "run", run, stop))
+    training.start()
+    try:
+        out = cli("routing", tmp_path / "run", "on", "--delay", 4, "--wait", 20, "--json")
+    finally:
+        stop.set()
+        training.join()
+    said = json.loads(out.output)
+    assert (said["state"], said["step"], said["delay"], said["asked"]) == ("obeyed", 20, 4, "on")
+    status = json.loads(cli("routing", tmp_path / "run", "status", "--json").output)
+    assert (status["policy"], status["pending"], status["status"]) == ("on", None, "running")
+
+
+def test_routing_that_is_not_obeyed_in_time_stays_asked(make_run, cli, tmp_path: Path) -> None:
+    training = make_run(close=False)
+    assert training.status() == open_run(tmp_path / "run").status() == "running"
+    out = cli("routing", tmp_path / "run", "auto", "--wait", 0.2)
+    assert out.exit_code == 0
+    assert "not yet obeyed" in out.output
+    assert "asked for auto, not yet obeyed" in cli("routing", tmp_path / "run", "status").output
+
+
+def test_routing_status_explains_the_last_decision(make_run, cli, tmp_path: Path) -> None:
+    run = make_run(close=False)
+    run.event(Event(step=7, kind="decision", message="spike raised at step 7: on for 50 steps"))
+    run.event(Event(step=8, kind="routing", message="off → warmup"))
+    run.append("steps", {"step": [20], "routing_mode": ["on"], "routing_lag": [8]})
+    run.close()
+    out = " ".join(cli("routing", tmp_path / "run", "status").output.split())
+    assert "finished, step 20" in out
+    assert "routing on (experts chosen by the weights of 8 steps ago)" in out
+    assert "last decision, step 7: spike raised at step 7: on for 50 steps" in out
+
+
+def test_a_training_that_ended_cannot_be_asked(make_run, cli, tmp_path: Path) -> None:
+    make_run()
+    out = cli("routing", tmp_path / "run", "on")
+    assert out.exit_code == 1
+    assert "is finished, not running" in out.stderr
+    assert not (tmp_path / "run/control.json").exists()
+
+
+# -- doctor --------------------------------------------------------------------------------
+
+
+def test_doctor_names_what_it_found_and_each_fault_has_its_fix(cli) -> None:
+    said = {c["name"]: c for c in json.loads(cli("doctor", "--json").output)}
+    assert {"python", "torch", "gpu", "grouped matmul", "triton", "chromium", "disk", "cores", "versions"} <= {
+        n.split(" ")[0] if n.startswith("gpu") else n for n in said
+    }
+    assert said["torch"]["state"] == "ok"
+    assert cli("doctor").exit_code == 0
+
+
+def test_doctor_compares_versions_without_the_build_tag(tmp_path: Path) -> None:
+    pins = tmp_path / "constraints.txt"
+    pins.write_text("# tested\nnumpy==0.0.1\ngeodiag-no-such-package==1.0\n")
+    check = doctor._pins(pins)
+    assert check.state == "warn"
+    assert "tested: 0.0.1" in check.found
+    assert "no-such-package" not in check.found
+    pins.write_text(f"numpy=={np.__version__.split('+')[0]}\n")
+    assert doctor._pins(pins).state == "ok"
+    assert doctor._pins(tmp_path / "absent.txt").state == "ok"
+
+
+def test_doctor_without_a_browser_or_space_says_what_to_do(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._chromium().state == "missing"
+    assert "apt-get install chromium" in doctor._chromium().fix
+    monkeypatch.setattr(doctor, "FREE_GB", 1e12)
+    assert doctor._disk(tmp_path).fix
