@@ -1,0 +1,291 @@
+"""The coefficients of one mHC site and its block's input: two launches, the stream read once in each.
+
+`_project` forms x·φ and Σx² in one pass; `_mix` turns them into gates and a doubly stochastic map in registers
+and sums the streams. Everything else a backward needs is 25 floats a token.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from geodiag.reference_models.kernels import mhc_before_backward, mhc_stats
+from geodiag.reference_models.kernels.launch import (
+    cdiv,
+    check_shape,
+    check_streams,
+    power_of_two,
+    processors,
+    two_parts,
+)
+from geodiag.reference_models.kernels.reference import Mix
+from geodiag.reference_models.kernels.sinkhorn import check_sinkhorn, project
+
+# T tokens, N streams, C channels, W = N·C, K = N² + 2N coefficients, KP their padded number, S slices of W
+
+
+@triton.jit(do_not_specialize=["T"])
+def _project(
+    x_ptr,
+    phi_ptr,
+    part_ptr,
+    T,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    SLICE: tl.constexpr,
+    BT: tl.constexpr,
+    BW: tl.constexpr,
+    TWO_PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """part[s, t] = [x·φ | Σx²] over slice s of W."""
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    s = tl.program_id(1)
+    k = tl.arange(0, KP)
+    live = (t < T)[:, None]
+    acc = tl.zeros((BT, KP), tl.float32)
+    squares = tl.zeros((BT,), tl.float32)
+    for i in tl.range(0, SLICE, BW, num_stages=STAGES):
+        w = s * SLICE + i + tl.arange(0, BW)
+        # The end of W is masked only where W has a tail; a slice is a whole number of blocks.
+        x = tl.load(x_ptr + t[:, None] * W + w[None, :], live & (w < W)[None, :], 0.0)
+        phi = tl.load(phi_ptr + w[:, None] * K + k[None, :], (w < W)[:, None] & (k < K)[None, :], 0.0).to(tl.float32)
+        wide = x.to(tl.float32)
+        squares += tl.sum(wide * wide, 1)
+        if TWO_PARTS:
+            # Two bfloat16 parts of φ carry 16 bits of it, more than tf32 would, at the tensor cores' full rate.
+            high = phi.to(tl.bfloat16)
+            low = (phi - high.to(tl.float32)).to(tl.bfloat16)
+            acc = tl.dot(x, low, acc)
+            acc = tl.dot(x, high, acc)
+        else:
+            acc = tl.dot(wide, phi, acc, input_precision="tf32x3")
+    acc = tl.where(k[None, :] == K, squares[:, None], acc)
+    tl.store(part_ptr + (s * T.to(tl.int64) + t[:, None]) * KP + k[None, :], acc, live)
+
+
+@triton.jit(do_not_specialize=["T", "S"])
+def _mix(
+    x_ptr,
+    part_ptr,
+    alpha_ptr,
+    bias_ptr,
+    inner_ptr,
+    pre_ptr,
+    post_ptr,
+    res_ptr,
+    logits_ptr,
+    h_ptr,
+    rms_ptr,
+    flag_ptr,
+    stats_ptr,
+    T,
+    S,
+    eps,
+    norm_eps,
+    ITERATIONS: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    KP: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    K: tl.constexpr = N * N + 2 * N
+    # Last tokens first: their streams are what `_project` left in the cache.
+    t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BT + tl.arange(0, BT)
+    n = tl.arange(0, N)
+    live = t < T
+    live_TN = tl.broadcast_to(live[:, None], (BT, N))
+    live_TNN = tl.broadcast_to(live[:, None, None], (BT, N, N))
+    nn = 2 * N + n[None, :, None] * N + n[None, None, :]
+
+    squares = tl.zeros((BT,), tl.float32)
+    h_pre = tl.zeros((BT, N), tl.float32)
+    h_post = tl.zeros((BT, N), tl.float32)
+    h_res = tl.zeros((BT, N, N), tl.float32)
+    for s in range(S):
+        row = part_ptr + (s * T.to(tl.int64) + t) * KP
+        squares += tl.load(row + K, live, 0.0)
+        h_pre += tl.load(row[:, None] + n[None, :], live_TN, 0.0)
+        h_post += tl.load(row[:, None] + N + n[None, :], live_TN, 0.0)
+        h_res += tl.load(row[:, None, None] + nn, live_TNN, 0.0)
+    rms = tl.rsqrt(squares / (N * C) + norm_eps)
+    h_pre *= rms[:, None]
+    h_post *= rms[:, None]
+    h_res *= rms[:, None, None]
+    pre = tl.sigmoid(tl.load(alpha_ptr) * h_pre + tl.load(bias_ptr + n)[None, :]) + eps
+    post = 2 * tl.sigmoid(tl.load(alpha_ptr + 1) * h_post + tl.load(bias_ptr + N + n)[None, :])
+    logits = tl.load(alpha_ptr + 2) * h_res + tl.load(bias_ptr + nn)
+    res = project(logits, eps, ITERATIONS, ROWS_FIRST)
+
+    h = h_ptr + t * K
+    tl.store(rms_ptr + t, rms, live)
+    tl.store(h[:, None] + n[None, :], h_pre, live_TN)
+    tl.store(h[:, None] + N + n[None, :], h_post, live_TN)
+    tl.store(h[:, None, None] + nn, h_res, live_TNN)
+    tl.store(pre_ptr + t[:, None] * N + n[None, :], pre, live_TN)
+    tl.store(post_ptr + t[:, None] * N + n[None, :], post, live_TN)
+    nn -= 2 * N
+    tl.store(res_ptr + t[:, None, None] * N * N + nn, res, live_TNN)
+    tl.store(logits_ptr + t[:, None, None] * N * N + nn, logits, live_TNN)
+    if flag_ptr is not None:
+        mhc_stats.store_maps(stats_ptr, tl.load(flag_ptr) != 0, res, logits, post, t, T, N)
+
+    gates = ()
+    for j in tl.static_range(N):
+        gates = gates + (tl.sum(tl.where(n[None, :] == j, pre, 0.0), 1)[:, None],)
+    for c0 in tl.range(0, C, BC, num_stages=STAGES):
+        c = c0 + tl.arange(0, BC)
+        inside = live[:, None] & (c < C)[None, :]
+        inner = tl.zeros((BT, BC), tl.float32)
+        for j in tl.static_range(N):
+            inner += gates[j] * tl.load(x_ptr + (t[:, None] * N + j) * C + c[None, :], inside, 0.0).to(tl.float32)
+        tl.store(inner_ptr + t[:, None] * C + c[None, :], inner, inside)
+
+
+def _outputs(x: Tensor, measured: bool) -> tuple[Tensor, ...]:
+    """inner, pre, post, res, logits, h, rms, stats, link."""
+    t, n, c = x.shape
+    wide = {"dtype": torch.float32, "device": x.device}
+    return (
+        x.new_empty(t, c),
+        torch.empty(t, n, **wide),
+        torch.empty(t, n, **wide),
+        torch.empty(t, n, n, **wide),
+        torch.empty(t, n, n, **wide),
+        torch.empty(t, n * n + 2 * n, **wide),
+        torch.empty(t, **wide),
+        torch.empty(mhc_stats.maps_shape(t if measured else 0), **wide),
+        # A gradient's path without values: one element, seen as the whole stream.
+        x.new_zeros(1).expand(x.shape),
+    )
+
+
+@torch.library.custom_op("geodiag::mhc_before", mutates_args=())
+def _mhc_before(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    order: str,
+    flag: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    t, n, c = x.shape
+    k = n * n + 2 * n
+    out = _outputs(x, flag is not None)
+    if not t:
+        return out
+    kp, bt, bw = max(power_of_two(k + 1), 16), (64 if x.is_cuda else 16), (128 if x.itemsize == 2 else 64)
+    # Enough programs for two a multiprocessor: few tokens split the width, many do not need to.
+    slices = max(min(2 * processors(x.device) // cdiv(t, bt), cdiv(n * c, 4 * bw)), 1)
+    part = torch.empty(slices, t, kp, dtype=torch.float32, device=x.device)
+    width = cdiv(cdiv(n * c, slices), bw) * bw
+    _project[(cdiv(t, bt), slices)](
+        x, phi, part, t, W=n * c, K=k, KP=kp, SLICE=width, BT=bt, BW=bw, TWO_PARTS=two_parts(x), STAGES=4, num_warps=4
+    )
+    bt = mhc_stats.BLOCK
+    _mix[(cdiv(t, bt),)](
+        x,
+        part,
+        alpha,
+        bias,
+        *out[:7],
+        flag,
+        out[7],
+        t,
+        slices,
+        eps,
+        norm_eps,
+        ITERATIONS=iterations,
+        ROWS_FIRST=order == "rows-first",
+        N=n,
+        C=c,
+        KP=kp,
+        BT=bt,
+        BC=min(128, power_of_two(c)),
+        STAGES=1,
+        num_warps=4,
+    )
+    return out
+
+
+@_mhc_before.register_fake
+def _(x, phi, alpha, bias, iterations, eps, norm_eps, order, flag):
+    return _outputs(x, flag is not None)
+
+
+def _keep(ctx, inputs, output):
+    x, phi, alpha, bias, *ctx.rest = inputs
+    _, pre, _, res, _, h, rms, *_ = output
+    ctx.save_for_backward(x, phi, alpha, bias, pre, res, h, rms)
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, d_inner, d_pre, d_post, d_res, d_logits, _h, _rms, _stats, d_link):
+    iterations, eps, _, order, *_ = ctx.rest
+    given = [None if d is None else d.contiguous() for d in (d_inner, d_pre, d_post, d_res, d_logits, d_link)]
+    grads = mhc_before_backward.backward(*ctx.saved_tensors, *given, iterations, eps, order)
+    return *grads, None, None, None, None, None
+
+
+_mhc_before.register_autograd(_grad, setup_context=_keep)
+
+
+class Linked(NamedTuple):
+    """A site's `Mix`, and what its `mhc_after` and its monitor take from it."""
+
+    mix: Mix
+    link_TNC: Tensor
+    """Has the stream's shape and no values: the path by which the stream's gradient travels unmixed."""
+    stats_PW: Tensor
+    """Rows for `mhc_stats.summarise_maps`: NaN while the flag is 0, and no rows without a flag."""
+
+
+def mhc_before_linked(
+    x_TNC: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    iterations: int = 20,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    order: str = "columns-first",
+    flag: Tensor | None = None,
+) -> Linked:
+    """`mhc_before` for a site whose `mhc_after_linked` follows: the stream's gradient is written once for both.
+
+    `flag` is an integer on the device; while it is not 0, the geometry of the maps is measured on the way.
+    """
+    tokens, n, c = check_streams(x_TNC)
+    k = n * n + 2 * n
+    check_shape("phi", phi, (n * c, k))
+    check_shape("alpha", alpha, (3,))
+    check_shape("bias", bias, (k,))
+    check_sinkhorn(iterations, order)
+    flat = x_TNC.contiguous().view(tokens, n, c)
+    parameters = (phi.contiguous(), alpha.contiguous(), bias.contiguous())
+    out = _mhc_before(flat, *parameters, iterations, eps, norm_eps, order, flag)
+    lead = x_TNC.shape[:-2]
+    return Linked(Mix(*(o.view(*lead, *o.shape[1:]) for o in out[:5])), out[8], out[7])
+
+
+def mhc_before(
+    x_TNC: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    iterations: int = 20,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    order: str = "columns-first",
+) -> Mix:
+    """`reference.mhc_before` in two launches, and three in backward."""
+    return mhc_before_linked(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order).mix

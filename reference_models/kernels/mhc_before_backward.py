@@ -1,0 +1,328 @@
+"""Backward of `mhc_before`: one launch for the coefficients' gradients, one for dx and dφ together, one to sum.
+
+Deterministic: partial sums are written per program and added in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from geodiag.reference_models.kernels.launch import cdiv, power_of_two, processors, two_parts
+from geodiag.reference_models.kernels.sinkhorn import project_vjp
+
+# T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
+
+
+@triton.jit(do_not_specialize=["T"])
+def _coefficients(
+    x_ptr,
+    alpha_ptr,
+    bias_ptr,
+    h_ptr,
+    rms_ptr,
+    d_inner_ptr,
+    d_pre_ptr,
+    d_post_ptr,
+    d_res_ptr,
+    d_logits_ptr,
+    coef_ptr,
+    small_ptr,
+    T,
+    eps,
+    ITERATIONS: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    KP: tl.constexpr,
+    BT: tl.constexpr,
+    BL: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """coef[t] = [∂L/∂(x·φ) | ∂L/∂(Σx²)·2 | 0 …]; small[p] = this program's share of ∂L/∂bias and ∂L/∂alpha·."""
+    K: tl.constexpr = N * N + 2 * N
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    n = tl.arange(0, N)
+    live = t < T
+    live_TN = tl.broadcast_to(live[:, None], (BT, N))
+    live_TNN = tl.broadcast_to(live[:, None, None], (BT, N, N))
+    tn = t[:, None] * N + n[None, :]
+    tnn = tn[:, :, None] * N + n[None, None, :]
+    nn = 2 * N + n[None, :, None] * N + n[None, None, :]
+
+    d_pre = tl.zeros((BT, N), tl.float32)
+    if d_inner_ptr is not None:
+        sums = ()
+        for _ in tl.static_range(N):
+            sums = sums + (tl.zeros((BT, BL), tl.float32),)
+        for c0 in range(0, C, BL * VEC):
+            # Sums stay within a thread's own 16 bytes until the loop is over.
+            c = c0 + (tl.arange(0, BL) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+            inside = live[:, None, None] & (c < C)[None, :, :]
+            d = tl.load(d_inner_ptr + t[:, None, None] * C + c[None, :, :], inside, 0.0).to(tl.float32)
+            added = ()
+            for j in tl.static_range(N):
+                x = tl.load(x_ptr + (t[:, None, None] * N + j) * C + c[None, :, :], inside, 0.0).to(tl.float32)
+                added = added + (sums[j] + tl.sum(d * x, 2),)
+            sums = added
+        for j in tl.static_range(N):
+            d_pre = tl.where(n[None, :] == j, tl.sum(sums[j], 1)[:, None], d_pre)
+    if d_pre_ptr is not None:
+        d_pre += tl.load(d_pre_ptr + tn, live_TN, 0.0)
+    d_post = tl.zeros((BT, N), tl.float32)
+    if d_post_ptr is not None:
+        d_post += tl.load(d_post_ptr + tn, live_TN, 0.0)
+
+    h = h_ptr + t * K
+    h_pre = tl.load(h[:, None] + n[None, :], live_TN, 0.0)
+    h_post = tl.load(h[:, None] + N + n[None, :], live_TN, 0.0)
+    h_res = tl.load(h[:, None, None] + nn, live_TNN, 0.0)
+    rms = tl.load(rms_ptr + t, live, 1.0)
+    a_pre, a_post, a_res = tl.load(alpha_ptr), tl.load(alpha_ptr + 1), tl.load(alpha_ptr + 2)
+
+    gate = tl.sigmoid(a_pre * h_pre + tl.load(bias_ptr + n)[None, :])
+    d_pre = d_pre * gate * (1 - gate)
+    gate = tl.sigmoid(a_post * h_post + tl.load(bias_ptr + N + n)[None, :])
+    d_post = d_post * 2 * gate * (1 - gate)
+    logits = a_res * h_res + tl.load(bias_ptr + nn)
+    d_res = tl.zeros((BT, N, N), tl.float32)
+    if d_res_ptr is not None:
+        d_res = project_vjp(logits, tl.load(d_res_ptr + tnn, live_TNN, 0.0), eps, ITERATIONS, ROWS_FIRST)
+    if d_logits_ptr is not None:
+        d_res += tl.load(d_logits_ptr + tnn, live_TNN, 0.0)
+
+    small = small_ptr + tl.program_id(0) * 2 * KP
+    tl.store(small + n, tl.sum(d_pre, 0))
+    tl.store(small + N + n, tl.sum(d_post, 0))
+    tl.store(small + tl.sum(nn, 0), tl.sum(d_res, 0))
+    small += KP
+    tl.store(small + n, tl.sum(d_pre * h_pre, 0))
+    tl.store(small + N + n, tl.sum(d_post * h_post, 0))
+    tl.store(small + tl.sum(nn, 0), tl.sum(d_res * h_res, 0))
+
+    d_pre *= a_pre
+    d_post *= a_post
+    d_res *= a_res
+    # h = u·rms and rms = (Σx²/W + e)^(-1/2): the norm's gradient along x is -(Σ dh·h)·rms²/W.
+    along = tl.sum(d_pre * h_pre, 1) + tl.sum(d_post * h_post, 1) + tl.sum(tl.sum(d_res * h_res, 2), 1)
+    along *= -rms * rms / (N * C)
+    coef = coef_ptr + t * KP
+    tl.store(coef[:, None] + n[None, :], d_pre * rms[:, None], live_TN)
+    tl.store(coef[:, None] + N + n[None, :], d_post * rms[:, None], live_TN)
+    tl.store(coef[:, None, None] + nn, d_res * rms[:, None, None], live_TNN)
+    k = tl.arange(0, KP)
+    rest = tl.where(k[None, :] == K, along[:, None], 0.0)
+    tl.store(coef[:, None] + k[None, :], rest, live[:, None] & (k >= K)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "CHUNK"])
+def _dx_dphi(
+    x_ptr,
+    phi_ptr,
+    pre_ptr,
+    res_ptr,
+    coef_ptr,
+    d_inner_ptr,
+    d_link_ptr,
+    dx_ptr,
+    dphi_ptr,
+    T,
+    CHUNK,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    KP: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    TWO_PARTS: tl.constexpr,
+):
+    """dx of a block of channels for a chunk of tokens, and that chunk's share of dφ, from one read of x."""
+    K: tl.constexpr = N * N + 2 * N
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    k = tl.arange(0, KP)
+    start = tl.program_id(1).to(tl.int64) * CHUNK
+    stop = tl.minimum(start + CHUNK, T)
+    phi = ()
+    dphi = ()
+    for j in tl.static_range(N):
+        offsets = (j * C + c)[None, :] * K + k[:, None]
+        phi = phi + (tl.load(phi_ptr + offsets, (c < C)[None, :] & (k < K)[:, None], 0.0).to(tl.float32),)
+        dphi = dphi + (tl.zeros((BC, KP), tl.float32),)
+    for t0 in range(start, stop, BT):
+        t = t0 + tl.arange(0, BT)
+        live = t < stop
+        inside = live[:, None] & (c < C)[None, :]
+        row = t[:, None] * C + c[None, :]
+        coef = tl.load(coef_ptr + t[:, None] * KP + k[None, :], live[:, None], 0.0)
+        along = tl.load(coef_ptr + t[:, None] * KP + K, live[:, None], 0.0)
+        if d_inner_ptr is not None:
+            d_inner = tl.load(d_inner_ptr + row, inside, 0.0).to(tl.float32)
+        mixed = ()
+        if d_link_ptr is not None:
+            for i in tl.static_range(N):
+                stream = (t[:, None] * N + i) * C + c[None, :]
+                mixed = mixed + (tl.load(d_link_ptr + stream, inside, 0.0).to(tl.float32),)
+        added = ()
+        for j in tl.static_range(N):
+            stream = (t[:, None] * N + j) * C + c[None, :]
+            x = tl.load(x_ptr + stream, inside, 0.0)
+            wide = x.to(tl.float32)
+            if TWO_PARTS:
+                dx = tl.dot(coef, phi[j], input_precision="tf32")
+                high = coef.to(tl.bfloat16)
+                low = (coef - high.to(tl.float32)).to(tl.bfloat16)
+                share = tl.dot(tl.trans(x), low, dphi[j])
+                share = tl.dot(tl.trans(x), high, share)
+            else:
+                dx = tl.dot(coef, phi[j], input_precision="tf32x3")
+                share = tl.dot(tl.trans(wide), coef, dphi[j], input_precision="tf32x3")
+            added = added + (share,)
+            dx += along * wide
+            if d_inner_ptr is not None:
+                dx += tl.load(pre_ptr + t[:, None] * N + j, live[:, None], 0.0) * d_inner
+            if d_link_ptr is not None:
+                for i in tl.static_range(N):
+                    dx += tl.load(res_ptr + (t[:, None] * N + i) * N + j, live[:, None], 0.0) * mixed[i]
+            tl.store(dx_ptr + stream, dx, inside)
+        dphi = added
+    out = dphi_ptr + tl.program_id(1).to(tl.int64) * N * C * K
+    for j in tl.static_range(N):
+        inside = (c < C)[:, None] & (k < K)[None, :]
+        tl.store(out + (j * C + c)[:, None] * K + k[None, :], dphi[j], inside)
+
+
+@triton.jit(do_not_specialize=["SIZE", "P", "Q"])
+def _add_up(
+    dphi_part_ptr,
+    small_ptr,
+    dphi_ptr,
+    dalpha_ptr,
+    dbias_ptr,
+    SIZE,
+    P,
+    Q,
+    N: tl.constexpr,
+    KP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Partial sums in order: dφ over P chunks, by all programs but the last; dα and dbias over Q, by the last."""
+    pid = tl.program_id(0)
+    if pid < tl.num_programs(0) - 1:
+        i = pid * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), tl.float32)
+        part = dphi_part_ptr + i
+        for _ in range(P):
+            total += tl.load(part, i < SIZE, 0.0)
+            part += SIZE
+        tl.store(dphi_ptr + i, total, i < SIZE)
+    else:
+        K: tl.constexpr = N * N + 2 * N
+        ROWS: tl.constexpr = 32
+        k = tl.arange(0, KP)
+        dbias = tl.zeros((ROWS, KP), tl.float32)
+        dalpha = tl.zeros((ROWS, KP), tl.float32)
+        for q0 in range(0, Q, ROWS):
+            q = q0 + tl.arange(0, ROWS)
+            row = small_ptr + q[:, None] * 2 * KP + k[None, :]
+            inside = (q < Q)[:, None] & (k < K)[None, :]
+            dbias += tl.load(row, inside, 0.0)
+            dalpha += tl.load(row + KP, inside, 0.0)
+        tl.store(dbias_ptr + k, tl.sum(dbias, 0), k < K)
+        along = tl.sum(dalpha, 0)
+        tl.store(dalpha_ptr, tl.sum(tl.where(k < N, along, 0.0), 0))
+        tl.store(dalpha_ptr + 1, tl.sum(tl.where((k >= N) & (k < 2 * N), along, 0.0), 0))
+        tl.store(dalpha_ptr + 2, tl.sum(tl.where(k >= 2 * N, along, 0.0), 0))
+
+
+@torch.library.custom_op("geodiag::mhc_before_backward", mutates_args=())
+def backward(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    pre: Tensor,
+    res: Tensor,
+    h: Tensor,
+    rms: Tensor,
+    d_inner: Tensor | None,
+    d_pre: Tensor | None,
+    d_post: Tensor | None,
+    d_res: Tensor | None,
+    d_logits: Tensor | None,
+    d_link: Tensor | None,
+    iterations: int,
+    eps: float,
+    order: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, phi, alpha, bias."""
+    t, n, c = x.shape
+    k = n * n + 2 * n
+    dx = torch.empty_like(x)
+    dphi, dalpha, dbias = torch.zeros_like(phi), torch.zeros_like(alpha), torch.zeros_like(bias)
+    if not t:
+        return dx, dphi, dalpha, dbias
+    kp = max(power_of_two(k + 1), 16)
+    wide = {"dtype": torch.float32, "device": x.device}
+    coef = torch.empty(t, kp, **wide)
+    vec = 16 // x.itemsize
+    bt = 16
+    small = torch.empty(cdiv(t, bt), 2, kp, **wide)
+    _coefficients[(cdiv(t, bt),)](
+        x,
+        alpha,
+        bias,
+        h,
+        rms,
+        d_inner,
+        d_pre,
+        d_post,
+        d_res,
+        d_logits,
+        coef,
+        small,
+        t,
+        eps,
+        ITERATIONS=iterations,
+        ROWS_FIRST=order == "rows-first",
+        N=n,
+        C=c,
+        KP=kp,
+        BT=bt,
+        BL=min(16, power_of_two(cdiv(c, vec))),
+        VEC=vec,
+        num_warps=4,
+    )
+    bt, bc = (32 if x.is_cuda else 16), max(min(128 if n <= 4 else 32, power_of_two(c)), 16)
+    blocks = cdiv(c, bc)
+    chunks = max(min(2 * processors(x.device) // blocks, cdiv(t, bt)), 1)
+    part = torch.empty(chunks, n * c, k, **wide)
+    chunk = cdiv(cdiv(t, chunks), bt) * bt
+    _dx_dphi[(blocks, chunks)](
+        x,
+        phi,
+        pre,
+        res,
+        coef,
+        d_inner,
+        d_link,
+        dx,
+        part,
+        t,
+        chunk,
+        N=n,
+        C=c,
+        KP=kp,
+        BT=bt,
+        BC=bc,
+        TWO_PARTS=two_parts(x),
+        num_warps=8,
+    )
+    block = 1024
+    _add_up[(cdiv(phi.numel(), block) + 1,)](
+        part, small, dphi, dalpha, dbias, phi.numel(), chunks, small.shape[0], N=n, KP=kp, BLOCK=block, num_warps=4
+    )
+    return dx, dphi, dalpha, dbias
+
+
+@backward.register_fake
+def _(x, phi, alpha, bias, *rest):
+    return torch.empty_like(x), torch.empty_like(phi), torch.empty_like(alpha), torch.empty_like(bias)
