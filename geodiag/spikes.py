@@ -12,7 +12,7 @@ from geodiag.spike_trend import Trend
 
 __all__ = ["Spike", "SpikeDetector", "Verdict"]
 
-_RISING = 2.0
+_RISING = 1.5
 """σ above the trend at which a loss may already be rising: an onset is walked back while it is exceeded."""
 
 
