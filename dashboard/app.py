@@ -1,0 +1,120 @@
+"""The page: what is on it and what makes it change.
+
+    url.pathname ────────────────► route ────► page, nav
+    interval ─(only in a visible tab)─► tick ─► beat ────► pulse ── changes only when the run does
+                                          │       └──────► standing, problems, interval on or off
+                                          └─► runs-table, on the list of runs
+    url.search, pulse, theme ────► draw ─────► each chart and each live piece of the page   (draw.py)
+    controls, drags, clicks ─────► turn ─────► url.search, and back to the controls         (steer.py)
+    ask-off, ask-auto, ask-on ───► ask ──────► asked ──► control panel                      (control_panel.py)
+    theme-button ─(in the browser)─► theme, cookie, provider
+
+The address is the only state: `/run/NAME/gain?metric=single&steps=300-400` always shows the same.
+A page that is not open has no components, so nothing of it is computed.
+"""
+
+import os
+from types import ModuleType
+
+from dash import ClientsideFunction, Dash, Input, Output, State, html, no_update
+from flask import redirect
+from flask import request as http
+
+from geodiag.dashboard import control_panel, shell
+from geodiag.dashboard.guard import guard, new_token
+from geodiag.dashboard.library import Library
+from geodiag.dashboard.pages import activations, events, gain, overview, routing, runs
+from geodiag.dashboard.parts import notice
+from geodiag.dashboard.view import View
+
+PAGES: dict[str, ModuleType] = {p.NAME: p for p in (overview, gain, routing, activations, events)}
+TABS = [(name, page.TITLE) for name, page in PAGES.items()]
+
+
+def create_app(path: str | os.PathLike, token: str | None = None, *, only_loopback: bool = True) -> Dash:
+    """The app over the run or the folder of runs at `path`.
+
+    Every request needs `token`; None makes a random one, which `app.server.config["GEODIAG_TOKEN"]` tells.
+    `only_loopback` also refuses requests under other host names than this machine's own.
+    GeodiagError where there is no run.
+    """
+    library = Library(path)
+    app = Dash("geodiag", title="geodiag", update_title="", assets_folder=_assets(), suppress_callback_exceptions=True)
+    app.layout = shell.shell
+    app.server.config["GEODIAG_TOKEN"] = token = token or new_token()
+    guard(app.server, token, only_loopback)
+
+    if library.single is not None:
+
+        @app.server.before_request
+        def straight_to_the_run():
+            return redirect(f"/run/{library.single}/overview") if http.path == "/" else None
+
+    _register_frame(app, library)
+    control_panel.register(app, library)
+    for page in (runs, *PAGES.values()):
+        page.register(app, library)
+    return app
+
+
+def content(library: Library, pathname: str | None, search: str | None) -> html.Div:
+    """The page at an address."""
+    parts = (pathname or "/").strip("/").split("/")
+    if parts == [""]:
+        return runs.layout(library)
+    record = library.at(pathname)
+    page = PAGES.get(parts[2] if len(parts) > 2 else "overview")
+    if record is None or page is None:
+        what = "There is no such run here." if record is None else "There is no such page."
+        return notice([what, " ", html.A("All runs", href="/")])
+    return page.layout(record, View.parse(search))
+
+
+def beat(library: Library, pathname: str | None, old: dict | None) -> tuple:
+    """pulse, whether the interval rests, standing, problems; `no_update` for a pulse that has not changed."""
+    if (pathname or "/").strip("/") == "":
+        return no_update, False, [], []
+    record = library.at(pathname)
+    if record is None:
+        return no_update, True, [], []
+    status = record.run.status()
+    new = {"run": record.run.name, "version": record.refresh(), "status": status}
+    same = new == old
+    return no_update if same else new, status != "running", shell.standing(record), shell.problems(record)
+
+
+def _register_frame(app: Dash, library: Library) -> None:
+    @app.callback(Output("page", "children"), Input("url", "pathname"), State("url", "search"))
+    def route(pathname, search):
+        return content(library, pathname, search)
+
+    @app.callback(Output("nav", "children"), Input("url", "pathname"), Input("url", "search"))
+    def tabs(pathname, search):
+        single = library.single is not None
+        return shell.nav(library.at(pathname), TABS, pathname or "/", View.parse(search), single)
+
+    @app.callback(
+        Output("pulse", "data"),
+        Output("interval", "disabled"),
+        Output("standing", "children"),
+        Output("problems", "children"),
+        Input("tick", "data"),
+        Input("url", "pathname"),
+        State("pulse", "data"),
+    )
+    def follow(tick, pathname, old):
+        return beat(library, pathname, old)
+
+    for name, outputs, inputs in (
+        ("tick", Output("tick", "data"), [Input("interval", "n_intervals")]),
+        (
+            "theme",
+            [Output("theme", "data"), Output("provider", "forceColorScheme")],
+            [Input("theme-button", "n_clicks"), State("theme", "data"), State("theme-known", "data")],
+        ),
+    ):
+        app.clientside_callback(ClientsideFunction("geodiag", name), outputs, inputs)
+
+
+def _assets() -> str:
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")

@@ -1,0 +1,137 @@
+"""The way back to the training: ask for a routing policy, see it *asked*, then see it *on*."""
+
+import time
+from typing import Any
+
+import dash_mantine_components as dmc
+from dash import Dash, Input, Output, State, ctx, html, no_update
+
+from geodiag.control import MODES
+from geodiag.dashboard.library import Library
+from geodiag.dashboard.marks import details
+from geodiag.dashboard.parts import aria, card, notice, tip
+from geodiag.dashboard.record import Record
+from geodiag.dashboard.words import POLICY, ROUTING, whole
+from geodiag.errors import GeodiagError
+from geodiag.schema import ROUTING_MODES
+
+_CONTROLS = (*(f"ask-{m}" for m in MODES), "ask-delay")
+_WHY_NOT = "The training is not running, so nobody would answer. It was last seen at step {step}."
+
+
+def panel(record: Record) -> html.Section:
+    """The buttons; `state` fills in what is going on."""
+    buttons = [tip(dmc.Button(m, id=f"ask-{m}", size="xs", variant="default"), POLICY[m]) for m in MODES]
+    delay = dmc.NumberInput(
+        id="ask-delay", value=8, min=0, max=64, step=1, size="xs", w=86, allowDecimal=False,
+        **aria("delay in steps"),
+    )  # fmt: skip
+    about = "Which weights choose the experts. The request is one small file; the training obeys at its next step."
+    return card(
+        "Anticipatory routing",
+        html.Div([dmc.ButtonGroup(buttons), html.Label(["Δ", delay, "steps"], className="delay")], className="ask"),
+        html.Div(state(record), id="control-state"),
+        tip=about,
+    )
+
+
+def state(record: Record, error: str | None = None) -> list:
+    """*Asked* or not, what holds now, and why it was last decided."""
+    steps, events, request = record.steps(), record.events(), record.run.pending()
+    mode = ROUTING_MODES[steps["routing_mode"][-1]] if len(steps["step"]) else "off"
+    since = _since(steps) if len(steps["step"]) else None
+    lines: list[Any] = []
+    if error:
+        lines.append(notice(error, "bad"))
+    if request is not None:
+        age = max(0, round(time.time() - request.time))
+        delay = "" if request.delay_steps is None else f", Δ = {request.delay_steps}"
+        said = [html.B(f"asked: {request.routing}{delay}"), f" {age} s ago, by {request.by}; not yet answered"]
+        lines.append(_line("asked", said))
+    answer = next((e for e in reversed(events) if e["kind"] == "acknowledge"), None)
+    if answer is not None:
+        lines.append(
+            _line("answered", [html.B("obeyed"), f" at step {whole(answer['step'])}: {answer['message'] or ''}"])
+        )
+    now = [html.B(f"now: {mode}"), f" since step {whole(since)}" if since is not None else ""]
+    lines.append(tip(html.Div(_line(mode, now), tabIndex=0), ROUTING[mode]))
+    why = next((e for e in reversed(events) if e["kind"] == "decision"), None) or next(
+        (e for e in reversed(events) if e["kind"] == "routing"), None
+    )
+    if why is not None:
+        lines.append(_line("why", [html.B("why"), f" (step {whole(why['step'])}) {why['message'] or ''}"]))
+    if record.run.status() != "running":
+        last = int(steps["step"][-1]) if len(steps["step"]) else None
+        lines.append(notice(_WHY_NOT.format(step=whole(last))))
+    return lines
+
+
+def policy(record: Record) -> str | None:
+    """What the training was last told to do, as far as it said."""
+    for event in reversed(record.events()):
+        said = details(event).get("routing")
+        if event["kind"] == "acknowledge" and said in MODES:
+            return said
+    said = record.run.manifest.get("config", {}).get("routing")
+    return said if said in MODES else None
+
+
+def register(app: Dash, library: Library) -> None:
+    """asked → state; pulse → state and buttons."""
+
+    @app.callback(
+        output=Output("asked", "data"),
+        inputs={
+            "clicks": [Input(f"ask-{m}", "n_clicks") for m in MODES],
+            "delay": State("ask-delay", "value"),
+            "pathname": State("url", "pathname"),
+        },
+        prevent_initial_call=True,
+    )
+    def ask(clicks, delay, pathname):
+        if not any(clicks):
+            return no_update  # the buttons were just drawn
+        return _ask(library, pathname, str(ctx.triggered_id).removeprefix("ask-"), delay)
+
+    @app.callback(
+        output={
+            "state": Output("control-state", "children"),
+            "disabled": [Output(name, "disabled") for name in _CONTROLS],
+            "variants": [Output(f"ask-{m}", "variant") for m in MODES],
+        },
+        inputs={"pulse": Input("pulse", "data"), "asked": Input("asked", "data"), "pathname": State("url", "pathname")},
+    )
+    def show(pulse, asked, pathname):
+        return _show(library.at(pathname), (asked or {}).get("error"))
+
+
+def _show(record: Record | None, error: str | None) -> dict:
+    if record is None:
+        return {"state": no_update, "disabled": [no_update] * len(_CONTROLS), "variants": [no_update] * len(MODES)}
+    idle, held = record.run.status() != "running", policy(record)
+    variants = ["filled" if m == held else "default" for m in MODES]
+    return {"state": state(record, error), "disabled": [idle] * len(_CONTROLS), "variants": variants}
+
+
+def _ask(library: Library, pathname: str, mode: str, delay: Any) -> dict:
+    record = library.at(pathname)
+    if record is None:
+        return {"error": "This run is gone."}
+    if record.run.status() != "running":
+        return {"error": _WHY_NOT.format(step=whole(record.run.manifest.get("last_step")))}
+    try:
+        request = record.run.request(mode, int(delay) if isinstance(delay, int | float) else None, by="dashboard")
+    except GeodiagError as e:
+        return {"error": str(e)}
+    return {"id": request.id}
+
+
+def _since(steps: dict) -> int:
+    mode_S = steps["routing_mode"]
+    same = mode_S == mode_S[-1]
+    first = len(mode_S) - int((~same[::-1]).argmax()) if not same.all() else 0
+    return int(steps["step"][first])
+
+
+def _line(kind: str, children: list) -> html.Div:
+    return html.Div([html.Span(className=f"dot dot-{kind}"), html.Span(children)], className=f"said said-{kind}")

@@ -1,0 +1,44 @@
+"""What every chart of a run has in common: when it is redrawn, and what it is drawn from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import plotly.graph_objects as go
+from dash import Dash, Input, Output, State, no_update
+
+from geodiag.dashboard.figures.style import LOOKS, Look
+from geodiag.dashboard.library import Library
+from geodiag.dashboard.marks import Spike, spikes
+from geodiag.dashboard.record import Record
+from geodiag.dashboard.view import View
+
+Drawing = Callable[[Record, View, Look], Any]
+
+
+def draws(app: Dash, library: Library, name: str, prop: str, make: Drawing) -> None:
+    """`name.prop` is `make(record, view, look)`, made anew when the address, the run or the look changes."""
+
+    @app.callback(
+        Output(name, prop),
+        Input("url", "search"),
+        Input("pulse", "data"),
+        Input("theme", "data"),
+        State("url", "pathname"),
+    )
+    def draw(search, pulse, theme, pathname):
+        record = library.at(pathname)
+        if record is None:
+            return no_update
+        made = make(record, View.parse(search), LOOKS.get(theme, LOOKS["light"]))
+        if isinstance(made, go.Figure):
+            made.update_layout(uirevision=f"{pathname}{name}")  # a live update keeps what the reader toggled
+        return made
+
+
+def marks(record: Record) -> list[Spike]:
+    """The run's spikes, read from its events once a version."""
+    return record.memo("spikes", lambda: spikes(record.events()))
+
+
+def onsets(record: Record) -> list[int]:
+    return [s.onset for s in marks(record)]

@@ -1,0 +1,152 @@
+"""Heat maps of rows over steps, stacked on one time axis and one colour axis."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+
+from geodiag.dashboard.figures.bins import Binned, binned
+from geodiag.dashboard.figures.scale import shade
+from geodiag.dashboard.figures.style import Look, axis, base, empty, time_axis, upright
+from geodiag.dashboard.grid import Grid, row_name
+from geodiag.schema import SITES
+
+# R rows, B columns.
+
+
+class Panel(NamedTuple):
+    """One heat map: a grid and the sentence above it."""
+
+    grid: Grid
+    title: str
+
+
+_TITLE_PX, _MOST_CROSSES, _MOST_LINES = 30, 300, 60
+
+
+def heat_map(
+    panels: Sequence[Panel],
+    look: Look,
+    window: tuple[int, int] | None = None,
+    *,
+    onsets: Sequence[int] = (),
+    step: int | None = None,
+    row: str | None = None,
+    experts: bool = False,
+    centre: float | None = None,
+    title: str = "step",
+    nothing: str = "Not recorded in this run.",
+) -> go.Figure:
+    """Rows in static order, the first on top. Dashed lines mark `onsets`, a cursor `step`, a frame `row`.
+
+    `centre` is the value that is drawn as neither high nor low; `title` is that of the time axis.
+    """
+    low, high = window or (None, None)
+    shown = [(p, p.grid.window(low, high).measured()) for p in panels]
+    shown = [(p, g) for p, g in shown if g.rows]
+    if not shown:
+        return empty(nothing, look)
+    columns = [binned(g) for _, g in shown]
+    tall = [_row_pixels(len(g.rows)) * len(g.rows) for _, g in shown]
+    inner = sum(tall) + _TITLE_PX * len(tall)
+    height = inner + 46
+    fig = base(look, round(height))
+    every = np.concatenate([c.values_RB.ravel() for c in columns])
+    colours = shade(shown[0][1].metric, every, look, centre)
+    bar = colours.axis.get("colorbar", {}) | {"len": 1 - _TITLE_PX / inner, "y": 0, "yanchor": "bottom"}
+    fig.update_layout(coloraxis=colours.axis | {"colorbar": bar}, margin={"t": 4, "b": 42})
+    top, domains = 1.0, []
+    for i, ((panel, grid), column, pixels) in enumerate(zip(shown, columns, tall, strict=True), 1):
+        top -= _TITLE_PX / inner
+        names = _names(grid, experts)
+        _panel(fig, column, names, i, colours.log, grid, look)
+        ticks = _ticks(grid, names, experts)
+        fig.update_layout({
+            f"yaxis{_n(i)}": axis(
+                look, "expert" if experts else "layer", domain=[max(0.0, top - pixels / inner), top],
+                type="category", autorange="reversed",
+                tickvals=[t[0] for t in ticks], ticktext=[t[1] for t in ticks], showgrid=False, anchor="x", ticks="",
+                categoryorder="array", categoryarray=names,
+            )
+        })  # fmt: skip
+        fig.add_annotation(
+            text=panel.title, x=0, y=top, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+            showarrow=False, font={"size": 12.5, "color": look.ink}, yshift=3, align="left",
+        )  # fmt: skip
+        if row in names:
+            at = names.index(row)
+            fig.add_shape(
+                type="rect", x0=0, x1=1, xref="x domain", y0=at - 0.5, y1=at + 0.5, yref=f"y{_n(i)}",
+                line={"color": look.cursor, "width": 1},
+            )  # fmt: skip
+        domains.append((max(0.0, top - pixels / inner), top))
+        top -= pixels / inner
+    first, last = min(c.left_B[0] for c in columns), max(c.left_B[-1] + c.width for c in columns)
+    fig.update_layout(
+        xaxis=time_axis(look, window or (first - 0.5, last - 0.5), title, anchor=f"y{_n(len(shown))}", showgrid=False)
+    )
+    _lines(fig, [o for o in onsets if first <= o <= last], step, domains, look)
+    return fig
+
+
+def _panel(fig: go.Figure, column: Binned, names: list[str], i: int, log: bool, grid: Grid, look: Look) -> None:
+    value_RB = np.where(np.isinf(column.values_RB), np.nan, column.values_RB)
+    unit = "" if grid.metric.unit == "1" else f" {grid.metric.unit}"
+    when = f"worst of {column.width} steps around %{{x:,.0f}}" if column.merged else "step %{x:,.0f}"
+    shown = {"z": value_RB}
+    if log:
+        # A zero is a value, the lowest colour there is; only NaN may look like a gap.
+        shown = {"z": np.log10(np.maximum(value_RB, 1e-30)), "customdata": value_RB}
+    number = "%{customdata:.5g}" if log else "%{z:.5g}"
+    fig.add_heatmap(
+        **shown, x0=float(column.left_B[0]) + (column.width - 1) / 2, dx=column.width, y=names, coloraxis="coloraxis",
+        yaxis=f"y{_n(i)}", hovertemplate=f"<b>%{{y}}</b> · {when}<br>{grid.metric.name} {number}{unit}<extra></extra>",
+        hoverongaps=False, name=grid.metric.name,
+    )  # fmt: skip
+    r, b = np.nonzero(np.isinf(column.values_RB))
+    if len(r):
+        some = slice(None, None, max(1, len(r) // _MOST_CROSSES))
+        fig.add_scatter(
+            x=column.left_B[b[some]] + (column.width - 1) / 2, y=[names[k] for k in r[some]], yaxis=f"y{_n(i)}",
+            mode="markers", marker={"symbol": "x-thin", "size": 6, "line": {"width": 1.5, "color": look.spike}},
+            hovertemplate="<b>%{y}</b> · step %{x:,.0f}<br>NaN or infinite<extra></extra>",
+        )  # fmt: skip
+
+
+def _lines(
+    fig: go.Figure, onsets: Sequence[int], step: int | None, domains: Sequence[tuple[float, float]], look: Look
+) -> None:
+    shapes = [upright(o, look.spike, "dash", d) for o in onsets[-_MOST_LINES:] for d in domains]
+    if step is not None:
+        shapes += [upright(step, look.ink, "dot", d) for d in domains]
+    fig.update_layout(shapes=[*fig.layout.shapes, *shapes])
+
+
+def _names(grid: Grid, experts: bool) -> list[str]:
+    return [str(r[1]) if experts else row_name(r) for r in grid.rows]
+
+
+def _ticks(grid: Grid, names: list[str], experts: bool) -> list[tuple[str, str]]:
+    """(row, label) of the rows that get a label: every row where there is room, else every so many layers."""
+    several = len({r[1] for r in grid.rows}) > 1
+    if len(names) <= 16:
+        label = [
+            n if experts else f"{r[0]} {SITES[r[1]]}" if several else str(r[0])
+            for n, r in zip(names, grid.rows, strict=True)
+        ]
+        return list(zip(names, label, strict=True))
+    leading = [
+        (n, n if experts else str(r[0]))
+        for n, r in zip(names, grid.rows, strict=True)
+        if experts or r[1] == grid.rows[0][1]
+    ]
+    return leading[:: max(1, -(-len(leading) // 12))]
+
+
+def _row_pixels(rows: int) -> float:
+    return 24 if rows <= 8 else 18 if rows <= 16 else 8 if rows <= 40 else max(2.5, 280 / rows)
+
+
+def _n(i: int) -> str:
+    return "" if i == 1 else str(i)

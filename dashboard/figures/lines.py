@@ -1,0 +1,87 @@
+"""Lines over steps: a few small panels on one time axis, each with its unit, its colours named beside it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+
+from geodiag.dashboard.figures.style import Look, axis, base, empty, time_axis, upright
+from geodiag.dashboard.figures.thin import broken, thinned
+
+
+class Line(NamedTuple):
+    """One series: what it is called beside the panel, and its values (see `geodiag.dashboard.grid`)."""
+
+    label: str
+    step_S: np.ndarray
+    value_S: np.ndarray
+
+
+class Strip(NamedTuple):
+    """One panel of lines that share a unit."""
+
+    title: str
+    lines: Sequence[Line]
+
+
+_GAP_PX, _STRIP_PX = 18, 118
+
+
+def over_steps(
+    strips: Sequence[Strip],
+    look: Look,
+    window: tuple[int, int] | None = None,
+    *,
+    onsets: Sequence[int] = (),
+    nothing: str = "Not recorded in this run.",
+) -> go.Figure:
+    """Panels of lines; series without a single value are left out, and panels without series too."""
+    shown = [Strip(s.title, [_cut(n, window) for n in s.lines]) for s in strips]
+    shown = [Strip(s.title, [n for n in s.lines if not np.isnan(n.value_S).all()]) for s in shown]
+    shown = [s for s in shown if s.lines]
+    if not shown:
+        return empty(nothing, look, 160)
+    inner = _STRIP_PX * len(shown) + _GAP_PX * (len(shown) - 1)
+    fig = base(look, inner + 54, hovermode="x unified", hoversubplots="axis")
+    top = 1.0
+    for i, strip in enumerate(shown, 1):
+        n = "" if i == 1 else str(i)
+        domain = [max(0.0, top - _STRIP_PX / inner), top]
+        fig.update_layout({f"yaxis{n}": axis(look, strip.title, domain=domain, anchor="x", nticks=5)})
+        for line, colour in zip(strip.lines, look.series, strict=False):
+            _draw(fig, line, colour, f"y{n}", look)
+        names = [f'<span style="color:{c}">━ {x.label}</span>' for x, c in zip(strip.lines, look.series, strict=False)]
+        fig.add_annotation(
+            text="<br>".join(names), x=1.005, y=top, xref="paper", yref="paper", xanchor="left", yanchor="top",
+            align="left", showarrow=False, font={"size": 11},
+        )  # fmt: skip
+        top -= (_STRIP_PX + _GAP_PX) / inner
+    fig.update_layout(xaxis=time_axis(look, window, anchor=f"y{'' if len(shown) == 1 else len(shown)}"))
+    for onset in onsets[-60:]:
+        if window is None or window[0] <= onset <= window[1]:
+            fig.add_shape(upright(onset, look.spike, "dash"))
+    return fig
+
+
+def _cut(line: Line, window: tuple[int, int] | None) -> Line:
+    if window is None:
+        return line
+    inside = (line.step_S >= window[0] - 1) & (line.step_S <= window[1] + 1)
+    return Line(line.label, line.step_S[inside], line.value_S[inside])
+
+
+def _draw(fig: go.Figure, line: Line, colour: str, y: str, look: Look) -> None:
+    points = thinned(line.step_S, line.value_S)
+    fig.add_scatter(
+        x=points.x, y=points.y, yaxis=y, mode="lines", name=line.label, line={"color": colour, "width": 1.4},
+        hovertemplate="%{y:.4g}",
+    )  # fmt: skip
+    lost = broken(line.step_S, line.value_S)
+    if len(lost):
+        finite = points.y[np.isfinite(points.y)]
+        fig.add_scatter(
+            x=lost, y=np.full(len(lost), finite.max() if len(finite) else 1.0), yaxis=y, mode="markers",
+            name=f"{line.label} not finite", marker={"symbol": "x", "size": 7, "color": look.spike},
+            hovertemplate="NaN or infinite",
+        )  # fmt: skip

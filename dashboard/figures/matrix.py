@@ -1,0 +1,40 @@
+"""The maps of one site as small heat maps with their numbers: H_res N×N, H_pre and H_post 1×N."""
+
+import numpy as np
+import plotly.graph_objects as go
+
+from geodiag.dashboard.figures.style import Look, axis, base, empty
+
+_NAMES = {"res": "H<sub>res</sub>", "pre": "H<sub>pre</sub>", "post": "H<sub>post</sub>"}
+_DOMAINS = {"res": ((0.0, 0.62), (0.0, 0.9)), "pre": ((0.7, 1.0), (0.56, 0.74)), "post": ((0.7, 1.0), (0.08, 0.26))}
+"""Where each map stands: (x, y) in the figure."""
+
+
+def matrices(maps: dict[str, np.ndarray], look: Look, height: int = 250) -> go.Figure:
+    """Rows are streams out, columns streams in. Colour runs from −1 to 1 at least, with 0 in the middle."""
+    if not maps:
+        return empty("No token-mean maps on record for this site up to this step.", look, height)
+    fig = base(look, height)
+    reach = max(1.0, *(float(np.nanmax(np.abs(m))) for m in maps.values()))
+    for i, (name, cell_NN) in enumerate(((k, maps[k]) for k in _NAMES if k in maps), 1):
+        x, y = _DOMAINS[name]
+        n = "" if i == 1 else str(i)
+        hidden = axis(look, showgrid=False, showticklabels=False, ticks="")
+        fig.update_layout({
+            f"xaxis{n}": hidden | {"domain": x, "anchor": f"y{n}", "constrain": "domain"},
+            f"yaxis{n}": hidden | {"domain": y, "anchor": f"x{n}", "autorange": "reversed"},
+        })  # fmt: skip
+        fig.add_heatmap(
+            z=cell_NN, xaxis=f"x{n}", yaxis=f"y{n}", coloraxis="coloraxis", xgap=2, ygap=2,
+            texttemplate="%{z:.2f}" if cell_NN.shape[1] <= 8 else None, textfont={"size": 11 if name == "res" else 9},
+            hovertemplate=f"{_NAMES[name]} out %{{y}}, in %{{x}}<br>%{{z:.4f}}<extra></extra>",
+        )  # fmt: skip
+        fig.add_annotation(
+            text=_NAMES[name], x=x[0], y=y[1], xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+            showarrow=False, font={"size": 13, "color": look.ink},
+        )  # fmt: skip
+    fig.update_layout(
+        coloraxis={"colorscale": look.gain, "cmin": -reach, "cmax": reach, "showscale": False},
+        margin={"l": 12, "r": 12, "t": 8, "b": 8},
+    )
+    return fig

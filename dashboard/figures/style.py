@@ -1,0 +1,146 @@
+"""How every chart looks, in light and in dark: ink, paper, the few colours with a meaning, and a template."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from geodiag.dashboard.figures.colours import Scale, diverging, sequential
+
+FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """One colour scheme."""
+
+    name: str
+    ink: str
+    soft: str
+    """Ink for what is not the data: ticks, titles of axes."""
+    line: str
+    """Grid lines and frames."""
+    paper: str
+    spike: str
+    """A spike, and whatever else is alarming."""
+    forward: str
+    backward: str
+    warmup: str
+    on: str
+    drain: str
+    cursor: str
+    heat: Scale
+    """For what is bad when it is high: paper to deep."""
+    gain: Scale
+    """For gains: the middle is exactly 1."""
+    series: tuple[str, ...] = ()
+    """Lines of one chart, told apart by hue and by lightness."""
+
+
+LIGHT = Look(
+    name="light",
+    ink="#1d2433",
+    soft="#667085",
+    line="#e7eaf0",
+    paper="#ffffff",
+    spike="#d6336c",
+    forward="#6d3fc0",
+    backward="#c2620a",
+    warmup="#e8a33d",
+    on="#159a72",
+    drain="#5b8def",
+    cursor="#98a2b3",
+    heat=sequential(["#fbfafd", "#d5c3e8", "#8b4bb0", "#2d0a3d"]),
+    gain=diverging(["#faf9fb", "#8fbce0", "#0b3d77"], ["#faf9fb", "#f0a35f", "#6b1d0a"]),
+    series=("#1d2433", "#7c53c3", "#0e8f9c", "#c2620a"),
+)
+DARK = Look(
+    name="dark",
+    ink="#e6e9f0",
+    soft="#98a2b3",
+    line="#2a303c",
+    paper="#171b23",
+    spike="#ff6b9d",
+    forward="#b795ff",
+    backward="#f3a75c",
+    warmup="#f0b35a",
+    on="#3ecf9d",
+    drain="#7ba6ff",
+    cursor="#667085",
+    heat=sequential(["#1b1f29", "#5c2f86", "#cf5d9b", "#ffe9c9"]),
+    gain=diverging(["#1d212b", "#2f73ad", "#b8e2ff"], ["#1d212b", "#b5591c", "#ffdfae"]),
+    series=("#ccd3df", "#b795ff", "#4cc9d6", "#f3a75c"),
+)
+LOOKS = {"light": LIGHT, "dark": DARK}
+
+
+def base(look: Look, height: int, **layout: Any) -> go.Figure:
+    """An empty figure in this look."""
+    fig = go.Figure()
+    fig.update_layout(
+        height=height,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": FONT, "size": 12, "color": look.soft},
+        margin={"l": 92, "r": 84, "t": 6, "b": 42},
+        hoverlabel={"bgcolor": look.paper, "bordercolor": look.line, "font": {"family": FONT, "color": look.ink}},
+        dragmode="zoom",
+        showlegend=False,
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": look.line, "activecolor": look.soft},
+        **layout,
+    )
+    return fig
+
+
+def axis(look: Look, title: str = "", **more: Any) -> dict:
+    """An axis: a thin grid, no box, a title that says the unit."""
+    return {
+        "title": {"text": title, "font": {"size": 12, "color": look.ink}, "standoff": 8},
+        "gridcolor": look.line,
+        "zeroline": False,
+        "linecolor": look.line,
+        "tickfont": {"size": 11, "color": look.soft},
+        "fixedrange": True,
+        "automargin": False,
+    } | more
+
+
+def time_axis(look: Look, window: tuple[float, float] | None, title: str = "step", **more: Any) -> dict:
+    """The step axis that all charts of a page share: a drag on it zooms. `window` fixes its range."""
+    given = {"range": list(window)} if window else {}
+    # The address knows the range: whatever it says wins over what the browser remembers.
+    return axis(look, title, fixedrange=False, tickformat=",d", nticks=9, uirevision=str(window), **given, **more)
+
+
+def upright(x: float, colour: str, dash: str, domain: tuple[float, float] = (0, 1)) -> dict:
+    """A thin line at one step, over part of the height of the figure."""
+    line = {"color": colour, "width": 1, "dash": dash}
+    return {
+        "type": "line",
+        "x0": x,
+        "x1": x,
+        "y0": domain[0],
+        "y1": domain[1],
+        "yref": "paper",
+        "line": line,
+        "opacity": 0.75,
+    }
+
+
+def titled(name: str, unit: str) -> str:
+    """`loss, nats/token`; a pure number has no unit to say."""
+    return name if unit in ("1", "") else f"{name}, {unit}"
+
+
+def empty(text: str, look: Look, height: int = 220) -> go.Figure:
+    """A calm sentence where a chart would be."""
+    fig = base(look, height)
+    fig.update_xaxes(visible=False)
+    fig.update_yaxes(visible=False)
+    fig.add_annotation(text=text, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper", font={"size": 14})
+    return fig
+
+
+def faded(colour: str, alpha: float) -> str:
+    """`#rrggbb` as rgba."""
+    return f"rgba({int(colour[1:3], 16)},{int(colour[3:5], 16)},{int(colour[5:7], 16)},{alpha})"

@@ -1,0 +1,154 @@
+"""The overview: loss with what happened to it, gradient norm, and the three stages, on one time axis."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+
+from geodiag.dashboard.figures.bins import binned
+from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, time_axis, titled, upright
+from geodiag.dashboard.figures.thin import broken, thinned
+from geodiag.dashboard.grid import Grid
+from geodiag.dashboard.marks import Span, Spike
+from geodiag.schema import METRICS
+
+# S steps.
+
+STAGES = ("1 curvature", "2 chart", "3 amplification")
+_DOMAINS = {"loss": (0.5, 1.0), "grad_norm": (0.25, 0.44), "stages": (0.0, 0.19)}
+_MOST_BANDS = 80
+_Z_MIN, _Z_MAX = 2.0, 10.0
+"""The colours of robust z: below the first it is the noise of a worst-of-many."""
+_WORDS = {"warmup": "routing warms up", "on": "anticipatory routing on", "drain": "draining"}
+
+
+def timeline(
+    steps: dict[str, np.ndarray],
+    spikes: Sequence[Spike],
+    spans: Sequence[Span],
+    look: Look,
+    window: tuple[int, int] | None = None,
+    step: int | None = None,
+    log: bool = False,
+    height: int = 640,
+) -> go.Figure:
+    """`steps` is table `steps` by column; `window` the visible range of steps; `step` gets a cursor."""
+    if not len(steps["step"]):
+        return empty("Waiting for the first step.", look, height)
+    low, high = window or (int(steps["step"][0]), int(steps["step"][-1]))
+    near = (steps["step"] >= low - 1) & (steps["step"] <= high + 1)
+    seen = {k: v[near] for k, v in steps.items()}
+    fig = base(look, height, hovermode="x unified", hoversubplots="axis")
+    fig.update_layout(
+        xaxis=time_axis(look, window, anchor="y3", showspikes=True, spikemode="across", spikethickness=1),
+        yaxis=axis(look, _title("loss"), domain=_DOMAINS["loss"], type="log" if log else "linear"),
+        yaxis2=axis(look, _title("grad_norm"), domain=_DOMAINS["grad_norm"], rangemode="tozero"),
+        yaxis3=axis(look, domain=_DOMAINS["stages"], autorange="reversed", showgrid=False, ticks=""),
+    )
+    fig.update_layout(xaxis={"spikecolor": look.cursor, "spikedash": "dot"})
+    _bands(fig, [s for s in spans if s.end >= low and s.start <= high], low, high, look)
+    inside = [s for s in spikes if s.onset <= high and (s.end or s.peak or s.detected) >= low]
+    for name, y in (("loss", "y"), ("grad_norm", "y2")):
+        _line(fig, seen, name, y, look)
+    _stages(fig, seen, look)
+    _spike_marks(fig, seen, inside, look)
+    if step is not None:
+        fig.add_shape(upright(step, look.ink, "dot"))
+    return fig
+
+
+def _title(name: str) -> str:
+    metric = METRICS["steps", name]
+    return titled({"grad_norm": "grad norm"}.get(name, name), metric.unit)
+
+
+def _line(fig: go.Figure, seen: dict[str, np.ndarray], name: str, y: str, look: Look) -> None:
+    points = thinned(seen["step"], seen[name])
+    line = {"color": look.ink, "width": 1.4}
+    fig.add_scatter(
+        x=points.x, y=points.y, yaxis=y, mode="lines", line=line, name=name.replace("_", " "), connectgaps=False,
+        hovertemplate="%{y:.4g}",
+    )  # fmt: skip
+    lost = broken(seen["step"], seen[name])
+    if len(lost):
+        finite = points.y[np.isfinite(points.y)]
+        top = np.full(len(lost), finite.max() if len(finite) else 1.0)
+        fig.add_scatter(
+            x=lost, y=top, yaxis=y, mode="markers", name=f"{name.replace('_', ' ')} not finite",
+            marker={"symbol": "x", "size": 8, "color": look.spike}, hovertemplate="NaN or infinite",
+        )  # fmt: skip
+
+
+def _stages(fig: go.Figure, seen: dict[str, np.ndarray], look: Look) -> None:
+    names = [f"stage{i}_score" for i in (1, 2, 3)]
+    values = np.stack([np.where(np.isinf(seen[n]), _Z_MAX, seen[n]) for n in names])
+    columns = binned(Grid(METRICS["steps", names[0]], ((0, 0), (1, 0), (2, 0)), seen["step"], values))
+    fig.update_layout(yaxis3={"tickvals": [0, 1, 2], "ticktext": list(STAGES)})
+    if not len(columns.left_B):
+        return
+    fig.add_heatmap(
+        z=columns.values_RB, x0=float(columns.left_B[0]) + (columns.width - 1) / 2, dx=columns.width, y=[0, 1, 2],
+        yaxis="y3", colorscale=look.heat, zmin=_Z_MIN, zmax=_Z_MAX, ygap=3, name="stage",
+        hovertemplate="%{z:.1f} robust z<extra>stage %{y}</extra>", hoverongaps=False,
+        colorbar={
+            "len": 0.19, "y": 0, "yanchor": "bottom", "thickness": 10, "outlinewidth": 0, "x": 1.01,
+            "title": {"text": "robust z", "font": {"size": 11}}, "tickfont": {"size": 11},
+            "tickvals": [2, 6, 10], "ticktext": ["≤ 2", "6", "≥ 10"],
+        },
+    )  # fmt: skip
+
+
+def _bands(fig: go.Figure, spans: Sequence[Span], low: int, high: int, look: Look) -> None:
+    wide = max((high - low) / 14, 1)
+    for span in spans[-_MOST_BANDS:]:
+        colour = {"warmup": look.warmup, "on": look.on, "drain": look.drain}[span.mode]
+        fig.add_shape(
+            type="rect", x0=span.start - 0.5, x1=span.end + 0.5, y0=_DOMAINS["grad_norm"][0], y1=1, yref="paper",
+            fillcolor=faded(colour, 0.14), line_width=0, layer="below",
+        )  # fmt: skip
+        a, b = max(span.start, low), min(span.end, high)
+        if span.mode == "on" and b - a > wide:
+            fig.add_annotation(
+                x=(a + b) / 2, y=0.982, yref="paper", yanchor="top", text=_WORDS["on"], showarrow=False,
+                font={"size": 11, "color": look.on},
+            )  # fmt: skip
+
+
+def _spike_marks(fig: go.Figure, seen: dict[str, np.ndarray], spikes: Sequence[Spike], look: Look) -> None:
+    for spike in spikes[-_MOST_BANDS:]:
+        fig.add_shape(upright(spike.onset, look.spike, "dash"))
+        end = spike.end or spike.peak
+        if end:  # a bar at the top: a second tint over the routing bands would be mud
+            fig.add_shape(
+                type="rect", x0=spike.onset, x1=end, y0=0.988, y1=1, yref="paper",
+                fillcolor=look.spike, opacity=0.75, line_width=0,
+            )  # fmt: skip
+    texts = [_words(s) for s in spikes]
+    for name, at, symbol, size in (
+        ("onset", [s.onset for s in spikes], "circle-open", 12),
+        ("peak", [s.peak for s in spikes], "diamond", 9),
+    ):
+        known = [(x, t) for x, t in zip(at, texts, strict=True) if x is not None]
+        if known:
+            fig.add_scatter(
+                x=[x for x, _ in known], y=[_value_at(seen, x) for x, _ in known], mode="markers",
+                marker={"symbol": symbol, "size": size, "color": look.spike, "line": {"width": 2, "color": look.spike}},
+                name=f"spike {name}", text=[t for _, t in known], hovertemplate="%{text}",
+            )  # fmt: skip
+
+
+def _words(spike: Spike) -> str:
+    parts = [
+        f"onset {spike.onset:,}",
+        f"peak {spike.peak:,}" if spike.peak else "",
+        f"end {spike.end:,}" if spike.end else "",
+    ]
+    score = f"{spike.score:.1f} robust σ" if spike.score else ""
+    return " · ".join(p for p in [spike.kind, *parts, score] if p)
+
+
+def _value_at(seen: dict[str, np.ndarray], step: int) -> float | None:
+    i = int(np.searchsorted(seen["step"], step))
+    if i >= len(seen["step"]) or not np.isfinite(seen["loss"][i]):
+        return None
+    return float(seen["loss"][i])

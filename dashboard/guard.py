@@ -1,0 +1,76 @@
+"""Who may look: a random token on every request, a known host on loopback, and nothing fetched from elsewhere."""
+
+import hmac
+import secrets
+from urllib.parse import urlencode, urlsplit
+
+from flask import Flask, Response, redirect, request
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>geodiag</title>
+<body style="font:16px/1.6 system-ui,sans-serif;max-width:36em;margin:18vh auto;padding:0 1.5em">{text}</body></html>
+"""
+_NO_TOKEN = (
+    "This page needs its token: open the address that <code>geodiag dashboard</code> printed, the one with ?token=…"
+)
+_HOST = "This page answers to its own address only: open the one that <code>geodiag dashboard</code> printed."
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Dash starts itself with an inline script; everything else comes from files served here.
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+)
+
+
+def new_token() -> str:
+    """A token that nobody guesses."""
+    return secrets.token_urlsafe(24)
+
+
+def guard(server: Flask, token: str, only_loopback: bool = True) -> None:
+    """Refuses every request, callbacks included, that does not carry `token` in its cookie.
+
+    `?token=…` in an address sets the cookie and is taken out of the address again. With `only_loopback`
+    a request under any other host name is refused too: a web page that rebinds its name to 127.0.0.1 gets nothing.
+    """
+
+    @server.before_request
+    def check():
+        if only_loopback and urlsplit(f"//{request.host}").hostname not in LOOPBACK:
+            return _refused(_HOST)
+        origin = request.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != request.host:
+            return _refused(_HOST)
+        given = request.args.get("token")
+        if given is not None and request.method == "GET" and _same(given, token):
+            return _welcomed(token)
+        if not _same(request.cookies.get(_cookie(), ""), token):
+            return _refused(_NO_TOKEN)
+        return None
+
+    @server.after_request
+    def seal(response: Response) -> Response:
+        response.headers["Content-Security-Policy"] = _POLICY
+        response.headers["Referrer-Policy"] = "no-referrer"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
+
+
+def _cookie() -> str:
+    # Browsers keep one cookie jar for all ports of a host; two pages side by side must not log each other out.
+    return f"geodiag-{urlsplit(f'//{request.host}').port or 80}"
+
+
+def _same(given: str, token: str) -> bool:
+    return hmac.compare_digest(given.encode(), token.encode())
+
+
+def _refused(text: str) -> Response:
+    return Response(_PAGE.format(text=text), status=403, mimetype="text/html")
+
+
+def _welcomed(token: str) -> Response:
+    kept = urlencode([(k, v) for k, v in request.args.items() if k != "token"])
+    response = redirect(request.path + (f"?{kept}" if kept else ""))
+    response.set_cookie(_cookie(), token, httponly=True, samesite="Strict")
+    return response  # type: ignore[return-value]

@@ -1,0 +1,83 @@
+"""What happened, as places on a time axis: spikes, faults, attempts, and spans of routing modes."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from geodiag.schema import ROUTING_MODES
+
+SPIKE_KINDS = ("spike", "outlier", "divergence", "nonfinite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spike:
+    """One thing the detector raised, as far as it is known by now."""
+
+    kind: str
+    onset: int
+    detected: int
+    peak: int | None = None
+    end: int | None = None
+    score: float | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Steps start ≤ step ≤ end in one routing mode."""
+
+    mode: str
+    start: int
+    end: int
+
+
+def spikes(events: Iterable[dict[str, Any]]) -> list[Spike]:
+    """The detector's events; what a later row says of the same onset (its peak, its end) is merged in."""
+    found: dict[int, Spike] = {}
+    for event in events:
+        data = details(event)
+        if event["kind"] in SPIKE_KINDS:
+            onset = _number(data, "onset", event["step"])
+            old = found.get(onset)
+            first = Spike(kind=event["kind"], onset=onset, detected=event["step"], message=event["message"] or "")
+            found[onset] = _told(old or first, data)
+        elif event["kind"] == "recovered" and found:
+            onset = _number(data, "onset", max(found))
+            if onset in found:
+                found[onset] = _told(found[onset], {"end": event["step"]} | {k: v for k, v in data.items() if v})
+    return [found[k] for k in sorted(found)]
+
+
+def spans(step_S: np.ndarray, mode_S: np.ndarray) -> list[Span]:
+    """Runs of steps in which routing was not off."""
+    if not len(step_S):
+        return []
+    begins = np.flatnonzero(np.diff(mode_S, prepend=mode_S[0] - 1))
+    ends = np.append(begins[1:], len(mode_S)) - 1
+    return [
+        Span(mode=ROUTING_MODES[mode_S[a]], start=int(step_S[a]), end=int(step_S[b]))
+        for a, b in zip(begins, ends, strict=True)
+        if mode_S[a] > 0
+    ]
+
+
+def details(event: dict[str, Any]) -> dict[str, Any]:
+    """An event's `data`, or nothing where it makes no sense."""
+    try:
+        data = json.loads(event.get("data") or "{}")
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _told(spike: Spike, data: dict[str, Any]) -> Spike:
+    told = {k: data[k] for k in ("peak", "end", "score") if isinstance(data.get(k), int | float)}
+    return replace(spike, **told)
+
+
+def _number(data: dict[str, Any], key: str, otherwise: int) -> int:
+    value = data.get(key)
+    return int(value) if isinstance(value, int | float) and value == value else otherwise

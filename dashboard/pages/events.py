@@ -1,0 +1,87 @@
+"""Events: the audit trail. What was seen, asked, decided and done, each row with its reason."""
+
+from typing import Any
+from urllib.parse import quote
+
+from dash import Dash, Input, Output, State, dcc, html, no_update
+
+from geodiag.dashboard.draw import draws
+from geodiag.dashboard.library import Library
+from geodiag.dashboard.marks import details
+from geodiag.dashboard.parts import card, notice
+from geodiag.dashboard.record import Record
+from geodiag.dashboard.table import table
+from geodiag.dashboard.view import View
+from geodiag.dashboard.words import utc
+from geodiag.events import KINDS
+
+NAME, TITLE = "events", "Events"
+_AROUND = 60
+"""Steps shown before and after an event that was jumped to."""
+
+_NUMBER = {"filter": "agNumberColumnFilter", "type": "rightAligned"}
+_COMMAS = {"function": "d3.format(',')(params.value)"}
+_COLUMNS: list[dict[str, Any]] = [
+    {"field": "step", "headerName": "step", "width": 92, "valueFormatter": _COMMAS, "sort": "desc", **_NUMBER},
+    {"field": "kind", "headerName": "kind", "width": 128, "cellRenderer": "Kind", "tooltipField": "meaning"},
+    {"field": "message", "headerName": "message", "flex": 1, "minWidth": 280, "wrapText": True, "autoHeight": True},
+    {"field": "layer", "headerName": "layer", "width": 88, **_NUMBER},
+    {"field": "site", "headerName": "site", "width": 84},
+    {"field": "expert", "headerName": "expert", "width": 92, **_NUMBER},
+    {"field": "attempt", "headerName": "attempt", "width": 100, **_NUMBER},
+    {"field": "time", "headerName": "time, UTC", "width": 172},
+]  # fmt: skip
+
+
+def layout(record: Record, view: View) -> html.Div:
+    trail = table("events-table", _COLUMNS, rows(record), height="calc(100vh - 190px)")
+    return html.Div(
+        [
+            card(
+                "Audit trail",
+                html.Div(_none(record), id="events-none"),
+                trail,
+                tip="Every spike, request, answer, decision and change of state. Click a row to see its step. "
+                + " ".join(f"{k}: {v}." for k, v in KINDS.items()),
+            ),
+            dcc.Location(id="events-jump", refresh="callback-nav"),
+        ]
+    )
+
+
+def register(app: Dash, library: Library) -> None:
+    draws(app, library, "events-table", "rowData", lambda r, v, look: rows(r))
+    draws(app, library, "events-none", "children", lambda r, v, look: _none(r))
+
+    @app.callback(
+        Output("events-jump", "href"),
+        Input("events-table", "cellClicked"),
+        State("events-table", "rowData"),
+        State("url", "pathname"),
+        prevent_initial_call=True,
+    )
+    def go(cell, shown, pathname):
+        record = library.at(pathname)
+        row = next((r for r in shown or [] if cell and r["id"] == str(cell.get("rowId"))), None)
+        return jump(record, row["step"]) if record and row else no_update
+
+
+def jump(record: Record, step: int) -> str:
+    """The overview's address with `step` in the middle."""
+    view = View(steps=(max(0, step - _AROUND), step + _AROUND), step=step)
+    return f"/run/{quote(record.run.name)}/overview{view.search()}"
+
+
+def rows(record: Record) -> list[dict[str, Any]]:
+    """The trail as the table takes it."""
+    out = []
+    for i, e in enumerate(record.events()):
+        row = {k: e[k] for k in ("step", "kind", "message", "layer", "site", "expert", "attempt")}
+        out.append(
+            row | {"id": str(i), "time": utc(e["time"]), "meaning": KINDS.get(e["kind"], ""), "data": details(e)}
+        )
+    return out
+
+
+def _none(record: Record) -> list:
+    return [] if record.events() else [notice("No events yet.")]

@@ -1,0 +1,202 @@
+"""Gain: how every layer stretches what passes through it, over steps, and down the stack at one step."""
+
+import plotly.graph_objects as go
+from dash import Dash, dcc, html
+
+from geodiag.dashboard.draw import draws, onsets
+from geodiag.dashboard.figures.bins import binned, worst_step
+from geodiag.dashboard.figures.heat import Panel, heat_map
+from geodiag.dashboard.figures.matrix import matrices
+from geodiag.dashboard.figures.profile import Curve, profile
+from geodiag.dashboard.figures.style import Look, empty
+from geodiag.dashboard.grid import row_name
+from geodiag.dashboard.library import Library
+from geodiag.dashboard.parts import aria, card, graph, notice, options, segments, select
+from geodiag.dashboard.record import Record
+from geodiag.dashboard.steer import Control, steer
+from geodiag.dashboard.view import View
+from geodiag.dashboard.words import whole
+from geodiag.schema import METRICS, SITES
+
+NAME, TITLE = "gain", "Gain"
+
+_OVER = {"mean": "mean", "max": "worst token", "min": "smallest", "of_mean": "of mean map"}
+# Quantity → the metrics of each way to look over tokens, forward then backward where there are two.
+QUANTITIES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
+    "composite": (
+        "composite gain",
+        {
+            "mean": ("composite_gain_fwd", "composite_gain_bwd"),
+            "max": ("composite_gain_fwd_max", "composite_gain_bwd_max"),
+            "min": ("composite_gain_fwd_min", "composite_gain_bwd_min"),
+            "of_mean": ("composite_gain_fwd_of_mean", "composite_gain_bwd_of_mean"),
+        },
+    ),
+    "single": (
+        "single-site gain",
+        {
+            "mean": ("amax_gain_fwd", "amax_gain_bwd"),
+            "max": ("amax_gain_fwd_max", "amax_gain_bwd_max"),
+            "min": ("gain_fwd_min", "gain_bwd_min"),
+            "of_mean": ("amax_gain_fwd_of_mean", "amax_gain_bwd_of_mean"),
+        },
+    ),
+    "transport": (
+        "transport gain",
+        {"mean": ("transport_gain_fwd", "transport_gain_bwd"), "max": ("transport_gain_fwd_max",)},
+    ),
+    "spectral": ("spectral norm", {"mean": ("spectral_norm_res",), "max": ("spectral_norm_res_max",)}),
+    "sinkhorn": ("Sinkhorn residual", {"max": ("sinkhorn_residual",)}),
+    "early": ("early signal share", {"mean": ("early_signal_share",)}),
+    "stream_amax": ("stream amax", {"max": ("stream_amax",)}),
+    "stream_rms": ("stream RMS", {"mean": ("stream_rms",)}),
+    "branch": ("branch share", {"mean": ("branch_share",)}),
+    "post": ("post concentration", {"mean": ("post_concentration",)}),
+    "grad": ("layer gradient norm", {"mean": ("grad_norm",)}),
+}
+_WAYS = ("forward", "backward")
+
+
+def quantity(view: View) -> str:
+    """The quantity that the view asks for; an unknown one is composite gain."""
+    return view.metric if view.metric in QUANTITIES else "composite"
+
+
+def chosen(view: View) -> tuple[str, ...]:
+    """The metrics that the view asks for; an unknown way over tokens is the quantity's first."""
+    over = QUANTITIES[quantity(view)][1]
+    return over.get(view.over or "mean") or next(iter(over.values()))
+
+
+def layout(record: Record, view: View) -> html.Div:
+    controls = [
+        select("gain-metric", quantity(view), options({k: v[0] for k, v in QUANTITIES.items()}), "quantity"),
+        segments("gain-over", view.over if view.over in _OVER else "mean", options(_OVER), "over tokens"),
+    ]  # fmt: skip
+    main = card(
+        "Over layers and steps",
+        html.Div(_missing(record), id="gain-missing"),
+        graph("gain-heat", 460),
+        tip="Rows are sites in the order in which the streams pass them; the first is on top. "
+        "Click a cell for its step and its site; drag to zoom in time.",
+        controls=controls,
+    )
+    slider = dcc.Slider(
+        id="gain-step", min=0, max=max(1, _last(record)), step=1, marks=None,
+        value=view.step if view.step is not None else _last(record),
+        updatemode="mouseup", tooltip={"placement": "bottom"}, allow_direct_input=False,
+    )  # fmt: skip
+    deep = card(
+        "Down the stack",
+        html.Div(id="gain-where", className="where"),
+        html.Div(slider, className="slider", **aria("step")),
+        graph("gain-profile", 380),
+        tip="Every site at one step. Forward gains multiply from the input, backward gains from the output.",
+    )
+    maps = card(
+        "Maps of one site",
+        html.Div(id="gain-site", className="where"),
+        graph("gain-matrices", 250),
+        tip="Token means at their newest sample up to the step. Rows are streams out, columns streams in.",
+    )
+    return html.Div([main, html.Div([deep, maps], className="side")], className="split wide-side")
+
+
+def register(app: Dash, library: Library) -> None:
+    draws(app, library, "gain-heat", "figure", _heat)
+    draws(app, library, "gain-profile", "figure", _profile)
+    draws(app, library, "gain-matrices", "figure", _matrices)
+    draws(app, library, "gain-where", "children", lambda r, v, look: f"step {whole(step_of(r, v))}")
+    draws(app, library, "gain-site", "children", lambda r, v, look: _where(r, v))
+    draws(app, library, "gain-step", "max", lambda r, v, look: max(1, _last(r)))
+    draws(app, library, "gain-missing", "children", lambda r, v, look: _missing(r))
+    controls = {
+        "gain-metric": Control("metric", "composite"),
+        "gain-over": Control("over", "mean"),
+        "gain-step": Control("step"),
+    }
+    steer(app, controls, ["gain-heat", "gain-profile"], lambda *a: _clicked(library, *a))
+
+
+def step_of(record: Record, view: View) -> int | None:
+    """The step that the page speaks of: the chosen one, else the newest in view."""
+    if view.step is not None:
+        return view.step
+    last = _last(record) if len(record.steps()["step"]) else None
+    return last if view.high is None or last is None else min(view.high, last)
+
+
+def _heat(record: Record, view: View, look: Look) -> go.Figure:
+    grids = record.grids("layers", *chosen(view))
+    panels = [Panel(g, _sentence(g.metric.name, look)) for g in grids]
+    site = row_name(view.site) if view.site else None
+    waiting = (
+        "Waiting for the first step."
+        if not len(record.steps()["step"])
+        else "Not recorded in this run: it has no such map."
+    )
+    return heat_map(panels, look, view.steps, onsets=onsets(record), step=view.step, row=site, nothing=waiting)
+
+
+def _profile(record: Record, view: View, look: Look) -> go.Figure:
+    step = step_of(record, view)
+    if step is None:
+        return empty("Waiting for the first step.", look, 380)
+    grids = [g.measured() for g in record.grids("layers", *chosen(view))]
+    curves = [Curve(_way(g.metric.name), g, g.at(step)) for g in grids if g.rows]
+    return profile(curves, look, row_name(view.site) if view.site else None)
+
+
+def _matrices(record: Record, view: View, look: Look) -> go.Figure:
+    step, (layer, site) = step_of(record, view), _site(record, view)
+    found = record.matrices(layer, SITES[site], step) if step is not None else None
+    return matrices(found[1] if found else {}, look)
+
+
+def _where(record: Record, view: View) -> str:
+    step, site = step_of(record, view), _site(record, view)
+    found = record.matrices(site[0], SITES[site[1]], step) if step is not None else None
+    return f"{row_name(site)}, sampled at step {whole(found[0])}" if found else row_name(site)
+
+
+def _site(record: Record, view: View) -> tuple[int, int]:
+    """The chosen site, else the one whose composite gain is worst now."""
+    if view.site is not None:
+        return view.site
+    worst = [w for g in record.recent("layers", "composite_gain_fwd", back=20) if (w := g.worst())]
+    return worst[0][2] if worst else (0, 0)
+
+
+def _clicked(library: Library, pathname: str, view: View, name: str, point: dict) -> View:
+    record, site = library.at(pathname), View.parse(f"?site={point.get('y')}").site
+    if record is None or site is None:
+        return view
+    if name == "gain-profile":
+        return view.but(site=site)
+    grid = record.grids("layers", *chosen(view))[point.get("curveNumber", 0) % len(chosen(view))]
+    grid = grid.window(view.low, view.high)
+    column = binned(grid.measured())
+    step = worst_step(grid, grid.rows.index(site), round(point["x"] - (column.width - 1) / 2), column.width)
+    return view.but(site=site, step=round(point["x"]) if step is None else step)
+
+
+def _missing(record: Record) -> list:
+    found = record.run.manifest.get("found") or {}
+    if "sites" in found and not found["sites"]:
+        return [notice("This run has no hyper-connections: there are no residual maps, so no composite gain. "
+                       "Transport gain, stream and gradient norms are recorded.")]  # fmt: skip
+    return []
+
+
+def _sentence(name: str, look: Look) -> str:
+    way = f"<b>{_way(name)}</b>  " if "fwd" in name or "bwd" in name else ""
+    return f'{way}<span style="color:{look.soft}">{METRICS["layers", name].help}</span>'
+
+
+def _way(name: str) -> str:
+    return _WAYS[0] if "_fwd" in name else _WAYS[1] if "_bwd" in name else name.replace("_", " ")
+
+
+def _last(record: Record) -> int:
+    step_S = record.steps()["step"]
+    return int(step_S[-1]) if len(step_S) else 0

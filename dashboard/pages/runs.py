@@ -1,0 +1,98 @@
+"""The list of runs: which there are, how each stands, and which needs a look."""
+
+from functools import partial
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from dash import Dash, Input, Output, State, dcc, html, no_update
+
+from geodiag.dashboard.draw import marks
+from geodiag.dashboard.grid import row_name
+from geodiag.dashboard.library import Library
+from geodiag.dashboard.parts import card
+from geodiag.dashboard.record import Record
+from geodiag.dashboard.table import table
+from geodiag.dashboard.tiles import COMPOSITES, worst_now
+from geodiag.dashboard.words import about, metric, utc
+
+NAME, TITLE = "runs", "Runs"
+_SPARK, _MANY = 90, 40
+
+_NUMBER = {"filter": "agNumberColumnFilter", "type": "rightAligned"}
+_COMMAS = {"function": "params.value == null ? '–' : d3.format(',')(params.value)"}
+_DIGITS = {"function": "params.value == null ? '–' : d3.format('.4g')(params.value)"}
+_GAIN = {"function": "params.value == null ? '–' : d3.format('.4g')(params.value) + ' × at ' + params.data.gain_at"}
+_LOSS_HELP, _GAIN_HELP = about(metric("steps", "loss")), about(metric("layers", COMPOSITES[0]))
+_COLUMNS: list[dict[str, Any]] = [
+    {"field": "name", "headerName": "run", "flex": 1, "minWidth": 150, "cellRenderer": "RunLink"},
+    {"field": "status", "headerName": "status", "width": 124, "cellRenderer": "Status"},
+    {"field": "step", "headerName": "last step", "width": 106, "valueFormatter": _COMMAS, **_NUMBER},
+    {"field": "spark", "headerName": "loss over steps", "width": 176, "cellRenderer": "Spark", "cellDataType": False,
+     "sortable": False, "filter": False},
+    {"field": "loss", "headerName": "loss", "width": 92, "headerTooltip": _LOSS_HELP,
+     "valueFormatter": _DIGITS, **_NUMBER},
+    {"field": "spikes", "headerName": "spikes", "width": 92, **_NUMBER},
+    {"field": "gain", "headerName": "worst composite gain", "width": 180, "headerTooltip": _GAIN_HELP,
+     "valueFormatter": _GAIN, **_NUMBER},
+    {"field": "residual", "headerName": "residual", "width": 104},
+    {"field": "size", "headerName": "size", "width": 90},
+    {"field": "began", "headerName": "began, UTC", "width": 154, "sort": "desc"},
+]  # fmt: skip
+
+
+def layout(library: Library) -> html.Div:
+    now = rows(library)
+    runs = table("runs-table", _COLUMNS, now, height="calc(100vh - 180px)" if len(now) > _MANY else None)
+    help = "Every run in the folder that is being served. Click one to open it. The list follows the folder."
+    return html.Div([card("Runs", runs, tip=help), dcc.Location(id="runs-jump", refresh="callback-nav")])
+
+
+def register(app: Dash, library: Library) -> None:
+    @app.callback(
+        Output("runs-table", "rowData"),
+        Input("tick", "data"),
+        State("runs-table", "rowData"),
+        prevent_initial_call=True,
+    )
+    def follow(tick, shown):
+        now = rows(library)
+        return now if now != shown else no_update
+
+    @app.callback(Output("runs-jump", "href"), Input("runs-table", "cellClicked"), prevent_initial_call=True)
+    def go(cell):
+        return f"/run/{quote(str(cell['rowId']))}/overview" if cell and cell.get("rowId") else no_update
+
+
+def rows(library: Library) -> list[dict[str, Any]]:
+    """One row a run; each is worked out once a version of its run."""
+    records = [r for r in map(library.get, library.names()) if r is not None]
+    return [r.memo("row", partial(_row, r)) | {"status": r.run.status()} for r in records]
+
+
+def _row(record: Record) -> dict[str, Any]:
+    steps, config = record.steps(), record.run.manifest.get("config") or {}
+    some = len(steps["step"]) > 0
+    worst = worst_now(record, *COMPOSITES)
+    value, _, at = worst.worst() if worst else (None, None, None)  # type: ignore[misc]
+    loss = float(steps["loss"][-1]) if some and np.isfinite(steps["loss"][-1]) else None
+    return {
+        "id": record.run.name,
+        "name": record.run.name,
+        "step": int(steps["step"][-1]) if some else None,
+        "spark": _spark(steps),
+        "loss": loss,
+        "spikes": len([s for s in marks(record) if s.kind != "outlier"]),
+        "gain": value if value is not None and np.isfinite(value) else None,
+        "gain_at": row_name(at) if at else "",
+        "residual": str(config.get("residual", "–")),
+        "size": str(config.get("size", "–")),
+        "began": utc(record.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
+    }
+
+
+def _spark(steps: dict[str, np.ndarray]) -> list[float | None]:
+    """The loss at a glance: the largest of each of a few dozen stretches, so that a spike shows."""
+    loss_S = np.where(np.isinf(steps["loss"]), np.nan, steps["loss"])
+    parts = np.array_split(loss_S, min(_SPARK, max(1, len(loss_S))))
+    return [round(float(np.nanmax(p)), 4) if len(p) and not np.isnan(p).all() else None for p in parts]

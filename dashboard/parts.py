@@ -1,0 +1,94 @@
+"""The bricks of every page: cards, tiles, help bubbles, graphs, notices."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dash_mantine_components as dmc
+import plotly.graph_objects as go
+from dash import dcc, html
+
+_CONFIG: Any = {
+    "displaylogo": False,
+    "responsive": True,
+    "doubleClick": "autosize",
+    "displayModeBar": "hover",
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d", "zoom2d"],
+    "showTips": False,
+}
+
+
+def card(title: str, *children: Any, tip: str = "", controls: Any = None, **more: Any) -> html.Section:
+    """A framed part of a page with its title, a help bubble and its controls."""
+    head = [html.H2(title), bubble(title, tip) if tip else None, html.Div(controls, className="card-controls")]
+    return html.Section([html.Div(head, className="card-head"), *children], className="card", **more)
+
+
+def bubble(about: str, text: str) -> dmc.Tooltip:
+    """A small ? that explains; it can be reached by keyboard."""
+    mark = html.Button("?", className="bubble", type="button", **aria(f"{about}: {text}"))
+    return tip(mark, text)
+
+
+def tip(child: Any, text: str) -> dmc.Tooltip:
+    """`child` with an explanation on hover and on focus."""
+    return dmc.Tooltip(
+        child,
+        label=text,
+        multiline=True,
+        w=280,
+        withArrow=True,
+        openDelay=150,
+        events={"hover": True, "focus": True, "touch": True},
+    )
+
+
+def graph(name: str, height: int) -> html.Div:
+    """A chart that is filled by a callback; the space is kept, so that nothing jumps."""
+    chart = dcc.Graph(id=name, figure=_blank(height), config=_CONFIG, className="chart", responsive="auto")
+    return html.Div(chart, className="chart-frame")
+
+
+def tile(label: str, value: Any, note: str = "", text: str = "", tone: str = "") -> Any:
+    """One headline number."""
+    inside = [html.Span(label, className="tile-label"), html.Span(value, className=f"tile-value {tone}")]
+    inside.append(html.Span(note, className="tile-note"))
+    return tip(html.Div(inside, className="tile", tabIndex=0), text)
+
+
+def badge(status: str) -> html.Span:
+    """How a run stands, by colour and by word."""
+    return html.Span([html.Span(className="dot"), status], className=f"badge badge-{status}")
+
+
+def notice(text: Any, kind: str = "info") -> html.Div:
+    """A line that says what is missing or wrong, calmly."""
+    return html.Div(text, className=f"notice notice-{kind}", role="note")
+
+
+def aria(label: str) -> dict[str, Any]:
+    """A name for those who hear the page."""
+    return {"aria-label": label}
+
+
+def options(labels: Mapping[str, str]) -> list[dict[str, str]]:
+    """value → label, as choices."""
+    return [{"value": value, "label": label} for value, label in labels.items()]
+
+
+def select(name: str, value: str | None, options: list, label: str, width: int = 210) -> dmc.Select:
+    return dmc.Select(
+        id=name, value=value, data=options, size="xs", w=width, allowDeselect=False, checkIconPosition="right",
+        maxDropdownHeight=380, **aria(label),
+    )  # fmt: skip
+
+
+def segments(name: str, value: str, options: list, label: str) -> dmc.SegmentedControl:
+    return dmc.SegmentedControl(id=name, value=value, data=options, size="xs", **aria(label))
+
+
+def _blank(height: int) -> go.Figure:
+    hidden = {"visible": False}
+    clear = "rgba(0,0,0,0)"
+    return go.Figure(
+        layout={"height": height, "xaxis": hidden, "yaxis": hidden, "paper_bgcolor": clear, "plot_bgcolor": clear}
+    )

@@ -1,0 +1,167 @@
+"""One run as the pages see it: its tables held dense in memory, and brought up to date by reading only the tail."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from geodiag.dashboard.grid import SECOND_KEY, Grid, joined, merge_ranks, to_grids, values_of
+from geodiag.errors import GeodiagError
+from geodiag.files import Folder
+from geodiag.run import Run
+from geodiag.schema import METRICS, ROUTING_MODES, metrics_of
+
+# S steps, R rows.
+
+_REREAD = 64
+"""Steps read again at each refresh: ranks write at their own pace."""
+_WATCHED = ("run.json", "control.json", "heartbeat.json")
+
+
+class Record:
+    """A run's tables, cached. Safe to use from several threads."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._lock = threading.RLock()
+        self._stamp: tuple = ()
+        self._grids: dict[tuple[str, str], Grid] = {}
+        self._steps: dict[str, np.ndarray] | None = None
+        self._events: list[dict[str, Any]] | None = None
+        self._memos: dict[str, Any] = {}
+
+    def refresh(self) -> str:
+        """Looks whether the run changed on disk and reads what is new. Returns a mark of the version."""
+        with self._lock:
+            stamp = self._look()
+            if stamp != self._stamp:
+                known, self.run = self.run.manifest.get("attempts"), _reopened(self.run)
+                if self.run.manifest.get("attempts") != known:
+                    self._grids, self._steps = {}, None  # a new attempt takes the place of old rows
+                self._events, self._memos = None, {}
+                self._read_tails()
+                self._stamp = stamp
+            return f"{hash(self._stamp) & 0xFFFFFFFF:08x}"
+
+    def steps(self) -> dict[str, np.ndarray]:
+        """Table `steps`, ranks merged: column → values; `routing_mode` as indices into ROUTING_MODES, −1 for none."""
+        with self._lock:
+            if self._steps is None:
+                self._steps = _steps_of(self.run.read_arrow("steps"))
+            return self._steps
+
+    def grids(self, table: str, *names: str) -> list[Grid]:
+        """The named metrics of `layers` or `experts`, in the order asked for."""
+        with self._lock:
+            missing = [n for n in names if (table, n) not in self._grids]
+            if missing:
+                rows = self.run.read_arrow(table, ["rank", "step", "layer", SECOND_KEY[table], *missing])
+                self._grids |= {(table, n): g for n, g in to_grids(table, rows, missing).items()}
+            return [self._grids[table, n] for n in names]
+
+    def events(self) -> list[dict[str, Any]]:
+        """The audit trail, oldest first."""
+        with self._lock:
+            if self._events is None:
+                rows = self.run.read_arrow("events").to_pylist()
+                self._events = sorted(rows, key=lambda e: (e["time"] or 0, e["step"]))
+            return self._events
+
+    def recent(self, table: str, *names: str, back: int = 100) -> list[Grid]:
+        """Like `grids`, for the last `back` steps only; costs a glance, however long the run."""
+        with self._lock:
+            steps_S = self.steps()["step"]
+            first = int(steps_S[-1]) - back + 1 if len(steps_S) else 0
+            if all((table, n) in self._grids for n in names):
+                return [self._grids[table, n].window(first, None) for n in names]
+            rows = self.run.read_arrow(table, ["rank", "step", "layer", SECOND_KEY[table], *names], (first, None))
+            return [to_grids(table, rows, [n])[n] for n in names]
+
+    def memo(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once for each version of the run."""
+        with self._lock:
+            if key not in self._memos:
+                self._memos[key] = make()
+            return self._memos[key]
+
+    def matrices(self, layer: int, site: str, step: int) -> tuple[int, dict[str, np.ndarray]] | None:
+        """(step, map → token-mean matrix) of one site at its newest sample at or before `step`."""
+        with self._lock:
+            for back in (64, 4096, step + 1):  # near first: the table can be large, and samples are rarely far apart
+                known = self.run.read_arrow("matrices", ["step"], steps=(step + 1 - back, step + 1))["step"]
+                if len(known):
+                    break
+            else:
+                return None
+            at = known[-1].as_py()
+            rows = self.run.read_arrow("matrices", steps=(at, at + 1)).to_pandas()
+        mine = rows[(rows["layer"] == layer) & (rows["site"] == site)]
+        maps = {
+            str(name): cells.pivot_table(index="i", columns="j", values="value", aggfunc="mean").to_numpy()
+            for name, cells in mine.groupby("map", observed=True)
+        }
+        return (at, maps) if maps else None
+
+    def problems(self) -> dict[str, str]:
+        """What could not be read, file → why."""
+        return dict(self.run.problems)
+
+    def _read_tails(self) -> None:
+        if self._steps is not None:
+            self._steps = None  # one small table: whole is as quick as the tail
+        for table in SECOND_KEY:
+            names = [n for t, n in self._grids if t == table]
+            if not names:
+                continue
+            steps_S = self._grids[table, names[0]].steps_S
+            first = int(steps_S[-1]) - _REREAD if len(steps_S) else None
+            rows = self.run.read_arrow(table, ["rank", "step", "layer", SECOND_KEY[table], *names], steps=(first, None))
+            for name, tail in to_grids(table, rows, names).items():
+                whole = joined(self._grids[table, name], tail)
+                if whole is None:
+                    del self._grids[table, name]  # other rows than before: read it anew when it is asked for
+                else:
+                    self._grids[table, name] = whole
+
+    def _look(self) -> tuple:
+        store = Folder.of(self.run.url)
+        seen = []
+        for folder in (store.root, store.path("journal")):
+            try:
+                entries = store.fs.ls(folder, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            for e in entries:
+                name = e["name"].rsplit("/", 1)[-1]
+                if folder != store.root or name in _WATCHED:
+                    seen.append((name, e.get("size"), e.get("mtime")))
+        return tuple(sorted(seen, key=str))
+
+
+def _reopened(run: Run) -> Run:
+    try:
+        fresh = run.refresh()
+    except GeodiagError:
+        return run  # the folder went away while it was looked at; what we hold is still true
+    fresh.problems |= {k: v for k, v in run.problems.items() if k not in fresh.problems}
+    return fresh
+
+
+def _steps_of(rows: pa.Table) -> dict[str, np.ndarray]:
+    step_n, rank_n = rows["step"].to_numpy(), rows["rank"].to_numpy()
+    steps_S, at_n = np.unique(step_n, return_inverse=True)
+    out: dict[str, np.ndarray] = {"step": steps_S}
+    for metric in metrics_of("steps"):
+        value_n, parts = values_of(rows[metric.name], metric), []
+        for rank in np.unique(rank_n):
+            one_S = np.full(len(steps_S), np.nan, np.float32)
+            one_S[at_n[rank_n == rank]] = value_n[rank_n == rank]
+            parts.append(one_S)
+        out[metric.name] = merge_ranks(parts, METRICS["steps", metric.name], steps_S.shape)
+    mode_S = np.full(len(steps_S), -1, np.int8)
+    names = rows["routing_mode"].cast(pa.string()).to_pylist()
+    mode_S[at_n] = [ROUTING_MODES.index(n) if n in ROUTING_MODES else -1 for n in names]
+    out["routing_mode"] = mode_S
+    return out

@@ -1,0 +1,101 @@
+"""Serving the page: a socket first, so that a taken port is one clear line, then a quiet threaded server."""
+
+import errno
+import logging
+import os
+import socket
+import webbrowser
+from collections.abc import Callable
+
+from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
+
+from geodiag.dashboard.app import create_app
+from geodiag.dashboard.guard import LOOPBACK, new_token
+from geodiag.errors import GeodiagError
+
+
+class Served:
+    """A page that is ready to be served: its address, and the loop that answers."""
+
+    def __init__(self, path: str | os.PathLike, host: str, port: int, token: str | None) -> None:
+        token = token or new_token()
+        app = create_app(os.fspath(path), token, only_loopback=host in LOOPBACK)
+        listening = _bind(host, port)
+        self.port: int = listening.getsockname()[1]
+        self._server: BaseWSGIServer = make_server(
+            host, self.port, app.server, threaded=True, request_handler=_Quiet, fd=listening.fileno()
+        )
+        listening.close()  # the server holds its own copy
+        name = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname(), "::1": "[::1]"}.get(host, host)
+        self.url = f"http://{name}:{self.port}/?token={token}"
+
+    def run(self) -> None:
+        """Answers until `stop` or Ctrl-C."""
+        try:
+            self._server.serve_forever()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self._server.server_close()
+
+    def stop(self) -> None:
+        """Ends `run`, from another thread."""
+        self._server.shutdown()
+
+
+def serve(
+    path: str | os.PathLike,
+    host: str = "127.0.0.1",
+    port: int = 8050,
+    token: str | None = None,
+    open_browser: bool = False,
+    say: Callable[[str], object] = print,
+) -> None:
+    """Serves the run or folder of runs at `path` until Ctrl-C; `port=0` takes a free one; `say` gets the address.
+
+    GeodiagError where there is no run, or where the port is taken.
+    """
+    page = Served(path, host, port, token)
+    say(page.url)
+    if open_browser:
+        webbrowser.open(page.url)
+    page.run()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror:
+        raise GeodiagError(f"there is no host {host!r}; pass --host 127.0.0.1") from None
+    listening = socket.socket(family, kind)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(address)
+        listening.listen(128)
+    except OSError as e:
+        listening.close()
+        if e.errno == errno.EADDRINUSE:
+            raise GeodiagError(f"port {port} is in use; pass --port {_free_port(host)}, which is free") from None
+        if e.errno == errno.EACCES:
+            raise GeodiagError(f"port {port} needs more rights; pass --port {_free_port(host)}") from None
+        raise GeodiagError(f"cannot listen on {host}: {e.strerror}; pass --host 127.0.0.1") from None
+    return listening
+
+
+def _free_port(host: str) -> int:
+    family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.bind(address)
+        return probe.getsockname()[1]
+
+
+class _Quiet(WSGIRequestHandler):
+    """No line a request, and connections that stay open."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        pass
+
+
+logging.getLogger("werkzeug").setLevel(logging.ERROR)

@@ -1,0 +1,66 @@
+"""Screenshots of every page, light and dark: `python docs/screenshots.py RUNS_FOLDER RUN [--out docs/screenshots]`.
+
+Serves the folder itself, drives the system Chromium (or $CHROMIUM), and writes <page>.png and <page>-dark.png.
+"""
+
+import argparse
+import os
+import shutil
+import threading
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+from geodiag.dashboard.serve import Served
+
+PAGES = ("runs", "overview", "gain", "routing", "activations", "events")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+
+
+def shoot(page: Page, base: str, run: str, name: str, query: str, target: Path, full: bool) -> None:
+    """One page, once its charts are drawn."""
+    page.goto(f"{base}/" if name == "runs" else f"{base}/run/{run}/{name}{query}")
+    page.wait_for_selector(".card")
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(900)
+    page.mouse.move(5, 400)
+    page.screenshot(path=str(target), full_page=full)
+    print(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("run", help="name of the run that is opened")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "screenshots")
+    parser.add_argument("--pages", nargs="*", default=PAGES)
+    parser.add_argument("--themes", nargs="*", default=("light", "dark"))
+    parser.add_argument("--query", default="", help="e.g. '?steps=300-480'")
+    parser.add_argument("--size", default="1440x900")
+    parser.add_argument("--full", action="store_true", help="the whole page, not the window")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    served = Served(args.runs, "127.0.0.1", 0, None)
+    threading.Thread(target=served.run, daemon=True).start()
+    width, height = map(int, args.size.split("x"))
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
+        base = f"http://127.0.0.1:{served.port}"
+        for theme in args.themes:
+            context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
+            page = context.new_page()
+            page.on("console", lambda m: print("console:", m.type, m.text) if m.type in ("error", "warning") else None)
+            page.on("pageerror", lambda e: print("page error:", e))
+            page.goto(served.url)
+            for name in args.pages:
+                target = args.out / f"{name}{'-dark' if theme == 'dark' else ''}.png"
+                shoot(page, base, args.run, name, args.query, target, args.full)
+            context.close()
+        browser.close()
+    served.stop()
+
+
+if __name__ == "__main__":
+    main()
