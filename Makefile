@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .SILENT:
 .DELETE_ON_ERROR:
-.PHONY: demo test bench fmt clean
+.PHONY: demo test bench fmt docs clean
 
 PYTHON ?=
 BIN := .venv/bin
@@ -35,6 +35,9 @@ bench: .venv/.installed
 fmt: .venv/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: .venv/.installed
+	$(BIN)/python -m geodiag.catalogue > docs/metrics.md
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

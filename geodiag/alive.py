@@ -29,7 +29,9 @@ def lives(beat: Any) -> bool:
     if silence is None:
         return False
     if beat.get("host") == _place() and isinstance(beat.get("pid"), int):
-        return _started(beat["pid"]) == beat.get("started") if _started(os.getpid()) else _exists(beat["pid"])
+        started = _started(beat["pid"])
+        known = _started(os.getpid()) is not None  # a system without /proc says only whether there is such a process
+        return (started is not None and started == beat.get("started")) if known else _exists(beat["pid"])
     return silence < SILENT_SECONDS
 
 

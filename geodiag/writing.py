@@ -125,7 +125,8 @@ def to_batch(table: str, columns: Mapping[str, Any], rank: int, attempt: int) ->
         raise ValueError(f"rows of table {table} need a step")
     rows = max((len(v) for v in columns.values() if not _is_scalar(v)), default=1)
     given = {"rank": rank, "attempt": attempt, **columns}
-    return pa.record_batch([_array(field, given.get(field.name), rows) for field in schema], schema=schema)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and says so
+        return pa.record_batch([_array(field, given.get(field.name), rows) for field in schema], schema=schema)
 
 
 def _is_scalar(value: Any) -> bool:
@@ -142,8 +143,7 @@ def _array(field: pa.Field, value: Any, rows: int) -> pa.Array:
     mask = np.ma.getmaskarray(value) if isinstance(value, np.ma.MaskedArray) else None
     if not isinstance(value, np.ndarray):
         return pa.array(value, field.type)
-    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and says so
-        plain = np.ma.getdata(value).astype(field.type.to_pandas_dtype(), copy=False)
+    plain = np.ma.getdata(value).astype(field.type.to_pandas_dtype(), copy=False)
     return pa.array(plain, field.type, mask=mask)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import typer
 
+from geodiag import catalogue
 from geodiag.cli.main import app
 from geodiag.events import KINDS
 from geodiag.schema import METRICS, SCHEMAS
@@ -47,14 +48,19 @@ def test_every_option_and_argument_has_its_help() -> None:
 
 
 def test_every_metric_and_table_is_documented(readme: str) -> None:
-    catalogue = readme + "".join(p.read_text() for p in sorted((ROOT / "docs").glob("*.md")))
-    assert missing({name for _, name in METRICS}, catalogue) == []
-    assert missing(set(SCHEMAS), readme) == []
+    pages = readme + "".join(p.read_text() for p in sorted((ROOT / "docs").glob("*.md")))
+    assert missing({name for _, name in METRICS}, pages) == []
+    assert missing(set(SCHEMAS), pages) == []
 
 
 def test_every_kind_of_event_is_documented(readme: str) -> None:
-    catalogue = readme + "".join(p.read_text() for p in sorted((ROOT / "docs").glob("*.md")))
-    assert [kind for kind in KINDS if f"`{kind}`" not in catalogue] == []
+    pages = readme + "".join(p.read_text() for p in sorted((ROOT / "docs").glob("*.md")))
+    assert [kind for kind in KINDS if f"`{kind}`" not in pages] == []
+
+
+def test_the_catalogue_page_is_the_registry_printed() -> None:
+    page = ROOT / "docs/metrics.md"
+    assert page.read_text() == catalogue.page(), "run make docs"
 
 
 def test_the_map_in_the_readme_is_the_tree(readme: str) -> None:
