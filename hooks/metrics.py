@@ -64,15 +64,21 @@ def spectral_norm(maps: Tensor) -> Tensor:
 
     2⁶ = 64 iterations; from below, and within 1e-3 even where the two largest singular values are close.
     """
-    gram = maps.mT @ maps
+    # Tokens last, products by broadcasting: thousands of 4×4 matrices are no work for a matmul library.
+    h = maps.flatten(0, -3).permute(1, 2, 0).contiguous()
+    gram = _times(h.transpose(0, 1), h)
     power = gram
     for _ in range(_SQUARINGS):
-        power = power / power.abs().amax((-2, -1), keepdim=True).clamp_min(1e-30)
-        power = power @ power
-    column = power.square().sum(-2).argmax(-1, keepdim=True).unsqueeze(-2)
-    v = power.gather(-1, column.expand(*power.shape[:-1], 1))
-    value = (v.mT @ gram @ v) / v.square().sum((-2, -1), keepdim=True).clamp_min(1e-30)
-    return value.clamp_min(0).sqrt().squeeze(-1).squeeze(-1) + 0 * maps.sum((-2, -1))
+        power = power / power.abs().amax((0, 1)).clamp_min(1e-30)
+        power = _times(power, power)
+    column = power.square().sum(0).argmax(0)
+    v = power.gather(1, column.expand(len(power), 1, -1)).squeeze(1)
+    value = (v * (gram * v).sum(1)).sum(0) / v.square().sum(0).clamp_min(1e-30)
+    return value.clamp_min(0).sqrt().add(0 * h.sum((0, 1))).view(maps.shape[:-2])
+
+
+def _times(a_NNT: Tensor, b_NNT: Tensor) -> Tensor:
+    return (a_NNT.unsqueeze(2) * b_NNT.unsqueeze(0)).sum(1)
 
 
 @torch.no_grad()

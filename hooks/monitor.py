@@ -265,7 +265,7 @@ def attach(
     probe_every: int = 10,
     every: int = 1,
     sample: int = 1024,
-    micro_batches: int = 8,
+    micro_batches: int = 1,
     first_step: int = 0,
     config: Mapping[str, Any] | None = None,
     quiet: bool = False,
@@ -278,7 +278,7 @@ def attach(
     routing: an AnticipatoryRouting that the controller may switch; policy `off`, `auto` or `on` says whether it may.
     probe: arguments of a fixed batch for flip rates; without it, the first batch. probe_every: steps between probes.
     every: steps between samples of the layers. sample: tokens a micro-batch for per-token products.
-    micro_batches: the most a step has; more than that, and only the last so many of a step are on record.
+    micro_batches: of a step. More are found by themselves, except inside a compiled model.
 
     GeodiagError where the model has no blocks to watch, or `path` cannot be written.
     """

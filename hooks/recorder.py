@@ -7,7 +7,7 @@ caller waits for it, so a step that returned is on record. On a GPU the training
 import sys
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from geodiag.events import Event
 from geodiag.hooks import rows
 from geodiag.hooks.observer import Observation, Observer
 from geodiag.hooks.rows import Host, Places
+from geodiag.hooks.worker import Worker
 from geodiag.run import Run, Status
 from geodiag.spikes import Spike
 
@@ -58,7 +59,7 @@ class Recorder:
         self.observer = Observer()
         self.last: Observation | None = None
         self._behind = 1 if device.type == "cuda" else 0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="geodiag-writer")
+        self._writer = Worker("geodiag-writer")
         self._under_way: deque[Future[Observation | None]] = deque()
         self._complained: set[str] = set()
 
@@ -74,7 +75,7 @@ class Recorder:
             step.flat.copy_(flat, non_blocking=True)
             step.ready = torch.cuda.Event()
             step.ready.record()
-        self._under_way.append(self._pool.submit(self._write, step))
+        self._under_way.append(self._writer.submit(lambda: self._write(step)))
 
     def observed(self) -> list[Observation]:
         """Steps that have come through since the last call: on a CPU all, on a GPU all but the newest."""
@@ -87,7 +88,7 @@ class Recorder:
 
     def event(self, event: Event) -> None:
         """Records an event after the rows that are already under way."""
-        written = self._pool.submit(self._guarded, "events", lambda: self.run.event(event))
+        written = self._writer.submit(lambda: self._guarded("events", lambda: self.run.event(event)))
         if not self._behind:
             written.result()
 
@@ -98,17 +99,16 @@ class Recorder:
         self._complained.add(what)
         line = f"{what}: {type(error).__name__}: {error}".splitlines()[0]
         print(f"geodiag could not record {line}; training goes on without it", file=sys.stderr, flush=True)
-        self._pool.submit(
-            self._quiet, lambda: self.run.event(Event(step=step, kind="problem", message=f"could not record {line}"))
-        )
+        event = Event(step=step, kind="problem", message=f"could not record {line}")
+        self._writer.submit(lambda: self._quiet(lambda: self.run.event(event)))
 
     def close(self, status: Status) -> None:
         """Waits for everything under way and closes the run."""
         for future in self._under_way:
             future.result()
         self._under_way.clear()
-        self._pool.submit(self._guarded, "closing the run", lambda: self.run.close(status)).result()
-        self._pool.shutdown()
+        self._writer.submit(lambda: self._guarded("closing the run", lambda: self.run.close(status)))
+        self._writer.stop()
 
     # -- in the writer's thread ----------------------------------------------------------------
 

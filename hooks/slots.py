@@ -23,6 +23,7 @@ class Slots:
         self.device, self.slots, self.sample_size = device, slots, sample
         self.current = torch.full((1,), -1, dtype=torch.int64, device=device)
         """The slot in use; -1 before the step's first forward."""
+        self._begun = 0
         self._buffers: dict[str, Tensor] = {}
         self._indices: dict[int, Tensor] = {}
         self.add("tokens", 1)
@@ -35,8 +36,18 @@ class Slots:
     # -- writing, from hooks -----------------------------------------------------------------
 
     def begin(self) -> None:
-        """A forward that will be differentiated begins. More forwards than slots reuse the oldest."""
+        """A forward that will be differentiated begins: the next slot, and room for it where there is none."""
+        if not torch.compiler.is_compiling():
+            self._begun += 1
+            if self._begun > self.slots:
+                self._grow()
         self.current.add_(1)
+
+    def _grow(self) -> None:
+        """Twice the slots. In a compiled forward, which cannot grow, later micro-batches replace the oldest."""
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = torch.cat([buffer, torch.full_like(buffer, torch.nan)])
+        self.slots *= 2
 
     def put(self, name: str, place: int, value: Tensor) -> None:
         """Assigns `value` to this micro-batch's slot of a place."""
@@ -99,6 +110,7 @@ class Slots:
 
     def clear(self) -> None:
         """The step is over: nothing of it may be read as the next step's."""
+        self._begun = 0
         self.current.fill_(-1)
         for buffer in self._buffers.values():
             buffer.fill_(torch.nan)

@@ -4,6 +4,7 @@ Nothing here reads a value on the host, and nothing changes what the model compu
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,18 +94,18 @@ class Taps:
         lay = self.layout
         for i, site in enumerate(lay.sites):
             where = f"layer {site.layer} {site.site}"
-            self._handles += site.watch_mix(self._sink(where, lambda v, i=i: self._mix(i, v)))
+            self._handles += site.watch_mix(self._sink(where, partial(self._mix, i)))
             if site.watch_branch is not None:
-                sink = self._sink(f"{where} output", lambda v, i=i: self._branch(i, v))
+                sink = self._sink(f"{where} output", partial(self._branch, i))
                 self._handles += site.watch_branch(sink)
         if lay.watch_end is not None:
-            self._handles += lay.watch_end(self._sink("last stream", lambda v: self._stream(len(lay.sites), v)))
+            self._handles += lay.watch_end(self._sink("last stream", partial(self._end, len(lay.sites))))
         for i, router in enumerate(lay.routers):
-            sink = self._sink(f"layer {router.layer} router", lambda v, i=i, r=router: self._router(i, r, v))
+            sink = self._sink(f"layer {router.layer} router", partial(self._router, i, router))
             self._handles += router.watch(sink)
         for place, (i, kind) in enumerate(self.act_places):
             expert = lay.experts[i]
-            sink = self._sink(f"layer {expert.layer} experts", lambda v, p=place, i=i, e=expert: self._act(p, i, e, v))
+            sink = self._sink(f"layer {expert.layer} experts", partial(self._act, place, i, expert))
             self._handles += expert.watch[kind](sink)
 
     def _sink(self, where: str, write: Callable[[Any], None]) -> Sink:
@@ -132,6 +133,9 @@ class Taps:
         self.slots.put("stream_amax", place, x_TNC.abs().amax())
         self.slots.put_sample("stream_norm", place, metrics.token_norms(self.slots.sample(x_TNC)))
         return x_TNC
+
+    def _end(self, place: int, streams: Tensor) -> None:
+        self._stream(place, streams)
 
     def _grad(self, place: int, grad: Tensor) -> None:
         if "gradients" in self._broken:
@@ -220,7 +224,7 @@ class Taps:
         self.slots.put("act_extremes", place, extremes)
         if view.expert_A is None:
             return
-        rows = [act.float().square().sum(-1), torch.full_like(hits.gate_A, act.shape[-1]), sum(hits)]
+        rows = [act.float().square().sum(-1), torch.full_like(hits.gate_A, act.shape[-1]), torch.stack(hits).sum(0)]
         sums = torch.stack([metrics.by_expert(r, view.expert_A, site.experts) for r in rows])
         self.slots.put("expert_sums", layer, sums)
         amax = metrics.by_expert(act.abs().amax(-1), view.expert_A, site.experts, "amax")

@@ -21,8 +21,8 @@ class Batch(NamedTuple):
     domain_B: tuple[str, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        move = {"device": device, "non_blocking": True}
-        return self._replace(token_ids_BS=self.token_ids_BS.to(**move), targets_BS=self.targets_BS.to(**move))
+        tokens, targets = (t.to(device, non_blocking=True) for t in (self.token_ids_BS, self.targets_BS))
+        return self._replace(token_ids_BS=tokens, targets_BS=targets)
 
     def split(self, parts: int) -> list["Batch"]:
         """Equal micro-batches. ValueError where the sequences do not divide."""

@@ -1,7 +1,6 @@
 """The training step of a reference model: Muon + AdamW, warm-up and decay, clipping, balancing."""
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from geodiag.reference_models.data import Batch
 from geodiag.reference_models.moe import HashRouter, loads, nudge_balance
 from geodiag.reference_models.muon import StackedMuon
-from geodiag.reference_models.transformer import Output, Transformer
+from geodiag.reference_models.transformer import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,9 @@ class StepResult(NamedTuple):
 
 def optimizers_of(model: Transformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices (torch's own for plain ones), AdamW for everything else."""
-    flat, stacked, rest = [], [], []
+    flat: list[Tensor] = []
+    stacked: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, p in model.named_parameters():
         inside = name.startswith("layers.") and "_hc." not in name and ".router." not in name
         (stacked if inside and p.dim() == 3 else flat if inside and p.dim() == 2 else rest).append(p)
@@ -66,47 +67,62 @@ def optimizers_of(model: Transformer, config: TrainConfig) -> list[torch.optim.O
 
 
 class Trainer:
-    """Owns the optimizers; `step(batch)` does one optimizer step."""
+    """Owns the optimizers. A step is `accumulate` of every micro-batch, then `update`."""
 
     def __init__(self, model: Transformer, config: TrainConfig) -> None:
         self.model, self.config = model, config
         self.optimizers = optimizers_of(model, config)
         self.steps_done = 0
-        self.before_update: list[Callable[[int], Any]] = []
-        """Called with the step's number when gradients are there and nothing has moved yet."""
         self.lr_scale = 1.0
+        """Factor on the schedule's learning rate."""
+        self._losses: list[Tensor] = []
+        self._load_LE: Tensor | None = None
+        self._tokens = 0
 
-    def step(self, batch: Batch | Sequence[Batch]) -> StepResult:
-        """Forward, backward and update on one batch, or on its micro-batches."""
-        micro = [batch] if isinstance(batch, Batch) else list(batch)
-        losses, load = [], 0
-        for part in micro:
-            output = self.model(part.token_ids_BS)
-            loss = self.model.loss(output, part.targets_BS)
-            (loss.total / len(micro)).backward()
-            losses.append(loss.token)
-            load = load + self._loads(output)
-        return self._update(torch.stack(losses).mean(), load, sum(b.token_ids_BS.numel() for b in micro))
+    def accumulate(self, batch: Batch) -> None:
+        """Forward and backward on one micro-batch."""
+        output = self.model(batch.token_ids_BS)
+        loss = self.model.loss(output, batch.targets_BS)
+        (loss.total / self.config.micro_batches).backward()
+        with torch.no_grad():
+            load_LE = torch.stack([loads(r) for r in output.routings])
+            self._load_LE = load_LE if self._load_LE is None else self._load_LE + load_LE
+        self._losses.append(loss.token)
+        self._tokens += batch.token_ids_BS.numel()
 
-    @torch.no_grad()
-    def _loads(self, output: Output) -> Tensor:
-        return torch.stack([loads(r) for r in output.routings])
+    @property
+    def ready(self) -> bool:
+        """Whether all micro-batches of the step are in."""
+        return len(self._losses) == self.config.micro_batches
 
-    def _update(self, loss: Tensor, load_LE: Any, tokens: int) -> StepResult:
+    def update(self) -> StepResult:
+        """Clips, steps the optimizers and balances the routers. ValueError before the step has its micro-batches."""
+        if not self.ready:
+            raise ValueError(f"the step has {len(self._losses)} of {self.config.micro_batches} micro-batches")
         lr = self.config.lr_at(self.steps_done) * self.lr_scale
-        for hook in self.before_update:
-            hook(self.steps_done)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-        for layer, load in zip(self.model.layers, load_LE, strict=True):
-            if not isinstance(layer.moe.router, HashRouter):
-                nudge_balance(layer.moe.router, load, self.model.config.balance_speed)
+        self._balance()
+        result = StepResult(torch.stack(self._losses).mean(), norm, lr, self._tokens)
         self.steps_done += 1
-        return StepResult(loss, norm, lr, tokens)
+        self._losses, self._load_LE, self._tokens = [], None, 0
+        return result
+
+    def step(self, batch: Batch) -> StepResult:
+        """One optimizer step on a whole batch."""
+        for part in batch.split(self.config.micro_batches):
+            self.accumulate(part)
+        return self.update()
+
+    def _balance(self) -> None:
+        assert self._load_LE is not None, "update() checks that there were micro-batches"
+        for block, load_E in zip(self.model.blocks, self._load_LE, strict=True):
+            if not isinstance(block.moe.router, HashRouter):
+                nudge_balance(block.moe.router, load_E, self.model.config.balance_speed)
 
     def state_dict(self) -> dict[str, Any]:
         return {

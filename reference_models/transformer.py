@@ -11,7 +11,7 @@ from geodiag.reference_models.attention import Attention, rotary_table
 from geodiag.reference_models.config import ModelConfig
 from geodiag.reference_models.kernels.reference import Routing
 from geodiag.reference_models.mhc import HyperConnection, PlainResidual, ReadOut, expand
-from geodiag.reference_models.moe import HashRouter, MoE, sequence_balance_loss
+from geodiag.reference_models.moe import MoE, sequence_balance_loss
 
 
 class Output(NamedTuple):
@@ -88,6 +88,11 @@ class Transformer(nn.Module):
                 if not small:
                     p.data = p.data.to(torch.bfloat16)
 
+    @property
+    def blocks(self) -> list[Layer]:
+        """`layers` with their type."""
+        return [m for m in self.layers if isinstance(m, Layer)]
+
     def forward(self, token_ids_BS: Tensor) -> Output:
         """Token ids (B, S) to logits (B, S, V). ValueError for a sequence longer than the model was laid out for."""
         if token_ids_BS.shape[1] > self.config.sequence:
@@ -99,7 +104,7 @@ class Transformer(nn.Module):
                 x, routing = checkpoint(layer, x, token_ids_BS, self.rotary, use_reentrant=False)
             else:
                 x, routing = layer(x, token_ids_BS, self.rotary)
-            routings.append(Routing(*routing))
+            routings.append(routing)
         return Output(self.head(self.norm(self.read_out(x))), tuple(routings))
 
     def loss(self, output: Output, targets_BS: Tensor) -> Loss:
@@ -107,10 +112,6 @@ class Transformer(nn.Module):
         each = F.cross_entropy(output.logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction="none")
         each = each.view_as(targets_BS)
         token = each.mean()
-        learned = [
-            r
-            for layer, r in zip(self.layers, output.routings, strict=True)
-            if not isinstance(layer.moe.router, HashRouter)
-        ]
+        learned = output.routings[self.config.hash_layers :]
         balance = sum((sequence_balance_loss(r, len(targets_BS)) for r in learned), start=token.new_zeros(()))
         return Loss(token + self.config.balance_weight * balance, token.detach(), each.detach().mean(1))

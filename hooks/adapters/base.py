@@ -66,6 +66,10 @@ class Site:
     """→ MixView"""
     watch_branch: Watch | None
     """→ Tensor, the block's own output"""
+    scale_branch: Callable[[float], Removable]
+    """Multiplies the block's output from now on, until removed: a planted fault"""
+    scale_res: Callable[[float], Removable] | None = None
+    """The same for H_res, where there is one"""
     constrained: bool = False
     """Whether H_res is held doubly stochastic."""
 
@@ -156,3 +160,12 @@ def on_input(module: nn.Module, read: Callable[[tuple, dict], Any]) -> Watch:
         return [module.register_forward_pre_hook(hook, with_kwargs=True)]
 
     return watch
+
+
+def scaling(module: nn.Module, scaled: Callable[[Any, float], Any]) -> Callable[[float], Removable]:
+    """A forward hook, first in line, that replaces the module's output by `scaled(output, factor)`."""
+
+    def plant(factor: float) -> Removable:
+        return module.register_forward_hook(lambda _m, _a, output: scaled(output, factor), prepend=True)
+
+    return plant

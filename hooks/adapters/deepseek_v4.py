@@ -20,12 +20,13 @@ from geodiag.hooks.adapters.base import (
     Watch,
     on_input,
     on_output,
+    scaling,
 )
 
 
 def find(model: nn.Module) -> Layout | None:
     """The layout of a `DeepseekV4Model` or of a head around it; None for other models. Imports no transformers."""
-    own = next((m for m in model.modules() if type(m).__name__ == "DeepseekV4Model"), None)
+    own: Any = next((m for m in model.modules() if type(m).__name__ == "DeepseekV4Model"), None)
     if own is None:
         return None
     layers = list(own.layers)
@@ -44,6 +45,10 @@ def find(model: nn.Module) -> Layout | None:
                         ),
                     ),
                     watch_branch=on_output(branch, lambda _a, _k, out: out[0] if isinstance(out, tuple) else out),
+                    scale_branch=scaling(
+                        branch, lambda out, f: (out[0] * f, *out[1:]) if isinstance(out, tuple) else out * f
+                    ),
+                    scale_res=scaling(connection, lambda out, f: (out[0], out[1] * f, out[2])),
                     constrained=True,
                 )
             )
@@ -114,7 +119,8 @@ def _watch_experts(experts: Any) -> Watch:
             if getattr(experts.config, "_experts_implementation", None) != "batched_mm":
                 ids = ids.sort().values
             ins, outs = (torch.cat(t) if len(pieces) > 1 else t[0] for t in zip(*pieces, strict=True))
-            return ActView(*ins.chunk(2, -1), outs, ids)
+            gate, up = ins.chunk(2, -1)
+            return ActView(gate, up, outs, ids)
 
         def finish(_: nn.Module, args: tuple, kwargs: dict, __: Any) -> None:
             sink(lambda: view(args, kwargs))

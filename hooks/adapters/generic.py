@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geodiag.hooks.adapters.base import Layout, MixView, Site, Watch, on_input, on_output
+from geodiag.hooks.adapters.base import Layout, MixView, Site, Watch, on_input, on_output, scaling
 
 
 def find(model: nn.Module) -> Layout | None:
@@ -16,7 +16,10 @@ def find(model: nn.Module) -> Layout | None:
     return Layout(
         family=type(model).__name__,
         layers=blocks,
-        sites=[Site(layer=i, site="block", watch_mix=_stream(b), watch_branch=None) for i, b in enumerate(blocks)],
+        sites=[
+            Site(layer=i, site="block", watch_mix=_stream(b), watch_branch=None, scale_branch=scaling(b, _scaled))
+            for i, b in enumerate(blocks)
+        ],
         watch_end=on_output(blocks[-1], lambda _a, _k, out: _first(out).unsqueeze(-2)),
         missing=[
             "no hyper-connections found: streams and their transport are recorded, H_res gains are not",
@@ -46,3 +49,7 @@ def _first(values: Any) -> Tensor:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
     raise TypeError("a block takes or returns no floating-point tensor, so it has no stream to watch")
+
+
+def _scaled(output: Any, factor: float) -> Any:
+    return output * factor if isinstance(output, Tensor) else (output[0] * factor, *output[1:])

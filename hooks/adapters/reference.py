@@ -14,6 +14,7 @@ from geodiag.hooks.adapters.base import (
     Watch,
     on_input,
     on_output,
+    scaling,
 )
 from geodiag.reference_models.kernels.reference import affinity
 from geodiag.reference_models.mhc import HyperConnection
@@ -27,7 +28,7 @@ def find(model: nn.Module) -> Layout | None:
     if own is None:
         return None
     sites, routers, experts = [], [], []
-    for i, layer in enumerate(own.layers):
+    for i, layer in enumerate(own.blocks):
         for name, connection, branch in (("attn", layer.attn_hc, layer.attn), ("ffn", layer.ffn_hc, layer.moe)):
             sites.append(_site(i, name, connection, branch))
         routers.append(_router(i, layer.moe.router))
@@ -35,7 +36,7 @@ def find(model: nn.Module) -> Layout | None:
     plain = own.config.residual == "plain"
     return Layout(
         family=f"reference ({own.config.residual})",
-        layers=list(own.layers),
+        layers=list(own.blocks),
         sites=sites,
         routers=routers,
         experts=experts,
@@ -52,6 +53,12 @@ def _site(layer: int, name: str, connection: nn.Module, branch: nn.Module) -> Si
         site=name,
         watch_mix=on_output(connection, lambda args, _, mix: MixView(args[0], *mix[1:])),
         watch_branch=on_output(branch, lambda _a, _k, out: out if attention else out.hidden_BSC),
+        scale_branch=scaling(
+            branch, lambda out, f: out * f if attention else out._replace(hidden_BSC=out.hidden_BSC * f)
+        ),
+        scale_res=scaling(connection, lambda mix, f: mix._replace(res_TNN=mix.res_TNN * f))
+        if isinstance(connection, HyperConnection)
+        else None,
         constrained=isinstance(connection, HyperConnection) and connection.config.residual == "mhc",
     )
 

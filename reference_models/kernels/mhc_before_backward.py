@@ -134,6 +134,7 @@ def _dx_dphi(
     BT: tl.constexpr,
     BC: tl.constexpr,
     TWO_PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx of a block of channels for a chunk of tokens, and that chunk's share of dφ, from one read of x."""
     K: tl.constexpr = N * N + 2 * N
@@ -147,7 +148,7 @@ def _dx_dphi(
         offsets = (j * C + c)[None, :] * K + k[:, None]
         phi = phi + (tl.load(phi_ptr + offsets, (c < C)[None, :] & (k < K)[:, None], 0.0).to(tl.float32),)
         dphi = dphi + (tl.zeros((BC, KP), tl.float32),)
-    for t0 in range(start, stop, BT):
+    for t0 in tl.range(start, stop, BT, num_stages=STAGES):
         t = t0 + tl.arange(0, BT)
         live = t < stop
         inside = live[:, None] & (c < C)[None, :]
@@ -160,7 +161,7 @@ def _dx_dphi(
         if d_link_ptr is not None:
             for i in tl.static_range(N):
                 stream = (t[:, None] * N + i) * C + c[None, :]
-                mixed = mixed + (tl.load(d_link_ptr + stream, inside, 0.0).to(tl.float32),)
+                mixed = mixed + (tl.load(d_link_ptr + stream, inside, 0.0),)
         added = ()
         for j in tl.static_range(N):
             stream = (t[:, None] * N + j) * C + c[None, :]
@@ -181,7 +182,7 @@ def _dx_dphi(
                 dx += tl.load(pre_ptr + t[:, None] * N + j, live[:, None], 0.0) * d_inner
             if d_link_ptr is not None:
                 for i in tl.static_range(N):
-                    dx += tl.load(res_ptr + (t[:, None] * N + i) * N + j, live[:, None], 0.0) * mixed[i]
+                    dx += tl.load(res_ptr + (t[:, None] * N + i) * N + j, live[:, None], 0.0) * mixed[i].to(tl.float32)
             tl.store(dx_ptr + stream, dx, inside)
         dphi = added
     out = dphi_ptr + tl.program_id(1).to(tl.int64) * N * C * K
@@ -291,7 +292,10 @@ def backward(
         VEC=vec,
         num_warps=4,
     )
-    bt, bc = (32 if x.is_cuda else 16), max(min(128 if n <= 4 else 32, power_of_two(c)), 16)
+    bt, bc = (
+        (32 if x.is_cuda else 16),
+        max(min(64 if n * x.itemsize <= 8 else 32 if n <= 4 else 16, power_of_two(c)), 16),
+    )
     blocks = cdiv(c, bc)
     chunks = max(min(2 * processors(x.device) // blocks, cdiv(t, bt)), 1)
     part = torch.empty(chunks, n * c, k, **wide)
@@ -314,6 +318,7 @@ def backward(
         BT=bt,
         BC=bc,
         TWO_PARTS=two_parts(x),
+        STAGES=2 if x.itemsize == 2 else 1,
         num_warps=8,
     )
     block = 1024
