@@ -60,11 +60,15 @@ def routing(
 
 
 def _ask(run: "Run", action: Action, delay: int | None, wait: float) -> dict[str, Any]:
+    from geodiag.events import details
+
     request = run.request(action.value, delay_steps=delay, by="cli")
     said = {"run": run.url, "asked": action.value, "delay": delay, "request": request.id}
     deadline = time.monotonic() + wait
     while True:
         answer = _answer(run, request)
+        if answer and details(answer["data"]).get("obeyed") is False:
+            raise GeodiagError(f"{run.url}: {answer['message']}")
         if answer:
             return said | {"state": "obeyed", "step": answer["step"], "message": answer["message"]}
         if time.monotonic() >= deadline:
@@ -112,7 +116,8 @@ def _policy(run: "Run", trail: list[dict[str, Any]]) -> str | None:
     """What was last asked for and obeyed; before that, what the training began with."""
     from geodiag.events import details
 
-    asked = [details(e["data"]).get("routing") for e in trail if e["kind"] == "acknowledge"]
+    answers = [details(e["data"]) for e in trail if e["kind"] == "acknowledge"]
+    asked = [a.get("routing") for a in answers if a.get("obeyed") is not False]
     config = run.manifest.get("config")
     began = config.get("routing") if isinstance(config, dict) else None
     return next((a for a in reversed(asked) if a), began)

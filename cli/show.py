@@ -68,6 +68,7 @@ def _head(h: "Health") -> str:
     return (
         f"[bold]{escape(h.run)}[/]\n[{STATUS_STYLE[h.status]}]{h.status}[/]  {step}  loss {number(h.last_loss)}\n"
         f"watches {f['sites']} residual sites, {f['routers']} routers, {f['experts']} experts"
+        + "".join(f"\n[dim]{escape(line)}[/]" for line in h.missing)
     )
 
 
@@ -87,9 +88,9 @@ def _stages(h: "Health") -> list["RenderableType"]:
             verdict = (
                 "  [green]within its own history[/]" if calm else f"  [red]left its own history at step {score.step}[/]"
             )
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-        for width, side in ((24, "left"), (16, "right"), (24, "left"), (0, "left")):
-            table.add_column(min_width=width, justify=side)  # type: ignore[arg-type]
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 1))
+        for width, side in ((22, "left"), (16, "right"), (20, "left"), (0, "left")):
+            table.add_column(min_width=width, justify=side, no_wrap=True)  # type: ignore[arg-type]
         for name in known:
             table.add_row(*_row(h, name))
         parts.append(f"\n[bold]{title}[/]{verdict}" + ("" if known else "  nothing measured"))
@@ -109,7 +110,7 @@ def _row(h: "Health", name: str) -> tuple[str, str, str, str]:
     bad = outside(name, worst, table)
     value = number(worst.value, metric.unit)
     low, high = metric.healthy or (None, None)
-    healthy = f"healthy up to {high:g}" if high is not None else f"healthy from {low:g}" if low is not None else ""
+    healthy = f"healthy ≤ {high:g}" if high is not None else f"healthy ≥ {low:g}" if low is not None else ""
     where = ", ".join(w for w in (f"step {worst.step}", place(worst.layer, worst.site)) if w)
     return name, f"[red]{value}[/]" if bad else value, where, healthy
 
@@ -126,7 +127,7 @@ def composite_in_words(c: "Composite") -> str:
         explained = number(c.bound, "×")
         return f"[green]composite gain stayed within the truncation error[/]: {gain} at most, {explained} explained"
     if c.verdict == "flat":
-        return f"[green]composite gain stayed flat[/]: {gain} at most"
+        return f"[green]composite gain stayed near 1[/]: {gain} at most"
     return f"[red]composite gain grew to {gain}[/] ({where})"
 
 

@@ -17,6 +17,8 @@ ALERT = 6.0
 """A stage's score, in robust z, from which its worst layer has left its own history."""
 EXACT = 1e-2
 """How near to 1 the sums of a projected map stay on the side that was normalised last."""
+NEAR = 0.1
+"""Less growth than this over all of the depth is not worth the word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class Health:
     worst: dict[str, Worst]
     composite: Composite
     found: dict[str, int]
+    missing: list[str]
+    """What this model does not have, in the words of the adapter that looked."""
     problems: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
@@ -76,6 +80,7 @@ class Health:
             "worst": {name: w.as_json() for name, w in self.worst.items()},
             "composite": self.composite.as_json(),
             "found": self.found,
+            "missing": self.missing,
             "problems": self.problems,
         }
 
@@ -99,6 +104,7 @@ def health(run: Run) -> Health:
         worst=worst,
         composite=_composite(layers, worst),
         found=_found(run),
+        missing=_missing(run),
         problems=dict(run.problems),
     )
 
@@ -136,7 +142,7 @@ def _composite(layers: pa.Table, worst: dict[str, Worst]) -> Composite:
     elif bound is not None and top.value <= bound * (1 + EXACT):
         verdict = "within"
     else:
-        verdict = "flat" if top.value <= 1 + EXACT else "grew"
+        verdict = "flat" if top.value <= 1 + NEAR else "grew"
     return Composite(
         verdict=verdict, worst=top, direction="forward" if name.endswith("fwd") else "backward", bound=bound
     )
@@ -166,3 +172,9 @@ def _found(run: Run) -> dict[str, int]:
     said = said if isinstance(said, dict) else {}
     counts = {name: said.get(name) for name in ("sites", "routers", "experts")}
     return {n: len(c) if isinstance(c, list | dict) else c if isinstance(c, int) else 0 for n, c in counts.items()}
+
+
+def _missing(run: Run) -> list[str]:
+    found = run.manifest.get("found")
+    said = found.get("missing") if isinstance(found, dict) else None
+    return [str(line) for line in said] if isinstance(said, list) else []

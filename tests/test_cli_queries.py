@@ -54,11 +54,12 @@ def test_show_says_plainly_whether_the_composite_gain_grew(tmp_path, cli, fwd, b
 
 
 def test_show_says_when_there_are_no_residual_maps(tmp_path: Path, cli) -> None:
-    run = Run.create(tmp_path / "plain")
+    run = Run.create(tmp_path / "plain", found={"missing": ["no hyper-connections here"]})
     run.append("steps", {"step": [0], "loss": [2.0]})
     run.close()
     out = cli("show", tmp_path / "plain")
     assert "this model has no hyper-connections" in " ".join(out.output.split())
+    assert "no hyper-connections here" in out.output
     assert "Stage 1: local curvature nothing measured" in " ".join(out.output.split())
 
 
@@ -135,30 +136,46 @@ def test_runs_lists_every_run_and_survives_a_broken_one(make_run, cli, tmp_path:
 # -- routing -------------------------------------------------------------------------------
 
 
-def obey(folder: Path, run: Run, stop: threading.Event) -> None:
+def answer(folder: Path, run: Run, stop: threading.Event, obeyed: bool) -> None:
     """A training that looks at its control file as the controller does."""
     watch = RequestWatch(folder)
     while not stop.wait(0.01):
         request = watch.poll()
         if request:
-            data = {"request": request.id, "routing": request.routing}
-            run.event(Event(step=20, kind="acknowledge", message=f"routing is {request.routing}", data=data))
+            data = {"request": request.id, "routing": request.routing, "obeyed": obeyed}
+            message = f"{'obeyed' if obeyed else 'refused'}: routing {request.routing}"
+            run.event(Event(step=20, kind="acknowledge", message=message, data=data))
             return
 
 
-def test_routing_asks_and_says_at_which_step_the_training_obeyed(make_run, cli, tmp_path: Path) -> None:
-    run, stop = make_run(close=False), threading.Event()
-    training = threading.Thread(target=obey, args=(tmp_path / "run", run, stop))
+def ask(cli, folder: Path, run: Run, *args: object, obeyed: bool = True):
+    """`geodiag routing` while a training that just began listens."""
+    (folder / "control.json").unlink(missing_ok=True)
+    stop = threading.Event()
+    training = threading.Thread(target=answer, args=(folder, run, stop, obeyed))
     training.start()
     try:
-        out = cli("routing", tmp_path / "run", "on", "--delay", 4, "--wait", 20, "--json")
+        return cli("routing", folder, *args, "--wait", 20)
     finally:
         stop.set()
         training.join()
-    said = json.loads(out.output)
+
+
+def test_routing_asks_and_says_at_which_step_the_training_obeyed(make_run, cli, tmp_path: Path) -> None:
+    run = make_run(close=False)
+    said = json.loads(ask(cli, tmp_path / "run", run, "on", "--delay", 4, "--json").output)
     assert (said["state"], said["step"], said["delay"], said["asked"]) == ("obeyed", 20, 4, "on")
     status = json.loads(cli("routing", tmp_path / "run", "status", "--json").output)
     assert (status["policy"], status["pending"], status["status"]) == ("on", None, "running")
+
+
+def test_routing_that_the_training_refuses_is_an_error_and_changes_no_policy(make_run, cli, tmp_path: Path) -> None:
+    run = make_run(close=False)
+    assert ask(cli, tmp_path / "run", run, "auto").exit_code == 0
+    out = ask(cli, tmp_path / "run", run, "on", obeyed=False)
+    assert (out.exit_code, out.stderr) == (1, f"geodiag: {tmp_path}/run: refused: routing on\n")
+    status = json.loads(cli("routing", tmp_path / "run", "status", "--json").output)
+    assert (status["policy"], status["pending"]) == ("auto", None)
 
 
 def test_routing_that_is_not_obeyed_in_time_stays_asked(make_run, cli, tmp_path: Path) -> None:
