@@ -8,11 +8,11 @@ from dash import Dash, Input, Output, State, ctx, html, no_update
 
 from geodiag.control import MODES
 from geodiag.dashboard.library import Library
-from geodiag.dashboard.marks import details
 from geodiag.dashboard.parts import aria, card, notice, tip
 from geodiag.dashboard.record import Record
 from geodiag.dashboard.words import POLICY, ROUTING, whole
 from geodiag.errors import GeodiagError
+from geodiag.events import details
 from geodiag.schema import ROUTING_MODES
 
 _CONTROLS = (*(f"ask-{m}" for m in MODES), "ask-delay")
@@ -21,16 +21,19 @@ _WHY_NOT = "The training is not running, so nobody would answer. It was last see
 
 def panel(record: Record) -> html.Section:
     """The buttons; `state` fills in what is going on."""
-    buttons = [tip(dmc.Button(m, id=f"ask-{m}", size="xs", variant="default"), POLICY[m]) for m in MODES]
+    now = _show(record, None)
+    looks = dict(zip(MODES, now["variants"], strict=True))
+    idle = now["disabled"][0]
+    buttons = [tip(dmc.Button(m, id=f"ask-{m}", size="xs", variant=looks[m], disabled=idle), POLICY[m]) for m in MODES]
     delay = dmc.NumberInput(
-        id="ask-delay", value=8, min=0, max=64, step=1, size="xs", w=86, allowDecimal=False,
+        id="ask-delay", value=8, disabled=idle, min=0, max=64, step=1, size="xs", w=86, allowDecimal=False,
         **aria("delay in steps"),
     )  # fmt: skip
     about = "Which weights choose the experts. The request is one small file; the training obeys at its next step."
     return card(
         "Anticipatory routing",
         html.Div([dmc.ButtonGroup(buttons), html.Label(["Δ", delay, "steps"], className="delay")], className="ask"),
-        html.Div(state(record), id="control-state"),
+        html.Div(now["state"], id="control-state"),
         tip=about,
     )
 
@@ -50,9 +53,9 @@ def state(record: Record, error: str | None = None) -> list:
         lines.append(_line("asked", said))
     answer = next((e for e in reversed(events) if e["kind"] == "acknowledge"), None)
     if answer is not None:
-        lines.append(
-            _line("answered", [html.B("obeyed"), f" at step {whole(answer['step'])}: {answer['message'] or ''}"])
-        )
+        obeyed = details(answer["data"]).get("obeyed", True)
+        said = [html.B(f"answered at step {whole(answer['step'])}"), f" {answer['message'] or ''}"]
+        lines.append(_line("answered" if obeyed else "refused", said))
     now = [html.B(f"now: {mode}"), f" since step {whole(since)}" if since is not None else ""]
     lines.append(tip(html.Div(_line(mode, now), tabIndex=0), ROUTING[mode]))
     why = next((e for e in reversed(events) if e["kind"] == "decision"), None) or next(
@@ -69,11 +72,11 @@ def state(record: Record, error: str | None = None) -> list:
 def policy(record: Record) -> str | None:
     """What the training was last told to do, as far as it said."""
     for event in reversed(record.events()):
-        said = details(event).get("routing")
-        if event["kind"] == "acknowledge" and said in MODES:
-            return said
-    said = record.run.manifest.get("config", {}).get("routing")
-    return said if said in MODES else None
+        said = details(event["data"])
+        if event["kind"] == "acknowledge" and said.get("obeyed", True) and said.get("routing") in MODES:
+            return said["routing"]
+    began = record.said("config").get("routing")
+    return began if began in MODES else None
 
 
 def register(app: Dash, library: Library) -> None:

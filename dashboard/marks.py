@@ -1,15 +1,16 @@
 """What happened, as places on a time axis: spikes, faults, attempts, and spans of routing modes."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from geodiag.events import details
+from geodiag.health import SPIKES
 from geodiag.schema import ROUTING_MODES
 
-SPIKE_KINDS = ("spike", "outlier", "divergence", "nonfinite")
+_RAISED = (*SPIKES, "outlier")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,8 @@ def spikes(events: Iterable[dict[str, Any]]) -> list[Spike]:
     """The detector's events; what a later row says of the same onset (its peak, its end) is merged in."""
     found: dict[int, Spike] = {}
     for event in events:
-        data = details(event)
-        if event["kind"] in SPIKE_KINDS:
+        data = details(event["data"])
+        if event["kind"] in _RAISED:
             onset = _number(data, "onset", event["step"])
             old = found.get(onset)
             first = Spike(kind=event["kind"], onset=onset, detected=event["step"], message=event["message"] or "")
@@ -62,15 +63,6 @@ def spans(step_S: np.ndarray, mode_S: np.ndarray) -> list[Span]:
         for a, b in zip(begins, ends, strict=True)
         if mode_S[a] > 0
     ]
-
-
-def details(event: dict[str, Any]) -> dict[str, Any]:
-    """An event's `data`, or nothing where it makes no sense."""
-    try:
-        data = json.loads(event.get("data") or "{}")
-    except ValueError:
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _told(spike: Spike, data: dict[str, Any]) -> Spike:

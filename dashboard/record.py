@@ -104,6 +104,11 @@ class Record:
         }
         return (at, maps) if maps else None
 
+    def said(self, key: str) -> dict[str, Any]:
+        """A part of the manifest, empty where it is missing or makes no sense."""
+        found = self.run.manifest.get(key)
+        return found if isinstance(found, dict) else {}
+
     def problems(self) -> dict[str, str]:
         """What could not be read, file → why."""
         return dict(self.run.problems)

@@ -62,7 +62,12 @@ def nav(record: Record | None, tabs: list[tuple[str, str]], pathname: str, view:
         mark: Any = {"aria-current": "page"} if here else {}
         target = f"/run/{quote(record.run.name)}/{name}{kept}"
         links.append(html.Div(dcc.Link(title, href=target), className="g-tab here" if here else "g-tab", **mark))
-    return [*out, html.Nav(links, className="tabs", **aria("pages of this run"))]
+    said = [html.Nav(links, className="tabs", **aria("pages of this run"))]
+    if view.steps:
+        low, high = map(whole, view.steps)
+        back = f"{pathname}{view.but(steps=None).search()}"
+        said.append(dcc.Link(f"steps {low} – {high}  ×", href=back, className="zoom", title="show all steps"))
+    return out + said
 
 
 def standing(record: Record | None) -> list:

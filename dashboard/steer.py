@@ -43,8 +43,12 @@ def steer(
         prevent_initial_call=True,
     )
     def turn(values, drags, clicks, search, pathname):
-        view = View.parse(search)
-        moved = _moved(view, pathname, values, drags, clicks)
+        view = moved = View.parse(search)
+        props = [e["prop_id"] for e in ctx.triggered]
+        if any(p.endswith(".relayoutData") for p in props):  # a double click clicks too, and means only the range
+            props = [p for p in props if not p.endswith(".clickData")]
+        for prop in props:
+            moved = _moved(prop, moved, pathname, values, drags, clicks)
         return moved.search() if moved != view else no_update
 
     @app.callback(
@@ -56,9 +60,9 @@ def steer(
         wanted = [_value(View.parse(search), c) for c in controls.values()]
         return [no_update if w in (v, None) else w for w, v in zip(wanted, values, strict=True)]
 
-    def _moved(view: View, pathname: str, values: list, drags: list, clicks: list) -> View:
-        """The view after what the reader just did."""
-        name, _, prop = ctx.triggered[0]["prop_id"].rpartition(".")
+    def _moved(prop_id: str, view: View, pathname: str, values: list, drags: list, clicks: list) -> View:
+        """The view after one thing that the reader just did."""
+        name, _, prop = prop_id.rpartition(".")
         if name in controls:
             field, default = controls[name]
             value = values[list(controls).index(name)]

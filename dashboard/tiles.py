@@ -10,6 +10,7 @@ from geodiag.dashboard.parts import badge, tile
 from geodiag.dashboard.record import Record
 from geodiag.dashboard.words import ROUTING, STATUS, about, metric, number, percent, whole
 from geodiag.events import KINDS
+from geodiag.health import SPIKES
 from geodiag.schema import ROUTING_MODES
 
 COMPOSITES = ("composite_gain_fwd", "composite_gain_bwd")
@@ -28,7 +29,7 @@ def tiles(record: Record) -> list:
     seconds = steps["step_seconds"][-50:]
     pace = f"{1 / np.nanmean(seconds):.2g} a second" if some and np.isfinite(seconds).any() else ""
     gain, flip = worst_now(record, *COMPOSITES), worst_now(record, "flip_rate")
-    found = [s for s in marks(record) if s.kind != "outlier"]
+    found = [s for s in marks(record) if s.kind in SPIKES]
     return [
         tile("status", badge(status), "", STATUS[status]),
         tile("step", whole(last), pace, "The newest step on record."),

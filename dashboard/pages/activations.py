@@ -118,7 +118,7 @@ def _nothing(record: Record) -> str:
 
 
 def _missing(record: Record) -> list:
-    found = record.run.manifest.get("found") or {}
+    found = record.said("found")
     if "experts" in found and not found["experts"]:
         return [notice("This run has no experts: the per-expert charts stay empty.")]
     return []

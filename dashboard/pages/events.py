@@ -7,7 +7,6 @@ from dash import Dash, Input, Output, State, dcc, html, no_update
 
 from geodiag.dashboard.draw import draws
 from geodiag.dashboard.library import Library
-from geodiag.dashboard.marks import details
 from geodiag.dashboard.parts import card, notice
 from geodiag.dashboard.record import Record
 from geodiag.dashboard.table import table
@@ -77,9 +76,7 @@ def rows(record: Record) -> list[dict[str, Any]]:
     out = []
     for i, e in enumerate(record.events()):
         row = {k: e[k] for k in ("step", "kind", "message", "layer", "site", "expert", "attempt")}
-        out.append(
-            row | {"id": str(i), "time": utc(e["time"]), "meaning": KINDS.get(e["kind"], ""), "data": details(e)}
-        )
+        out.append(row | {"id": str(i), "time": utc(e["time"]), "meaning": KINDS.get(e["kind"], "")})
     return out
 
 

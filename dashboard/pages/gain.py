@@ -181,7 +181,7 @@ def _clicked(library: Library, pathname: str, view: View, name: str, point: dict
 
 
 def _missing(record: Record) -> list:
-    found = record.run.manifest.get("found") or {}
+    found = record.said("found")
     if "sites" in found and not found["sites"]:
         return [notice("This run has no hyper-connections: there are no residual maps, so no composite gain. "
                        "Transport gain, stream and gradient norms are recorded.")]  # fmt: skip

@@ -119,7 +119,7 @@ def _nothing(record: Record, name: str) -> str:
 
 
 def _missing(record: Record) -> list:
-    found = record.run.manifest.get("found") or {}
+    found = record.said("found")
     if "routers" in found and not found["routers"]:
         return [notice("This run has no router: it is a dense model, so there is nothing to flip.")]
     return []

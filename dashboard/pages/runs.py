@@ -15,6 +15,7 @@ from geodiag.dashboard.record import Record
 from geodiag.dashboard.table import table
 from geodiag.dashboard.tiles import COMPOSITES, worst_now
 from geodiag.dashboard.words import about, metric, utc
+from geodiag.health import SPIKES
 
 NAME, TITLE = "runs", "Runs"
 _SPARK, _MANY = 90, 40
@@ -71,7 +72,7 @@ def rows(library: Library) -> list[dict[str, Any]]:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    steps, config = record.steps(), record.run.manifest.get("config") or {}
+    steps, config = record.steps(), record.said("config")
     some = len(steps["step"]) > 0
     worst = worst_now(record, *COMPOSITES)
     value, _, at = worst.worst() if worst else (None, None, None)  # type: ignore[misc]
@@ -82,7 +83,7 @@ def _row(record: Record) -> dict[str, Any]:
         "step": int(steps["step"][-1]) if some else None,
         "spark": _spark(steps),
         "loss": loss,
-        "spikes": len([s for s in marks(record) if s.kind != "outlier"]),
+        "spikes": len([s for s in marks(record) if s.kind in SPIKES]),
         "gain": value if value is not None and np.isfinite(value) else None,
         "gain_at": row_name(at) if at else "",
         "residual": str(config.get("residual", "–")),

@@ -1,0 +1,232 @@
+"""The page in a real browser: opened, zoomed, steered; `page` fails on any error in its console or foreign request."""
+
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+import synthetic
+
+from geodiag.events import Event
+
+pytestmark = pytest.mark.browser
+
+
+def chart(page, name: str):
+    """The chart `name`, once it is drawn."""
+    plot = page.locator(f"#{name} .js-plotly-plot")
+    plot.locator(".main-svg").first.wait_for()
+    until(page, f"document.querySelector('#{name} .js-plotly-plot')?.layout?.xaxis?.visible !== false")
+    return plot
+
+
+def until(page, expression: str, seconds: float = 15) -> None:
+    """Waits for something to hold; the page's own policy forbids the `eval` of wait_for_function."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"never came true: {expression}"
+        page.wait_for_timeout(50)
+
+
+def layout(page, name: str, path: str):
+    return page.evaluate(f"document.querySelector('#{name} .js-plotly-plot')._fullLayout.{path}")
+
+
+def drag(page, name: str, start: float, end: float) -> None:
+    """Drags over the plot area of a chart, from one share of its width to another."""
+    box = chart(page, name).locator(".nsewdrag").first.bounding_box()
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + start * box["width"], y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + end * box["width"], y, steps=6)
+    page.mouse.up()
+
+
+def test_the_list_shows_every_run_and_opens_one(page):
+    page.locator(".ag-row").first.wait_for()
+    text = page.locator("#runs-table").inner_text()
+    assert all(name in text for name in ("mhc-tear", "hc-growing", "plain", "empty"))
+    assert page.locator(".ag-row svg.spark").count() == 3
+    page.get_by_role("link", name="hc-growing").click()
+    page.wait_for_url("**/run/hc-growing/overview")
+    chart(page, "overview-timeline")
+    assert "12.3" in page.locator("#overview-tiles").inner_text()
+
+
+def test_every_page_opens_in_both_schemes(page):
+    for name, shown in (
+        ("overview", "overview-timeline"),
+        ("gain", "gain-heat"),
+        ("routing", "routing-flips"),
+        ("activations", "activations-heat"),
+    ):
+        page.goto(f"{page.home}run/mhc-tear/{name}")
+        chart(page, shown)
+        assert page.locator(f".g-tab.here:has-text('{name.capitalize()}')").count() == 1
+    page.locator(".g-tab a", has_text="Events").click()
+    page.locator(".ag-row").first.wait_for()
+    assert page.locator("html").get_attribute("data-mantine-color-scheme") == "light"
+    page.get_by_role("button", name="light or dark").click()
+    page.wait_for_selector("html[data-mantine-color-scheme=dark]")
+    page.locator(".g-tab a", has_text="Overview").click()
+    chart(page, "overview-timeline")
+    ink = "data.find(t => t.name === 'loss').line.color"
+    assert page.evaluate(f"document.querySelector('#overview-timeline .js-plotly-plot').{ink}") == "#e6e9f0"
+    page.reload()
+    chart(page, "overview-timeline")
+    assert page.locator("html").get_attribute("data-mantine-color-scheme") == "dark"
+
+
+def test_a_drag_zooms_every_page_and_a_double_click_ends_it(page):
+    page.goto(f"{page.home}run/mhc-tear/overview")
+    drag(page, "overview-timeline", 0.5, 0.75)
+    page.wait_for_url(re.compile(r"steps=\d+-\d+"))
+    low, high = map(int, re.search(r"steps=(\d+)-(\d+)", page.url).groups())
+    assert (low, high) == (pytest.approx(299, abs=8), pytest.approx(449, abs=8))
+    page.locator(".g-tab a", has_text="Gain").click()
+    chart(page, "gain-heat")
+    assert layout(page, "gain-heat", "xaxis.range") == [low, high]
+    box = chart(page, "gain-heat").locator(".nsewdrag").first.bounding_box()
+    page.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    until(page, "!location.search.includes('steps=')")
+    until(page, "document.querySelector('#gain-heat .js-plotly-plot')._fullLayout.xaxis.range[1] > 590")
+
+
+def test_a_click_on_a_cell_moves_profile_and_matrices(page):
+    page.goto(f"{page.home}run/mhc-tear/gain")
+    box = chart(page, "gain-heat").locator(".nsewdrag").first.bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * (3.5 / 12))
+    page.wait_for_url(re.compile(r"site=1\.ffn"))
+    step = int(re.search(r"step=(\d+)", page.url)[1])
+    assert step == pytest.approx(300, abs=5)
+    until(page, f"document.getElementById('gain-where').innerText === 'step {step}'")
+    assert page.locator("#gain-site").inner_text() == f"1.ffn, sampled at step {step // 50 * 50}"
+    page.go_back()
+    until(page, "document.getElementById('gain-where').innerText === 'step 599'")
+
+
+def test_switching_quantity_and_layer_changes_the_charts_and_the_address(page):
+    page.goto(f"{page.home}run/mhc-tear/gain?metric=single&over=max")
+    chart(page, "gain-heat")
+    assert page.locator("#gain-metric").input_value() == "single-site gain"
+    page.locator("#gain-metric").click()
+    page.get_by_role("option", name="Sinkhorn residual").click()
+    page.wait_for_url(re.compile("metric=sinkhorn"))
+    until(page, "document.querySelector('#gain-heat .js-plotly-plot').layout.annotations[0].text.includes('Sinkhorn')")
+    page.goto(f"{page.home}run/mhc-tear/routing")
+    chart(page, "routing-load")
+    title = "document.querySelector('#routing-load .js-plotly-plot').layout.annotations[0].text"
+    assert "layer 3" in page.evaluate(title)  # the planted fault's
+    page.locator("#routing-layer").click()
+    page.get_by_role("option", name="layer 2").click()
+    page.wait_for_url(re.compile("layer=2"))
+    until(page, f"{title}.includes('layer 2')")
+    page.locator(".g-tab a", has_text="Activations").click()
+    chart(page, "activations-experts")
+    assert "layer 2" in page.evaluate(title.replace("routing-load", "activations-experts"))
+
+
+def test_a_run_without_hyper_connections_says_so_and_shows_the_rest(page):
+    page.goto(f"{page.home}run/plain/gain")
+    page.get_by_text("no hyper-connections").wait_for()
+    page.locator("#gain-metric").click()
+    page.get_by_role("option", name="transport gain").click()
+    until(page, "document.querySelector('#gain-heat .js-plotly-plot')?.data?.some(t => t.type === 'heatmap')")
+
+
+def test_an_empty_run_waits_calmly_on_every_page(page):
+    for name in ("overview", "gain", "routing", "activations", "events"):
+        page.goto(f"{page.home}run/empty/{name}")
+        page.locator(".card").first.wait_for()
+        said = "No events yet." if name == "events" else "Waiting for the first step."
+        page.get_by_text(said).first.wait_for()
+
+
+def test_an_event_leads_to_its_step(page):
+    page.goto(f"{page.home}run/mhc-tear/events")
+    page.locator(".ag-cell", has_text="loss left its trend").click()
+    page.wait_for_url("**/run/mhc-tear/overview?steps=302-422&step=362")
+    chart(page, "overview-timeline")
+    assert layout(page, "overview-timeline", "xaxis.range") == [302, 422]
+
+
+def test_a_finished_run_cannot_be_steered_and_the_page_says_why(page):
+    page.goto(f"{page.home}run/mhc-tear/overview")
+    page.get_by_text("The training is not running").wait_for()
+    assert page.locator("#ask-on").is_disabled()
+    assert "spike at step 361" in page.locator("#control-state").inner_text()
+
+
+def test_an_unknown_run_or_page_is_a_calm_line(page):
+    page.goto(f"{page.home}run/nobody/gain")
+    page.get_by_text("There is no such run here.").wait_for()
+    page.goto(f"{page.home}run/plain/nothing")
+    page.get_by_text("There is no such page.").wait_for()
+
+
+def test_without_the_token_the_browser_gets_one_line(chromium, served):
+    context = chromium.new_context()
+    tab = context.new_page()
+    answer = tab.goto(f"http://127.0.0.1:{served.port}/run/plain/overview")
+    assert answer.status == 403
+    assert "needs its token" in tab.locator("body").inner_text()
+    assert tab.locator("script").count() == 0
+    context.close()
+
+
+@pytest.fixture
+def live(runs):
+    """A run that is still being trained, as far as anybody can tell; the test plays the training."""
+    story = synthetic.Story(steps=200, layers=3, seed=5)
+    run = synthetic.create(runs / "live", story)
+    synthetic.write_rows(run, story, 0, 40)
+    run.heartbeat(39)
+    run.story = story
+    yield run
+    run.close()
+
+
+def test_routing_is_asked_and_then_on_and_the_page_follows_the_training(page, live, runs):
+    page.goto(f"{page.home}run/live/overview")
+    chart(page, "overview-timeline")
+    page.get_by_text("step 39", exact=True).wait_for()
+    drag(page, "overview-timeline", 0.2, 0.9)
+    page.wait_for_url(re.compile("steps="))
+    zoom = re.search(r"steps=\d+-\d+", page.url)[0]
+
+    page.get_by_role("textbox", name="delay in steps").fill("4")
+    page.locator("#ask-on").click()
+    page.get_by_text("asked: on, Δ = 4").wait_for()
+    said = json.loads((runs / "live" / "control.json").read_text())
+    assert (said["routing"], said["delay_steps"], said["by"]) == ("on", 4, "dashboard")
+    assert "now: off" in page.locator("#control-state").inner_text()
+
+    live.event(
+        Event(
+            step=40, kind="acknowledge", message="obeyed: routing on (by dashboard)",
+            data={"request": said["id"], "obeyed": True, "routing": "on"}, time=time.time(),
+        )
+    )  # fmt: skip
+    live.event(Event(step=40, kind="decision", message="dashboard asked for on", time=time.time()))
+    columns = live.story.steps_columns(np.arange(40, 60)) | {"routing_mode": ["warmup"] * 4 + ["on"] * 16}
+    live.append("steps", columns)
+    live.append("layers", live.story.layers_columns(np.arange(40, 60)))
+    page.get_by_text("now: on").wait_for()
+    state = page.locator("#control-state").inner_text()
+    assert "asked" not in state.replace("dashboard asked for on", "")
+    assert "since step 44" in state
+    assert "dashboard asked for on" in state
+    page.get_by_text("step 59", exact=True).wait_for()
+    assert zoom in page.url  # the zoom survived the refresh
+    assert page.locator("#ask-on").get_attribute("data-variant") == "filled"
+
+
+def test_a_page_of_a_finished_run_asks_nothing_more(page):
+    page.goto(f"{page.home}run/mhc-tear/overview")
+    chart(page, "overview-timeline")
+    page.wait_for_load_state("networkidle")
+    asked = []
+    page.on("request", lambda r: asked.append(r.post_data or r.url))
+    page.wait_for_timeout(3500)
+    assert asked == []
