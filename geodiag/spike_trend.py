@@ -36,7 +36,7 @@ class Trend:
         self._residuals, self._near, self._apart = SortedWindow(noise), SortedWindow(noise), SortedWindow(noise)
         self._unbroken: deque[float] = deque(maxlen=_APART + 1)
         self._last: float | None = None
-        self._carry = 0.0
+        self._carry, self._carried = 0.0, noise // 4  # taken as unsmoothed until shown
 
     @property
     def ready(self) -> bool:
@@ -71,6 +71,8 @@ class Trend:
             # Where the log is not quite an exponential average, its differences are noisier than one would have.
             new_sigma = max(sigma * (1 - carry * carry) ** 0.5, self._near.sigma * ((1 + carry) / 2) ** 0.5)
             fresh = (loss - level - carry * (last - level)) / new_sigma
+            if loss < last:
+                fresh = min(fresh, 0.0)  # a decay, whatever its pace, is nothing new
         self._last = loss
         return Excess(_bounded(total), _bounded(fresh))
 
@@ -101,9 +103,10 @@ class Trend:
         # For an exponential average with factor c, Var(x[t+4] - x[t]) / Var(x[t+1] - x[t]) = 1 + c + c² + c³; for an
         # unsmoothed loss it is 1. Quartiles do not see a constant slope, so a steep descent does not look smooth.
         near = self._near.sigma
-        if len(self._apart) >= self._apart.size // 4 and near > 0:
+        if len(self._apart) >= self._apart.size // 4 and near > abs(self._apart.median):
             carry = _solve_carry((self._apart.sigma / near) ** 2)
-            self._carry += (carry - self._carry) / self._near.size
+            self._carried = min(self._carried + 1, 4 * self._near.size)
+            self._carry += (carry - self._carry) / self._carried
 
     def skip(self) -> None:
         """An update was not learned: differences must not span it."""
@@ -142,6 +145,7 @@ class Trend:
             "unbroken": list(self._unbroken),
             "last": self._last,
             "carry": self._carry,
+            "carried": self._carried,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -150,7 +154,7 @@ class Trend:
             setattr(self, f"_{name}", SortedWindow(window.size, state[name]))
         self._steps = deque(state["steps"], maxlen=self._steps.maxlen)
         self._unbroken = deque(state["unbroken"], maxlen=self._unbroken.maxlen)
-        self._last, self._carry = state["last"], state["carry"]
+        self._last, self._carry, self._carried = state["last"], state["carry"], state["carried"]
 
 
 def _solve_carry(ratio: float) -> float:

@@ -107,7 +107,7 @@ class SpikeDetector:
         if self._active and self._active.kind == "spike":
             self._unlearned += 1
             self._calm = self._calm + 1 if in_range else 0
-            if self._calm == self.hold:
+            if self._calm >= self.hold and self._is_back():
                 ended = self._end(self._recent[-self.hold].step)
         elif excess and self._evidence.add(excess.fresh, grad_norm):
             ended = self._end(step) or ended
@@ -143,6 +143,11 @@ class SpikeDetector:
         self._trend.skip()
         return self._active.at(None)
 
+    def _is_back(self) -> bool:
+        """The last `hold` updates are in the middle of the range, not merely at its edge."""
+        last = [row.score for row in list(self._recent)[-self.hold :]]
+        return sum(last) <= self.hold * self.normal / 2
+
     def _outlier(self, step: int) -> Spike | None:
         """The loss is back in its range and nothing was raised: if it was clearly out, that was an outlier."""
         excursion = self._excursion
@@ -161,6 +166,7 @@ class SpikeDetector:
             ended = self._end(step) or ended
             self._active = OpenSpike("nonfinite", step, step, step, math.inf, math.inf)
             raised = self._active.at(None)
+        self._recent.clear()  # an onset is not walked back across it
         self._forget_excursion()
         self._trend.lose_thread()
         return Verdict(math.inf, raised, ended, True)
