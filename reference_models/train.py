@@ -95,6 +95,11 @@ class Trainer:
         """Whether all micro-batches of the step are in."""
         return len(self._losses) == self.config.micro_batches
 
+    @property
+    def first(self) -> bool:
+        """Whether the next micro-batch begins a step."""
+        return not self._losses
+
     def update(self) -> StepResult:
         """Clips, steps the optimizers and balances the routers. ValueError before the step has its micro-batches."""
         if not self.ready:

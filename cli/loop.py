@@ -1,0 +1,202 @@
+"""One instrumented training of a reference model: what `geodiag train` and `geodiag demo` run."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geodiag.errors import GeodiagError
+
+if TYPE_CHECKING:
+    import torch
+
+    from geodiag.hooks.monitor import Monitor
+    from geodiag.hooks.observer import Observation
+    from geodiag.reference_models.data import Batch
+
+PROBE_STEP = 1 << 30
+"""The probe batch is the batch of a step that no training reaches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a training is asked to be; recorded in the run's manifest."""
+
+    residual: str = "mhc"
+    size: str = "tiny"
+    data: str = "stdlib"
+    steps: int = 300
+    seed: int = 0
+    device: str = "auto"
+    kernels: str = "auto"
+    routing: str = "off"
+    delay: int = 8
+    period: int = 50
+    cooldown: int = 100
+    inject: tuple[str, ...] = ()
+    run: Path = field(default_factory=lambda: Path("runs/run"))
+    lr: float | None = None
+    sequences: int = 8
+    micro_batches: int = 1
+    clamp: float | None = 10.0
+    recompute: bool = False
+    probe_every: int = 10
+    every: int = 1
+
+
+class Training:
+    """Everything a training needs, made from `Options`; iterate `steps()`, then `close`.
+
+    GeodiagError for whatever the user can mend: unknown size, fault or device, data that is not there, a run
+    folder that is taken or cannot be written.
+    """
+
+    def __init__(self, options: Options, quiet: bool = False) -> None:
+        import torch
+
+        from geodiag.hooks.anticipatory import AnticipatoryRouting
+        from geodiag.hooks.controller import Controller
+        from geodiag.hooks.faults import Fault, Faults
+        from geodiag.hooks.monitor import attach
+        from geodiag.reference_models.train import Trainer
+
+        self.options = options
+        planned = [Fault.parse(text) for text in options.inject]
+        late = [f for f in planned if f.step >= options.steps]
+        if late:
+            raise GeodiagError(
+                f"{late[0].kind}@{late[0].step} comes after the last step; pass --steps {late[0].step + 50}"
+            )
+        if (options.run / "run.json").exists():
+            raise GeodiagError(f"{options.run} already holds a run; pass another --run, or move it away")
+        self.device = _device(options.device)
+        model_config, train_config, corpus = _plan(options, self.device)
+        torch.manual_seed(options.seed)
+        self.model = _model(model_config, self.device)
+        self.trainer = Trainer(self.model, train_config)
+        self.loader = _loader(corpus, options, model_config.sequence)
+        self.routing = AnticipatoryRouting(
+            self.model,
+            options.delay,
+            forward=lambda model, batch: model(batch.token_ids_BS),
+            micro_batches=options.micro_batches,
+        )
+        controller = Controller(period=options.period, cooldown=options.cooldown, delay_steps=options.delay)
+        self.monitor: Monitor = attach(
+            self.model,
+            self.trainer.optimizers,
+            options.run,
+            routing=self.routing,
+            policy=options.routing,
+            controller=controller,
+            probe=(self._to_device(self.loader.batch(PROBE_STEP)).token_ids_BS,),
+            probe_every=options.probe_every,
+            every=options.every,
+            micro_batches=options.micro_batches,
+            config=_recorded(options, model_config, train_config, corpus),
+            quiet=quiet,
+        )
+        try:
+            self.faults = Faults(planned, self.monitor.layout, self.trainer.optimizers, self.monitor.event)
+        except GeodiagError:
+            self.monitor.close("failed")
+            raise
+
+    def steps(self) -> Iterator["Observation | None"]:
+        """Trains step by step; yields what is known of the newest step that is through."""
+        for batch in self.routing.batches(self._micro_batches()):
+            if self.trainer.first:
+                self.faults.before_step(self.trainer.steps_done)
+                self.trainer.lr_scale = self.faults.lr_scale
+            tokens = self.faults.batch(batch.token_ids_BS, self.model.config.vocab)
+            self.trainer.accumulate(batch._replace(token_ids_BS=tokens))
+            if not self.trainer.ready:
+                continue
+            done = self.trainer.update()
+            self.monitor.step(done.loss, grad_norm=done.grad_norm, lr=done.lr)
+            yield self.monitor.last
+            if self.trainer.steps_done >= self.options.steps:
+                return
+
+    def close(self, status: Any = "finished") -> None:
+        """Closes the run; what was recorded stays."""
+        self.monitor.close(status)
+        self.routing.remove()
+
+    def _micro_batches(self) -> Iterator["Batch"]:
+        for batch in self.loader:
+            for part in batch.split(self.options.micro_batches):
+                yield self._to_device(part)
+
+    def _to_device(self, batch: "Batch") -> "Batch":
+        return batch if self.device.type == "cpu" else batch.to(self.device)
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise GeodiagError(f"no device {name!r} here ({str(e).splitlines()[0]}); pass --device cpu") from None
+    return device
+
+
+def _plan(options: Options, device: "torch.device") -> tuple[Any, Any, Any]:
+    from geodiag.reference_models.config import sized
+    from geodiag.reference_models.text import open_corpus
+    from geodiag.reference_models.train import TrainConfig
+
+    try:
+        corpus = open_corpus(options.data)
+        config = sized(options.size, options.residual, swiglu_limit=options.clamp, kernels=options.kernels)  # type: ignore[arg-type]
+        config = replace(
+            config,
+            vocab=max(config.vocab, corpus.vocab),
+            recompute=config.recompute or options.recompute,
+            dtype=config.dtype if device.type == "cuda" else "float32",
+        )
+        train = TrainConfig(
+            steps=options.steps,
+            sequences=options.sequences,
+            micro_batches=options.micro_batches,
+            **({} if options.lr is None else {"lr": options.lr}),
+        )
+    except (ValueError, OSError) as e:
+        raise GeodiagError(str(e)) from None
+    return config, train, corpus
+
+
+def _model(config: Any, device: "torch.device") -> Any:
+    import torch
+
+    from geodiag.reference_models.transformer import Transformer
+
+    try:
+        with device:
+            return Transformer(config)
+    except torch.OutOfMemoryError:
+        raise GeodiagError(f"the model does not fit on {device}; pass a smaller --size") from None
+
+
+def _loader(corpus: Any, options: Options, sequence: int) -> Any:
+    from geodiag.reference_models.data import Loader
+
+    try:
+        return Loader(corpus, options.sequences, sequence, options.seed)
+    except ValueError as e:
+        raise GeodiagError(f"{options.data}: {e}") from None
+
+
+def _recorded(options: Options, model: Any, train: Any, corpus: Any) -> dict[str, Any]:
+    return {
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
+        "model": asdict(model),
+        "train": asdict(train),
+        "data": {"domains": {d: len(t) for d, t in corpus.domains.items()}, "vocab": corpus.vocab},
+        "command": " ".join(sys.argv),
+    }
