@@ -101,7 +101,7 @@ class Trend:
 
     def _update_carry(self) -> None:
         # For an exponential average with factor c, Var(x[t+4] - x[t]) / Var(x[t+1] - x[t]) = 1 + c + c² + c³; for an
-        # unsmoothed loss it is 1. Quartiles do not see a constant slope, so a steep descent does not look smooth.
+        # unsmoothed loss it is 1. A descent that drowns the noise looks smooth too, and tells nothing.
         near = self._near.sigma
         if len(self._apart) >= self._apart.size // 4 and near > abs(self._apart.median):
             carry = _solve_carry((self._apart.sigma / near) ** 2)
