@@ -210,12 +210,10 @@ def test_the_installed_wheel_runs_away_from_the_checkout(built: Path, tmp_path: 
         z.extractall(tmp_path)
     code = "import geodiag; from geodiag.cli.main import main; print(geodiag.__file__, flush=True); main()"
     env = {"PYTHONPATH": str(tmp_path), "PATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
-    )
-    assert done.stdout.splitlines() == [str(tmp_path / "geodiag/__init__.py"), f"geodiag {geodiag.__version__}"], (
-        done.stderr
-    )
+    command = [sys.executable, "-c", code, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
+    said = [str(tmp_path / "geodiag/__init__.py"), f"geodiag {geodiag.__version__}"]
+    assert done.stdout.splitlines() == said, done.stderr
 
 
 def test_the_rooms_are_real_folders_and_their_import_names_are_relative_links() -> None:
