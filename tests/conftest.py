@@ -21,17 +21,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(why)
 
 
-@pytest.fixture(scope="session")
-def chromium() -> str:
-    """Where the system's Chromium lies, for Playwright's `executable_path`."""
-    from geodiag.cli.doctor import find_chromium
-
-    found = find_chromium()
-    if found is None:
-        pytest.skip("no Chromium on this machine")
-    return found
-
-
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Run]:
     """Writes a small run: `make_run("a", steps=20, layers=3)` in a temporary folder, closed unless told otherwise."""
