@@ -164,7 +164,7 @@ def _plan(options: Options, device: "torch.device") -> tuple[Any, Any, Any]:
             steps=options.steps,
             sequences=options.sequences,
             micro_batches=options.micro_batches,
-            **({} if options.lr is None else {"lr": options.lr}),
+            lr=TrainConfig.lr if options.lr is None else options.lr,
         )
     except (ValueError, OSError) as e:
         raise GeodiagError(str(e)) from None

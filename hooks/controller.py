@@ -12,6 +12,12 @@ Policy = Literal["off", "auto", "on"]
 TRIGGERS = ("spike", "divergence")
 
 
+def _checked(policy: str) -> Policy:
+    if policy not in ("off", "auto", "on"):
+        raise ValueError(f"policy is off, auto or on, not {policy!r}")
+    return policy  # type: ignore[return-value]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decision:
     """What to do about routing now; `acted` is False where it is only on record."""
@@ -39,14 +45,17 @@ class Controller:
     resting_until: int = -1
 
     def __post_init__(self) -> None:
-        if self.policy not in ("off", "auto", "on"):
-            raise ValueError(f"policy is off, auto or on, not {self.policy!r}")
+        self.policy = _checked(self.policy)
         if self.period < 1 or self.cooldown < 0 or self.budget < 0:
             raise ValueError("period is at least 1, cooldown and budget at least 0")
 
-    def ask(self, policy: Policy, step: int) -> Decision:
+    def set_policy(self, policy: str) -> None:
+        """The policy that a run begins with. ValueError for an unknown one."""
+        self.policy = _checked(policy)
+
+    def ask(self, policy: str, step: int) -> Decision:
         """Somebody changed the policy by hand: takes effect at once and starts afresh."""
-        before, self.policy = self.policy, policy
+        before, self.policy = self.policy, _checked(policy)
         self.until = None
         if policy == "on":
             return Decision(action="enable", reason="asked for: on", acted=True)

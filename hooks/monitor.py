@@ -9,24 +9,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from geodiag.control import Request, RequestWatch
+from geodiag.control import RequestWatch
 from geodiag.errors import GeodiagError
 from geodiag.events import Event
 from geodiag.hooks.adapters import Layout, find_layout
-from geodiag.hooks.anticipatory import AnticipatoryRouting, Mode
-from geodiag.hooks.controller import Controller, Decision
+from geodiag.hooks.anticipatory import AnticipatoryRouting
+from geodiag.hooks.controller import Controller
 from geodiag.hooks.gradients import GradientNorms, optimizers_in
+from geodiag.hooks.observer import Observation
 from geodiag.hooks.past import RouterPast
 from geodiag.hooks.probe import Probe
 from geodiag.hooks.recorder import Facts, Recorder
-from geodiag.hooks.rows import Places
 from geodiag.hooks.slots import Slots
 from geodiag.hooks.spectra import WeightSpectra
+from geodiag.hooks.steering import Steering
 from geodiag.hooks.summary import summarise
 from geodiag.hooks.taps import Taps
 from geodiag.run import Run, Status
@@ -54,13 +54,10 @@ class Monitor:
         first_step: int,
     ) -> None:
         self.model, self.run, self.layout = model, run, layout
-        self.routing, self.controller = routing, controller
         self.next_step = first_step
         self._first_step, self._every, self._probe_every = first_step, every, probe_every
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        places = Places.of(layout)
-        hashed = np.array([places.row_of_layer[r.layer] for r in layout.routers if r.hashed], int)
-        self._recorder = Recorder(run, places, hashed, device)
+        self._recorder = Recorder(run, layout, device)
         self.slots = Slots(device, micro_batches, sample)
         self._taps = Taps(model, layout, self.slots, self._complain)
         self._gradients = GradientNorms(layout, optimizers, device, self._complain)
@@ -74,11 +71,9 @@ class Monitor:
         self._ended_at: float | None = None
         self._record_seconds: float | None = None
         self._closed = False
-        if routing is not None:
-            self._taps.replaying = lambda: routing.replaying
-            routing.on_change = self._routing_changed
-            if controller.policy == "on":
-                self._act(controller.ask("on", first_step))
+        self.steering = Steering(routing, controller, self.event)
+        self._taps.replaying = lambda: self.steering.replaying
+        self.steering.start(first_step)
         atexit.register(self.close, "interrupted")
 
     # -- once a step -------------------------------------------------------------------------
@@ -100,12 +95,10 @@ class Monitor:
         try:
             self._record(step, loss, grad_norm, lr, began)
             for seen in self._recorder.observed():
-                decision = self.controller.decide(seen.step, seen.verdict)
-                if decision is not None:
-                    self._act(decision)
+                self.steering.judge(seen.step, seen.verdict)
             request = self._watch.poll()
             if request is not None:
-                self._obey(request)
+                self.steering.obey(request, self.next_step)
         except Exception as e:
             self._complain(f"step {step}", e)
         self._ended_at = time.perf_counter()
@@ -124,7 +117,7 @@ class Monitor:
         if sampled:
             values |= summarise(self._taps)
             absent = [] if self._past.ready else ["flip_rate_router"]
-            if not (self.routing is not None and self.routing.replaying):
+            if not self.steering.replaying:
                 absent.append("flip_rate_anticipatory")
         if step % self._probe_every == 0:
             values |= self._probe_now()
@@ -132,8 +125,8 @@ class Monitor:
         facts = Facts(
             step=step,
             lr=lr if lr is not None else (float(groups[0]["lr"]) if groups else None),
-            routing_mode=self.routing.mode if self.routing else "off",
-            routing_lag=self.routing.lag if self.routing else 0,
+            routing_mode=self.steering.mode,
+            routing_lag=self.steering.lag,
             step_seconds=began - self._ended_at if self._ended_at is not None else None,
             record_seconds=self._record_seconds,
             sampled=sampled,
@@ -160,43 +153,6 @@ class Monitor:
                 self._probe.adopt(args, kwargs)
             self._adopt_probe.remove()
 
-    # -- routing -----------------------------------------------------------------------------
-
-    def _act(self, decision: Decision) -> None:
-        data = {"action": decision.action, "acted": decision.acted, "policy": self.controller.policy}
-        self.event("decision", decision.reason, data=data)
-        if self.routing is None or not decision.acted:
-            return
-        if decision.action == "enable":
-            self.routing.enable()
-        elif decision.action == "disable":
-            self.routing.disable()
-
-    def _obey(self, request: Request) -> None:
-        asked = f"{request.routing} (by {request.by})"
-        self.event("request", f"asked for routing {asked}", data={"request": request.id, "routing": request.routing})
-        refusal = self._why_not(request)
-        data = {"request": request.id, "obeyed": refusal is None, "routing": request.routing}
-        if refusal is not None:
-            self.event("acknowledge", f"refused {asked}: {refusal}", data=data)
-            return
-        if request.delay_steps is not None and self.routing is not None:
-            self.routing.delay_steps = self.controller.delay_steps = request.delay_steps
-        self.event("acknowledge", f"obeyed: routing {asked}", data=data)
-        self._act(self.controller.ask(request.routing, self.next_step))  # type: ignore[arg-type]
-
-    def _why_not(self, request: Request) -> str | None:
-        if self.routing is None and request.routing != "off":
-            return "this training gave attach no AnticipatoryRouting, so there is nothing to switch"
-        changes = request.delay_steps is not None and self.routing is not None
-        if changes and self.routing.mode != "off" and request.delay_steps != self.routing.delay_steps:  # type: ignore[union-attr]
-            return f"the delay can change only while routing is off; it is in {self.routing.mode}"  # type: ignore[union-attr]
-        return None
-
-    def _routing_changed(self, old: Mode, new: Mode) -> None:
-        delay = self.routing.delay_steps if self.routing else 0
-        self.event("routing", f"routing went from {old} to {new}", data={"from": old, "to": new, "delay_steps": delay})
-
     # -- the rest ----------------------------------------------------------------------------
 
     def event(self, kind: str, message: str, **more: Any) -> None:
@@ -204,7 +160,7 @@ class Monitor:
         self._recorder.event(Event(step=self.next_step, kind=kind, message=message, **more))
 
     @property
-    def last(self) -> Any:
+    def last(self) -> Observation | None:
         """The newest `Observation`, or None before the first."""
         return self._recorder.last
 
@@ -213,13 +169,18 @@ class Monitor:
         return {
             "next_step": self.next_step,
             "detector": self._recorder.observer.detector.state_dict(),
-            "controller": self.controller.state_dict(),
+            "controller": self.steering.controller.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.next_step = state["next_step"]
         self._recorder.observer.detector.load_state_dict(state["detector"])
-        self.controller.load_state_dict(state["controller"])
+        self.steering.controller.load_state_dict(state["controller"])
+
+    @property
+    def routing(self) -> AnticipatoryRouting | None:
+        """The routing that the controller may switch, if the training has one."""
+        return self.steering.routing
 
     def _complain(self, what: str, error: Exception) -> None:
         self._recorder.complain(what, error, self.next_step)
@@ -233,8 +194,7 @@ class Monitor:
         self._taps.remove()
         self._gradients.remove()
         self._adopt_probe.remove()
-        if self.routing is not None:
-            self.routing.on_change = lambda _old, _new: None
+        self.steering.close()
         self._recorder.close(status)
 
     def __enter__(self) -> "Monitor":
@@ -290,9 +250,7 @@ def attach(
     if world > 1 and policy != "off":
         raise GeodiagError(f"routing {policy} on {world} ranks is not there yet; pass policy='off' to record only")
     controller = controller or Controller(delay_steps=routing.delay_steps if routing else 8)
-    controller.policy = policy  # type: ignore[assignment]
-    if policy not in ("off", "auto", "on"):
-        raise ValueError(f"policy is off, auto or on, not {policy!r}")
+    controller.set_policy(policy)
     if routing is None and policy != "off":
         raise GeodiagError(f"routing {policy} needs an AnticipatoryRouting; pass attach(..., routing=...)")
     unclamped = any(e.gate_limit is None for e in layout.experts)

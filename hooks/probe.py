@@ -48,13 +48,18 @@ class Probe:
         if last is None:
             return {}
         rate, top1, anyone = [], [], []
-        for now, then in zip(choices, last, strict=True):
+        for site, now, then in zip(self.routers, choices, last, strict=True):
             flipped = metrics.flips(now.expert_ids_TK, then.expert_ids_TK)
             rate.append(flipped.mean())
             anyone.append((flipped > 0).float().mean())
-            top1.append((metrics.first_choice(*now) != metrics.first_choice(*then)).float().mean())
+            top1.append((_first(site, now) != _first(site, then)).float().mean())
         return {
             "router/flip_rate": torch.stack(rate),
             "router/flip_top1": torch.stack(top1),
             "router/flip_any": torch.stack(anyone),
         }
+
+
+def _first(site: RouterSite, choice: Choice) -> Tensor:
+    """A learned router's first choice is its heaviest; a hash has an order of its own, which never changes."""
+    return choice.expert_ids_TK[:, 0] if site.hashed else metrics.first_choice(*choice)

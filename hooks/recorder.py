@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from geodiag.events import Event
 from geodiag.hooks import rows
+from geodiag.hooks.adapters.base import Layout
 from geodiag.hooks.observer import Observation, Observer
 from geodiag.hooks.rows import Host, Places
 from geodiag.hooks.worker import Worker
@@ -54,8 +56,8 @@ class _Step:
 class Recorder:
     """`push` a step's device values; `observed` gives back what is known of the steps that are through."""
 
-    def __init__(self, run: Run, places: Places, hashed_rows: np.ndarray, device: torch.device) -> None:
-        self.run, self.places, self.hashed_rows = run, places, hashed_rows
+    def __init__(self, run: Run, layout: Layout, device: torch.device) -> None:
+        self.run, self.layout, self.places = run, layout, Places.of(layout)
         self.observer = Observer()
         self.last: Observation | None = None
         self._behind = 1 if device.type == "cuda" else 0
@@ -141,12 +143,13 @@ class Recorder:
         return seen
 
     def _append(self, facts: Facts, host: Host, seen: Observation | None) -> None:
-        for table, columns in self._tables(facts, host):
-            self.run.append(table, {"step": facts.step, **columns})
-        for event in events_of(seen) if seen else []:
-            self.run.event(event)
         # The step's own row goes last: who sees it may count on the rest of the step being there.
-        self.run.append("steps", self._step_row(facts, host, seen))
+        tables = [*self._tables(facts, host), ("steps", self._step_row(facts, host, seen))]
+        for event in events_of(seen) if seen else []:
+            self._guarded("events", partial(self.run.event, event))
+        for table, columns in tables:
+            # Each by itself: a disk that is too full for one table's rows may have room for the next's.
+            self._guarded(f"rows of {table}", partial(self.run.append, table, {"step": facts.step, **columns}))
         self.run.heartbeat(facts.step)
 
     def _tables(self, facts: Facts, host: Host) -> list[tuple[str, rows.Columns]]:
@@ -154,7 +157,7 @@ class Recorder:
             return []
         layers = rows.layer_rows(host, self.places)
         rows.hide(layers, *facts.absent)
-        rows.nulls_for_hash(layers, self.hashed_rows)
+        rows.hide_inapplicable(layers, self.layout, self.places)
         found = [("layers", layers), ("experts", rows.expert_rows(host, self.places))]
         if facts.with_matrices:
             found.append(("matrices", rows.matrix_rows(host, self.places)))

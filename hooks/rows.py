@@ -70,11 +70,17 @@ def hide(columns: Columns, *names: str) -> None:
         columns.pop(name, None)
 
 
-def nulls_for_hash(columns: Columns, hashed_rows: np.ndarray) -> None:
-    """A hash router chooses nothing: no margin, no bias, no overlap. Its flips stay, and must be 0."""
-    for name in ("router_margin_mean", "router_margin_p01", "router_margin_p10", "bias_abs_max", "bias_jaccard"):
-        if name in columns:
-            columns[name][hashed_rows] = np.ma.masked
+def hide_inapplicable(columns: Columns, layout: Layout, places: Places) -> None:
+    """A hash router chooses nothing: no margin, no overlap; its flips stay, and must be 0. No bias, no bias metrics."""
+    for router, row in zip(layout.routers, places.router_rows, strict=True):
+        names = ["bias_abs_max", "bias_jaccard"] if router.bias() is None else []
+        names += ["router_margin_mean", "router_margin_p01", "router_margin_p10"] if router.hashed else []
+        for name in names:
+            if name in columns:
+                columns[name][row] = np.ma.masked
+    for name, values in columns.items():
+        if name.startswith("res_logit") and np.isnan(values).all():  # a model that does not show them
+            columns[name] = None
 
 
 def expert_rows(host: Host, places: Places) -> Columns | None:

@@ -128,7 +128,8 @@ class Taps:
         """Norms of the streams entering a place, and a hook for their gradient. Returns the streams as (T, N, C)."""
         if streams.requires_grad:
             streams.register_hook(lambda grad: self._grad(place, grad))
-        x_TNC = streams.detach().flatten(0, -3)
+        x = streams.detach()
+        x_TNC = (x if self.layout.has_stream_axis else x.unsqueeze(-2)).flatten(0, -3)
         self.slots.put("stream_square", place, x_TNC.float().square().mean())
         self.slots.put("stream_amax", place, x_TNC.abs().amax())
         self.slots.put_sample("stream_norm", place, metrics.token_norms(self.slots.sample(x_TNC)))

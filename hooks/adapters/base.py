@@ -14,7 +14,10 @@ class Removable(Protocol):
 
 
 class MixView(NamedTuple):
-    """One hyper-connection's forward. `res` is the operator applied to the streams: x' = res @ x."""
+    """One hyper-connection's forward. `res` is the operator applied to the streams: x' = res @ x.
+
+    Where the model has no separate streams, `streams` is (…, C): one stream.
+    """
 
     streams_TNC: Tensor
     pre_TN: Tensor | None = None
@@ -116,8 +119,10 @@ class Layout:
     routers: list[RouterSite] = field(default_factory=list)
     experts: list[ExpertSite] = field(default_factory=list)
     watch_end: Watch | None = None
-    """→ Tensor, the streams after the last site"""
+    """→ Tensor, the streams after the last site, shaped as a site's `streams`"""
     streams: int = 1
+    has_stream_axis: bool = True
+    """Whether the residual has a dimension for its streams, even for one."""
     missing: list[str] = field(default_factory=list)
     """What this model does not have, each as a sentence."""
 

@@ -20,7 +20,8 @@ def find(model: nn.Module) -> Layout | None:
             Site(layer=i, site="block", watch_mix=_stream(b), watch_branch=None, scale_branch=scaling(b, _scaled))
             for i, b in enumerate(blocks)
         ],
-        watch_end=on_output(blocks[-1], lambda _a, _k, out: _first(out).unsqueeze(-2)),
+        watch_end=on_output(blocks[-1], lambda _a, _k, out: _first(out)),
+        has_stream_axis=False,
         missing=[
             "no hyper-connections found: streams and their transport are recorded, H_res gains are not",
             "no router found: flips, loads and margins are not recorded",
@@ -38,7 +39,7 @@ def _stacks(model: nn.Module) -> Iterator[list[nn.Module]]:
 
 
 def _stream(block: nn.Module) -> Watch:
-    return on_input(block, lambda args, kwargs: MixView(_first((*args, *kwargs.values())).unsqueeze(-2)))
+    return on_input(block, lambda args, kwargs: MixView(_first((*args, *kwargs.values()))))
 
 
 def _first(values: Any) -> Tensor:

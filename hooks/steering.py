@@ -1,0 +1,88 @@
+"""Steering: what the controller decides and what people ask for, carried out on the routing and put on record."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from geodiag.control import Request
+from geodiag.hooks.anticipatory import AnticipatoryRouting, Mode
+from geodiag.hooks.controller import Controller, Decision
+from geodiag.spikes import Verdict
+
+
+class Tell(Protocol):
+    """Records an event at the coming step."""
+
+    def __call__(self, kind: str, message: str, **more: Any) -> None: ...
+
+
+class Steering:
+    """Joins the controller to the routing, if the training has one. Everything it does becomes an event."""
+
+    def __init__(self, routing: AnticipatoryRouting | None, controller: Controller, tell: Tell) -> None:
+        self.routing, self.controller, self._tell = routing, controller, tell
+        if routing is not None:
+            routing.on_change = self._changed
+
+    @property
+    def mode(self) -> Mode:
+        return self.routing.mode if self.routing else "off"
+
+    @property
+    def lag(self) -> int:
+        return self.routing.lag if self.routing else 0
+
+    @property
+    def replaying(self) -> bool:
+        return self.routing is not None and self.routing.replaying
+
+    def start(self, step: int) -> None:
+        """A policy of `on` is carried out before the first step."""
+        if self.controller.policy == "on":
+            self._carry_out(self.controller.ask("on", step))
+
+    def judge(self, step: int, verdict: Verdict) -> None:
+        """One step's verdict to the controller, and what follows from it."""
+        decision = self.controller.decide(step, verdict)
+        if decision is not None:
+            self._carry_out(decision)
+
+    def obey(self, request: Request, step: int) -> None:
+        """Carries out what somebody asked for, or refuses with the reason; either is acknowledged."""
+        asked = f"{request.routing} (by {request.by})"
+        data: dict[str, Any] = {"request": request.id, "routing": request.routing}
+        self._tell("request", f"asked for routing {asked}", data=data)
+        refusal = self._why_not(request)
+        if refusal is not None:
+            self._tell("acknowledge", f"refused {asked}: {refusal}", data=data | {"obeyed": False})
+            return
+        if request.delay_steps is not None and self.routing is not None:
+            self.routing.delay_steps = self.controller.delay_steps = request.delay_steps
+        self._tell("acknowledge", f"obeyed: routing {asked}", data=data | {"obeyed": True})
+        self._carry_out(self.controller.ask(request.routing, step))
+
+    def _carry_out(self, decision: Decision) -> None:
+        data = {"action": decision.action, "acted": decision.acted, "policy": self.controller.policy}
+        self._tell("decision", decision.reason, data=data)
+        if self.routing is None or not decision.acted:
+            return
+        carry: dict[str, Callable[[], None]] = {"enable": self.routing.enable, "disable": self.routing.disable}
+        if decision.action in carry:
+            carry[decision.action]()
+
+    def _why_not(self, request: Request) -> str | None:
+        if self.routing is None:
+            nothing = "this training gave attach no AnticipatoryRouting, so there is nothing to switch"
+            return None if request.routing == "off" else nothing
+        delay = request.delay_steps
+        if delay is not None and delay != self.routing.delay_steps and self.routing.mode != "off":
+            return f"the delay can change only while routing is off; it is in {self.routing.mode}"
+        return None
+
+    def _changed(self, old: Mode, new: Mode) -> None:
+        delay = self.routing.delay_steps if self.routing else 0
+        self._tell("routing", f"routing went from {old} to {new}", data={"from": old, "to": new, "delay_steps": delay})
+
+    def close(self) -> None:
+        """The run is over: the routing goes on without being recorded."""
+        if self.routing is not None:
+            self.routing.on_change = lambda _old, _new: None
