@@ -27,8 +27,8 @@ def draws(app: Dash, library: Library, name: str, prop: str, make: Drawing) -> N
     )
     def draw(search, pulse, theme, pathname):
         record = library.at(pathname)
-        if record is None:
-            return no_update
+        if record is None or (pulse or {}).get("run") != record.run.name:
+            return no_update  # the pulse of this run is on its way, and draws
         made = make(record, View.parse(search), LOOKS.get(theme, LOOKS["light"]))
         if isinstance(made, go.Figure):
             made.update_layout(uirevision=f"{pathname}{name}")  # a live update keeps what the reader toggled

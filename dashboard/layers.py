@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from geodiag.dashboard.figures.lines import Line
+from geodiag.dashboard.library import Library
 from geodiag.dashboard.record import Record
 from geodiag.dashboard.view import View
 
@@ -30,6 +31,12 @@ def layer_of(record: Record, view: View) -> int:
         if layer is not None and (layer in there or not there):
             return layer
     return there[-1] if there else 0
+
+
+def layer_shown(library: Library, pathname: str, view: View) -> str | None:
+    """What the choice of layers shows at an address."""
+    record = library.at(pathname)
+    return str(layer_of(record, view)) if record else None
 
 
 def layer_options(record: Record) -> list[dict]:

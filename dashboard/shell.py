@@ -62,7 +62,7 @@ def nav(record: Record | None, tabs: list[tuple[str, str]], pathname: str, view:
         mark: Any = {"aria-current": "page"} if here else {}
         target = f"/run/{quote(record.run.name)}/{name}{kept}"
         links.append(html.Div(dcc.Link(title, href=target), className="g-tab here" if here else "g-tab", **mark))
-    said = [html.Nav(links, className="tabs", **aria("pages of this run"))]
+    said: list[Any] = [html.Nav(links, className="tabs", **aria("pages of this run"))]
     if view.steps:
         low, high = map(whole, view.steps)
         back = f"{pathname}{view.but(steps=None).search()}"

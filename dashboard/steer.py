@@ -11,12 +11,16 @@ from dash import Dash, Input, Output, State, ctx, no_update
 
 from geodiag.dashboard.view import View, zoomed
 
+_NEWEST = 20
+"""A slider that was set to the newest step may be so many steps behind a living run: that is not a choice."""
+
 
 class Control(NamedTuple):
-    """A component whose `value` is one field of the view, and what the field means when it is absent."""
+    """A component whose `value` is one field of the view."""
 
     field: str
     default: Any = None
+    """What it shows while the field is not chosen; or a function (pathname, view) that knows."""
 
 
 Clicked = Callable[[str, View, str, dict], View]
@@ -44,43 +48,54 @@ def steer(
     )
     def turn(values, drags, clicks, search, pathname):
         view = moved = View.parse(search)
-        props = [e["prop_id"] for e in ctx.triggered]
-        if any(p.endswith(".relayoutData") for p in props):  # a double click clicks too, and means only the range
-            props = [p for p in props if not p.endswith(".clickData")]
-        for prop in props:
-            moved = _moved(prop, moved, pathname, values, drags, clicks)
+        if len(ctx.triggered) == len(values) + len(drags) + len(clicks):
+            return no_update  # the page was just drawn: everything is new, and nobody did anything
+        # Drags first: a double click clicks too, and then means only the range.
+        for prop in sorted((e["prop_id"] for e in ctx.triggered), key=lambda p: not p.endswith(".relayoutData")):
+            if not (prop.endswith(".clickData") and moved.steps != view.steps):
+                moved = _moved(prop, moved, pathname, values, drags, clicks)
         return moved.search() if moved != view else no_update
 
     @app.callback(
         output=[Output(name, "value") for name in controls],
-        inputs={"search": Input("url", "search"), "values": [State(name, "value") for name in controls]},
+        inputs={
+            "search": Input("url", "search"),
+            "values": [State(name, "value") for name in controls],
+            "pathname": State("url", "pathname"),
+        },
         prevent_initial_call=True,
     )
-    def follow(search, values):
-        wanted = [_value(View.parse(search), c) for c in controls.values()]
+    def follow(search, values, pathname):
+        wanted = [_shown(View.parse(search), c, pathname) for c in controls.values()]
         return [no_update if w in (v, None) else w for w, v in zip(wanted, values, strict=True)]
 
     def _moved(prop_id: str, view: View, pathname: str, values: list, drags: list, clicks: list) -> View:
         """The view after one thing that the reader just did."""
         name, _, prop = prop_id.rpartition(".")
         if name in controls:
-            field, default = controls[name]
             value = values[list(controls).index(name)]
-            said = _value(view, controls[name])
-            return view if value == said else view.but(**{field: None if value == default else _typed(field, value)})
+            return _chosen(view, controls[name], value, pathname)
         if prop == "relayoutData":
             return zoomed(view, drags[graphs.index(name)])
         points = (clicks[graphs.index(name)] or {}).get("points") if prop == "clickData" else None
         return clicked(pathname, view, name, points[0]) if clicked and points else view
 
 
-def _value(view: View, control: Control) -> Any:
-    """What the component shows for this view; None where only the page itself knows."""
+def _chosen(view: View, control: Control, value: Any, pathname: str) -> View:
+    """The view after a control took `value`; what it shows anyway is no choice."""
+    shown = _shown(view, control, pathname)
+    if value is None or value == shown:
+        return view
+    if control.field == "step" and view.step is None and abs(value - shown) <= _NEWEST:
+        return view
+    default = _shown(view.but(**{control.field: None}), control, pathname)
+    typed = int(value) if control.field in ("layer", "step") else value
+    return view.but(**{control.field: None if value == default else typed})
+
+
+def _shown(view: View, control: Control, pathname: str) -> Any:
+    """What the component shows for this view; None where it shows nothing of its own."""
     value = getattr(view, control.field)
     if value is None:
-        return control.default
+        return control.default(pathname, view) if callable(control.default) else control.default
     return str(value) if control.field == "layer" else value
-
-
-def _typed(field: str, value: Any) -> Any:
-    return int(value) if field in ("layer", "step") and value is not None else value

@@ -7,7 +7,7 @@ from geodiag.dashboard.draw import draws, onsets
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.lines import Strip, over_steps
 from geodiag.dashboard.figures.style import Look, titled
-from geodiag.dashboard.layers import layer_of, layer_options, pick_layer, series
+from geodiag.dashboard.layers import layer_of, layer_options, layer_shown, pick_layer, series
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import card, graph, notice, options, segments, select
 from geodiag.dashboard.record import Record
@@ -65,7 +65,7 @@ def register(app: Dash, library: Library) -> None:
     controls = {
         "activations-metric": Control("metric", "gate_amax"),
         "activations-over": Control("over", "act_rms"),
-        "activations-layer": Control("layer"),
+        "activations-layer": Control("layer", lambda pathname, view: layer_shown(library, pathname, view)),
     }
     steer(app, controls, ["activations-heat", "activations-experts", "activations-lines"], pick_layer)
 

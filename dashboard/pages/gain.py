@@ -83,7 +83,7 @@ def layout(record: Record, view: View) -> html.Div:
     )
     slider = dcc.Slider(
         id="gain-step", min=0, max=max(1, _last(record)), step=1, marks=None,
-        value=view.step if view.step is not None else _last(record),
+        value=step_of(record, view) or 0,
         updatemode="mouseup", tooltip={"placement": "bottom"}, allow_direct_input=False,
     )  # fmt: skip
     deep = card(
@@ -106,14 +106,14 @@ def register(app: Dash, library: Library) -> None:
     draws(app, library, "gain-heat", "figure", _heat)
     draws(app, library, "gain-profile", "figure", _profile)
     draws(app, library, "gain-matrices", "figure", _matrices)
-    draws(app, library, "gain-where", "children", lambda r, v, look: f"step {whole(step_of(r, v))}")
+    draws(app, library, "gain-where", "children", lambda r, v, look: _when(r, v))
     draws(app, library, "gain-site", "children", lambda r, v, look: _where(r, v))
     draws(app, library, "gain-step", "max", lambda r, v, look: max(1, _last(r)))
     draws(app, library, "gain-missing", "children", lambda r, v, look: _missing(r))
     controls = {
         "gain-metric": Control("metric", "composite"),
         "gain-over": Control("over", "mean"),
-        "gain-step": Control("step"),
+        "gain-step": Control("step", lambda pathname, view: _newest(library, pathname, view)),
     }
     steer(app, controls, ["gain-heat", "gain-profile"], lambda *a: _clicked(library, *a))
 
@@ -153,6 +153,10 @@ def _matrices(record: Record, view: View, look: Look) -> go.Figure:
     return matrices(found[1] if found else {}, look)
 
 
+def _when(record: Record, view: View) -> str:
+    return f"step {whole(step_of(record, view))}" + (", the newest" if view.step is None else "")
+
+
 def _where(record: Record, view: View) -> str:
     step, site = step_of(record, view), _site(record, view)
     found = record.matrices(site[0], SITES[site[1]], step) if step is not None else None
@@ -178,6 +182,11 @@ def _clicked(library: Library, pathname: str, view: View, name: str, point: dict
     column = binned(grid.measured())
     step = worst_step(grid, grid.rows.index(site), round(point["x"] - (column.width - 1) / 2), column.width)
     return view.but(site=site, step=round(point["x"]) if step is None else step)
+
+
+def _newest(library: Library, pathname: str, view: View) -> int:
+    record = library.at(pathname)
+    return (step_of(record, view) if record else None) or 0
 
 
 def _missing(record: Record) -> list:

@@ -8,7 +8,7 @@ from geodiag.dashboard.draw import draws, onsets
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.lines import Strip, over_steps
 from geodiag.dashboard.figures.style import Look, titled
-from geodiag.dashboard.layers import layer_of, layer_options, pick_layer, series
+from geodiag.dashboard.layers import layer_of, layer_options, layer_shown, pick_layer, series
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import card, graph, notice, options, segments, select
 from geodiag.dashboard.record import Record
@@ -63,7 +63,7 @@ def register(app: Dash, library: Library) -> None:
     controls = {
         "routing-metric": Control("metric", "flip_rate"),
         "routing-over": Control("over", "load"),
-        "routing-layer": Control("layer"),
+        "routing-layer": Control("layer", lambda pathname, view: layer_shown(library, pathname, view)),
     }
     steer(app, controls, ["routing-flips", "routing-load", "routing-lines"], pick_layer)
 

@@ -101,9 +101,9 @@ def test_a_click_on_a_cell_moves_profile_and_matrices(page):
     step = int(re.search(r"step=(\d+)", page.url)[1])
     assert step == pytest.approx(300, abs=5)
     until(page, f"document.getElementById('gain-where').innerText === 'step {step}'")
-    assert page.locator("#gain-site").inner_text() == f"1.ffn, sampled at step {step // 50 * 50}"
+    page.get_by_text(f"1.ffn, sampled at step {step // 50 * 50}").wait_for()
     page.go_back()
-    until(page, "document.getElementById('gain-where').innerText === 'step 599'")
+    until(page, "document.getElementById('gain-where').innerText === 'step 599, the newest'")
 
 
 def test_switching_quantity_and_layer_changes_the_charts_and_the_address(page):
@@ -222,11 +222,32 @@ def test_routing_is_asked_and_then_on_and_the_page_follows_the_training(page, li
     assert page.locator("#ask-on").get_attribute("data-variant") == "filled"
 
 
+def test_the_profile_follows_the_newest_step_of_a_live_run(page, live):
+    page.goto(f"{page.home}run/live/gain")
+    page.get_by_text("step 39, the newest").wait_for()
+    chart(page, "gain-heat")
+    synthetic.write_rows(live, live.story, 40, 90)
+    page.get_by_text("step 89, the newest").wait_for()
+    until(page, "document.querySelector('#gain-heat .js-plotly-plot')._fullLayout.xaxis.range[1] > 88")
+    assert page.url.endswith("/run/live/gain")
+
+
 def test_a_page_of_a_finished_run_asks_nothing_more(page):
     page.goto(f"{page.home}run/mhc-tear/overview")
     chart(page, "overview-timeline")
-    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(1500)
     asked = []
     page.on("request", lambda r: asked.append(r.post_data or r.url))
-    page.wait_for_timeout(3500)
+    page.wait_for_timeout(3200)
     assert asked == []
+
+
+def test_opening_a_page_draws_each_chart_once_and_chooses_nothing(page):
+    drawn = []
+    page.on("request", lambda r: drawn.append(json.loads(r.post_data)["output"]) if r.post_data else None)
+    page.goto(f"{page.home}run/mhc-tear/gain")
+    chart(page, "gain-heat")
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(500)
+    assert [drawn.count(f"{name}.figure") for name in ("gain-heat", "gain-profile", "gain-matrices")] == [1, 1, 1]
+    assert page.url.endswith("/run/mhc-tear/gain")
