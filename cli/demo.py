@@ -1,12 +1,63 @@
 """`geodiag demo`: the whole story on one machine in two minutes."""
 
-from typing import Annotated
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from geodiag.run import Run
+
+FAULT_STEP = 150
+FAULT = f"lr-shock@{FAULT_STEP}=30"
+STEPS = 270
+
+_INTRODUCTION = f"""\
+[bold]geodiag demo[/]: {STEPS} steps of a small mixture-of-experts model with hyper-connections on real text: the
+source of this Python's own library. At step {FAULT_STEP} the learning rate becomes 30 times too large for ten
+steps, a real fault in a real training. Nobody tells the detector or the controller.
+"""
+_LINES = ("fault", "spike", "divergence", "nonfinite", "decision", "routing", "recovered")
+
 
 def demo(
-    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the page at the end.")] = True,
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the page at the end, or just end.")] = True,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes a free one.")] = 0,
+    run: Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/demo-TIME]")] = None,
 ) -> None:
-    """Train a small model on real text, tear it on purpose, and watch it being found and answered."""
-    raise typer.Exit(0 if serve else 0)
+    """Train a small model on real text, tear it on purpose, and see it found, answered and recovered."""
+    from geodiag.cli.loop import Options, Training
+    from geodiag.cli.output import screen
+    from geodiag.cli.progress import watch
+    from geodiag.run import open_run
+
+    path = run or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    screen().print(_INTRODUCTION)
+    watch(Training(Options(steps=STEPS, routing="auto", period=40, inject=(FAULT,), run=path)))
+    _tell(open_run(path))
+    if serve:
+        from geodiag.cli.dashboard import dashboard
+
+        dashboard(path, port=port)
+    else:
+        screen().print(f"\nSee it: geodiag dashboard {path}")
+
+
+def _tell(run: "Run") -> None:
+    """What happened, from the run's own record."""
+    from rich.table import Table
+
+    from geodiag.cli.output import screen
+
+    events = run.read("events")
+    table = Table(title="\nWhat the run directory says", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("step", "what", "why"):
+        table.add_column(name, justify="right" if name == "step" else "left", overflow="fold")
+    for event in events[events["kind"].isin(_LINES)].sort_values("step", kind="stable").itertuples():
+        table.add_row(str(event.step), event.kind, event.message)
+    screen().print(table)
+    loss = run.read("steps", ["step", "loss"]).set_index("step")["loss"]
+    before, after = loss.loc[FAULT_STEP - 30 : FAULT_STEP - 1].mean(), loss.iloc[-20:].mean()
+    peak = loss.loc[FAULT_STEP:].max()
+    screen().print(f"\nloss before the fault {before:.2f}, at its peak {peak:.2f}, at the end {after:.2f} nats/token")
