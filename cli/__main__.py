@@ -1,0 +1,5 @@
+"""`python -m geodiag.cli` is `geodiag`."""
+
+from geodiag.cli.main import main
+
+main()
