@@ -17,6 +17,11 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def padded(k: int) -> int:
+    """Columns that `k` coefficients and one number more take in a matrix product."""
+    return max(power_of_two(k + 1), 16)
+
+
 def processors(device: torch.device) -> int:
     """Multiprocessors of the device; a small number for the interpreter, where each program costs a millisecond."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,7 +1,8 @@
-"""The coefficients of one mHC site and its block's input: two launches, the stream read once in each.
+"""The coefficients of one mHC site and its block's input.
 
-`_project` forms x·φ and Σx² in one pass; `_mix` turns them into gates and a doubly stochastic map in registers
-and sums the streams. Everything else a backward needs is 25 floats a token.
+`_split` prepares φ for the tensor cores; `_project` forms x·φ and Σx² in one pass over the stream; `_mix` turns them
+into gates and a doubly stochastic map in registers, and sums the streams in another pass. What a backward needs of
+all this is 25 floats a token.
 """
 
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from geodiag.reference_models.kernels.launch import (
     cdiv,
     check_shape,
     check_streams,
+    padded,
     power_of_two,
     processors,
     two_parts,
@@ -26,10 +28,25 @@ from geodiag.reference_models.kernels.sinkhorn import check_sinkhorn, project
 # T tokens, N streams, C channels, W = N·C, K = N² + 2N coefficients, KP their padded number, S slices of W
 
 
+@triton.jit
+def _split(phi_ptr, parts_ptr, W, K: tl.constexpr, KP: tl.constexpr, BW: tl.constexpr, TWO_PARTS: tl.constexpr):
+    """parts[w] = [high | low], two bfloat16 parts of φ padded to KP: 16 bits of it, more than tf32 would carry."""
+    w = tl.program_id(0) * BW + tl.arange(0, BW)
+    k = tl.arange(0, KP)
+    live = (w < W)[:, None]
+    phi = tl.load(phi_ptr + w[:, None] * K + k[None, :], live & (k < K)[None, :], 0.0).to(tl.float32)
+    if TWO_PARTS:
+        high = phi.to(tl.bfloat16)
+        tl.store(parts_ptr + w[:, None] * 2 * KP + k[None, :], high, live)
+        tl.store(parts_ptr + w[:, None] * 2 * KP + KP + k[None, :], phi - high.to(tl.float32), live)
+    else:
+        tl.store(parts_ptr + w[:, None] * KP + k[None, :], phi, live)
+
+
 @triton.jit(do_not_specialize=["T"])
 def _project(
     x_ptr,
-    phi_ptr,
+    parts_ptr,
     part_ptr,
     T,
     W: tl.constexpr,
@@ -42,29 +59,142 @@ def _project(
     STAGES: tl.constexpr,
 ):
     """part[s, t] = [x·φ | Σx²] over slice s of W."""
+    P: tl.constexpr = 2 if TWO_PARTS else 1
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     s = tl.program_id(1)
     k = tl.arange(0, KP)
+    columns = tl.arange(0, P * KP)
     live = (t < T)[:, None]
-    acc = tl.zeros((BT, KP), tl.float32)
+    acc = tl.zeros((BT, P * KP), tl.float32)
     squares = tl.zeros((BT,), tl.float32)
     for i in tl.range(0, SLICE, BW, num_stages=STAGES):
         w = s * SLICE + i + tl.arange(0, BW)
-        # The end of W is masked only where W has a tail; a slice is a whole number of blocks.
         x = tl.load(x_ptr + t[:, None] * W + w[None, :], live & (w < W)[None, :], 0.0)
-        phi = tl.load(phi_ptr + w[:, None] * K + k[None, :], (w < W)[:, None] & (k < K)[None, :], 0.0).to(tl.float32)
+        phi = tl.load(parts_ptr + w[:, None] * (P * KP) + columns[None, :], (w < W)[:, None], 0.0)
         wide = x.to(tl.float32)
         squares += tl.sum(wide * wide, 1)
         if TWO_PARTS:
-            # Two bfloat16 parts of φ carry 16 bits of it, more than tf32 would, at the tensor cores' full rate.
-            high = phi.to(tl.bfloat16)
-            low = (phi - high.to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(x, low, acc)
-            acc = tl.dot(x, high, acc)
+            acc = tl.dot(x, phi, acc)
         else:
             acc = tl.dot(wide, phi, acc, input_precision="tf32x3")
-    acc = tl.where(k[None, :] == K, squares[:, None], acc)
-    tl.store(part_ptr + (s * T.to(tl.int64) + t[:, None]) * KP + k[None, :], acc, live)
+    u = tl.sum(tl.reshape(acc, (BT, P, KP)), 1)
+    u = tl.where(k[None, :] == K, squares[:, None], u)
+    tl.store(part_ptr + (s * T.to(tl.int64) + t[:, None]) * KP + k[None, :], u, live)
+
+
+@triton.jit
+def _gates(part_ptr, t, live, first, T, S, norm_eps, N: tl.constexpr, C: tl.constexpr, KP: tl.constexpr):
+    """N normalised projections from column `first` on, and 1/‖x‖: the slices' sums."""
+    K: tl.constexpr = N * N + 2 * N
+    n = tl.arange(0, N)
+    squares = tl.zeros(t.shape, tl.float32)
+    h = tl.zeros((t.shape[0], N), tl.float32)
+    for s in range(S):
+        row = part_ptr + (s * T.to(tl.int64) + t) * KP
+        squares += tl.load(row + K, live, 0.0)
+        h += tl.load(row[:, None] + first + n[None, :], live[:, None], 0.0)
+    rms = tl.rsqrt(squares / (N * C) + norm_eps)
+    return h * rms[:, None], rms
+
+
+@triton.jit
+def _map(part_ptr, t, live, rms, T, S, N: tl.constexpr, KP: tl.constexpr):
+    """The N×N normalised projections of `res`."""
+    n = tl.arange(0, N)
+    nn = 2 * N + n[None, :, None] * N + n[None, None, :]
+    h = tl.zeros((t.shape[0], N, N), tl.float32)
+    for s in range(S):
+        row = part_ptr + (s * T.to(tl.int64) + t) * KP
+        h += tl.load(row[:, None, None] + nn, tl.broadcast_to(live[:, None, None], h.shape), 0.0)
+    return h * rms[:, None, None]
+
+
+@triton.jit
+def _store_maps(
+    part_ptr,
+    alpha_ptr,
+    bias_ptr,
+    post_ptr,
+    res_ptr,
+    logits_ptr,
+    h_ptr,
+    flag_ptr,
+    stats_ptr,
+    program,
+    T,
+    S,
+    eps,
+    norm_eps,
+    ITERATIONS: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    KP: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """`post` and `res` of BM tokens: no stream is read."""
+    K: tl.constexpr = N * N + 2 * N
+    t = program.to(tl.int64) * BM + tl.arange(0, BM)
+    n = tl.arange(0, N)
+    nn = n[None, :, None] * N + n[None, None, :]
+    live = t < T
+    all_TNN = tl.broadcast_to(live[:, None, None], (BM, N, N))
+    h_post, rms = _gates(part_ptr, t, live, N, T, S, norm_eps, N, C, KP)
+    h_res = _map(part_ptr, t, live, rms, T, S, N, KP)
+    post = 2 * tl.sigmoid(tl.load(alpha_ptr + 1) * h_post + tl.load(bias_ptr + N + n)[None, :])
+    logits = tl.load(alpha_ptr + 2) * h_res + tl.load(bias_ptr + 2 * N + nn)
+    res = project(logits, eps, ITERATIONS, ROWS_FIRST)
+    tl.store(h_ptr + t[:, None] * K + N + n[None, :], h_post, live[:, None])
+    tl.store(h_ptr + t[:, None, None] * K + 2 * N + nn, h_res, all_TNN)
+    tl.store(post_ptr + t[:, None] * N + n[None, :], post, live[:, None])
+    tl.store(res_ptr + t[:, None, None] * N * N + nn, res, all_TNN)
+    tl.store(logits_ptr + t[:, None, None] * N * N + nn, logits, all_TNN)
+    if flag_ptr is not None:
+        mhc_stats.store_maps(stats_ptr, tl.load(flag_ptr) != 0, res, logits, post, t, T, N)
+
+
+@triton.jit
+def _store_inner(
+    x_ptr,
+    part_ptr,
+    alpha_ptr,
+    bias_ptr,
+    inner_ptr,
+    pre_ptr,
+    h_ptr,
+    rms_ptr,
+    program,
+    T,
+    S,
+    eps,
+    norm_eps,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    KP: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """`pre` of BT tokens, and their streams' sum."""
+    K: tl.constexpr = N * N + 2 * N
+    t = program.to(tl.int64) * BT + tl.arange(0, BT)
+    n = tl.arange(0, N)
+    live = t < T
+    h_pre, rms = _gates(part_ptr, t, live, 0, T, S, norm_eps, N, C, KP)
+    pre = tl.sigmoid(tl.load(alpha_ptr) * h_pre + tl.load(bias_ptr + n)[None, :]) + eps
+    tl.store(rms_ptr + t, rms, live)
+    tl.store(h_ptr + t[:, None] * K + n[None, :], h_pre, live[:, None])
+    tl.store(pre_ptr + t[:, None] * N + n[None, :], pre, live[:, None])
+    gates = ()
+    for j in tl.static_range(N):
+        gates = gates + (tl.sum(tl.where(n[None, :] == j, pre, 0.0), 1)[:, None],)
+    for c0 in tl.range(0, C, BC, num_stages=STAGES):
+        c = c0 + tl.arange(0, BC)
+        inside = live[:, None] & (c < C)[None, :]
+        inner = tl.zeros((BT, BC), tl.float32)
+        for j in tl.static_range(N):
+            inner += gates[j] * tl.load(x_ptr + (t[:, None] * N + j) * C + c[None, :], inside, 0.0).to(tl.float32)
+        tl.store(inner_ptr + t[:, None] * C + c[None, :], inner, inside)
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -91,61 +221,59 @@ def _mix(
     N: tl.constexpr,
     C: tl.constexpr,
     KP: tl.constexpr,
+    BM: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    K: tl.constexpr = N * N + 2 * N
-    # Last tokens first: their streams are what `_project` left in the cache.
-    t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BT + tl.arange(0, BT)
-    n = tl.arange(0, N)
-    live = t < T
-    live_TN = tl.broadcast_to(live[:, None], (BT, N))
-    live_TNN = tl.broadcast_to(live[:, None, None], (BT, N, N))
-    nn = 2 * N + n[None, :, None] * N + n[None, None, :]
-
-    squares = tl.zeros((BT,), tl.float32)
-    h_pre = tl.zeros((BT, N), tl.float32)
-    h_post = tl.zeros((BT, N), tl.float32)
-    h_res = tl.zeros((BT, N, N), tl.float32)
-    for s in range(S):
-        row = part_ptr + (s * T.to(tl.int64) + t) * KP
-        squares += tl.load(row + K, live, 0.0)
-        h_pre += tl.load(row[:, None] + n[None, :], live_TN, 0.0)
-        h_post += tl.load(row[:, None] + N + n[None, :], live_TN, 0.0)
-        h_res += tl.load(row[:, None, None] + nn, live_TNN, 0.0)
-    rms = tl.rsqrt(squares / (N * C) + norm_eps)
-    h_pre *= rms[:, None]
-    h_post *= rms[:, None]
-    h_res *= rms[:, None, None]
-    pre = tl.sigmoid(tl.load(alpha_ptr) * h_pre + tl.load(bias_ptr + n)[None, :]) + eps
-    post = 2 * tl.sigmoid(tl.load(alpha_ptr + 1) * h_post + tl.load(bias_ptr + N + n)[None, :])
-    logits = tl.load(alpha_ptr + 2) * h_res + tl.load(bias_ptr + nn)
-    res = project(logits, eps, ITERATIONS, ROWS_FIRST)
-
-    h = h_ptr + t * K
-    tl.store(rms_ptr + t, rms, live)
-    tl.store(h[:, None] + n[None, :], h_pre, live_TN)
-    tl.store(h[:, None] + N + n[None, :], h_post, live_TN)
-    tl.store(h[:, None, None] + nn, h_res, live_TNN)
-    tl.store(pre_ptr + t[:, None] * N + n[None, :], pre, live_TN)
-    tl.store(post_ptr + t[:, None] * N + n[None, :], post, live_TN)
-    nn -= 2 * N
-    tl.store(res_ptr + t[:, None, None] * N * N + nn, res, live_TNN)
-    tl.store(logits_ptr + t[:, None, None] * N * N + nn, logits, live_TNN)
-    if flag_ptr is not None:
-        mhc_stats.store_maps(stats_ptr, tl.load(flag_ptr) != 0, res, logits, post, t, T, N)
-
-    gates = ()
-    for j in tl.static_range(N):
-        gates = gates + (tl.sum(tl.where(n[None, :] == j, pre, 0.0), 1)[:, None],)
-    for c0 in tl.range(0, C, BC, num_stages=STAGES):
-        c = c0 + tl.arange(0, BC)
-        inside = live[:, None] & (c < C)[None, :]
-        inner = tl.zeros((BT, BC), tl.float32)
-        for j in tl.static_range(N):
-            inner += gates[j] * tl.load(x_ptr + (t[:, None] * N + j) * C + c[None, :], inside, 0.0).to(tl.float32)
-        tl.store(inner_ptr + t[:, None] * C + c[None, :], inner, inside)
+    """The first programs iterate Sinkhorn, all latency; the others stream, all bandwidth; neither waits."""
+    if tl.program_id(0) < tl.cdiv(T, BM):
+        _store_maps(
+            part_ptr,
+            alpha_ptr,
+            bias_ptr,
+            post_ptr,
+            res_ptr,
+            logits_ptr,
+            h_ptr,
+            flag_ptr,
+            stats_ptr,
+            tl.program_id(0),
+            T,
+            S,
+            eps,
+            norm_eps,
+            ITERATIONS,
+            ROWS_FIRST,
+            N,
+            C,
+            KP,
+            BM,
+        )
+    else:
+        # Last tokens first: their streams are what `_project` left in the cache.
+        program = tl.num_programs(0) - 1 - tl.program_id(0)
+        _store_inner(
+            x_ptr,
+            part_ptr,
+            alpha_ptr,
+            bias_ptr,
+            inner_ptr,
+            pre_ptr,
+            h_ptr,
+            rms_ptr,
+            program,
+            T,
+            S,
+            eps,
+            norm_eps,
+            N,
+            C,
+            KP,
+            BT,
+            BC,
+            STAGES,
+        )
 
 
 def _outputs(x: Tensor, measured: bool) -> tuple[Tensor, ...]:
@@ -183,16 +311,31 @@ def _mhc_before(
     out = _outputs(x, flag is not None)
     if not t:
         return out
-    kp, bt, bw = max(power_of_two(k + 1), 16), (64 if x.is_cuda else 16), (128 if x.itemsize == 2 else 64)
+    w, two = n * c, two_parts(x)
+    kp = padded(k)
+    parts = torch.empty(w, 2 * kp if two else kp, dtype=torch.bfloat16 if two else torch.float32, device=x.device)
+    _split[(cdiv(w, 64),)](phi, parts, w, K=k, KP=kp, BW=64, TWO_PARTS=two, num_warps=4)
+    bt, bw = (128, 64) if two and n <= 4 else (64 if x.is_cuda else 16, 32)
     # Enough programs for two a multiprocessor: few tokens split the width, many do not need to.
-    slices = max(min(2 * processors(x.device) // cdiv(t, bt), cdiv(n * c, 4 * bw)), 1)
+    slices = max(min(2 * processors(x.device) // cdiv(t, bt), cdiv(w, 4 * bw)), 1)
     part = torch.empty(slices, t, kp, dtype=torch.float32, device=x.device)
-    width = cdiv(cdiv(n * c, slices), bw) * bw
     _project[(cdiv(t, bt), slices)](
-        x, phi, part, t, W=n * c, K=k, KP=kp, SLICE=width, BT=bt, BW=bw, TWO_PARTS=two_parts(x), STAGES=4, num_warps=4
+        x,
+        parts,
+        part,
+        t,
+        W=w,
+        K=k,
+        KP=kp,
+        SLICE=cdiv(cdiv(w, slices), bw) * bw,
+        BT=bt,
+        BW=bw,
+        TWO_PARTS=two,
+        STAGES=4 if two else 2,
+        num_warps=8 if two else 4,
     )
-    bt = mhc_stats.BLOCK
-    _mix[(cdiv(t, bt),)](
+    bt, bm = 2, mhc_stats.BLOCK
+    _mix[(cdiv(t, bm) + cdiv(t, bt),)](
         x,
         part,
         alpha,
@@ -209,10 +352,11 @@ def _mhc_before(
         N=n,
         C=c,
         KP=kp,
+        BM=bm,
         BT=bt,
-        BC=min(128, power_of_two(c)),
+        BC=min(256, power_of_two(c)),
         STAGES=1,
-        num_warps=4,
+        num_warps=2,
     )
     return out
 
@@ -287,5 +431,5 @@ def mhc_before(
     norm_eps: float = 1e-6,
     order: str = "columns-first",
 ) -> Mix:
-    """`reference.mhc_before` in two launches, and three in backward."""
+    """`reference.mhc_before` in three launches, and five in backward."""
     return mhc_before_linked(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order).mix

@@ -1,4 +1,4 @@
-"""Backward of `mhc_before`: one launch for the coefficients' gradients, one for dx and dφ together, one to sum.
+"""Backward of `mhc_before`: the coefficients' gradients, then dx, then dφ.
 
 Deterministic: partial sums are written per program and added in a fixed order.
 """
@@ -8,20 +8,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geodiag.reference_models.kernels.launch import cdiv, power_of_two, processors, two_parts
+from geodiag.reference_models.kernels.launch import cdiv, padded, power_of_two, processors, two_parts
 from geodiag.reference_models.kernels.sinkhorn import project_vjp
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
 
 
+@triton.jit
+def _d_pre(x_ptr, d_inner_ptr, d_pre_ptr, N: tl.constexpr, C: tl.constexpr, BL: tl.constexpr, VEC: tl.constexpr):
+    """∂L/∂pre of one token, Σ_c d_inner·x: one warp, whose lanes meet once at the end."""
+    t = tl.program_id(0).to(tl.int64)
+    sums = ()
+    for _ in tl.static_range(N):
+        sums = sums + (tl.zeros((BL,), tl.float32),)
+    for c0 in range(0, C, BL * VEC):
+        # Sums stay within a thread's own 16 bytes until the loop is over.
+        c = c0 + (tl.arange(0, BL) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+        d = tl.load(d_inner_ptr + t * C + c, c < C, 0.0).to(tl.float32)
+        added = ()
+        for j in tl.static_range(N):
+            x = tl.load(x_ptr + (t * N + j) * C + c, c < C, 0.0).to(tl.float32)
+            added = added + (sums[j] + tl.sum(d * x, 1),)
+        sums = added
+    for j in tl.static_range(N):
+        tl.store(d_pre_ptr + t * N + j, tl.sum(sums[j], 0))
+
+
 @triton.jit(do_not_specialize=["T"])
 def _coefficients(
-    x_ptr,
     alpha_ptr,
     bias_ptr,
     h_ptr,
     rms_ptr,
-    d_inner_ptr,
+    inner_d_pre_ptr,
     d_pre_ptr,
     d_post_ptr,
     d_res_ptr,
@@ -36,8 +55,6 @@ def _coefficients(
     C: tl.constexpr,
     KP: tl.constexpr,
     BT: tl.constexpr,
-    BL: tl.constexpr,
-    VEC: tl.constexpr,
 ):
     """coef[t] = [∂L/∂(x·φ) | ∂L/∂(Σx²)·2 | 0 …]; small[p] = this program's share of ∂L/∂bias and ∂L/∂alpha·."""
     K: tl.constexpr = N * N + 2 * N
@@ -51,22 +68,8 @@ def _coefficients(
     nn = 2 * N + n[None, :, None] * N + n[None, None, :]
 
     d_pre = tl.zeros((BT, N), tl.float32)
-    if d_inner_ptr is not None:
-        sums = ()
-        for _ in tl.static_range(N):
-            sums = sums + (tl.zeros((BT, BL), tl.float32),)
-        for c0 in range(0, C, BL * VEC):
-            # Sums stay within a thread's own 16 bytes until the loop is over.
-            c = c0 + (tl.arange(0, BL) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-            inside = live[:, None, None] & (c < C)[None, :, :]
-            d = tl.load(d_inner_ptr + t[:, None, None] * C + c[None, :, :], inside, 0.0).to(tl.float32)
-            added = ()
-            for j in tl.static_range(N):
-                x = tl.load(x_ptr + (t[:, None, None] * N + j) * C + c[None, :, :], inside, 0.0).to(tl.float32)
-                added = added + (sums[j] + tl.sum(d * x, 2),)
-            sums = added
-        for j in tl.static_range(N):
-            d_pre = tl.where(n[None, :] == j, tl.sum(sums[j], 1)[:, None], d_pre)
+    if inner_d_pre_ptr is not None:
+        d_pre += tl.load(inner_d_pre_ptr + tn, live_TN, 0.0)
     if d_pre_ptr is not None:
         d_pre += tl.load(d_pre_ptr + tn, live_TN, 0.0)
     d_post = tl.zeros((BT, N), tl.float32)
@@ -115,8 +118,8 @@ def _coefficients(
     tl.store(coef[:, None] + k[None, :], rest, live[:, None] & (k >= K)[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "CHUNK"])
-def _dx_dphi(
+@triton.jit(do_not_specialize=["T"])
+def _dx(
     x_ptr,
     phi_ptr,
     pre_ptr,
@@ -125,9 +128,7 @@ def _dx_dphi(
     d_inner_ptr,
     d_link_ptr,
     dx_ptr,
-    dphi_ptr,
     T,
-    CHUNK,
     N: tl.constexpr,
     C: tl.constexpr,
     KP: tl.constexpr,
@@ -136,59 +137,82 @@ def _dx_dphi(
     TWO_PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx of a block of channels for a chunk of tokens, and that chunk's share of dφ, from one read of x."""
+    """The stream's gradient, written once for the whole site.
+
+    One warp takes a few tokens through all their channels: the coefficients are brought into the matrix product's
+    layout once, before the loop, and no barrier is needed within it.
+    """
     K: tl.constexpr = N * N + 2 * N
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     k = tl.arange(0, KP)
-    start = tl.program_id(1).to(tl.int64) * CHUNK
-    stop = tl.minimum(start + CHUNK, T)
-    phi = ()
-    dphi = ()
+    live = (t < T)[:, None]
+    coef = tl.load(coef_ptr + t[:, None] * KP + k[None, :], live, 0.0)
+    along = tl.load(coef_ptr + t[:, None] * KP + K, live, 0.0)
+    pre = ()
+    res = ()
     for j in tl.static_range(N):
-        offsets = (j * C + c)[None, :] * K + k[:, None]
-        phi = phi + (tl.load(phi_ptr + offsets, (c < C)[None, :] & (k < K)[:, None], 0.0).to(tl.float32),)
-        dphi = dphi + (tl.zeros((BC, KP), tl.float32),)
-    for t0 in tl.range(start, stop, BT, num_stages=STAGES):
-        t = t0 + tl.arange(0, BT)
-        live = t < stop
-        inside = live[:, None] & (c < C)[None, :]
-        row = t[:, None] * C + c[None, :]
-        coef = tl.load(coef_ptr + t[:, None] * KP + k[None, :], live[:, None], 0.0)
-        along = tl.load(coef_ptr + t[:, None] * KP + K, live[:, None], 0.0)
+        pre = pre + (tl.load(pre_ptr + t[:, None] * N + j, live, 0.0),)
+    for ij in tl.static_range(N * N):
+        res = res + (tl.load(res_ptr + t[:, None] * (N * N) + ij, live, 0.0),)
+    for c0 in tl.range(0, C, BC, num_stages=STAGES):
+        c = c0 + tl.arange(0, BC)
+        inside = live & (c < C)[None, :]
         if d_inner_ptr is not None:
-            d_inner = tl.load(d_inner_ptr + row, inside, 0.0).to(tl.float32)
+            d_inner = tl.load(d_inner_ptr + t[:, None] * C + c[None, :], inside, 0.0)
         mixed = ()
         if d_link_ptr is not None:
             for i in tl.static_range(N):
-                stream = (t[:, None] * N + i) * C + c[None, :]
-                mixed = mixed + (tl.load(d_link_ptr + stream, inside, 0.0),)
-        added = ()
+                mixed = mixed + (tl.load(d_link_ptr + (t[:, None] * N + i) * C + c[None, :], inside, 0.0),)
         for j in tl.static_range(N):
             stream = (t[:, None] * N + j) * C + c[None, :]
             x = tl.load(x_ptr + stream, inside, 0.0)
-            wide = x.to(tl.float32)
-            if TWO_PARTS:
-                dx = tl.dot(coef, phi[j], input_precision="tf32")
-                high = coef.to(tl.bfloat16)
-                low = (coef - high.to(tl.float32)).to(tl.bfloat16)
-                share = tl.dot(tl.trans(x), low, dphi[j])
-                share = tl.dot(tl.trans(x), high, share)
-            else:
-                dx = tl.dot(coef, phi[j], input_precision="tf32x3")
-                share = tl.dot(tl.trans(wide), coef, dphi[j], input_precision="tf32x3")
-            added = added + (share,)
-            dx += along * wide
+            rows = (j * C + c)[:, None] * K + k[None, :]
+            phi = tl.trans(tl.load(phi_ptr + rows, (c < C)[:, None] & (k < K)[None, :], 0.0).to(tl.float32))
+            dx = tl.dot(coef, phi, input_precision="tf32" if TWO_PARTS else "tf32x3")
+            dx += along * x.to(tl.float32)
             if d_inner_ptr is not None:
-                dx += tl.load(pre_ptr + t[:, None] * N + j, live[:, None], 0.0) * d_inner
+                dx += pre[j] * d_inner.to(tl.float32)
             if d_link_ptr is not None:
                 for i in tl.static_range(N):
-                    dx += tl.load(res_ptr + (t[:, None] * N + i) * N + j, live[:, None], 0.0) * mixed[i].to(tl.float32)
+                    dx += res[i * N + j] * mixed[i].to(tl.float32)
             tl.store(dx_ptr + stream, dx, inside)
-        dphi = added
-    out = dphi_ptr + tl.program_id(1).to(tl.int64) * N * C * K
-    for j in tl.static_range(N):
-        inside = (c < C)[:, None] & (k < K)[None, :]
-        tl.store(out + (j * C + c)[:, None] * K + k[None, :], dphi[j], inside)
+
+
+@triton.jit(do_not_specialize=["T", "CHUNK"])
+def _dphi(
+    x_ptr,
+    coef_ptr,
+    dphi_ptr,
+    T,
+    CHUNK,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BT: tl.constexpr,
+    BW: tl.constexpr,
+    TWO_PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A chunk of tokens' share of dφ = xᵀ·coef."""
+    w = tl.program_id(0) * BW + tl.arange(0, BW)
+    k = tl.arange(0, KP)
+    start = tl.program_id(1).to(tl.int64) * CHUNK
+    stop = tl.minimum(start + CHUNK, T)
+    acc = tl.zeros((BW, KP), tl.float32)
+    for t0 in tl.range(start, stop, BT, num_stages=STAGES):
+        t = t0 + tl.arange(0, BT)
+        live = (t < stop)[:, None]
+        coef = tl.load(coef_ptr + t[:, None] * KP + k[None, :], live, 0.0)
+        x = tl.load(x_ptr + t[:, None] * W + w[None, :], live & (w < W)[None, :], 0.0)
+        if TWO_PARTS:
+            high = coef.to(tl.bfloat16)
+            low = (coef - high.to(tl.float32)).to(tl.bfloat16)
+            acc = tl.dot(tl.trans(x), low, acc)
+            acc = tl.dot(tl.trans(x), high, acc)
+        else:
+            acc = tl.dot(tl.trans(x.to(tl.float32)), coef, acc, input_precision="tf32x3")
+    out = dphi_ptr + tl.program_id(1).to(tl.int64) * W * K
+    tl.store(out + w[:, None] * K + k[None, :], acc, (w < W)[:, None] & (k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["SIZE", "P", "Q"])
@@ -217,7 +241,7 @@ def _add_up(
         tl.store(dphi_ptr + i, total, i < SIZE)
     else:
         K: tl.constexpr = N * N + 2 * N
-        ROWS: tl.constexpr = 32
+        ROWS: tl.constexpr = 128
         k = tl.arange(0, KP)
         dbias = tl.zeros((ROWS, KP), tl.float32)
         dalpha = tl.zeros((ROWS, KP), tl.float32)
@@ -261,19 +285,23 @@ def backward(
     dphi, dalpha, dbias = torch.zeros_like(phi), torch.zeros_like(alpha), torch.zeros_like(bias)
     if not t:
         return dx, dphi, dalpha, dbias
-    kp = max(power_of_two(k + 1), 16)
+    w, kp, two = n * c, padded(k), two_parts(x)
     wide = {"dtype": torch.float32, "device": x.device}
     coef = torch.empty(t, kp, **wide)
-    vec = 16 // x.itemsize
-    bt = 16
+    inner_d_pre = None
+    if d_inner is not None:
+        inner_d_pre = torch.empty(t, n, **wide)
+        vec = 16 // x.itemsize
+        lanes = min(32, power_of_two(cdiv(c, vec)))
+        _d_pre[(t,)](x, d_inner, inner_d_pre, N=n, C=c, BL=lanes, VEC=vec, num_warps=1)
+    bt = 16 if n <= 4 else 4
     small = torch.empty(cdiv(t, bt), 2, kp, **wide)
     _coefficients[(cdiv(t, bt),)](
-        x,
         alpha,
         bias,
         h,
         rms,
-        d_inner,
+        inner_d_pre,
         d_pre,
         d_post,
         d_res,
@@ -288,19 +316,10 @@ def backward(
         C=c,
         KP=kp,
         BT=bt,
-        BL=min(16, power_of_two(cdiv(c, vec))),
-        VEC=vec,
-        num_warps=4,
+        num_warps=1,
     )
-    bt, bc = (
-        (32 if x.is_cuda else 16),
-        max(min(64 if n * x.itemsize <= 8 else 32 if n <= 4 else 16, power_of_two(c)), 16),
-    )
-    blocks = cdiv(c, bc)
-    chunks = max(min(2 * processors(x.device) // blocks, cdiv(t, bt)), 1)
-    part = torch.empty(chunks, n * c, k, **wide)
-    chunk = cdiv(cdiv(t, chunks), bt) * bt
-    _dx_dphi[(blocks, chunks)](
+    bt, bc = 16, 32 if two and n <= 4 else 16
+    _dx[(cdiv(t, bt),)](
         x,
         phi,
         pre,
@@ -309,21 +328,38 @@ def backward(
         d_inner,
         d_link,
         dx,
-        part,
         t,
-        chunk,
         N=n,
         C=c,
         KP=kp,
         BT=bt,
         BC=bc,
-        TWO_PARTS=two_parts(x),
-        STAGES=2 if x.itemsize == 2 else 1,
-        num_warps=8,
+        TWO_PARTS=two,
+        STAGES=1,
+        num_warps=1,
+    )
+    bt, bw = (32, 256 if n <= 4 else 128) if two else (16, 64)
+    blocks = cdiv(w, bw)
+    chunks = max(min(2 * processors(x.device) // blocks, cdiv(t, bt)), 1)
+    part = torch.empty(chunks, w, k, **wide)
+    _dphi[(blocks, chunks)](
+        x,
+        coef,
+        part,
+        t,
+        cdiv(cdiv(t, chunks), bt) * bt,
+        W=w,
+        K=k,
+        KP=kp,
+        BT=bt,
+        BW=bw,
+        TWO_PARTS=two,
+        STAGES=4 if two else 2,
+        num_warps=8 if two else 4,
     )
     block = 1024
-    _add_up[(cdiv(phi.numel(), block) + 1,)](
-        part, small, dphi, dalpha, dbias, phi.numel(), chunks, small.shape[0], N=n, KP=kp, BLOCK=block, num_warps=4
+    _add_up[(cdiv(w * k, block) + 1,)](
+        part, small, dphi, dalpha, dbias, w * k, chunks, small.shape[0], N=n, KP=kp, BLOCK=block, num_warps=8
     )
     return dx, dphi, dalpha, dbias
 

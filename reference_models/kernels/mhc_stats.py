@@ -13,8 +13,8 @@ from geodiag.reference_models.kernels.launch import cdiv
 
 # T tokens, N streams, P programs, S sites
 
-BLOCK = 16
-"""Tokens of one program of the `_mix` kernel, so of one row of its statistics."""
+BLOCK = 8
+"""Tokens of one map program of the `_mix` kernel, so of one row of its statistics."""
 SUMS = (
     "amax_gain_fwd",
     "amax_gain_bwd",
