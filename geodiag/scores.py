@@ -11,58 +11,87 @@ _CEILING = 1e3
 
 
 class StageScores:
-    """A rolling median and MAD for every metric and layer; the worst z of each stage.
+    """A rolling trend and MAD for every metric and layer; the worst z of each stage.
 
-    Positive metrics are compared in logarithms, so that a trend of the same rate looks the same at every size. What
-    is abnormal does not enter the window; where it lasts longer than the window, it is the new normal.
+    Positive metrics are compared in logarithms, so that a trend of the same rate looks the same at every size. The
+    trend is a line through the medians of the window's two halves: warm-up and the steep early descent are no news.
+    What is abnormal does not enter the window; where it lasts longer than the window, it is the new normal.
     """
 
-    def __init__(self, window: int = 64, warmup: int = 24, abnormal: float = 8.0) -> None:
-        self.window, self.warmup, self.abnormal = window, warmup, abnormal
-        self._past: dict[str, np.ndarray] = {}
-        self._count: dict[str, int] = {}
-        self._rejected: dict[str, np.ndarray] = {}
+    def __init__(self, window: int = 64, abnormal: float = 8.0) -> None:
+        self.window, self.abnormal = window, abnormal
+        self._steps = 0
+        self._group_of: dict[str, _Key] = {}
+        self._groups: dict[_Key, _Group] = {}
 
     def update(self, values: Mapping[str, np.ndarray]) -> dict[int, float]:
         """One step's values by metric (an array over layers) → score of each stage; NaN while warming up."""
-        scores = {1: np.nan, 2: np.nan, 3: np.nan}
+        together: dict[_Key, dict[str, np.ndarray]] = {}
         for name, value in values.items():
             metric = METRICS.get(("layers", name))
-            if metric is None or metric.stage is None:
-                continue
-            z = self._z(name, np.asarray(value, np.float64))
-            if z.size and not np.isnan(z).all():
-                scores[metric.stage] = np.nanmax([scores[metric.stage], np.nanmax(z)])
+            if metric is not None and metric.stage is not None:
+                key = self._group_of.setdefault(name, (self._steps, metric.every))
+                together.setdefault(key, {})[name] = np.asarray(value, np.float64)
+        self._steps += 1
+        scores = {1: np.nan, 2: np.nan, 3: np.nan}
+        for key, members in together.items():
+            if key not in self._groups:
+                self._groups[key] = _Group(members, self.window, self.abnormal)
+            for stage, z in self._groups[key].update(members).items():
+                scores[stage] = np.fmax(scores[stage], z)
         return scores
 
-    def _z(self, name: str, value: np.ndarray) -> np.ndarray:
-        broken = ~np.isfinite(value) & ~np.isnan(value)
-        if METRICS["layers", name].unit in ("×", "1"):
-            value = np.log(np.maximum(np.where(broken, np.nan, value), 1e-12))
-        if name not in self._past:
-            self._past[name] = np.full((self.window, len(value)), np.nan)
-            self._count[name] = 0
-            self._rejected[name] = np.zeros(len(value), int)
-        past, count = self._past[name], self._count[name]
-        if count < self.warmup:
-            past[count % self.window] = value
-            self._count[name] += 1
-            return np.full(len(value), np.nan)
-        window = past[: min(count, self.window)]
-        with np.errstate(all="ignore"):
-            median = _median(window)
-            mad = _median(np.abs(window - median))
-            # A metric that hardly moves (a gain of exactly 1) must not make noise of its last digit.
-            z = (value - median) / (_MAD * mad + 0.01 * np.maximum(np.abs(median), 0.1) + 1e-9)
+
+_Key = tuple[int, int]
+"""Metrics that were first seen together and share a cadence are judged together, in one pass over one array."""
+
+
+class _Group:
+    """The window of several metrics side by side."""
+
+    def __init__(self, members: Mapping[str, np.ndarray], window: int, abnormal: float) -> None:
+        self.abnormal, self._count = abnormal, 0
+        metrics = [METRICS["layers", n] for n in members]
+        widths = [len(v) for v in members.values()]
+        self.names = list(members)
+        self._log = np.repeat([m.unit in ("×", "1") for m in metrics], widths)
+        self._stage = np.repeat([m.stage for m in metrics], widths)
+        self._past = np.full((window, sum(widths)), np.nan)
+        self._rejected = np.zeros(sum(widths), int)
+
+    def update(self, members: Mapping[str, np.ndarray]) -> dict[int, float]:
+        """The largest z of each stage; nothing while the window fills, or where a metric is missing."""
+        if any(n not in members for n in self.names):
+            return {}
+        value = np.concatenate([members[n] for n in self.names])
+        broken = np.isinf(value)
+        value[self._log] = np.log(np.maximum(np.where(broken, np.nan, value), 1e-12))[self._log]
+        if self._count < len(self._past):
+            self._past[self._count] = value
+            self._count += 1
+            return {}
+        expected, spread = _trend(self._past)
+        # A metric that hardly moves (a gain of exactly 1) must not make noise of its last digit.
+        z = (value - expected) / (_MAD * spread + 0.02 * np.maximum(np.abs(expected), 0.1) + 1e-9)
         z = np.where(broken, _CEILING, np.minimum(z, _CEILING))
-        odd = (np.abs(z) > self.abnormal) & (self._rejected[name] < self.window)
-        self._rejected[name] = np.where(odd, self._rejected[name] + 1, 0)
-        past[count % self.window] = np.where(odd, past[(count - 1) % self.window], value)
-        self._count[name] += 1
-        return z
+        odd = (np.abs(z) > self.abnormal) & (self._rejected < len(self._past))
+        self._rejected = np.where(odd, self._rejected + 1, 0)
+        self._past[:-1] = self._past[1:]
+        self._past[-1] = np.where(odd, expected, value)
+        known = ~np.isnan(z)
+        return {int(s): float(z[known & (self._stage == s)].max()) for s in np.unique(self._stage[known])}
+
+
+def _trend(past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the line through the halves' medians puts the next row, and the median distance of the rows from it."""
+    half = len(past) // 2
+    older, newer = _median(past[:half]), _median(past[half:])
+    slope = (newer - older) / half
+    at = np.arange(len(past))[:, None] - (half + (half - 1) / 2)
+    spread = _median(np.abs(past - (newer + slope * at)))
+    return newer + slope * (half + 1) / 2, spread
 
 
 def _median(rows: np.ndarray) -> np.ndarray:
-    """Median down the rows; NaN columns stay NaN without a warning."""
-    ordered = np.sort(rows, axis=0)
-    return ordered[len(rows) // 2]
+    """Median down the rows; a NaN sorts last and so counts as large."""
+    return np.sort(rows, axis=0)[len(rows) // 2]

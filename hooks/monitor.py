@@ -134,6 +134,7 @@ class Monitor:
             absent=tuple(absent),
         )
         self._recorder.push(values, facts)
+        self._adopt_probe.remove()  # here, because a compiled forward cannot take its own hooks off
         self.slots.clear()
         self._gradients.clear()
         self._past.remember(self._taps)
@@ -148,10 +149,8 @@ class Monitor:
 
     def _take_probe(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Without a probe batch of the user's, the first batch that is trained on becomes it."""
-        if torch.is_grad_enabled():
-            if not self._probe.ready:
-                self._probe.adopt(args, kwargs)
-            self._adopt_probe.remove()
+        if torch.is_grad_enabled() and not self._probe.ready:
+            self._probe.adopt(args, kwargs)
 
     # -- the rest ----------------------------------------------------------------------------
 
@@ -257,7 +256,7 @@ def attach(
     run = Run.create(
         path,
         found=layout.summary(),
-        config=config,
+        config={"routing": {"policy": policy, "delay_steps": controller.delay_steps}, **(config or {})},
         counterfactual=_COUNTERFACTUAL if unclamped else (),
         rank=rank,
         world_size=world,
