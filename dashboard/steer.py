@@ -48,8 +48,6 @@ def steer(
     )
     def turn(values, drags, clicks, search, pathname):
         view = moved = View.parse(search)
-        if len(ctx.triggered) == len(values) + len(drags) + len(clicks):
-            return no_update  # the page was just drawn: everything is new, and nobody did anything
         # Drags first: a double click clicks too, and then means only the range.
         for prop in sorted((e["prop_id"] for e in ctx.triggered), key=lambda p: not p.endswith(".relayoutData")):
             if not (prop.endswith(".clickData") and moved.steps != view.steps):
