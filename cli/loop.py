@@ -1,7 +1,9 @@
 """One instrumented training of a reference model: what `geodiag train` and `geodiag demo` run."""
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 PROBE_STEP = 1 << 30
 """The probe batch is the batch of a step that no training reaches."""
+_STATES = 3
+"""A weight, its gradient and its momentum: the least that a parameter takes while it trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +59,14 @@ class Training:
     def __init__(self, options: Options, quiet: bool = False) -> None:
         import torch
 
+        from geodiag.files import Folder
+        from geodiag.hooks.adapters import find_layout
         from geodiag.hooks.anticipatory import AnticipatoryRouting
         from geodiag.hooks.controller import Controller
         from geodiag.hooks.faults import Fault, Faults
         from geodiag.hooks.monitor import attach
         from geodiag.reference_models.train import Trainer
+        from geodiag.run import looks_like_a_run
 
         self.options = options
         planned = [Fault.parse(text) for text in options.inject]
@@ -68,7 +75,7 @@ class Training:
             raise GeodiagError(
                 f"{late[0].kind}@{late[0].step} comes after the last step; pass --steps {late[0].step + 50}"
             )
-        if (options.run / "run.json").exists():
+        if looks_like_a_run(Folder.of(options.run)):
             raise GeodiagError(f"{options.run} already holds a run; pass another --run, or move it away")
         self.device = _device(options.device)
         model_config, train_config, corpus = _plan(options, self.device)
@@ -76,6 +83,8 @@ class Training:
         self.model = _model(model_config, self.device)
         self.trainer = Trainer(self.model, train_config)
         self.loader = _loader(corpus, options, model_config.sequence)
+        # Before the run directory is made: a fault that cannot be planted leaves nothing behind.
+        self.faults = Faults(planned, find_layout(self.model), self.trainer.optimizers, self._tell)
         self.routing = AnticipatoryRouting(
             self.model,
             options.delay,
@@ -97,15 +106,20 @@ class Training:
             config=_recorded(options, model_config, train_config, corpus),
             quiet=quiet,
         )
-        try:
-            self.faults = Faults(planned, self.monitor.layout, self.trainer.optimizers, self.monitor.event)
-        except GeodiagError:
-            self.monitor.close("failed")
-            raise
 
     def steps(self) -> Iterator["Observation | None"]:
         """Trains step by step; yields what is known of the newest step that is through."""
-        for batch in self.routing.batches(self._micro_batches()):
+        import torch
+
+        try:
+            with closing(self._micro_batches()) as data:
+                yield from self._trained(data)
+        except torch.OutOfMemoryError:
+            fix = "pass fewer --sequences, or more --micro-batches"
+            raise GeodiagError(f"out of memory on {self.device} at step {self.trainer.steps_done}; {fix}") from None
+
+    def _trained(self, data: Iterator["Batch"]) -> Iterator["Observation | None"]:
+        for batch in self.routing.batches(data):
             if self.trainer.first:
                 self.faults.before_step(self.trainer.steps_done)
                 self.trainer.lr_scale = self.faults.lr_scale
@@ -124,7 +138,10 @@ class Training:
         self.monitor.close(status)
         self.routing.remove()
 
-    def _micro_batches(self) -> Iterator["Batch"]:
+    def _tell(self, kind: str, message: str, **more: Any) -> None:
+        self.monitor.event(kind, message, **more)
+
+    def _micro_batches(self) -> Generator["Batch"]:
         for batch in self.loader:
             for part in batch.split(self.options.micro_batches):
                 yield self._to_device(part)
@@ -140,9 +157,10 @@ def _device(name: str) -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise GeodiagError(f"no device {name!r} here ({str(e).splitlines()[0]}); pass --device cpu") from None
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as e:
+        why = str(e).splitlines()[0].split(" device type at start of device string")[0].rstrip(".")
+        raise GeodiagError(f"no device {name!r} here ({why}); pass --device cpu") from None
     return device
 
 
@@ -166,8 +184,14 @@ def _plan(options: Options, device: "torch.device") -> tuple[Any, Any, Any]:
             micro_batches=options.micro_batches,
             lr=TrainConfig.lr if options.lr is None else options.lr,
         )
-    except (ValueError, OSError) as e:
+    except FileNotFoundError as e:
         raise GeodiagError(str(e)) from None
+    except OSError as e:
+        raise GeodiagError(f"cannot read {e.filename or options.data}: {e.strerror}; pass data you may read") from None
+    except ValueError as e:
+        raise GeodiagError(str(e)) from None
+    if options.kernels == "triton" and device.type != "cuda":
+        raise GeodiagError(f"Triton kernels need a GPU, and this is {device}; pass --kernels reference")
     return config, train, corpus
 
 
@@ -176,11 +200,27 @@ def _model(config: Any, device: "torch.device") -> Any:
 
     from geodiag.reference_models.transformer import Transformer
 
+    with torch.device("meta"):
+        weights = sum(p.numel() * p.element_size() for p in Transformer(config).parameters())
+    need, have = _STATES * weights, _memory(device)
+    if need > have:
+        sizes = f"{need / 1e9:,.0f} GB for weights, gradients and optimizer, and {device} has {have / 1e9:,.0f}"
+        raise GeodiagError(f"the model needs {sizes}; pass a smaller --size")
     try:
         with device:
             return Transformer(config)
     except torch.OutOfMemoryError:
         raise GeodiagError(f"the model does not fit on {device}; pass a smaller --size") from None
+
+
+def _memory(device: "torch.device") -> float:
+    """Bytes that the device could hold at most."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(getattr(os, "sysconf_names", ()))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else float("inf")
 
 
 def _loader(corpus: Any, options: Options, sequence: int) -> Any:

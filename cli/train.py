@@ -21,7 +21,7 @@ def train(
     size: Annotated[Size, typer.Option(help="Model size.")] = "tiny",
     data: Annotated[str, typer.Option(help=_DATA)] = "stdlib",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of weights and data.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")] = "auto",
     kernels: Annotated[Literal["auto", "reference", "triton"], typer.Option(help="Which kernels run.")] = "auto",
     routing: Annotated[Literal["off", "auto", "on"], typer.Option(help=_ROUTING)] = "off",

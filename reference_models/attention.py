@@ -18,9 +18,10 @@ def rotary_table(positions: int, head_dim: int, theta: float) -> Tensor:
 
 def rotate(x_BSHD: Tensor, table_2SD: Tensor) -> Tensor:
     """Rotates the two halves of every head by the position's angles (arXiv 2104.09864)."""
-    cos, sin = table_2SD[:, : x_BSHD.shape[1], None, :].to(x_BSHD.dtype)
+    # The angles stay float32: rounded to bfloat16 they would be off by more than neighbours differ.
+    cos, sin = table_2SD[:, : x_BSHD.shape[1], None, :]
     a, b = x_BSHD.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x_BSHD.dtype)
 
 
 class Attention(nn.Module):

@@ -1,10 +1,24 @@
 """What a reference model is: one frozen dataclass, and the named sizes."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 Residual = Literal["plain", "hc", "mhc"]
 Kernels = Literal["auto", "reference", "triton"]
+Order = Literal["columns-first", "rows-first"]
+DType = Literal["float32", "bfloat16"]
+
+_COUNTS = (
+    "vocab",
+    "layers",
+    "channels",
+    "heads",
+    "head_dim",
+    "sequence",
+    "expert_dim",
+    "streams",
+    "sinkhorn_iterations",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +50,7 @@ class ModelConfig:
     residual: Residual = "mhc"
     streams: int = 4
     sinkhorn_iterations: int = 20
-    sinkhorn_order: Literal["columns-first", "rows-first"] = "columns-first"
+    sinkhorn_order: Order = "columns-first"
     """Which side Sinkhorn-Knopp normalises first; the other is exact at the end."""
     hc_eps: float = 1e-6
     alpha_init: float = 0.01
@@ -44,13 +58,20 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     init_std: float = 0.02
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DType = "float32"
     """Type of the residual stream and the matrices; coefficients and routing stay float32."""
     kernels: Kernels = "auto"
     recompute: bool = False
     """Activation checkpointing of whole layers."""
 
     def __post_init__(self) -> None:
+        choices = {"residual": Residual, "sinkhorn_order": Order, "dtype": DType, "kernels": Kernels}
+        for name, kind in choices.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ValueError(f"{name} is one of {', '.join(get_args(kind))}, not {value!r}")
+        for name in _COUNTS:
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is at least 1, not {value}")
         if self.residual == "plain" and self.streams != 1:
             raise ValueError(f"residual 'plain' has one stream, not {self.streams}; pass streams=1")
         if not 1 <= self.experts_per_token < self.experts:
@@ -59,7 +80,13 @@ class ModelConfig:
             raise ValueError(f"hash_layers is 0 to {self.layers}, not {self.hash_layers}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, not {self.head_dim}")
-        if self.swiglu_limit is not None and self.swiglu_limit <= 0:
+        for name in ("channels", "expert_dim"):
+            # The grouped matmul wants rows of whole 16 bytes.
+            if (value := getattr(self, name)) % (unit := 4 if self.dtype == "float32" else 8):
+                raise ValueError(f"{name} is a multiple of {unit} in {self.dtype}, not {value}")
+        if self.shared_experts < 0:
+            raise ValueError(f"shared_experts is 0 or more, not {self.shared_experts}")
+        if self.swiglu_limit is not None and not self.swiglu_limit > 0:
             raise ValueError(f"swiglu_limit is positive or None, not {self.swiglu_limit}")
 
 

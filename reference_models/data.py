@@ -45,10 +45,14 @@ class Loader:
 
     def __init__(self, corpus: Corpus, sequences: int, sequence: int, seed: int = 0, step: int = 0) -> None:
         self.corpus, self.sequences, self.sequence, self.seed, self.step = corpus, sequences, sequence, seed, step
+        if sequences < 1 or seed < 0:
+            raise ValueError(
+                f"a loader takes sequences of at least 1 and a seed of at least 0, not {sequences}, {seed}"
+            )
         sizes = {d: len(t) - sequence for d, t in corpus.domains.items() if len(t) > sequence}
         if not sizes:
             raise ValueError(
-                f"the text has {corpus.tokens} tokens, fewer than one sequence of {sequence + 1}; add text"
+                f"the text has {corpus.tokens} tokens, in no domain one sequence of {sequence + 1}; add text"
             )
         self._names = list(sizes)
         self._sizes = np.array(list(sizes.values()))
@@ -82,7 +86,8 @@ class Loader:
                         continue
                 step += 1
 
-        threading.Thread(target=make, args=(self.step,), name="geodiag-data", daemon=True).start()
+        maker = threading.Thread(target=make, args=(self.step,), name="geodiag-data", daemon=True)
+        maker.start()
         try:
             while True:
                 item = made.get()
@@ -92,6 +97,7 @@ class Loader:
                 yield item
         finally:
             stop.set()
+            maker.join(timeout=1)  # a thread that outlives its data could still be in numpy when the process ends
 
     def state_dict(self) -> dict[str, int]:
         return {"seed": self.seed, "step": self.step}

@@ -45,8 +45,9 @@ class HashRouter(Router):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config)
         token = torch.arange(config.vocab)[:, None] + layer * config.vocab + 1
-        first = (token * _HASH) % (1 << 32) % config.experts
-        # An odd stride coprime to E would be needed for any E; consecutive ids are distinct for every E.
+        # The product's high bits: its low ones are those of the id itself, the same in every layer.
+        first = ((token * _HASH) % (1 << 32) >> 16) % config.experts
+        # Consecutive ids are distinct for every E.
         self.table: Tensor
         self.register_buffer("table", (first + torch.arange(config.experts_per_token)) % config.experts)
 
@@ -120,12 +121,15 @@ class MoE(nn.Module):
 
 
 def sequence_balance_loss(routing: Routing, sequences: int) -> Tensor:
-    """Σ_e f_e·P_e within each sequence, mean over sequences; 1 when perfectly even (arXiv 2412.19437 eq. 17-20)."""
+    """Σ_e f_e·P_e within each sequence, mean over sequences; 1 when perfectly even (arXiv 2412.19437 eq. 17-20).
+
+    f counts the K best by the scores alone: neither the balancing bias nor a replayed choice enters it.
+    """
     scores = routing.scores_TE.unflatten(0, (sequences, -1))
-    ids = routing.expert_ids_TK.unflatten(0, (sequences, -1))
+    k, experts = routing.expert_ids_TK.shape[-1], scores.shape[-1]
     share = scores / scores.sum(-1, keepdim=True)
-    picked = torch.zeros_like(scores).scatter(-1, ids, 1.0)
-    frequency = picked.mean(1) * scores.shape[-1] / ids.shape[-1]
+    picked = torch.zeros_like(scores).scatter(-1, scores.detach().topk(k, dim=-1).indices, 1.0)
+    frequency = picked.mean(1) * experts / k
     return (frequency * share.mean(1)).sum(-1).mean()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 _TEXT = {".txt", ".md", ".rst", ".html", ".tex", ".csv", ".json", ".jsonl", ".xml", ".toml", ".cfg", ".ini", ".yaml"}
 _CODE = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cu", ".rs", ".go", ".js", ".ts", ".java", ".sh", ".sql", ".jl"}
 _WIDE_ID = 1 << 22
+"""No vocabulary is larger."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def stdlib() -> Corpus:
     """Bytes of the interpreter's standard library: code, tests, codec tables and prose, each a domain."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "__pycache__"}
-    files = sorted(p for p in root.rglob("*") if p.is_file() and _is_text(p) and not skip & set(p.parts))
+    inside = (p for p in root.rglob("*") if not skip & set(p.relative_to(root).parts))
+    files = sorted(p for p in inside if p.is_file() and _is_text(p))
 
     def kind(p: Path) -> str:
         folder = set(p.relative_to(root).parts[:-1])
@@ -65,13 +67,18 @@ def flat_tokens(path: Path) -> Corpus:
     """A flat little-endian uint16 or uint32 token file, mapped, not read; which of the two is told from the ids."""
     size = path.stat().st_size
     if size < 4 or size % 2:
-        raise ValueError(f"{path} has {size} bytes: not a flat file of uint16 or uint32 tokens")
-    head = np.fromfile(path, "<u4", count=min(size // 4, 1 << 20))
-    # Two 16-bit ids read as one 32-bit id are enormous, unless every second one is zero.
-    wide = size % 4 == 0 and int(head.max()) < _WIDE_ID
-    tokens = np.memmap(path, "<u4" if wide else "<u2", mode="r")
+        raise ValueError(
+            f"{path} has {size} bytes, no flat file of tokens; write the ids as uint16 or uint32 and no more"
+        )
+    tokens = np.memmap(path, "<u4" if size % 4 == 0 and _is_wide(path) else "<u2", mode="r")
     largest = max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
     return Corpus({path.stem: tokens}, vocab=largest + 1)
+
+
+def _is_wide(path: Path) -> bool:
+    """Whether the ids are 32-bit: then every second 16-bit half is a small high half, unlike its neighbours."""
+    low, high = np.fromfile(path, "<u2", count=1 << 20).reshape(-1, 2).max(0).tolist()
+    return high < _WIDE_ID >> 16 and (high == 0 or low > 16 * high)
 
 
 def _is_text(path: Path) -> bool:

@@ -12,6 +12,9 @@ from geodiag.reference_models.moe import HashRouter, loads, nudge_balance
 from geodiag.reference_models.muon import StackedMuon
 from geodiag.reference_models.transformer import Transformer
 
+_LARGEST_LR = 1e30
+"""Beyond it, a step does not fit into float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -29,10 +32,17 @@ class TrainConfig:
     """Largest gradient norm; infinity to leave gradients alone."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is at least 1, not {self.steps}")
+        for name in ("steps", "sequences", "micro_batches"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is at least 1, not {value}")
         if self.sequences % self.micro_batches:
-            raise ValueError(f"{self.sequences} sequences do not make {self.micro_batches} equal micro-batches")
+            fits = ", ".join(str(d) for d in range(1, self.sequences + 1) if self.sequences % d == 0)
+            parts = f"{self.sequences} sequences do not make {self.micro_batches} equal micro-batches"
+            raise ValueError(f"{parts}; pass one of {fits}")
+        if not 0 < self.lr <= _LARGEST_LR:
+            raise ValueError(f"lr is above 0 and at most {_LARGEST_LR:g}, not {self.lr:g}")
+        if self.warmup < 0 or not self.clip > 0:
+            raise ValueError(f"warmup is 0 or more and clip positive, not {self.warmup}, {self.clip:g}")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then cosine decay."""
@@ -130,6 +140,7 @@ class Trainer:
                 nudge_balance(block.moe.router, load_E, self.model.config.balance_speed)
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything a resume needs. Save it between steps: micro-batches under way are not in it."""
         return {
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],

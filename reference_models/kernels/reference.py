@@ -154,7 +154,8 @@ def clamped_swiglu(gate_up_A2F: Tensor, limit: float | None = 10.0) -> Tensor:
 
 def affinity(hidden_TC: Tensor, weight_EC: Tensor) -> Tensor:
     """√softplus of the router logits, in float32 (arXiv 2606.19348)."""
-    return F.softplus(hidden_TC.float() @ weight_EC.float().T).sqrt()
+    # softplus underflows to 0 below logits of -104, and the root's gradient there is 0 · ∞: one such logit is a NaN.
+    return F.softplus(hidden_TC.float() @ weight_EC.float().T).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
 
 def choose(scores_TE: Tensor, bias_E: Tensor, k: int) -> Tensor:
