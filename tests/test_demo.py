@@ -1,0 +1,33 @@
+"""`geodiag demo --no-serve`: the fault is planted, found and answered, and the loss comes back."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from geodiag.cli.demo import FAULT_STEP
+from geodiag.run import open_run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_demo_tells_a_true_story(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "geodiag.cli", "demo", "--no-serve", "--run", str(tmp_path / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=590)
+    assert done.returncode == 0, done.stderr
+    run = open_run(tmp_path / "demo")
+    events = run.read("events")
+    first = events.groupby("kind")["step"].min()
+    assert first["fault"] == FAULT_STEP
+    assert FAULT_STEP < first["spike"] <= FAULT_STEP + 10
+    assert first["routing"] == first["spike"] + 1
+    routing = events[events["kind"] == "routing"]["message"].tolist()
+    assert routing[0].endswith("off to warmup")
+    assert routing[-1].endswith("drain to off")
+    loss = run.read("steps").set_index("step")["loss"]
+    before = loss.loc[FAULT_STEP - 30 : FAULT_STEP - 1].mean()
+    assert loss.max() > before + 1
+    assert loss.iloc[-20:].mean() < before + 0.5
+    for said in ("planted lr-shock", "spike", "on for 40 steps", "warmup to on"):
+        assert said in done.stdout
