@@ -54,8 +54,8 @@ def _tell(run: "Run") -> None:
     table = Table(title="\nWhat the run directory says", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("step", "what", "why"):
         table.add_column(name, justify="right" if name == "step" else "left", overflow="fold")
-    for event in events[events["kind"].isin(_LINES)].sort_values("step", kind="stable").itertuples():
-        table.add_row(str(event.step), event.kind, event.message)
+    for event in events[events["kind"].isin(_LINES)].sort_values("step", kind="stable").to_dict("records"):
+        table.add_row(str(event["step"]), str(event["kind"]), str(event["message"]))
     screen().print(table)
     loss = run.read("steps", ["step", "loss"]).set_index("step")["loss"]
     before, after = loss.loc[FAULT_STEP - 30 : FAULT_STEP - 1].mean(), loss.iloc[-20:].mean()

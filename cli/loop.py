@@ -62,9 +62,9 @@ class Training:
         from geodiag.files import Folder
         from geodiag.hooks.adapters import find_layout
         from geodiag.hooks.anticipatory import AnticipatoryRouting
+        from geodiag.hooks.attach import attach
         from geodiag.hooks.controller import Controller
         from geodiag.hooks.faults import Fault, Faults
-        from geodiag.hooks.monitor import attach
         from geodiag.reference_models.train import Trainer
         from geodiag.run import looks_like_a_run
 

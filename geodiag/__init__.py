@@ -10,7 +10,7 @@ from geodiag.errors import GeodiagError
 
 if TYPE_CHECKING:
     from geodiag.hooks.anticipatory import AnticipatoryRouting
-    from geodiag.hooks.monitor import attach
+    from geodiag.hooks.attach import attach
     from geodiag.run import Run, open_run
     from geodiag.spikes import SpikeDetector
 
@@ -22,7 +22,7 @@ _HOMES = {
     "AnticipatoryRouting": "geodiag.hooks.anticipatory",
     "Run": "geodiag.run",
     "SpikeDetector": "geodiag.spikes",
-    "attach": "geodiag.hooks.monitor",
+    "attach": "geodiag.hooks.attach",
     "open_run": "geodiag.run",
 }
 

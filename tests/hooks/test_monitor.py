@@ -302,7 +302,7 @@ def test_nan_loss_is_recorded_as_a_spike_and_training_goes_on(tmp_path: Path) ->
             monitor.step(math.nan if step == 0 else 2.0)
     run = geodiag.open_run(tmp_path / "run")
     assert run.read("steps")["loss"].isna().tolist() == [True, False, False]
-    assert run.read("events")["kind"].tolist()[0] == "nonfinite"
+    assert run.read("events")["kind"].tolist()[:2] == ["attempt", "nonfinite"]
 
 
 def test_a_broken_tap_is_reported_once_and_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -367,3 +367,18 @@ def test_the_detectors_events_reach_the_run(tmp_path: Path) -> None:
     assert 90 <= spikes.iloc[0]["step"] <= 93
     assert (events["kind"] == "recovered").sum() == 1
     assert "would have acted" in events[events.kind == "decision"].iloc[0]["message"]
+
+
+def test_a_run_that_is_begun_again_is_another_attempt_and_replaces_nothing(tmp_path: Path) -> None:
+    for start, steps in ((0, 4), (2, 3)):
+        t = small.trainer()
+        with small.watch(t, tmp_path / "run", first_step=start) as monitor:
+            small.train(t, steps, monitor, start=start)
+    run = geodiag.open_run(tmp_path / "run")
+    assert run.read("steps")[["step", "attempt"]].to_numpy().tolist() == [[0, 0], [1, 0], [2, 1], [3, 1], [4, 1]]
+    assert len(run.read("steps", attempt="all")) == 7
+    events = run.read("events")
+    assert events[events["kind"] == "attempt"]["message"].tolist() == [
+        "training began",
+        "training began again: attempt 1",
+    ]

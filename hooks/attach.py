@@ -1,0 +1,98 @@
+"""attach: find a model's sites, routers and experts, say what was found, and begin its run."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from geodiag.errors import GeodiagError
+from geodiag.hooks.adapters import Layout, find_layout
+from geodiag.hooks.anticipatory import AnticipatoryRouting
+from geodiag.hooks.controller import Controller
+from geodiag.hooks.gradients import optimizers_in
+from geodiag.hooks.monitor import Monitor
+from geodiag.run import Run
+
+_COUNTERFACTUAL = ("clamp_gate_rate", "clamp_up_high_rate", "clamp_up_low_rate")
+"""What an unclamped model would have had clamped."""
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    path: str | os.PathLike,
+    *,
+    routing: AnticipatoryRouting | None = None,
+    policy: str = "off",
+    controller: Controller | None = None,
+    probe: tuple | Mapping[str, Any] | None = None,
+    probe_every: int = 10,
+    every: int = 1,
+    sample: int = 1024,
+    micro_batches: int = 1,
+    first_step: int = 0,
+    config: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Monitor:
+    """Watches `model` and records every step of its training in the run directory `path`.
+
+    Finds the model's residual sites, routers and experts by itself and says what it found. Call `step(loss)` on what
+    is returned after every optimizer step.
+
+    routing: an AnticipatoryRouting that the controller may switch; policy `off`, `auto` or `on` says whether it may.
+    probe: arguments of a fixed batch for flip rates; without it, the first batch. probe_every: steps between probes.
+    every: steps between samples of the layers. sample: tokens a micro-batch for per-token products.
+    micro_batches: of a step. More are found by themselves, except inside a compiled model.
+
+    GeodiagError where the model has no blocks to watch, or `path` cannot be written.
+    """
+    if min(probe_every, every, sample, micro_batches) < 1:
+        raise ValueError("probe_every, every, sample and micro_batches are at least 1")
+    optimizers = optimizers_in(optimizer)
+    layout = find_layout(model)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and policy != "off":
+        raise GeodiagError(f"routing {policy} on {world} ranks is not there yet; pass policy='off' to record only")
+    controller = controller or Controller(delay_steps=routing.delay_steps if routing else 8)
+    controller.set_policy(policy)
+    if routing is None and policy != "off":
+        raise GeodiagError(f"routing {policy} needs an AnticipatoryRouting; pass attach(..., routing=...)")
+    unclamped = any(e.gate_limit is None for e in layout.experts)
+    run = Run.create(
+        path,
+        found=layout.summary(),
+        config={"routing": {"policy": policy, "delay_steps": controller.delay_steps}, **(config or {})},
+        counterfactual=_COUNTERFACTUAL if unclamped else (),
+        rank=rank,
+        world_size=world,
+    )
+    if not quiet:
+        print(_introduction(layout, path), file=sys.stderr, flush=True)
+    return Monitor(
+        model,
+        optimizers,
+        run,
+        layout,
+        routing=routing,
+        controller=controller,
+        probe=probe,
+        probe_every=probe_every,
+        every=every,
+        sample=sample,
+        micro_batches=micro_batches,
+        first_step=first_step,
+    )
+
+
+def _introduction(layout: Layout, path: str | os.PathLike) -> str:
+    learned = sum(not r.hashed for r in layout.routers)
+    hashed = len(layout.routers) - learned
+    parts = [f"{len(layout.sites)} residual sites of {layout.streams} stream{'s' * (layout.streams > 1)}"]
+    if layout.routers:
+        parts.append(f"{learned} learned routers" + (f" and {hashed} by hash" if hashed else ""))
+        parts.append(f"{layout.routers[0].experts} experts a layer")
+    lines = [f"geodiag watches a {layout.family} model: {', '.join(parts)}; recording to {path}"]
+    return "\n".join(lines + [f"  {m}" for m in layout.missing])
