@@ -8,6 +8,7 @@ ids. When that batch is trained on, the ids are replayed with today's gate weigh
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from geodiag.hooks.adapters import find_layout
 from geodiag.hooks.adapters.base import Removable, RouterSite
-from geodiag.hooks.capture import capturing, traceless
+from geodiag.hooks.capture import Choices, traceless
 
 Mode = Literal["off", "warmup", "on", "drain"]
 Forward = Callable[[nn.Module, Any], Any]
@@ -42,8 +43,10 @@ class AnticipatoryRouting:
         for batch in routing.batches(loader): ...
 
     `forward(model, batch)` runs the model on a batch; the default passes a mapping as keywords. With gradient
-    accumulation the iterator yields micro-batches, `micro_batches` of them a step. ValueError for a delay outside
-    0 to 64, or where the model has no learned router.
+    accumulation the iterator yields micro-batches, `micro_batches` of them a step, each differentiated before the
+    next is asked for. Ids are replayed in forwards of a training model that will be differentiated, and in no other.
+    A model that is compiled is compiled after this, because a compiled model never notices hooks that come later.
+    ValueError for a delay outside 0 to 64, or where the model has no learned router.
     """
 
     def __init__(
@@ -58,13 +61,23 @@ class AnticipatoryRouting:
         self.mode: Mode = "off"
         """Of the step under way."""
         self.on_change: Callable[[Mode, Mode], None] = lambda _old, _new: None
+        self.on_failure: Callable[[Exception], None] = _raise
+        """A capture failed, or its ids do not fit: routing has gone back to today's choice. Raises, unless replaced."""
         self._wanted = False
+        self._ahead = False
+        """Whether this step captures: `_wanted` as it was when the step began."""
         self._queue: deque[_Waiting] = deque()
         self._current: list[Tensor] | None = None
         self._data_ended = False
+        self._differentiated = False
+        self._autocast: tuple[bool, torch.dtype] | None = None
+        self._device = next((p.device.type for p in model.parameters()), "cpu")
+        self._choices = Choices(self.routers)
         # First in line, so that whoever watches the router sees the choice that is used.
         self._handles: list[Removable] = [
-            r.module.register_forward_hook(self._replay(i, r), prepend=True) for i, r in enumerate(self.routers)
+            self._choices,
+            model.register_forward_pre_hook(self._begin),
+            *(r.module.register_forward_hook(self._replay(i, r), prepend=True) for i, r in enumerate(self.routers)),
         ]
 
     # -- control -----------------------------------------------------------------------------
@@ -110,77 +123,124 @@ class AnticipatoryRouting:
         self._data_ended = False
         while True:
             for micro in range(self.micro_batches):
-                capture = self._wanted if micro == 0 else self.mode in ("warmup", "on")
-                waiting = self._next(data, capture)
+                if micro == 0:
+                    self._ahead = self._wanted
+                waiting = self._next(data)
                 if waiting is None:
-                    self._settle("off", None)
+                    self._settle("off")
                     return
                 if micro == 0:
-                    self._settle(self._mode_of(waiting, capture), waiting.ids)
+                    self._settle(self._mode_of(waiting))
                 self._current = waiting.ids
-                yield waiting.batch
-                self._current = None
+                try:
+                    yield waiting.batch
+                finally:  # also where the loop is left for good: nothing else may be routed by these ids
+                    self._current = None
 
-    def _next(self, data: Iterator[Any], capture: bool) -> _Waiting | None:
+    def _next(self, data: Iterator[Any]) -> _Waiting | None:
         ahead = self.delay_steps * self.micro_batches
-        while capture and not self._data_ended and len(self._queue) <= ahead:
-            if not self._fetch(data):
-                break
-        if capture and len(self._queue) > ahead and self._queue[-1].ids is None:
+        while self._ahead and not self._data_ended and len(self._queue) <= ahead:
+            self._fetch(data)
+        if self._ahead and len(self._queue) > ahead and self._queue[-1].ids is None:
             self._queue[-1].ids = self._capture(self._queue[-1].batch)
-        if not self._queue and not self._fetch(data):
-            return None
-        return self._queue.popleft()
+        if not self._queue:
+            self._fetch(data)
+        return self._queue.popleft() if self._queue else None
 
-    def _fetch(self, data: Iterator[Any]) -> bool:
+    def _fetch(self, data: Iterator[Any]) -> None:
         try:
             self._queue.append(_Waiting(next(data)))
         except StopIteration:
             self._data_ended = True
-        return not self._data_ended
 
-    def _mode_of(self, waiting: _Waiting, capture: bool) -> Mode:
-        if capture and not self._data_ended:
+    def _mode_of(self, waiting: _Waiting) -> Mode:
+        if self._ahead and not self._data_ended:
             return "on" if waiting.ids is not None else "warmup"
         return "drain" if waiting.ids is not None or self._queue else "off"
 
-    def _settle(self, mode: Mode, ids: list[Tensor] | None) -> None:
+    def _settle(self, mode: Mode) -> None:
         old, self.mode = self.mode, mode
         if old != mode:
             self.on_change(old, mode)
 
     # -- capture and replay ------------------------------------------------------------------
 
-    def _capture(self, batch: Any) -> list[Tensor]:
-        held, self._current = self._current, None
+    def _capture(self, batch: Any) -> list[Tensor] | None:
         try:
-            with traceless(self.model, evaluate=False), capturing(self.routers) as choices:
+            with self._as_in_training(), traceless(self.model, evaluate=False), self._choices.kept() as choices:
                 self._forward(self.model, batch)
-        finally:
-            self._current = held
+        except Exception as e:
+            self._give_up(e)
+            return None
         return [c.expert_ids_TK.to(torch.int16) for c in choices]
+
+    def _as_in_training(self) -> AbstractContextManager[Any]:
+        """The autocast of the last forward that was differentiated: batches are fetched outside of it."""
+        if self._autocast is None:
+            return nullcontext()
+        enabled, dtype = self._autocast
+        return torch.autocast(self._device, dtype=dtype, enabled=enabled)
+
+    def _begin(self, _module: nn.Module, _args: tuple) -> None:
+        self._differentiated = torch.is_grad_enabled()
+        if self._differentiated:
+            self._autocast = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
 
     def _replay(self, place: int, site: RouterSite) -> Callable[..., Any]:
         def hook(module: nn.Module, _args: tuple, output: Any) -> Any:
-            # Evaluation between steps is not the batch that the ids were captured for.
-            if self._current is None or not module.training:
+            # Evaluation between steps is not the batch that the ids were captured for. Inside a checkpoint the
+            # first forward may run without gradient and the recomputation with it: both are the training step.
+            if self._current is None or not module.training or not (self._differentiated or torch.is_grad_enabled()):
                 return None
-            return site.replay(output, self._current[place].long())
+            live, ids = site.chosen(output).expert_ids_TK, self._current[place]
+            if ids.shape != live.shape:
+                self._give_up(
+                    ValueError(
+                        f"the experts were chosen for {len(ids)} tokens and the batch has {len(live)}; "
+                        "train on each batch as `batches` yields it"
+                    )
+                )
+                return None
+            return site.replay(output, ids.to(live))
 
         return hook
+
+    def _give_up(self, error: Exception) -> None:
+        """Back to today's choice from here on: a training must not end because its routing cannot look ahead."""
+        self._wanted = self._ahead = False
+        self._current = None
+        for waiting in self._queue:
+            waiting.ids = None
+        self.on_failure(error)
 
     # -- resume ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resume needs, the queued batches and their ids too. Save it between steps."""
+        """Everything a resume needs, the queued batches and their ids too. Save it between steps.
+
+        The source is to resume behind the queued batches, where it stood when this was saved.
+        """
         return {
             "delay_steps": self.delay_steps,
+            "micro_batches": self.micro_batches,
             "mode": self.mode,
             "wanted": self._wanted,
+            "autocast": self._autocast,
             "queue": [(w.batch, w.ids) for w in self._queue],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`. ValueError where batches are queued for another number of micro-batches."""
+        if state["queue"] and state["micro_batches"] != self.micro_batches:
+            raise ValueError(
+                f"the queued batches are {state['micro_batches']} a step, not {self.micro_batches}; "
+                "resume with the micro_batches it was saved with"
+            )
         self.delay_steps = self._checked(state["delay_steps"])
-        self.mode, self._wanted = state["mode"], state["wanted"]
+        self.mode, self._wanted, self._autocast = state["mode"], state["wanted"], state["autocast"]
         self._queue = deque(_Waiting(batch, ids) for batch, ids in state["queue"])
+        self._current = None
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -54,28 +54,35 @@ class Controller:
         self.policy = _checked(policy)
 
     def ask(self, policy: str, step: int) -> Decision:
-        """Somebody changed the policy by hand: takes effect at once and starts afresh."""
+        """Somebody set the policy by hand: takes effect at once, with no period, no cooldown and a whole budget.
+
+        Asking for the `auto` that is there already changes nothing, a period under way included.
+        """
         before, self.policy = self.policy, _checked(policy)
-        self.until = None
+        reason = f"asked for: {policy}"
+        if policy == before == "auto":
+            return Decision(action="none", reason=f"{reason}, as it was", acted=True)
+        self.until, self.resting_until, self.activations = None, -1, 0
         if policy == "on":
-            return Decision(action="enable", reason="asked for: on", acted=True)
+            return Decision(action="enable", reason=reason, acted=True)
         if policy == "off" or before == "on":
-            return Decision(action="disable", reason=f"asked for: {policy}", acted=True)
-        return Decision(action="none", reason=f"asked for: {policy}", acted=True)
+            return Decision(action="disable", reason=reason, acted=True)
+        return Decision(action="none", reason=reason, acted=True)
 
     def decide(self, step: int, verdict: Verdict) -> Decision | None:
         """What this step's verdict calls for; None where nothing is to be said."""
-        if self.policy == "on":
-            return None
-        if verdict.raised is not None and verdict.raised.kind == "nonfinite":
+        raised = verdict.raised
+        if raised is not None and raised.kind == "nonfinite":
             return Decision(
                 action="none",
-                reason=f"the loss is not finite since step {verdict.raised.onset}: "
+                reason=f"the loss is not finite since step {raised.onset}: "
                 "routing cannot mend weights; restart from a checkpoint before that step",
                 acted=False,
             )
-        if verdict.raised is not None and verdict.raised.kind in TRIGGERS:
-            return self._on_spike(step, verdict.raised)
+        if self.policy == "on":
+            return None
+        if raised is not None and raised.kind in TRIGGERS:
+            return self._on_spike(step, raised)
         if self.until is not None and step >= self.until:
             self.until = None
             self.resting_until = step + self.cooldown
@@ -85,7 +92,8 @@ class Controller:
     def _on_spike(self, step: int, spike: Spike) -> Decision:
         what = f"{spike.kind} raised at step {step} (onset {spike.onset}, {spike.score:.1f} σ)"
         if self.until is not None:
-            self.until = step + self.delay_steps + self.period
+            # The warm-up is paid already, or still to come as planned: a whole period follows the spike either way.
+            self.until = max(self.until, step + self.period)
             return self._decision("none", f"{what} while the period was running: it lasts until step {self.until}")
         if step < self.resting_until:
             return self._decision("none", f"{what}, but routing rests until step {self.resting_until} (cooldown)")

@@ -1,8 +1,9 @@
 """Faults planted on purpose: each is a real change to the running training, written KIND@STEP[:LAYER][=MAGNITUDE]."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,37 +11,45 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from geodiag.errors import GeodiagError
-from geodiag.hooks.adapters.base import ExpertSite, Layout, Removable, RouterSite
+from geodiag.hooks import damage
+from geodiag.hooks.adapters.base import Layout, Removable
 
 LASTING = 10
-"""Steps that a fault of the forward, the batch or the learning rate lasts; a fault of a weight is done once."""
+"""Steps that a fault of the forward, the gradients, the batch or the learning rate lasts; one of a weight stays."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of fault: what its magnitude means, and whether it belongs to a layer."""
+    """One kind of fault: what its magnitude means, and where it can be planted."""
 
-    magnitude: float
+    magnitude: float | None
+    """Unless another is given; None where there is nothing to give."""
     help: str
-    layered: bool = True
+    place: str | None
+    """What a layer must have: experts, router, bias, res or block. None for faults of no layer."""
+    lasts: bool = False
 
 
 KINDS = {
-    "expert-scale": Kind(30.0, "one expert's gate and up weights times MAGNITUDE"),
-    "gate-column": Kind(30.0, "one expert's row of the router times MAGNITUDE"),
-    "router-shift": Kind(3.0, "MAGNITUDE standard deviations of noise added to the router's weights"),
-    "router-permute": Kind(1.0, "the router's rows in another order"),
-    "bias-kick": Kind(1.0, "MAGNITUDE added to one expert's balancing bias"),
-    "residual-expand": Kind(1.5, f"H_res of both sites times MAGNITUDE for {LASTING} steps"),
-    "block-scale": Kind(20.0, f"the feed-forward output times MAGNITUDE for {LASTING} steps"),
-    "lr-shock": Kind(10.0, f"the learning rate times MAGNITUDE for {LASTING} steps", layered=False),
-    "far-batch": Kind(1.0, f"batches of random tokens for {LASTING} steps", layered=False),
-    "grad-scale": Kind(100.0, f"the layer's gradients times MAGNITUDE for {LASTING} steps"),
-    "bit-flip": Kind(30.0, "bit MAGNITUDE of the largest weight of one expert flipped"),
+    "expert-scale": Kind(30.0, "one expert's gate and up weights times MAGNITUDE", "experts"),
+    "gate-column": Kind(30.0, "one expert's row of the router times MAGNITUDE", "router"),
+    "router-shift": Kind(3.0, "MAGNITUDE standard deviations of noise added to the router's weights", "router"),
+    "router-permute": Kind(None, "the router's rows in another order", "router"),
+    "bias-kick": Kind(1.0, "MAGNITUDE added to one expert's balancing bias", "bias"),
+    "residual-expand": Kind(1.5, "H_res of the layer's sites times MAGNITUDE", "res", lasts=True),
+    "block-scale": Kind(20.0, "the feed-forward output times MAGNITUDE", "block", lasts=True),
+    "lr-shock": Kind(10.0, "the learning rate times MAGNITUDE", None, lasts=True),
+    "far-batch": Kind(None, "batches of random tokens", None, lasts=True),
+    "grad-scale": Kind(100.0, "the layer's gradients times MAGNITUDE, before clipping", "block", lasts=True),
+    "bit-flip": Kind(
+        -2.0,
+        "bit MAGNITUDE of the largest gate weight of one expert flipped; -1 is its sign, -2 the bit below",
+        "experts",
+    ),
 }
 """Every kind of fault."""
 
-_FORM = re.compile(r"^(?P<kind>[a-z-]+)@(?P<step>\d+)(:(?P<layer>\d+))?(=(?P<magnitude>[-+.\deE]+))?$")
+_FORM = re.compile(r"(?P<kind>[a-z-]+)@(?P<step>\d+)(:(?P<layer>\d+))?(=(?P<magnitude>.+))?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,33 +59,53 @@ class Fault:
     kind: str
     step: int
     layer: int | None
-    magnitude: float
+    magnitude: float | None
 
     @classmethod
     def parse(cls, text: str) -> "Fault":
         """`KIND@STEP[:LAYER][=MAGNITUDE]`. GeodiagError where it is anything else."""
-        match = _FORM.match(text)
+        match = _FORM.fullmatch(text)
         if match is None:
             raise GeodiagError(f"cannot read the fault {text!r}; write KIND@STEP[:LAYER][=MAGNITUDE]")
-        kind = match["kind"]
-        if kind not in KINDS:
-            raise GeodiagError(f"unknown fault kind {kind!r}; one of {', '.join(KINDS)}")
-        try:
-            magnitude = float(match["magnitude"]) if match["magnitude"] else KINDS[kind].magnitude
-        except ValueError:
-            raise GeodiagError(f"{match['magnitude']!r} in {text!r} is no number") from None
-        layer = int(match["layer"]) if match["layer"] else None
-        return cls(kind=kind, step=int(match["step"]), layer=layer, magnitude=magnitude)
+        name, layer, magnitude = match["kind"], match["layer"], match["magnitude"]
+        if name not in KINDS:
+            raise GeodiagError(f"unknown fault kind {name!r}; one of {', '.join(KINDS)}")
+        kind = KINDS[name]
+        if layer is not None and kind.place is None:
+            raise GeodiagError(f"{name} belongs to no layer; write {name}@{match['step']}")
+        if magnitude is not None and kind.magnitude is None:
+            raise GeodiagError(f"{name} has no magnitude; leave out ={magnitude}")
+        size = kind.magnitude if magnitude is None else _number(magnitude, whole=name == "bit-flip")
+        return cls(kind=name, step=int(match["step"]), layer=None if layer is None else int(layer), magnitude=size)
 
     @property
     def last_step(self) -> int:
-        lasts = self.kind in ("residual-expand", "block-scale", "lr-shock", "far-batch", "grad-scale")
-        return self.step + LASTING - 1 if lasts else self.step
+        """The last step that is disturbed; of a fault that stays, the step it is planted at."""
+        return self.step + LASTING - 1 if KINDS[self.kind].lasts else self.step
+
+    @property
+    def said(self) -> str:
+        """What is done, in words."""
+        what = KINDS[self.kind].help
+        if self.magnitude is not None:
+            what = what.replace("MAGNITUDE", f"{self.magnitude:g}")
+        return f"{what} for {LASTING} steps" if KINDS[self.kind].lasts else what
+
+
+def _number(text: str, whole: bool) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or (whole and value != int(value)):
+        raise GeodiagError(f"the magnitude {text!r} is no {'whole' if whole else 'finite'} number")
+    return value
 
 
 class Faults:
     """Plants faults in a model that is being trained. Call `before_step` and `batch` before each step.
 
+    Each fault is planted once, even where a training goes back to its step.
     GeodiagError where the model does not have what a fault needs.
     """
 
@@ -87,124 +116,121 @@ class Faults:
         optimizers: Sequence[Optimizer],
         tell: Callable[..., Any] = lambda *_a, **_k: None,
     ) -> None:
-        self.faults = [self._placed(f, layout) for f in faults]
+        self.faults = [_placed(f, layout) for f in faults]
         self.layout, self.optimizers, self._tell = layout, optimizers, tell
-        self._under_way: list[tuple[int, list[Removable]]] = []
+        self._coming = list(self.faults)
+        self._under_way: list[tuple[Fault, list[Removable]]] = []
+        self._noise: torch.Generator | None = None
 
     @property
     def lr_scale(self) -> float:
         """Factor on the learning rate of the step that `before_step` announced."""
-        return self._lr_scale
-
-    _lr_scale = 1.0
-    _step = -1
+        return math.prod(f.magnitude or 0.0 for f, _ in self._under_way if f.kind == "lr-shock")
 
     def before_step(self, step: int) -> None:
-        """Plants what this step has coming and clears away what is over."""
-        self._step, self._lr_scale = step, 1.0
-        for last, handles in list(self._under_way):
-            if step > last:
+        """Plants what this step has coming and clears away what is over.
+
+        A training that resumes within the steps of a fault that lasts has the rest of it.
+        """
+        for fault, handles in list(self._under_way):
+            if not fault.step <= step <= fault.last_step:
                 for handle in handles:
                     handle.remove()
-                self._under_way.remove((last, handles))
-        for fault in self.faults:
-            if fault.kind == "lr-shock" and fault.step <= step <= fault.last_step:
-                self._lr_scale *= fault.magnitude
-            if fault.step == step:
+                self._under_way.remove((fault, handles))
+        for fault in list(self._coming):
+            if fault.step <= step <= fault.last_step:
+                self._coming.remove(fault)
                 self._plant(fault)
+        far = any(f.kind == "far-batch" for f, _ in self._under_way)
+        self._noise = torch.Generator().manual_seed(step) if far else None
 
     def batch(self, token_ids: Tensor, vocab: int) -> Tensor:
-        """This step's tokens: the loader's own, or noise while a `far-batch` lasts."""
-        for fault in self.faults:
-            if fault.kind == "far-batch" and fault.step <= self._step <= fault.last_step:
-                generator = torch.Generator().manual_seed(self._step)
-                return torch.randint(vocab, token_ids.shape, generator=generator).to(token_ids)
-        return token_ids
+        """The tokens of the step's next micro-batch: the loader's own, or noise while a `far-batch` lasts."""
+        if self._noise is None:
+            return token_ids
+        return torch.randint(vocab, token_ids.shape, generator=self._noise).to(token_ids)
 
-    @staticmethod
-    def _placed(fault: Fault, layout: Layout) -> Fault:
-        """The fault with its layer: the one asked for, else the middle of those that have what it needs."""
-        if not KINDS[fault.kind].layered:
-            return fault
-        if fault.kind in ("gate-column", "router-shift", "router-permute", "bias-kick"):
-            able = [r.layer for r in layout.routers if not r.hashed]
-        elif fault.kind in ("expert-scale", "bit-flip"):
-            able = [e.layer for e in layout.experts]
-        elif fault.kind == "residual-expand":
-            able = sorted({s.layer for s in layout.sites if s.scale_res is not None})
-        else:
-            able = list(range(len(layout.layers)))
-        if not able:
-            raise GeodiagError(f"{fault.kind} cannot be planted: a {layout.family} model has no place for it")
-        layer = able[len(able) // 2] if fault.layer is None else fault.layer
-        if layer not in able:
-            places = ", ".join(map(str, able))
-            raise GeodiagError(f"{fault.kind} cannot be planted in layer {layer}; layers that can take it: {places}")
-        return Fault(kind=fault.kind, step=fault.step, layer=layer, magnitude=fault.magnitude)
+    def remove(self) -> None:
+        """Takes back what would still last; what was done to a weight stays."""
+        for _, handles in self._under_way:
+            for handle in handles:
+                handle.remove()
+        self._under_way.clear()
+        self._noise = None
 
     @torch.no_grad()
     def _plant(self, fault: Fault) -> None:
         handles: list[Removable] = []
         expert: int | None = None
-        if fault.kind in ("expert-scale", "bit-flip"):
-            expert = self._hurt_expert(fault, next(e for e in self.layout.experts if e.layer == fault.layer))
-        elif fault.kind in ("gate-column", "router-shift", "router-permute", "bias-kick"):
-            expert = self._hurt_router(fault, next(r for r in self.layout.routers if r.layer == fault.layer))
-        elif fault.kind == "residual-expand":
-            sites = [s for s in self.layout.sites if s.layer == fault.layer and s.scale_res is not None]
-            handles = [s.scale_res(fault.magnitude) for s in sites if s.scale_res is not None]
-        elif fault.kind == "block-scale":
-            site = [s for s in self.layout.sites if s.layer == fault.layer][-1]
-            handles = [site.scale_branch(fault.magnitude)]
-        elif fault.kind == "grad-scale":
-            handles = [o.register_step_pre_hook(self._scale_gradients(fault)) for o in self.optimizers]
-        if handles:
-            self._under_way.append((fault.last_step, handles))
+        place = KINDS[fault.kind].place
+        if place == "experts":
+            site = next(e for e in self.layout.experts if e.layer == fault.layer)
+            expert = damage.to_expert(fault.kind, site, fault.step, fault.magnitude or 0.0)
+        elif place in ("router", "bias"):
+            router = next(r for r in self.layout.routers if r.layer == fault.layer)
+            expert = damage.to_router(fault.kind, router, fault.step, fault.magnitude or 0.0)
+        elif fault.magnitude is not None and fault.layer is not None:
+            handles = self._disturb(fault.kind, fault.layer, fault.magnitude)
+        if KINDS[fault.kind].lasts:
+            self._under_way.append((fault, handles))
         data = {"kind": fault.kind, "magnitude": fault.magnitude, "last_step": fault.last_step}
-        message = f"planted {fault.kind}: {KINDS[fault.kind].help.replace('MAGNITUDE', f'{fault.magnitude:g}')}"
-        self._tell("fault", message, layer=fault.layer, expert=expert, data=data)
+        self._tell("fault", f"planted {fault.kind}: {fault.said}", layer=fault.layer, expert=expert, data=data)
 
-    def _hurt_expert(self, fault: Fault, site: ExpertSite) -> int:
-        expert, weights = fault.step % site.experts, site.weights()
-        if fault.kind == "expert-scale":
-            for name in ("gate", "up"):
-                weights[name][expert].mul_(fault.magnitude)
-            return expert
-        weight = weights["gate"][expert]
-        place = weight.abs().argmax()
-        bits = torch.int32 if weight.dtype == torch.float32 else torch.int16
-        at = torch.unravel_index(place, weight.shape)
-        value = weight[at].reshape(1).contiguous()
-        mask = torch.tensor([1], dtype=bits, device=value.device) << int(fault.magnitude)
-        weight[at] = (value.view(bits) ^ mask).view(weight.dtype)[0]
-        return expert
+    def _disturb(self, kind: str, layer: int, magnitude: float) -> list[Removable]:
+        """Hooks that last until they are removed."""
+        sites = [s for s in self.layout.sites if s.layer == layer]
+        if kind == "residual-expand":
+            return [s.scale_res(magnitude) for s in sites if s.scale_res is not None]
+        if kind == "block-scale":
+            return [sites[-1].scale_branch(magnitude)]
+        # On the leaves: clipping and whoever measures the gradients see them as the optimizer does.
+        parameters = [p for p in self.layout.layers[layer].parameters() if p.requires_grad]
+        return [p.register_hook(lambda grad: grad * magnitude) for p in parameters]
 
-    def _hurt_router(self, fault: Fault, site: RouterSite) -> int | None:
-        weight, expert = site.weight().detach(), fault.step % site.experts
-        generator = torch.Generator().manual_seed(fault.step)
-        if fault.kind == "gate-column":
-            weight[expert].mul_(fault.magnitude)
-            return expert
-        if fault.kind == "router-shift":
-            noise = torch.randn(weight.shape, generator=generator).to(weight)
-            weight.add_(noise * weight.std(), alpha=fault.magnitude)
-        elif fault.kind == "router-permute":
-            weight.copy_(weight[torch.randperm(len(weight), generator=generator).to(weight.device)])
-        else:
-            bias = site.bias()
-            assert bias is not None, "a learned router that was found has a bias"
-            bias[expert] += fault.magnitude
-            return expert
-        return None
 
-    def _scale_gradients(self, fault: Fault) -> Callable[..., None]:
-        assert fault.layer is not None
-        mine = {id(p) for p in self.layout.layers[fault.layer].parameters()}
+def _placed(fault: Fault, layout: Layout) -> Fault:
+    """The fault with its layer: the one asked for, else the middle of those that have what it needs."""
+    place = KINDS[fault.kind].place
+    if place is None:
+        return fault
+    able = {
+        "experts": [e.layer for e in layout.experts],
+        "router": [r.layer for r in layout.routers if not r.hashed],
+        "bias": [r.layer for r in layout.routers if not r.hashed and r.bias() is not None],
+        "res": sorted({s.layer for s in layout.sites if s.scale_res is not None}),
+        "block": list(range(len(layout.layers))),
+    }[place]
+    if not able:
+        raise GeodiagError(f"{fault.kind} cannot be planted: a {layout.family} model has no place for it")
+    layer = able[len(able) // 2] if fault.layer is None else fault.layer
+    if layer not in able:
+        places = ", ".join(map(str, able))
+        raise GeodiagError(f"{fault.kind} cannot be planted in layer {layer}; layers that can take it: {places}")
+    if fault.kind == "bit-flip":
+        site = next(e for e in layout.experts if e.layer == layer)
+        damage.bit_of(fault.magnitude or 0.0, site.weights()["gate"].dtype)
+    return replace(fault, layer=layer)
 
-        def hook(optimizer: Optimizer, *_: Any) -> None:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None and id(p) in mine:
-                        p.grad.mul_(fault.magnitude)
 
-        return hook
+def page() -> str:
+    """docs/faults.md, printed from `KINDS` so that the two cannot differ."""
+    head = f"""# Faults to plant
+
+Printed from `hooks/faults.py` by `python -m geodiag.hooks.faults`. Written `KIND@STEP[:LAYER][=MAGNITUDE]`, several
+times if need be: `geodiag train --inject expert-scale@120:3=30`. Without a layer it is the middle one of those that
+have what the fault needs; the expert is STEP modulo the number of experts. A fault of a weight stays; the others last
+{LASTING} steps and are then taken back. Each is an event of kind `fault` with its layer, expert and magnitude.
+
+| kind | what is done | MAGNITUDE unless given | needs | lasts |
+|---|---|---|---|---|"""
+    needs = {"experts": "experts", "router": "a learned router", "bias": "a balancing bias", "res": "hyper-connections"}
+    rows = [
+        f"| `{name}` | {k.help} | {'–' if k.magnitude is None else f'{k.magnitude:g}'} "
+        f"| {needs.get(k.place or '', 'nothing')} | {f'{LASTING} steps' if k.lasts else 'stays'} |"
+        for name, k in KINDS.items()
+    ]
+    return "\n".join([head, *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from geodiag.hooks import metrics
 from geodiag.hooks.adapters.base import Choice, RouterSite
-from geodiag.hooks.capture import capturing, traceless
+from geodiag.hooks.capture import Choices, traceless
 
 PROBE_TOKENS = 4096
 
@@ -18,6 +18,7 @@ class Probe:
 
     def __init__(self, model: nn.Module, routers: Sequence[RouterSite], args: tuple = (), kwargs: dict | None = None):
         self.model, self.routers = model, routers
+        self._choices = Choices(routers)
         self._args, self._kwargs = args, kwargs or {}
         self._last: list[Choice] | None = None
 
@@ -42,7 +43,7 @@ class Probe:
 
     def run(self) -> dict[str, Tensor]:
         """Flips since the last run, one value a router; empty the first time."""
-        with traceless(self.model, evaluate=True), capturing(self.routers) as choices:
+        with traceless(self.model, evaluate=True), self._choices.kept() as choices:
             self.model(*self._args, **self._kwargs)
         last, self._last = self._last, choices
         if last is None:
@@ -58,6 +59,10 @@ class Probe:
             "router/flip_top1": torch.stack(top1),
             "router/flip_any": torch.stack(anyone),
         }
+
+    def remove(self) -> None:
+        """Takes the hooks off the routers."""
+        self._choices.remove()
 
 
 def _first(site: RouterSite, choice: Choice) -> Tensor:

@@ -1,5 +1,7 @@
 """Steering: what the controller decides and what people ask for, carried out on the routing and put on record."""
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -21,7 +23,7 @@ class Steering:
     def __init__(self, routing: AnticipatoryRouting | None, controller: Controller, tell: Tell) -> None:
         self.routing, self.controller, self._tell = routing, controller, tell
         if routing is not None:
-            routing.on_change = self._changed
+            routing.on_change, routing.on_failure = self._changed, self._failed
 
     @property
     def mode(self) -> Mode:
@@ -73,6 +75,9 @@ class Steering:
         if self.routing is None:
             nothing = "this training gave attach no AnticipatoryRouting, so there is nothing to switch"
             return None if request.routing == "off" else nothing
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if ranks > 1 and request.routing != "off":
+            return f"the {ranks} ranks of this training cannot switch their routing at the same step yet"
         delay = request.delay_steps
         if delay is not None and delay != self.routing.delay_steps and self.routing.mode != "off":
             return f"the delay can change only while routing is off; it is in {self.routing.mode}"
@@ -82,7 +87,13 @@ class Steering:
         delay = self.routing.delay_steps if self.routing else 0
         self._tell("routing", f"routing went from {old} to {new}", data={"from": old, "to": new, "delay_steps": delay})
 
+    def _failed(self, error: Exception) -> None:
+        line = f"anticipatory routing went back to today's choice: {type(error).__name__}: {error}".splitlines()[0]
+        print(f"geodiag: {line}; training goes on", file=sys.stderr, flush=True)
+        self._tell("problem", line)
+
     def close(self) -> None:
-        """The run is over: the routing goes on without being recorded."""
+        """The run is over: the routing goes on without being recorded, and still does not end a training."""
         if self.routing is not None:
             self.routing.on_change = lambda _old, _new: None
+            self.routing.on_failure = lambda _error: None
