@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import dash_mantine_components as dmc
+import numpy as np
 from dash import Dash, Input, Output, State, ctx, html, no_update
 
 from geodiag.control import MODES
@@ -16,6 +17,7 @@ from geodiag.events import details
 from geodiag.schema import ROUTING_MODES
 
 _CONTROLS = (*(f"ask-{m}" for m in MODES), "ask-delay")
+_DELAY, _MOST_DELAY = 8, 64
 _WHY_NOT = "The training is not running, so nobody would answer. It was last seen at step {step}."
 
 
@@ -25,14 +27,15 @@ def panel(record: Record) -> html.Section:
     looks = dict(zip(MODES, now["variants"], strict=True))
     idle = now["disabled"][0]
     buttons = [tip(dmc.Button(m, id=f"ask-{m}", size="xs", variant=looks[m], disabled=idle), POLICY[m]) for m in MODES]
-    delay = dmc.NumberInput(
-        id="ask-delay", value=8, disabled=idle, min=0, max=64, step=1, size="xs", w=86, allowDecimal=False,
+    steps = dmc.NumberInput(
+        id="ask-delay", value=delay(record), disabled=idle, min=0, max=_MOST_DELAY, allowDecimal=False,
+        size="xs", w=86,
         **aria("delay in steps"),
     )  # fmt: skip
     about = "Which weights choose the experts. The request is one small file; the training obeys at its next step."
     return card(
         "Anticipatory routing",
-        html.Div([dmc.ButtonGroup(buttons), html.Label(["Δ", delay, "steps"], className="delay")], className="ask"),
+        html.Div([dmc.ButtonGroup(buttons), html.Label(["Δ", steps, "steps"], className="delay")], className="ask"),
         html.Div(now["state"], id="control-state"),
         tip=about,
     )
@@ -48,8 +51,8 @@ def state(record: Record, error: str | None = None) -> list:
         lines.append(notice(error, "bad"))
     if request is not None:
         age = max(0, round(time.time() - request.time))
-        delay = "" if request.delay_steps is None else f", Δ = {request.delay_steps}"
-        said = [html.B(f"asked: {request.routing}{delay}"), f" {age} s ago, by {request.by}; not yet answered"]
+        lag = "" if request.delay_steps is None else f", Δ = {request.delay_steps}"
+        said = [html.B(f"asked: {request.routing}{lag}"), f" {age} s ago, by {request.by}; not yet answered"]
         lines.append(_line("asked", said))
     answer = next((e for e in reversed(events) if e["kind"] == "acknowledge"), None)
     if answer is not None:
@@ -75,8 +78,19 @@ def policy(record: Record) -> str | None:
         said = details(event["data"])
         if event["kind"] == "acknowledge" and said.get("obeyed", True) and said.get("routing") in MODES:
             return said["routing"]
-    began = record.said("config").get("routing")
+    routing = record.said("config").get("routing")
+    began = routing.get("policy") if isinstance(routing, dict) else record.option("routing")
     return began if began in MODES else None
+
+
+def delay(record: Record) -> int:
+    """The delay that the training uses, or the one that it was started with."""
+    lag = record.steps()["routing_lag"]
+    if len(lag) and np.isfinite(lag[-1]) and lag[-1] > 0:
+        return int(lag[-1])
+    routing = record.said("config").get("routing")
+    said = routing.get("delay_steps") if isinstance(routing, dict) else record.option("delay")
+    return said if isinstance(said, int) and 0 <= said <= _MOST_DELAY else _DELAY
 
 
 def register(app: Dash, library: Library) -> None:
@@ -86,15 +100,15 @@ def register(app: Dash, library: Library) -> None:
         output=Output("asked", "data"),
         inputs={
             "clicks": [Input(f"ask-{m}", "n_clicks") for m in MODES],
-            "delay": State("ask-delay", "value"),
+            "steps": State("ask-delay", "value"),
             "pathname": State("url", "pathname"),
         },
         prevent_initial_call=True,
     )
-    def ask(clicks, delay, pathname):
+    def ask(clicks, steps, pathname):
         if not any(clicks):
             return no_update  # the buttons were just drawn
-        return _ask(library, pathname, str(ctx.triggered_id).removeprefix("ask-"), delay)
+        return _ask(library, pathname, str(ctx.triggered_id).removeprefix("ask-"), steps)
 
     @app.callback(
         output={
@@ -116,14 +130,14 @@ def _show(record: Record | None, error: str | None) -> dict:
     return {"state": state(record, error), "disabled": [idle] * len(_CONTROLS), "variants": variants}
 
 
-def _ask(library: Library, pathname: str, mode: str, delay: Any) -> dict:
+def _ask(library: Library, pathname: str, mode: str, steps: Any) -> dict:
     record = library.at(pathname)
     if record is None:
         return {"error": "This run is gone."}
     if record.run.status() != "running":
         return {"error": _WHY_NOT.format(step=whole(record.run.manifest.get("last_step")))}
     try:
-        request = record.run.request(mode, int(delay) if isinstance(delay, int | float) else None, by="dashboard")
+        request = record.run.request(mode, int(steps) if isinstance(steps, int | float) else None, by="dashboard")
     except GeodiagError as e:
         return {"error": str(e)}
     return {"id": request.id}

@@ -40,5 +40,11 @@ def marks(record: Record) -> list[Spike]:
     return record.memo("spikes", lambda: spikes(record.events()))
 
 
+def extent(record: Record) -> tuple[int, int] | None:
+    """First and last step, so that all charts of a page share one time axis."""
+    step_S = record.steps()["step"]
+    return (int(step_S[0]), int(step_S[-1])) if len(step_S) else None
+
+
 def onsets(record: Record) -> list[int]:
     return [s.onset for s in marks(record)]

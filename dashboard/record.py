@@ -109,6 +109,14 @@ class Record:
         found = self.run.manifest.get(key)
         return found if isinstance(found, dict) else {}
 
+    def option(self, key: str) -> Any:
+        """What the training was told, wherever its manifest says it; None where it does not."""
+        config = self.said("config")
+        for place in (config, config.get("options"), config.get("model")):
+            if isinstance(place, dict) and isinstance(place.get(key), str | int | float):
+                return place[key]
+        return None
+
     def problems(self) -> dict[str, str]:
         """What could not be read, file → why."""
         return dict(self.run.problems)

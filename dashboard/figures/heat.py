@@ -35,12 +35,14 @@ def heat_map(
     row: str | None = None,
     experts: bool = False,
     centre: float | None = None,
+    extent: tuple[int, int] | None = None,
     title: str = "step",
     nothing: str = "Not recorded in this run.",
 ) -> go.Figure:
     """Rows in static order, the first on top. Dashed lines mark `onsets`, a cursor `step`, a frame `row`.
 
-    `centre` is the value that is drawn as neither high nor low; `title` is that of the time axis.
+    `centre` is the value that is drawn as neither high nor low, `extent` the time axis's range where there is no window,
+    `title` what it is called.
     """
     low, high = window or (None, None)
     shown = [(p, p.grid.window(low, high).measured()) for p in panels]
@@ -83,9 +85,8 @@ def heat_map(
         domains.append((max(0.0, top - pixels / inner), top))
         top -= pixels / inner
     first, last = min(c.left_B[0] for c in columns), max(c.left_B[-1] + c.width for c in columns)
-    fig.update_layout(
-        xaxis=time_axis(look, window or (first - 0.5, last - 0.5), title, anchor=f"y{_n(len(shown))}", showgrid=False)
-    )
+    reach = window or ((extent[0] - 0.5, extent[1] + 0.5) if extent else (first - 0.5, last - 0.5))
+    fig.update_layout(xaxis=time_axis(look, reach, title, anchor=f"y{_n(len(shown))}", showgrid=False))
     _lines(fig, [o for o in onsets if first <= o <= last], step, domains, look)
     return fig
 

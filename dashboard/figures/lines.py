@@ -34,9 +34,13 @@ def over_steps(
     window: tuple[int, int] | None = None,
     *,
     onsets: Sequence[int] = (),
+    extent: tuple[int, int] | None = None,
     nothing: str = "Not recorded in this run.",
 ) -> go.Figure:
-    """Panels of lines; series without a single value are left out, and panels without series too."""
+    """Panels of lines; series without a single value are left out, and panels without series too.
+
+    `extent` is the range of the time axis where there is no window.
+    """
     shown = [Strip(s.title, [_cut(n, window) for n in s.lines]) for s in strips]
     shown = [Strip(s.title, [n for n in s.lines if not np.isnan(n.value_S).all()]) for s in shown]
     shown = [s for s in shown if s.lines]
@@ -57,7 +61,8 @@ def over_steps(
             align="left", showarrow=False, font={"size": 11},
         )  # fmt: skip
         top -= (_STRIP_PX + _GAP_PX) / inner
-    fig.update_layout(xaxis=time_axis(look, window, anchor=f"y{'' if len(shown) == 1 else len(shown)}"))
+    reach = window or ((extent[0] - 0.5, extent[1] + 0.5) if extent else None)
+    fig.update_layout(xaxis=time_axis(look, reach, anchor=f"y{'' if len(shown) == 1 else len(shown)}"))
     for onset in onsets[-60:]:
         if window is None or window[0] <= onset <= window[1]:
             fig.add_shape(upright(onset, look.spike, "dash"))

@@ -16,7 +16,8 @@ def matrices(maps: dict[str, np.ndarray], look: Look, height: int = 250) -> go.F
         return empty("No token-mean maps on record for this site up to this step.", look, height)
     fig = base(look, height)
     reach = max(1.0, *(float(np.nanmax(np.abs(m))) for m in maps.values()))
-    for i, (name, cell_NN) in enumerate(((k, maps[k]) for k in _NAMES if k in maps), 1):
+    rows = {k: m.reshape(1, -1) if 1 in m.shape else m for k, m in maps.items()}  # a column of numbers reads as a row
+    for i, (name, cell_NN) in enumerate(((k, rows[k]) for k in _NAMES if k in rows), 1):
         x, y = _DOMAINS[name]
         n = "" if i == 1 else str(i)
         hidden = axis(look, showgrid=False, showticklabels=False, ticks="")

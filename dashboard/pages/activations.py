@@ -3,7 +3,7 @@
 import plotly.graph_objects as go
 from dash import Dash, html
 
-from geodiag.dashboard.draw import draws, onsets
+from geodiag.dashboard.draw import draws, extent, onsets
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.lines import Strip, over_steps
 from geodiag.dashboard.figures.style import Look, titled
@@ -81,7 +81,15 @@ def _heat(record: Record, view: View, look: Look) -> go.Figure:
     if counterfactual(record.run.manifest, "layers", name):
         title += "  (counterfactual: this model has no clamp)"
     row = f"{layer_of(record, view)}.ffn"
-    return heat_map([Panel(grid, title)], look, view.steps, onsets=onsets(record), row=row, nothing=_nothing(record))
+    return heat_map(
+        [Panel(grid, title)],
+        look,
+        view.steps,
+        onsets=onsets(record),
+        extent=extent(record),
+        row=row,
+        nothing=_nothing(record),
+    )
 
 
 def _experts(record: Record, view: View, look: Look) -> go.Figure:
@@ -93,6 +101,7 @@ def _experts(record: Record, view: View, look: Look) -> go.Figure:
         look,
         view.steps,
         onsets=onsets(record),
+        extent=extent(record),
         experts=True,
         title="",
         nothing="No experts recorded in this layer.",
@@ -106,7 +115,14 @@ def _lines(record: Record, view: View, look: Look) -> go.Figure:
         Strip(titled("amax", metric("layers", "gate_amax").unit), series(record, layer, _AMAX)),
         Strip(titled("max / median", metric("layers", "expert_norm_max_median").unit), series(record, layer, _NORMS)),
     ]  # fmt: skip
-    return over_steps(strips, look, view.steps, onsets=onsets(record), nothing=f"Layer {layer} has no gated units.")
+    return over_steps(
+        strips,
+        look,
+        view.steps,
+        onsets=onsets(record),
+        extent=extent(record),
+        nothing=f"Layer {layer} has no gated units.",
+    )
 
 
 def _nothing(record: Record) -> str:

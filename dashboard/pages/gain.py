@@ -3,7 +3,7 @@
 import plotly.graph_objects as go
 from dash import Dash, dcc, html
 
-from geodiag.dashboard.draw import draws, onsets
+from geodiag.dashboard.draw import draws, extent, onsets
 from geodiag.dashboard.figures.bins import binned, worst_step
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.matrix import matrices
@@ -135,7 +135,16 @@ def _heat(record: Record, view: View, look: Look) -> go.Figure:
         if not len(record.steps()["step"])
         else "Not recorded in this run: it has no such map."
     )
-    return heat_map(panels, look, view.steps, onsets=onsets(record), step=view.step, row=site, nothing=waiting)
+    return heat_map(
+        panels,
+        look,
+        view.steps,
+        onsets=onsets(record),
+        extent=extent(record),
+        step=view.step,
+        row=site,
+        nothing=waiting,
+    )
 
 
 def _profile(record: Record, view: View, look: Look) -> go.Figure:

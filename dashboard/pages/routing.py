@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 from dash import Dash, html
 
 from geodiag.dashboard import control_panel
-from geodiag.dashboard.draw import draws, onsets
+from geodiag.dashboard.draw import draws, extent, onsets
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.lines import Strip, over_steps
 from geodiag.dashboard.figures.style import Look, titled
@@ -77,6 +77,7 @@ def _flips(record: Record, view: View, look: Look) -> go.Figure:
         look,
         view.steps,
         onsets=onsets(record),
+        extent=extent(record),
         row=row,
         nothing=_nothing(record, name),
     )
@@ -92,6 +93,7 @@ def _load(record: Record, view: View, look: Look) -> go.Figure:
         look,
         view.steps,
         onsets=onsets(record),
+        extent=extent(record),
         experts=True,
         centre=1 / max(1, len(grid.rows)),  # an even share
         title="",
@@ -106,7 +108,14 @@ def _lines(record: Record, view: View, look: Look) -> go.Figure:
         Strip(titled("margin", metric("layers", "router_margin_mean").unit), series(record, layer, _MARGINS)),
         Strip(titled("entropy", metric("layers", "router_entropy").unit), series(record, layer, _ENTROPY)),
     ]  # fmt: skip
-    return over_steps(strips, look, view.steps, onsets=onsets(record), nothing=f"Layer {layer} has no learned router.")
+    return over_steps(
+        strips,
+        look,
+        view.steps,
+        onsets=onsets(record),
+        extent=extent(record),
+        nothing=f"Layer {layer} has no learned router.",
+    )
 
 
 def _nothing(record: Record, name: str) -> str:

@@ -72,7 +72,7 @@ def rows(library: Library) -> list[dict[str, Any]]:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    steps, config = record.steps(), record.said("config")
+    steps = record.steps()
     some = len(steps["step"]) > 0
     worst = worst_now(record, *COMPOSITES)
     value, _, at = worst.worst() if worst else (None, None, None)  # type: ignore[misc]
@@ -86,8 +86,8 @@ def _row(record: Record) -> dict[str, Any]:
         "spikes": len([s for s in marks(record) if s.kind in SPIKES]),
         "gain": value if value is not None and np.isfinite(value) else None,
         "gain_at": row_name(at) if at else "",
-        "residual": str(config.get("residual", "–")),
-        "size": str(config.get("size", "–")),
+        "residual": str(record.option("residual") or "–"),
+        "size": str(record.option("size") or "–"),
         "began": utc(record.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
     }
 
