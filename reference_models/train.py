@@ -39,8 +39,8 @@ class TrainConfig:
             fits = ", ".join(str(d) for d in range(1, self.sequences + 1) if self.sequences % d == 0)
             parts = f"{self.sequences} sequences do not make {self.micro_batches} equal micro-batches"
             raise ValueError(f"{parts}; pass one of {fits}")
-        if not 0 < self.lr <= _LARGEST_LR:
-            raise ValueError(f"lr is above 0 and at most {_LARGEST_LR:g}, not {self.lr:g}")
+        if not 0 <= self.lr <= _LARGEST_LR:
+            raise ValueError(f"lr is 0 to {_LARGEST_LR:g}, not {self.lr:g}")
         if self.warmup < 0 or not self.clip > 0:
             raise ValueError(f"warmup is 0 or more and clip positive, not {self.warmup}, {self.clip:g}")
 
