@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geodiag.reference_models.config import ModelConfig
+from geodiag.reference_models.norm import RMSNorm
 
 # B sequences, S positions, H heads, D head dim, C channels
 
@@ -33,8 +34,8 @@ class Attention(nn.Module):
         width = config.heads * config.head_dim
         self.qkv = nn.Linear(config.channels, 3 * width, bias=False)
         self.out = nn.Linear(width, config.channels, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x_BSC: Tensor, rotary: Tensor) -> Tensor:
         q, k, v = self.qkv(x_BSC).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)

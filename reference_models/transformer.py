@@ -12,6 +12,7 @@ from geodiag.reference_models.config import ModelConfig
 from geodiag.reference_models.kernels.reference import Routing
 from geodiag.reference_models.mhc import HyperConnection, PlainResidual, ReadOut, expand
 from geodiag.reference_models.moe import MoE, sequence_balance_loss
+from geodiag.reference_models.norm import RMSNorm
 
 
 class Output(NamedTuple):
@@ -34,10 +35,10 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attn_hc = _connection(config, 2 * layer)
-        self.attn_norm = nn.RMSNorm(config.channels, eps=config.norm_eps)
+        self.attn_norm = RMSNorm(config.channels, eps=config.norm_eps)
         self.attn = Attention(config)
         self.ffn_hc = _connection(config, 2 * layer + 1)
-        self.ffn_norm = nn.RMSNorm(config.channels, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.channels, eps=config.norm_eps)
         self.moe = MoE(config, layer)
 
     def forward(self, x_BSNC: Tensor, token_ids_BS: Tensor, rotary: Tensor) -> tuple[Tensor, Routing]:
@@ -61,7 +62,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.channels)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.read_out = ReadOut(config)
-        self.norm = nn.RMSNorm(config.channels, eps=config.norm_eps)
+        self.norm = RMSNorm(config.channels, eps=config.norm_eps)
         self.head = nn.Linear(config.channels, config.vocab, bias=False)
         self.rotary: Tensor
         table = rotary_table(config.sequence, config.head_dim, config.rope_theta)
