@@ -1,7 +1,6 @@
 """One instrumented training of a reference model: what `geodiag train` and `geodiag demo` run."""
 
 import os
-import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -238,5 +237,4 @@ def _recorded(options: Options, model: Any, train: Any, corpus: Any) -> dict[str
         "model": asdict(model),
         "train": asdict(train),
         "data": {"domains": {d: len(t) for d, t in corpus.domains.items()}, "vocab": corpus.vocab},
-        "command": " ".join(sys.argv),
     }

@@ -19,7 +19,7 @@ def test_every_sample_is_described_and_every_description_has_its_sample() -> Non
 @pytest.mark.parametrize("name", ROWS)
 def test_a_sample_was_made_by_the_command_beside_it(name: str) -> None:
     run = open_run(SAMPLES / name)
-    assert run.manifest["config"]["command"].split(" ", 1)[1] == ROWS[name]
+    assert run.manifest["command"] == ["geodiag", *ROWS[name].split()]
     assert run.status() == "finished"
     assert run.read("steps")["step"].tolist() == list(range(300))
     assert run.problems == {}
