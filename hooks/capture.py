@@ -26,7 +26,7 @@ def traceless(model: nn.Module, evaluate: bool) -> Iterator[None]:
     ]
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the training's own generator
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), _own_casts():
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
             if evaluate:
                 model.eval()
@@ -40,17 +40,6 @@ def traceless(model: nn.Module, evaluate: bool) -> Iterator[None]:
                 module._buffers[name] = buffer  # some modules put a new tensor in its place
                 if buffer._version != version:
                     buffer.copy_(saved)
-
-
-@contextmanager
-def _own_casts() -> Iterator[None]:
-    """Autocast keeps the weights it cast; those cast without gradient would reach the training step without one."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 class Choices:

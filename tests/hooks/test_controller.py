@@ -1,0 +1,170 @@
+"""The controller: which verdicts start a period, how long it lasts, and what it says."""
+
+import math
+
+import pytest
+
+from geodiag.hooks.controller import Controller, Decision
+from geodiag.spikes import Spike, Verdict
+
+CALM = Verdict(0.5, None, None, False)
+
+
+def raised(step: int, kind: str = "spike") -> Verdict:
+    spike = Spike(kind=kind, detected=step, onset=step - 2, peak=step, end=None, score=9.0)  # type: ignore[arg-type]
+    return Verdict(9.0, spike, None, True)
+
+
+def drive(controller: Controller, steps: int, events: dict[int, Verdict], start: int = 0) -> dict[int, Decision]:
+    """Decides step by step; returns what was said, by step."""
+    said = {}
+    for step in range(start, steps):
+        decision = controller.decide(step, events.get(step, CALM))
+        if decision is not None:
+            said[step] = decision
+    return said
+
+
+def short(said: dict[int, Decision]) -> dict[int, str]:
+    return {step: d.action for step, d in said.items()}
+
+
+def auto(**changes: int) -> Controller:
+    return Controller(policy="auto", **({"period": 10, "cooldown": 20, "budget": 8, "delay_steps": 3} | changes))
+
+
+def test_a_spike_starts_a_period_that_ends_after_warm_up_and_period() -> None:
+    """Enabled after step 5: warm-up is 6 to 8, on is 9 to 18, and at the end of 18 it is over."""
+    said = drive(auto(), 60, {5: raised(5)})
+    assert short(said) == {5: "enable", 18: "disable"}
+    assert all(d.acted for d in said.values())
+    assert said[5].reason == "spike raised at step 5 (onset 3, 9.0 σ): on for 10 steps after 3 of warm-up"
+    assert said[18].reason == "the period of 10 steps is over"
+
+
+def test_off_says_what_it_would_have_done_and_never_acts() -> None:
+    controller = auto()
+    controller.set_policy("off")
+    said = drive(controller, 60, {5: raised(5)})
+    assert short(said) == {5: "enable", 18: "disable"}
+    assert not any(d.acted for d in said.values())
+    assert all(d.reason.startswith("would have acted: ") for d in said.values())
+
+
+def test_a_spike_while_on_makes_it_last_a_whole_period_from_there() -> None:
+    said = drive(auto(), 60, {5: raised(5), 12: raised(12)})
+    assert short(said) == {5: "enable", 12: "none", 22: "disable"}
+    assert "it lasts until step 22" in said[12].reason
+
+
+def test_a_spike_during_warm_up_shortens_nothing() -> None:
+    said = drive(auto(), 60, {5: raised(5), 7: raised(7)})
+    assert short(said) == {5: "enable", 7: "none", 18: "disable"}
+
+
+def test_a_spike_at_the_very_end_of_a_period_extends_it() -> None:
+    assert short(drive(auto(), 60, {5: raised(5), 18: raised(18)})) == {5: "enable", 18: "none", 28: "disable"}
+
+
+def test_nothing_starts_during_the_cooldown_and_something_may_right_after() -> None:
+    said = drive(auto(), 80, {5: raised(5), 37: raised(37), 38: raised(38)})
+    assert short(said) == {5: "enable", 18: "disable", 37: "none", 38: "enable", 51: "disable"}
+    assert "rests until step 38 (cooldown)" in said[37].reason
+
+
+def test_the_budget_is_kept() -> None:
+    said = drive(auto(budget=1, cooldown=0), 60, {5: raised(5), 30: raised(30)})
+    assert short(said) == {5: "enable", 18: "disable", 30: "none"}
+    assert "the budget of 1 activations is used up" in said[30].reason
+    assert short(drive(auto(budget=0), 10, {5: raised(5)})) == {5: "none"}
+
+
+@pytest.mark.parametrize(("kind", "actions"), [("divergence", {5: "enable"}), ("outlier", {})])
+def test_a_divergence_acts_and_an_outlier_does_not(kind: str, actions: dict[int, str]) -> None:
+    assert short(drive(auto(), 10, {5: raised(5, kind)})) == actions
+
+
+@pytest.mark.parametrize("policy", ["off", "auto", "on"])
+def test_a_loss_that_is_not_finite_is_not_for_routing_to_mend(policy: str) -> None:
+    controller = auto()
+    controller.set_policy(policy)
+    said = drive(controller, 10, {5: raised(5, "nonfinite")._replace(score=math.inf)})
+    assert short(said) == {5: "none"}
+    assert not said[5].acted
+    assert "routing cannot mend weights; restart from a checkpoint before that step" in said[5].reason
+    assert controller.activations == 0
+
+
+def test_a_nonfinite_loss_at_the_end_of_a_period_does_not_keep_it_on() -> None:
+    assert short(drive(auto(), 60, {5: raised(5), 18: raised(18, "nonfinite")}))[19] == "disable"
+
+
+def test_on_decides_nothing() -> None:
+    controller = auto()
+    controller.set_policy("on")
+    assert drive(controller, 60, {5: raised(5), 9: raised(9, "divergence")}) == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "action"),
+    [
+        ("off", "off", "disable"),
+        ("off", "auto", "none"),
+        ("off", "on", "enable"),
+        ("auto", "off", "disable"),
+        ("auto", "auto", "none"),
+        ("auto", "on", "enable"),
+        ("on", "off", "disable"),
+        ("on", "auto", "disable"),
+        ("on", "on", "enable"),
+    ],
+)
+def test_asking_takes_effect_at_once(before: str, asked: str, action: str) -> None:
+    controller = auto()
+    controller.set_policy(before)
+    decision = controller.ask(asked, 7)
+    assert (decision.action, decision.acted, controller.policy) == (action, True, asked)
+    assert decision.reason.startswith(f"asked for: {asked}")
+
+
+def test_asking_for_auto_during_a_period_does_not_keep_routing_on_for_ever() -> None:
+    controller = auto()
+    drive(controller, 10, {5: raised(5)})
+    controller.ask("auto", 10)
+    assert short(drive(controller, 60, {}, start=10)) == {18: "disable"}
+
+
+def test_what_was_only_on_record_uses_up_neither_budget_nor_cooldown() -> None:
+    controller = auto(budget=1)
+    controller.set_policy("off")
+    drive(controller, 20, {5: raised(5)})
+    controller.ask("auto", 20)
+    assert short(drive(controller, 30, {21: raised(21)}, start=20)) == {21: "enable"}
+
+
+def test_a_period_on_record_does_not_end_one_that_was_asked_for() -> None:
+    controller = auto()
+    controller.set_policy("off")
+    drive(controller, 10, {5: raised(5)})
+    controller.ask("on", 10)
+    assert drive(controller, 60, {}, start=10) == {}
+
+
+@pytest.mark.parametrize("cut", [3, 7, 18, 19, 30])
+def test_a_resumed_controller_decides_as_if_it_had_never_stopped(cut: int) -> None:
+    events = {5: raised(5), 9: raised(9), 25: raised(25), 60: raised(60)}
+    whole, first, second = auto(), auto(), Controller()
+    expected = drive(whole, 90, events)
+    said = drive(first, cut, events)
+    second.load_state_dict(first.state_dict())
+    assert said | drive(second, 90, events, start=cut) == expected
+    assert len(expected) == 6
+    assert drive(Controller(policy="auto"), 90, events, start=cut) != expected, "the twin: without its state"
+
+
+@pytest.mark.parametrize("wrong", [{"policy": "maybe"}, {"period": 0}, {"cooldown": -1}, {"budget": -1}])
+def test_wrong_settings_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=r"policy is off, auto or on|at least"):
+        Controller(**wrong)
+    with pytest.raises(ValueError, match="not 'maybe'"):
+        Controller().ask("maybe", 0)
