@@ -230,11 +230,10 @@ def test_an_iteration_that_is_dropped_or_fails_ends_its_thread_too(three: Corpus
                 raise OSError("the disk is gone")
             return super().batch(step)
 
-    seen = []
+    batches = iter(Broken(three, 4, 16))
+    assert [next(batches).step, next(batches).step] == [0, 1]
     with pytest.raises(OSError, match="the disk is gone"):
-        for found in Broken(three, 4, 16):
-            seen.append(found.step)
-    assert seen == [0, 1]
+        next(batches)
     assert len(makers()) == before
 
 

@@ -26,7 +26,7 @@ def test_hashed_tokens_spread_over_experts_and_differently_in_every_layer(expert
     for table in tables:
         assert all(len(set(row)) == k for row in table.tolist())
         share = torch.bincount(table.flatten(), minlength=experts) * experts / table.numel()
-        assert 0.7 < share.min()
+        assert share.min() > 0.7
         assert share.max() < 1.3
     for a, b in ((0, 1), (1, 2), (0, 2)):
         assert (tables[a] != tables[b]).any(1).float().mean() > 0.5
@@ -55,7 +55,7 @@ def slow_balance(scores_BSE: Tensor, k: int) -> float:
     total, (sequences, tokens, experts) = 0.0, scores_BSE.shape
     for sequence in scores_BSE.double().tolist():
         for e in range(experts):
-            chosen = sum(e in sorted(range(experts), key=lambda i: -s[i])[:k] for s in sequence)  # noqa: B023
+            chosen = sum(e in sorted(range(experts), key=lambda i: -s[i])[:k] for s in sequence)
             f = experts / (k * tokens) * chosen
             p = sum(s[e] / sum(s) for s in sequence) / tokens
             total += f * p
