@@ -40,7 +40,7 @@ KINDS = {
     "block-scale": Kind(20.0, "the feed-forward output times MAGNITUDE", "block", lasts=True),
     "lr-shock": Kind(10.0, "the learning rate times MAGNITUDE", None, lasts=True),
     "far-batch": Kind(None, "batches of random tokens", None, lasts=True),
-    "grad-scale": Kind(100.0, "the layer's gradients times MAGNITUDE, before clipping", "block", lasts=True),
+    "grad-scale": Kind(100.0, "the layer's gradients, before clipping, times MAGNITUDE", "block", lasts=True),
     "bit-flip": Kind(
         -2.0,
         "bit MAGNITUDE of the largest gate weight of one expert flipped; -1 is its sign, -2 the bit below",
