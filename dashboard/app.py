@@ -15,6 +15,7 @@ A page that is not open has no components, so nothing of it is computed.
 
 import os
 from types import ModuleType
+from urllib.parse import quote
 
 from dash import ClientsideFunction, Dash, Input, Output, State, html, no_update
 from flask import redirect
@@ -48,7 +49,7 @@ def create_app(path: str | os.PathLike, token: str | None = None, *, only_loopba
 
         @app.server.before_request
         def straight_to_the_run():
-            return redirect(f"/run/{library.single}/overview") if http.path == "/" else None
+            return redirect(f"/run/{quote(library.single or '')}/overview") if http.path == "/" else None
 
     _register_frame(app, library)
     control_panel.register(app, library)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dash import Dash, Input, Output, State, ctx, no_update
 
+from geodiag.dashboard.grid import row_name
 from geodiag.dashboard.view import View, zoomed
 
 _NEWEST = 20
@@ -87,7 +88,7 @@ def _chosen(view: View, control: Control, value: Any, pathname: str) -> View:
     if control.field == "step" and view.step is None and abs(value - shown) <= _NEWEST:
         return view
     default = _shown(view.but(**{control.field: None}), control, pathname)
-    typed = int(value) if control.field in ("layer", "step") else value
+    typed = _TYPED.get(control.field, str)(value)
     return view.but(**{control.field: None if value == default else typed})
 
 
@@ -96,4 +97,12 @@ def _shown(view: View, control: Control, pathname: str) -> Any:
     value = getattr(view, control.field)
     if value is None:
         return control.default(pathname, view) if callable(control.default) else control.default
-    return str(value) if control.field == "layer" else value
+    return _SHOWN[control.field](value) if control.field in _SHOWN else value
+
+
+_TYPED: dict[str, Callable[[Any], Any]] = {
+    "layer": int,
+    "step": int,
+    "site": lambda name: View.parse(f"?site={name}").site,
+}
+_SHOWN: dict[str, Callable[[Any], str]] = {"layer": str, "site": row_name}

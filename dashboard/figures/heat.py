@@ -41,8 +41,8 @@ def heat_map(
 ) -> go.Figure:
     """Rows in static order, the first on top. Dashed lines mark `onsets`, a cursor `step`, a frame `row`.
 
-    `centre` is the value that is drawn as neither high nor low, `extent` the time axis's range where there is no window,
-    `title` what it is called.
+    `centre` is the value that is drawn as neither high nor low, `extent` the time axis's range where no window
+    is given, `title` what that axis is called.
     """
     low, high = window or (None, None)
     shown = [(p, p.grid.window(low, high).measured()) for p in panels]

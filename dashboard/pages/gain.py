@@ -97,6 +97,7 @@ def layout(record: Record, view: View) -> html.Div:
         "Maps of one site",
         html.Div(id="gain-site", className="where"),
         graph("gain-matrices", 250),
+        controls=select("gain-site-choice", row_name(_site(record, view)), _sites(record), "site", 110),
         tip="Token means at their newest sample up to the step. Rows are streams out, columns streams in.",
     )
     return html.Div([main, html.Div([deep, maps], className="side")], className="split wide-side")
@@ -113,6 +114,7 @@ def register(app: Dash, library: Library) -> None:
     controls = {
         "gain-metric": Control("metric", "composite"),
         "gain-over": Control("over", "mean"),
+        "gain-site-choice": Control("site", lambda pathname, view: _worst_site(library, pathname, view)),
         "gain-step": Control("step", lambda pathname, view: _newest(library, pathname, view)),
     }
     steer(app, controls, ["gain-heat", "gain-profile"], lambda *a: _clicked(library, *a))
@@ -169,7 +171,7 @@ def _when(record: Record, view: View) -> str:
 def _where(record: Record, view: View) -> str:
     step, site = step_of(record, view), _site(record, view)
     found = record.matrices(site[0], SITES[site[1]], step) if step is not None else None
-    return f"{row_name(site)}, sampled at step {whole(found[0])}" if found else row_name(site)
+    return f"{row_name(site)}, sampled at step {whole(found[0])}" if found else f"{row_name(site)}, never sampled"
 
 
 def _site(record: Record, view: View) -> tuple[int, int]:
@@ -178,6 +180,16 @@ def _site(record: Record, view: View) -> tuple[int, int]:
         return view.site
     worst = [w for g in record.recent("layers", "composite_gain_fwd", back=20) if (w := g.worst())]
     return worst[0][2] if worst else (0, 0)
+
+
+def _sites(record: Record) -> list[str]:
+    (grid,) = record.recent("layers", "stream_rms", back=20)
+    return [row_name(r) for r in grid.rows] or [row_name((0, 0))]
+
+
+def _worst_site(library: Library, pathname: str, view: View) -> str | None:
+    record = library.at(pathname)
+    return row_name(_site(record, view)) if record else None
 
 
 def _clicked(library: Library, pathname: str, view: View, name: str, point: dict) -> View:

@@ -118,6 +118,12 @@ def test_a_click_on_a_cell_moves_profile_and_matrices(page):
     assert step == pytest.approx(300, abs=5)
     until(page, f"document.getElementById('gain-where').innerText === 'step {step}'")
     page.get_by_text(f"1.ffn, sampled at step {step // 50 * 50}").wait_for()
+    page.locator("#gain-site-choice").click()
+    page.get_by_role("option", name="4.attn").click()
+    page.get_by_text("4.attn, sampled at step").wait_for()
+    page.go_back()
+    page.get_by_text("1.ffn, sampled at step").wait_for()
+    until(page, "document.getElementById('gain-site-choice').value === '1.ffn'")
     page.go_back()
     until(page, "document.getElementById('gain-where').innerText === 'step 599, the newest'")
 
@@ -146,6 +152,7 @@ def test_switching_quantity_and_layer_changes_the_charts_and_the_address(page):
 def test_a_run_without_hyper_connections_says_so_and_shows_the_rest(page):
     page.goto(f"{page.home}run/plain/gain")
     page.get_by_text("no hyper-connections").wait_for()
+    page.get_by_text("Not recorded in this run: it has no such map.").wait_for()
     page.locator("#gain-metric").click()
     page.get_by_role("option", name="transport gain").click()
     until(page, "document.querySelector('#gain-heat .js-plotly-plot')?.data?.some(t => t.type === 'heatmap')")
