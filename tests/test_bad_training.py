@@ -172,7 +172,6 @@ def kept(folder: Path, status: str) -> None:
         (["--micro-batches", "3"], ["2 sequences do not make 3 equal micro-batches", "pass one of 1, 2"]),
         (["--lr", "-1"], ["lr is 0 to", "not -1"]),
         (["--lr", "nan"], ["not nan"]),
-        (["--clamp", "nan"], ["swiglu_limit is positive or None"]),
     ],
 )
 def test_numbers_that_make_no_sense(train, tmp_path: Path, options: list[str], words: list[str]) -> None:

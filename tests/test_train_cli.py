@@ -83,7 +83,7 @@ def test_how_a_step_is_computed_or_sampled_does_not_change_what_it_does(train, t
     else:
         columns = ["amax_gain_fwd", "stream_rms", "router_entropy"]
         a, b = (open_run(tmp_path / n).read("layers")[columns].to_numpy() for n in ("run", "plain"))
-        assert a == pytest.approx(b, rel=1e-3)
+        assert a == pytest.approx(b, rel=1e-3, nan_ok=True)
 
 
 def test_a_run_goes_into_a_folder_named_by_size_residual_and_time(cli, text: Path, tmp_path, monkeypatch) -> None:
