@@ -71,7 +71,7 @@ def _after_bwd(
     BL: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """One token a program: d_branch, and d_post and d_res summed over the channels; dx unless it is linked."""
+    """One token a program: d_branch, and d_post and d_res summed over the channels; dx."""
     t = tl.program_id(0).to(tl.int64)
     d_post = ()
     for _ in tl.static_range(N):
@@ -100,12 +100,11 @@ def _after_bwd(
         d_post = added_post
         d_res = added_res
         tl.store(d_branch_ptr + t * C + c, d_branch, inside)
-        if dx_ptr is not None:
-            for j in tl.static_range(N):
-                dx = tl.zeros((BL, VEC), tl.float32)
-                for i in tl.static_range(N):
-                    dx += tl.load(res_ptr + (t * N + i) * N + j) * grads[i]
-                tl.store(dx_ptr + (t * N + j) * C + c, dx, inside)
+        for j in tl.static_range(N):
+            dx = tl.zeros((BL, VEC), tl.float32)
+            for i in tl.static_range(N):
+                dx += tl.load(res_ptr + (t * N + i) * N + j) * grads[i]
+            tl.store(dx_ptr + (t * N + j) * C + c, dx, inside)
     for i in tl.static_range(N):
         tl.store(d_post_ptr + t * N + i, tl.sum(d_post[i], 0))
         for j in tl.static_range(N):
@@ -154,11 +153,10 @@ def _mhc_after(
 
 @torch.library.custom_op("geodiag::mhc_after_backward", mutates_args=())
 def _mhc_after_backward(
-    x: Tensor, branch: Tensor, post: Tensor, res: Tensor, grad: Tensor, linked: bool
+    x: Tensor, branch: Tensor, post: Tensor, res: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t, n, c = x.shape
-    dx = x.new_empty(0) if linked else torch.empty_like(x)
-    d_branch, d_post, d_res = torch.empty_like(branch), torch.empty_like(post), torch.empty_like(res)
+    dx, d_branch, d_post, d_res = (torch.empty_like(v) for v in (x, branch, post, res))
     if t:
         vec = 16 // x.itemsize
         _after_bwd[(t,)](
@@ -167,7 +165,7 @@ def _mhc_after_backward(
             post,
             res,
             grad,
-            None if linked else dx,
+            dx,
             d_branch,
             d_post,
             d_res,
@@ -186,9 +184,8 @@ def _(x, branch, post, res, link, flag):
 
 
 @_mhc_after_backward.register_fake
-def _(x, branch, post, res, grad, linked):
-    dx = x.new_empty(0) if linked else torch.empty_like(x)
-    return dx, torch.empty_like(branch), torch.empty_like(post), torch.empty_like(res)
+def _(x, branch, post, res, grad):
+    return torch.empty_like(x), torch.empty_like(branch), torch.empty_like(post), torch.empty_like(res)
 
 
 def _keep(ctx, inputs, output):
@@ -199,11 +196,10 @@ def _keep(ctx, inputs, output):
 
 
 def _grad(ctx, grad, _stats):
-    grad = grad.contiguous()
-    dx, d_branch, d_post, d_res = _mhc_after_backward(*ctx.saved_tensors, grad, ctx.linked)
-    if ctx.linked:
-        return None, d_branch, d_post, d_res, grad, None
-    return dx, d_branch, d_post, d_res, None, None
+    if grad is None:
+        return (None,) * 6
+    dx, *rest = _mhc_after_backward(*ctx.saved_tensors, grad.contiguous())
+    return (None, *rest, dx, None) if ctx.linked else (dx, *rest, None, None)
 
 
 _mhc_after.register_autograd(_grad, setup_context=_keep)
@@ -217,7 +213,8 @@ def mhc_after_linked(
     link_TNC: Tensor | None,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`mhc_after` of a site that began with `mhc_before_linked`: its backward leaves the stream's gradient to that.
+    """`mhc_after` of a site that began with `mhc_before_linked`: its gradient of the stream goes there,
+    through the link, to be added while that one writes its own; autograd would read and write it once more.
 
     Also returns the rows for `mhc_stats.summarise_streams`, measured while the device-side `flag` is not 0.
     """

@@ -368,16 +368,16 @@ def _(x, phi, alpha, bias, iterations, eps, norm_eps, order, flag):
 
 def _keep(ctx, inputs, output):
     x, phi, alpha, bias, *ctx.rest = inputs
-    _, pre, _, res, _, h, rms, *_ = output
-    ctx.save_for_backward(x, phi, alpha, bias, pre, res, h, rms)
+    _, pre, _, _, _, h, rms, *_ = output
+    ctx.save_for_backward(x, phi, alpha, bias, pre, h, rms)
     ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, d_inner, d_pre, d_post, d_res, d_logits, _h, _rms, _stats, d_link):
     iterations, eps, _, order, *_ = ctx.rest
     given = [None if d is None else d.contiguous() for d in (d_inner, d_pre, d_post, d_res, d_logits, d_link)]
-    grads = mhc_before_backward.backward(*ctx.saved_tensors, *given, iterations, eps, order)
-    return *grads, None, None, None, None, None
+    dx, *rest = mhc_before_backward.backward(*ctx.saved_tensors, *given, iterations, eps, order)
+    return (dx if d_link is None else given[-1]), *rest, None, None, None, None, None
 
 
 _mhc_before.register_autograd(_grad, setup_context=_keep)
@@ -388,7 +388,7 @@ class Linked(NamedTuple):
 
     mix: Mix
     link_TNC: Tensor
-    """Has the stream's shape and no values: the path by which the stream's gradient travels unmixed."""
+    """Has the stream's shape and no values: the path by which `mhc_after`'s gradient of the stream comes back."""
     stats_PW: Tensor
     """Rows for `mhc_stats.summarise_maps`: NaN while the flag is 0, and no rows without a flag."""
 
@@ -404,7 +404,7 @@ def mhc_before_linked(
     order: str = "columns-first",
     flag: Tensor | None = None,
 ) -> Linked:
-    """`mhc_before` for a site whose `mhc_after_linked` follows: the stream's gradient is written once for both.
+    """`mhc_before` for a site whose `mhc_after_linked` follows: its gradient of the stream is added in here.
 
     `flag` is an integer on the device; while it is not 0, the geometry of the maps is measured on the way.
     """
@@ -431,5 +431,5 @@ def mhc_before(
     norm_eps: float = 1e-6,
     order: str = "columns-first",
 ) -> Mix:
-    """`reference.mhc_before` in three launches, and five in backward."""
+    """`reference.mhc_before` in three launches, and four in backward."""
     return mhc_before_linked(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order).mix

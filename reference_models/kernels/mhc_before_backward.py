@@ -1,4 +1,4 @@
-"""Backward of `mhc_before`: the coefficients' gradients, then dx, then dφ.
+"""Backward of `mhc_before`: the coefficients' gradients, then dx and dφ in one pass over the stream.
 
 Deterministic: partial sums are written per program and added in a fixed order.
 """
@@ -118,101 +118,64 @@ def _coefficients(
     tl.store(coef[:, None] + k[None, :], rest, live[:, None] & (k >= K)[None, :])
 
 
-@triton.jit(do_not_specialize=["T"])
-def _dx(
+@triton.jit(do_not_specialize=["T", "CHUNK"])
+def _dx_dphi(
     x_ptr,
     phi_ptr,
     pre_ptr,
-    res_ptr,
     coef_ptr,
     d_inner_ptr,
     d_link_ptr,
     dx_ptr,
+    dphi_ptr,
     T,
+    CHUNK,
     N: tl.constexpr,
     C: tl.constexpr,
     KP: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     TWO_PARTS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """The stream's gradient, written once for the whole site.
-
-    One warp takes a few tokens through all their channels: the coefficients are brought into the matrix product's
-    layout once, before the loop, and no barrier is needed within it.
-    """
+    """dx of a block of one stream's channels for a chunk of tokens, and the chunk's share of dφ: one read of x."""
     K: tl.constexpr = N * N + 2 * N
-    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    W: tl.constexpr = N * C
+    # Neighbouring programs are the N streams of the same channels: they share d_inner through the cache.
+    j = tl.program_id(0) % N
+    c = (tl.program_id(0) // N) * BC + tl.arange(0, BC)
     k = tl.arange(0, KP)
-    live = (t < T)[:, None]
-    coef = tl.load(coef_ptr + t[:, None] * KP + k[None, :], live, 0.0)
-    along = tl.load(coef_ptr + t[:, None] * KP + K, live, 0.0)
-    pre = ()
-    res = ()
-    for j in tl.static_range(N):
-        pre = pre + (tl.load(pre_ptr + t[:, None] * N + j, live, 0.0),)
-    for ij in tl.static_range(N * N):
-        res = res + (tl.load(res_ptr + t[:, None] * (N * N) + ij, live, 0.0),)
-    for c0 in tl.range(0, C, BC, num_stages=STAGES):
-        c = c0 + tl.arange(0, BC)
-        inside = live & (c < C)[None, :]
-        if d_inner_ptr is not None:
-            d_inner = tl.load(d_inner_ptr + t[:, None] * C + c[None, :], inside, 0.0)
-        mixed = ()
-        if d_link_ptr is not None:
-            for i in tl.static_range(N):
-                mixed = mixed + (tl.load(d_link_ptr + (t[:, None] * N + i) * C + c[None, :], inside, 0.0),)
-        for j in tl.static_range(N):
-            stream = (t[:, None] * N + j) * C + c[None, :]
-            x = tl.load(x_ptr + stream, inside, 0.0)
-            rows = (j * C + c)[:, None] * K + k[None, :]
-            phi = tl.trans(tl.load(phi_ptr + rows, (c < C)[:, None] & (k < K)[None, :], 0.0).to(tl.float32))
-            dx = tl.dot(coef, phi, input_precision="tf32" if TWO_PARTS else "tf32x3")
-            dx += along * x.to(tl.float32)
-            if d_inner_ptr is not None:
-                dx += pre[j] * d_inner.to(tl.float32)
-            if d_link_ptr is not None:
-                for i in tl.static_range(N):
-                    dx += res[i * N + j] * mixed[i].to(tl.float32)
-            tl.store(dx_ptr + stream, dx, inside)
-
-
-@triton.jit(do_not_specialize=["T", "CHUNK"])
-def _dphi(
-    x_ptr,
-    coef_ptr,
-    dphi_ptr,
-    T,
-    CHUNK,
-    W: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    BT: tl.constexpr,
-    BW: tl.constexpr,
-    TWO_PARTS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """A chunk of tokens' share of dφ = xᵀ·coef."""
-    w = tl.program_id(0) * BW + tl.arange(0, BW)
-    k = tl.arange(0, KP)
+    w = j * C + c
     start = tl.program_id(1).to(tl.int64) * CHUNK
     stop = tl.minimum(start + CHUNK, T)
-    acc = tl.zeros((BW, KP), tl.float32)
-    for t0 in tl.range(start, stop, BT, num_stages=STAGES):
+    phi = tl.load(phi_ptr + w[:, None] * K + k[None, :], (c < C)[:, None] & (k < K)[None, :], 0.0).to(tl.float32)
+    dphi = tl.zeros((BC, KP), tl.float32)
+    # Not pipelined: copies ahead through shared memory were measured slower than three programs taking turns.
+    for t0 in tl.range(start, stop, BT, num_stages=1):
         t = t0 + tl.arange(0, BT)
         live = (t < stop)[:, None]
+        inside = live & (c < C)[None, :]
         coef = tl.load(coef_ptr + t[:, None] * KP + k[None, :], live, 0.0)
-        x = tl.load(x_ptr + t[:, None] * W + w[None, :], live & (w < W)[None, :], 0.0)
+        along = tl.load(coef_ptr + t[:, None] * KP + K, live, 0.0)
+        x = tl.load(x_ptr + t[:, None] * W + w[None, :], inside, 0.0)
+        wide = x.to(tl.float32)
         if TWO_PARTS:
+            dx = tl.dot(coef, tl.trans(phi), input_precision="tf32")
             high = coef.to(tl.bfloat16)
             low = (coef - high.to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(tl.trans(x), low, acc)
-            acc = tl.dot(tl.trans(x), high, acc)
+            dphi = tl.dot(tl.trans(x), low, dphi)
+            dphi = tl.dot(tl.trans(x), high, dphi)
         else:
-            acc = tl.dot(tl.trans(x.to(tl.float32)), coef, acc, input_precision="tf32x3")
+            dx = tl.dot(coef, tl.trans(phi), input_precision="tf32x3")
+            dphi = tl.dot(tl.trans(wide), coef, dphi, input_precision="tf32x3")
+        dx += along * wide
+        if d_inner_ptr is not None:
+            pre = tl.load(pre_ptr + t[:, None] * N + j, live, 0.0)
+            dx += pre * tl.load(d_inner_ptr + t[:, None] * C + c[None, :], inside, 0.0).to(tl.float32)
+        if d_link_ptr is not None:
+            dx += tl.load(d_link_ptr + t[:, None] * W + w[None, :], inside, 0.0).to(tl.float32)
+        tl.store(dx_ptr + t[:, None] * W + w[None, :], dx, inside)
     out = dphi_ptr + tl.program_id(1).to(tl.int64) * W * K
-    tl.store(out + w[:, None] * K + k[None, :], acc, (w < W)[:, None] & (k < K)[None, :])
+    tl.store(out + w[:, None] * K + k[None, :], dphi, (c < C)[:, None] & (k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["SIZE", "P", "Q"])
@@ -258,14 +221,13 @@ def _add_up(
         tl.store(dalpha_ptr + 2, tl.sum(tl.where(k >= 2 * N, along, 0.0), 0))
 
 
-@torch.library.custom_op("geodiag::mhc_before_backward", mutates_args=())
+@torch.library.custom_op("geodiag::mhc_before_backward", mutates_args=("d_link",))
 def backward(
     x: Tensor,
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
     pre: Tensor,
-    res: Tensor,
     h: Tensor,
     rms: Tensor,
     d_inner: Tensor | None,
@@ -278,10 +240,10 @@ def backward(
     eps: float,
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, phi, alpha, bias."""
+    """Gradients of x, phi, alpha, bias; that of x is added to `d_link` in place where there is one, and empty here."""
     t, n, c = x.shape
     k = n * n + 2 * n
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x) if d_link is None else x.new_empty(0)
     dphi, dalpha, dbias = torch.zeros_like(phi), torch.zeros_like(alpha), torch.zeros_like(bias)
     if not t:
         return dx, dphi, dalpha, dbias
@@ -318,44 +280,30 @@ def backward(
         BT=bt,
         num_warps=1,
     )
-    bt, bc = 16, 32 if two and n <= 4 else 16
-    _dx[(cdiv(t, bt),)](
+    bt, bc = (64, 64) if x.is_cuda and n <= 4 else (16, 32)
+    blocks = n * cdiv(c, bc)
+    # Eight programs a multiprocessor, three of them at a time.
+    chunks = max(min(8 * processors(x.device) // blocks, cdiv(t, bt)), 1)
+    chunk = cdiv(cdiv(t, chunks), bt) * bt
+    part = torch.empty(chunks, w, k, **wide)
+    _dx_dphi[(blocks, chunks)](
         x,
         phi,
         pre,
-        res,
         coef,
         d_inner,
         d_link,
-        dx,
+        dx if d_link is None else d_link,
+        part,
         t,
+        chunk,
         N=n,
         C=c,
         KP=kp,
         BT=bt,
         BC=bc,
         TWO_PARTS=two,
-        STAGES=1,
-        num_warps=1,
-    )
-    bt, bw = (32, 256 if n <= 4 else 128) if two else (16, 64)
-    blocks = cdiv(w, bw)
-    chunks = max(min(2 * processors(x.device) // blocks, cdiv(t, bt)), 1)
-    part = torch.empty(chunks, w, k, **wide)
-    _dphi[(blocks, chunks)](
-        x,
-        coef,
-        part,
-        t,
-        cdiv(cdiv(t, chunks), bt) * bt,
-        W=w,
-        K=k,
-        KP=kp,
-        BT=bt,
-        BW=bw,
-        TWO_PARTS=two,
-        STAGES=4 if two else 2,
-        num_warps=8 if two else 4,
+        num_warps=4,
     )
     block = 1024
     _add_up[(cdiv(w * k, block) + 1,)](
@@ -366,4 +314,6 @@ def backward(
 
 @backward.register_fake
 def _(x, phi, alpha, bias, *rest):
-    return torch.empty_like(x), torch.empty_like(phi), torch.empty_like(alpha), torch.empty_like(bias)
+    d_link = rest[8]
+    dx = torch.empty_like(x) if d_link is None else x.new_empty(0)
+    return dx, torch.empty_like(phi), torch.empty_like(alpha), torch.empty_like(bias)
