@@ -23,6 +23,9 @@ from geodiag.hooks.adapters.base import (
     scaling,
 )
 
+IN_TOKEN_ORDER = ("batched_mm",)
+"""Experts implementations whose rows stand in the order of the tokens; in the others they stand by expert."""
+
 
 def find(model: nn.Module) -> Layout | None:
     """The layout of a `DeepseekV4Model` or of a head around it; None for other models. Imports no transformers."""
@@ -116,7 +119,10 @@ def _watch_experts(experts: Any) -> Watch:
 
         def view(args: tuple, kwargs: dict) -> ActView:
             ids = (args[1] if len(args) > 1 else kwargs["top_k_index"]).flatten()
-            if getattr(experts.config, "_experts_implementation", None) != "batched_mm":
+            way = experts.config._experts_implementation
+            if sum(len(ins) for ins, _ in pieces) != len(ids):
+                raise RuntimeError(f"{way!r} does not show its activations; eager, grouped_mm and batched_mm do")
+            if way not in IN_TOKEN_ORDER:
                 ids = ids.sort().values
             ins, outs = (torch.cat(t) if len(pieces) > 1 else t[0] for t in zip(*pieces, strict=True))
             gate, up = ins.chunk(2, -1)
