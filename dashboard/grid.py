@@ -123,16 +123,16 @@ def merge_ranks(parts: list[np.ndarray], metric: Metric, shape: tuple[int, ...])
 
 
 def joined(head: Grid, tail: Grid) -> Grid | None:
-    """`head` continued by `tail`, which wins where they overlap; None where their rows differ."""
-    if head.rows != tail.rows:
+    """`head` continued by `tail`, which wins where they overlap; None where `tail` has rows that `head` has not."""
+    if not set(tail.rows) <= set(head.rows):
         return None
-    keep = int(np.searchsorted(head.steps_S, tail.steps_S[0])) if len(tail.steps_S) else len(head.steps_S)
-    return Grid(
-        head.metric,
-        head.rows,
-        np.concatenate([head.steps_S[:keep], tail.steps_S]),
-        np.concatenate([head.values_RS[:, :keep], tail.values_RS], 1),
-    )
+    if not len(tail.steps_S):
+        return head
+    keep = int(np.searchsorted(head.steps_S, tail.steps_S[0]))
+    new_RS = np.full((len(head.rows), len(tail.steps_S)), np.nan, np.float32)
+    new_RS[[head.rows.index(r) for r in tail.rows]] = tail.values_RS
+    steps_S = np.concatenate([head.steps_S[:keep], tail.steps_S])
+    return Grid(head.metric, head.rows, steps_S, np.concatenate([head.values_RS[:, :keep], new_RS], 1))
 
 
 def _index(key_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

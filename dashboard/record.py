@@ -128,8 +128,8 @@ class Record:
             names = [n for t, n in self._grids if t == table]
             if not names:
                 continue
-            steps_S = self._grids[table, names[0]].steps_S
-            first = int(steps_S[-1]) - _REREAD if len(steps_S) else None
+            last = [s[-1] for n in names if len(s := self._grids[table, n].steps_S)]
+            first = int(min(last)) - _REREAD if len(last) == len(names) else None
             rows = self.run.read_arrow(table, ["rank", "step", "layer", SECOND_KEY[table], *names], steps=(first, None))
             for name, tail in to_grids(table, rows, names).items():
                 whole = joined(self._grids[table, name], tail)

@@ -21,7 +21,7 @@ _AROUND = 60
 _NUMBER = {"filter": "agNumberColumnFilter", "type": "rightAligned"}
 _COMMAS = {"function": "d3.format(',')(params.value)"}
 _COLUMNS: list[dict[str, Any]] = [
-    {"field": "step", "headerName": "step", "width": 92, "valueFormatter": _COMMAS, "sort": "desc", **_NUMBER},
+    {"field": "step", "headerName": "step", "width": 92, "valueFormatter": _COMMAS, **_NUMBER},
     {"field": "kind", "headerName": "kind", "width": 128, "cellRenderer": "Kind", "tooltipField": "meaning"},
     {"field": "message", "headerName": "message", "flex": 1, "minWidth": 280, "wrapText": True, "autoHeight": True},
     {"field": "layer", "headerName": "layer", "width": 88, **_NUMBER},
@@ -72,12 +72,12 @@ def jump(record: Record, step: int) -> str:
 
 
 def rows(record: Record) -> list[dict[str, Any]]:
-    """The trail as the table takes it."""
+    """The trail as the table takes it, newest first: by time, for a rollback repeats steps."""
     out = []
     for i, e in enumerate(record.events()):
         row = {k: e[k] for k in ("step", "kind", "message", "layer", "site", "expert", "attempt")}
         out.append(row | {"id": str(i), "time": utc(e["time"]), "meaning": KINDS.get(e["kind"], "")})
-    return out
+    return out[::-1]
 
 
 def _none(record: Record) -> list:

@@ -63,6 +63,26 @@ def test_a_live_run_is_followed_and_equals_a_fresh_reading(tmp_path):
     assert np.array_equal(grid.values_RS, fresh.values_RS, equal_nan=True)
 
 
+def test_what_is_sampled_seldom_is_followed_without_reading_all_again(tmp_path):
+    run = Run.create(tmp_path / "r")
+    record = Record(open_run(tmp_path / "r"))
+    for step in (0, 200, 400):
+        run.append("layers", rows(step, stream_rms=[step, step]))
+        record.refresh()
+        record.grids("layers", "stream_rms")
+    run.append("layers", {"step": [401], "layer": [0], "site": ["ffn"], "stream_rms": [7.0]})
+    record.refresh()
+    assert ("layers", "stream_rms") in record._grids  # continued, not thrown away
+    grid = record.grids("layers", "stream_rms")[0]
+    assert grid.steps_S.tolist() == [0, 200, 400, 401]
+    assert grid.values_RS[1].tolist() == [0, 200, 400, 7]
+    assert np.isnan(grid.values_RS[0, 3])
+    run.append("layers", {"step": [402], "layer": [9], "site": ["ffn"], "stream_rms": [1.0]})
+    record.refresh()
+    assert record.grids("layers", "stream_rms")[0].rows == ((0, 0), (0, 1), (9, 1))
+    run.close()
+
+
 def test_a_new_attempt_takes_the_place_of_old_rows(tmp_path):
     run = synthetic.create(tmp_path / "r", SHORT)
     synthetic.write_rows(run, SHORT, 0, 30)
