@@ -37,7 +37,7 @@ def open_corpus(data: str) -> Corpus:
         raise FileNotFoundError(f"{data} does not exist; pass --data stdlib, a folder, a text file or a .bin of tokens")
     if path.is_file() and path.suffix == ".bin":
         return flat_tokens(path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _is_text(p))
+    files = [path] if path.is_file() else sorted(_texts_in(path))
     corpus = _bytes_by_domain((_kind(p), p) for p in files)
     if not corpus.tokens:
         what = "is empty" if path.is_file() else "holds no text or code files"
@@ -49,8 +49,7 @@ def stdlib() -> Corpus:
     """Bytes of the interpreter's standard library: code, tests, codec tables and prose, each a domain."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "__pycache__"}
-    inside = (p for p in root.rglob("*") if not skip & set(p.relative_to(root).parts))
-    files = sorted(p for p in inside if p.is_file() and _is_text(p))
+    files = sorted(p for p in _texts_in(root) if not skip & set(p.relative_to(root).parts))
 
     def kind(p: Path) -> str:
         folder = set(p.relative_to(root).parts[:-1])
@@ -79,6 +78,14 @@ def _is_wide(path: Path) -> bool:
     """Whether the ids are 32-bit: then every second 16-bit half is a small high half, unlike its neighbours."""
     low, high = np.fromfile(path, "<u2", count=1 << 20).reshape(-1, 2).max(0).tolist()
     return high < _WIDE_ID >> 16 and (high == 0 or low > 16 * high)
+
+
+def _texts_in(folder: Path) -> Iterator[Path]:
+    """Text and code files, hidden folders left out: a `.venv` in a project is not its text."""
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if _is_text(path) and not hidden and path.is_file():
+            yield path
 
 
 def _is_text(path: Path) -> bool:

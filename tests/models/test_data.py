@@ -64,6 +64,8 @@ def test_a_folder_is_read_by_kind_of_file_and_a_file_as_it_is(tmp_path: Path) ->
     (tmp_path / "b.md").write_text("héllo\n", encoding="utf-8")
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
     (tmp_path / "empty.txt").touch()
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/not_mine.py").write_text("y = 2\n")
     found = open_corpus(str(tmp_path))
     assert {d: bytes(t) for d, t in found.domains.items()} == {"code": b"x = 1\n", "prose": "héllo\n".encode()}
     assert bytes(open_corpus(str(tmp_path / "b.md")).domains["prose"]) == "héllo\n".encode()
