@@ -19,7 +19,7 @@ class Curve(NamedTuple):
     value_R: np.ndarray
 
 
-def profile(curves: Sequence[Curve], look: Look, row: str | None = None, height: int = 380) -> go.Figure:
+def profile(curves: Sequence[Curve], look: Look, row: str | None = None, height: int = 310) -> go.Figure:
     """Layer 0 on top, as in the heat maps beside it; a dotted line marks a gain of 1."""
     curves = [c for c in curves if np.isfinite(c.value_R).any()]
     if not curves:

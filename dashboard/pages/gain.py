@@ -90,7 +90,7 @@ def layout(record: Record, view: View) -> html.Div:
         "Down the stack",
         html.Div(id="gain-where", className="where"),
         html.Div(slider, className="slider", **aria("step")),
-        graph("gain-profile", 380),
+        graph("gain-profile", 310),
         tip="Every site at one step. Forward gains multiply from the input, backward gains from the output.",
     )
     maps = card(
@@ -152,7 +152,7 @@ def _heat(record: Record, view: View, look: Look) -> go.Figure:
 def _profile(record: Record, view: View, look: Look) -> go.Figure:
     step = step_of(record, view)
     if step is None:
-        return empty("Waiting for the first step.", look, 380)
+        return empty("Waiting for the first step.", look, 310)
     grids = [g.measured() for g in record.grids("layers", *chosen(view))]
     curves = [Curve(_way(g.metric.name), g, g.at(step)) for g in grids if g.rows]
     return profile(curves, look, row_name(view.site) if view.site else None)
