@@ -10,7 +10,12 @@ __all__ = ["Layout", "find_layout"]
 
 
 def find_layout(model: nn.Module) -> Layout:
-    """What geodiag may look at in `model`. GeodiagError where it finds no blocks at all."""
+    """What geodiag may look at in `model`. GeodiagError where it finds no blocks at all, or could not watch them."""
+    if any(_compiled(m) for m in model.modules()):
+        raise GeodiagError(
+            f"{type(model).__name__} is compiled already, and compiled code does not see hooks that come later; "
+            "attach geodiag first, then call torch.compile"
+        )
     for family in (reference, deepseek_v4, generic):
         layout = family.find(model)
         if layout is not None:
@@ -19,3 +24,7 @@ def find_layout(model: nn.Module) -> Layout:
         f"{type(model).__name__} has no list of alike blocks to watch; "
         "attach to the module that holds the decoder's layers"
     )
+
+
+def _compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
