@@ -26,6 +26,10 @@ def watch(training: "Training") -> None:
         raise
     finally:
         training.close(status)
+        if status == "interrupted":
+            last, run = training.monitor.last, training.options.run
+            kept = f"{last.step + 1} steps, which are kept" if last else "no step"
+            print(f"interrupted after {kept}; see geodiag show {run}", file=sys.stderr, flush=True)
 
 
 def in_words(seen: "Observation | None", mode: str) -> str:

@@ -129,7 +129,7 @@ def test_an_enormous_learning_rate_is_survived(train, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 2])
-def test_ctrl_c_closes_the_run_as_interrupted_and_says_nothing_more(text: Path, tmp_path: Path, steps: int) -> None:
+def test_ctrl_c_closes_the_run_as_interrupted_and_says_what_is_kept(text: Path, tmp_path: Path, steps: int) -> None:
     process = kills.start(tmp_path / "run", text)
     heard = kills.wait_for(process, steps)
     process.send_signal(signal.SIGINT)
@@ -140,7 +140,11 @@ def test_ctrl_c_closes_the_run_as_interrupted_and_says_nothing_more(text: Path, 
     run = open_run(tmp_path / "run")
     assert run.manifest["status"] == "interrupted", "it said so itself, nobody guessed"
     assert not list((tmp_path / "run/journal").glob("*.arrows")), "closed, not cut off"
-    assert len(run.read("steps")) >= steps
+    have = run.read("steps")["step"].tolist()
+    assert have == list(range(len(have)))
+    assert len(have) >= steps
+    if have:
+        assert f"interrupted after {len(have)} steps, which are kept" in rest
 
 
 @pytest.mark.slow
