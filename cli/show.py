@@ -75,19 +75,16 @@ def _head(h: "Health") -> str:
 def _stages(h: "Health") -> list["RenderableType"]:
     from rich.table import Table
 
-    from geodiag.health import ALERT
-
     parts: list[RenderableType] = []
     for title, names in KEY_METRICS.items():
         known = [n for n in names if n in h.worst]
         stage = title[6] if title.startswith("Stage") else None
         score = h.worst.get(f"stage{stage}_score") if stage else None
         verdict = ""
-        if score:
-            calm = score.value <= ALERT
-            verdict = (
-                "  [green]within its own history[/]" if calm else f"  [red]left its own history at step {score.step}[/]"
-            )
+        if stage and score:
+            left = h.left[int(stage)]
+            calm = "  [green]within its own history[/]"
+            verdict = calm if left is None else f"  [red]left its own history at step {left}[/]"
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 1))
         for width, side in ((22, "left"), (16, "right"), (20, "left"), (0, "left")):
             table.add_column(min_width=width, justify=side, no_wrap=True)  # type: ignore[arg-type]

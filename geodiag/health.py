@@ -14,7 +14,9 @@ from geodiag.schema import METRICS, Metric, metrics_of
 SPIKES = ("spike", "divergence", "nonfinite")
 """Kinds of events that count as a spike of the run; an outlier is over before anybody can act."""
 ALERT = 6.0
-"""A stage's score, in robust z, from which its worst layer has left its own history."""
+"""A stage's score, in robust z, from which its worst layer is outside its own history."""
+PERSISTENCE = 3
+"""So many steps in a row outside mean that a stage has left its history; fewer are one odd batch."""
 EXACT = 1e-2
 """How near to 1 the sums of a projected map stay on the side that was normalised last."""
 NEAR = 0.1
@@ -63,6 +65,8 @@ class Health:
     last_loss: float | None
     spikes: list[dict[str, Any]]
     worst: dict[str, Worst]
+    left: dict[int, int | None]
+    """Stage → the first step at which it left its own history for good measure; None where it never did."""
     composite: Composite
     found: dict[str, int]
     missing: list[str]
@@ -78,6 +82,7 @@ class Health:
             "spikes": len(self.spikes),
             "spike_events": self.spikes,
             "worst": {name: w.as_json() for name, w in self.worst.items()},
+            "stages": {str(stage): {"left": step} for stage, step in self.left.items()},
             "composite": self.composite.as_json(),
             "found": self.found,
             "missing": self.missing,
@@ -102,11 +107,21 @@ def health(run: Run) -> Health:
         last_loss=losses[-1].as_py() if len(losses) else None,
         spikes=[e for e in events if e["kind"] in SPIKES],
         worst=worst,
+        left={stage: _left(steps, stage) for stage in (1, 2, 3)},
         composite=_composite(layers, worst),
         found=_found(run),
         missing=_missing(run),
         problems=dict(run.problems),
     )
+
+
+def _left(steps: pa.Table, stage: int) -> int | None:
+    scores = steps.select(["step", f"stage{stage}_score"]).drop_null()
+    outside = (scores[1].to_numpy() > ALERT).astype(int)
+    if len(outside) < PERSISTENCE:
+        return None
+    runs = np.flatnonzero(np.convolve(outside, np.ones(PERSISTENCE, int), "valid") == PERSISTENCE)
+    return int(scores[0][int(runs[0])].as_py()) if len(runs) else None
 
 
 def worst_of(rows: pa.Table, metric: Metric) -> Worst | None:

@@ -237,3 +237,11 @@ def test_doctor_without_a_browser_or_space_says_what_to_do(monkeypatch, tmp_path
     assert "apt-get install chromium" in doctor._chromium().fix
     monkeypatch.setattr(doctor, "FREE_GB", 1e12)
     assert doctor._disk(tmp_path).fix
+
+
+def test_one_odd_step_does_not_mean_that_a_stage_left_its_history(tmp_path: Path) -> None:
+    for name, scores, left in (("odd", [1.0, 9.0, 9.0, 1.0, 9.0], None), ("left", [1.0, 9.0, 9.0, 9.0, 1.0], 1)):
+        run = Run.create(tmp_path / name)
+        run.append("steps", {"step": range(5), "loss": [1.0] * 5, "stage2_score": scores})
+        run.close()
+        assert health(run).left == {1: None, 2: left, 3: None}
