@@ -22,36 +22,41 @@ def _after_fwd(
     stats_ptr,
     N: tl.constexpr,
     C: tl.constexpr,
-    BC: tl.constexpr,
+    BL: tl.constexpr,
+    VEC: tl.constexpr,
 ):
+    """One token's block of channels: BL lanes of 16 bytes."""
     t = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    c = tl.program_id(1) * (BL * VEC) + (tl.arange(0, BL) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
     inside = c < C
     branch = tl.load(branch_ptr + t * C + c, inside, 0.0).to(tl.float32)
     streams = ()
     for j in tl.static_range(N):
         streams = streams + (tl.load(x_ptr + (t * N + j) * C + c, inside, 0.0).to(tl.float32),)
-    amax = tl.zeros((BC,), tl.float32)
-    after = tl.zeros((BC,), tl.float32)
-    wrote = tl.zeros((BC,), tl.float32)
-    kept = tl.zeros((BC,), tl.float32)
+    # Sums for the statistics stay within a thread until the end: one register each.
+    amax = tl.zeros((BL,), tl.float32)
+    after = tl.zeros((BL,), tl.float32)
+    kept = tl.zeros((BL,), tl.float32)
+    before = tl.zeros((BL,), tl.float32)
+    gain = 0.0
+    if flag_ptr is not None:
+        for j in tl.static_range(N):
+            before += tl.sum(streams[j] * streams[j], 1)
     for i in tl.static_range(N):
-        written = tl.load(post_ptr + t * N + i) * branch
-        mixed = tl.zeros((BC,), tl.float32)
+        post = tl.load(post_ptr + t * N + i)
+        mixed = tl.zeros((BL, VEC), tl.float32)
         for j in tl.static_range(N):
             mixed += tl.load(res_ptr + (t * N + i) * N + j) * streams[j]
-        out = (mixed + written).to(out_ptr.dtype.element_ty)
+        out = (mixed + post * branch).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + (t * N + i) * C + c, out, inside)
         if flag_ptr is not None:
             rounded = out.to(tl.float32)
-            amax = tl.maximum(amax, tl.abs(rounded), propagate_nan=tl.PropagateNan.ALL)
-            after += rounded * rounded
-            wrote += written * written
-            kept += mixed * mixed
+            amax = tl.maximum(amax, tl.max(tl.abs(rounded), 1))
+            after += tl.sum(rounded * rounded, 1)
+            kept += tl.sum(mixed * mixed, 1)
+            gain += post * post
     if flag_ptr is not None:
-        before = tl.zeros((BC,), tl.float32)
-        for j in tl.static_range(N):
-            before += streams[j] * streams[j]
+        wrote = gain * tl.sum(branch * branch, 1)
         mhc_stats.store_streams(stats_ptr, tl.load(flag_ptr) != 0, amax, after, wrote, kept, before)
 
 
@@ -134,7 +139,8 @@ def _mhc_after(
     t, n, c = x.shape
     out, stats = _outputs(x, flag is not None)
     if t:
-        block = channel_block(c)
+        block, vec = channel_block(c), 16 // x.itemsize
+        lanes = max(block // vec, 1)
         _after_fwd[(t, cdiv(c, block))](
             x,
             branch,
@@ -145,8 +151,9 @@ def _mhc_after(
             stats,
             N=n,
             C=c,
-            BC=block,
-            num_warps=max(block // 256, 1),
+            BL=lanes,
+            VEC=vec,
+            num_warps=max(lanes // 32, 1),
         )
     return out, stats
 

@@ -157,6 +157,12 @@ def _dx_dphi(
         coef = tl.load(coef_ptr + t[:, None] * KP + k[None, :], live, 0.0)
         along = tl.load(coef_ptr + t[:, None] * KP + K, live, 0.0)
         x = tl.load(x_ptr + t[:, None] * W + w[None, :], inside, 0.0)
+        # All loads stand before the products: none would be moved above them.
+        if d_inner_ptr is not None:
+            pre = tl.load(pre_ptr + t[:, None] * N + j, live, 0.0)
+            d_inner = tl.load(d_inner_ptr + t[:, None] * C + c[None, :], inside, 0.0)
+        if d_link_ptr is not None:
+            d_link = tl.load(d_link_ptr + t[:, None] * W + w[None, :], inside, 0.0)
         wide = x.to(tl.float32)
         if TWO_PARTS:
             dx = tl.dot(coef, tl.trans(phi), input_precision="tf32")
@@ -169,10 +175,9 @@ def _dx_dphi(
             dphi = tl.dot(tl.trans(wide), coef, dphi, input_precision="tf32x3")
         dx += along * wide
         if d_inner_ptr is not None:
-            pre = tl.load(pre_ptr + t[:, None] * N + j, live, 0.0)
-            dx += pre * tl.load(d_inner_ptr + t[:, None] * C + c[None, :], inside, 0.0).to(tl.float32)
+            dx += pre * d_inner.to(tl.float32)
         if d_link_ptr is not None:
-            dx += tl.load(d_link_ptr + t[:, None] * W + w[None, :], inside, 0.0).to(tl.float32)
+            dx += d_link.to(tl.float32)
         tl.store(dx_ptr + t[:, None] * W + w[None, :], dx, inside)
     out = dphi_ptr + tl.program_id(1).to(tl.int64) * W * K
     tl.store(out + w[:, None] * K + k[None, :], dphi, (c < C)[:, None] & (k < K)[None, :])

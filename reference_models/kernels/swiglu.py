@@ -39,9 +39,6 @@ class Counted(NamedTuple):
     """Σ product², for the expert's RMS."""
 
 
-FIELDS = tl.constexpr(7)  # three counts, three extrema, one sum
-
-
 @triton.jit
 def _gate(g, LIMIT: tl.constexpr, ALPHA: tl.constexpr, AFTER: tl.constexpr):
     """The gate's factor, its derivative, and where it hit its limit. Comparisons, unlike minimum, keep NaN."""
@@ -82,10 +79,9 @@ def _columns(f, F: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def _worst(value, inside):
-    """Row maxima of |value|; NaN where a row has one."""
-    value = tl.where(inside, tl.abs(value), 0.0)
-    return tl.max(value, 1) + 0.0 * tl.sum(value, 1)
+def _worst(most):
+    """Row maxima of magnitudes; NaN where a row has one, which `tl.max` would pass over."""
+    return tl.max(most, 1) + 0.0 * tl.sum(most, 1)
 
 
 @triton.jit(do_not_specialize=["A"])
@@ -101,28 +97,46 @@ def _swiglu_fwd(
     OFFSET: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     AFTER: tl.constexpr,
+    SPAN: tl.constexpr,
     BA: tl.constexpr,
     BF: tl.constexpr,
 ):
+    """SPAN columns of BA rows; all columns where rows are counted, so that lanes meet once a row."""
     a = tl.program_id(0).to(tl.int64) * BA + tl.arange(0, BA)
-    f = tl.program_id(1) * BF + tl.arange(0, BF)
-    inside = (a < A)[:, None] & (f < F)[None, :]
-    gate_column, up_column = _columns(f, F, INTERLEAVED)
-    g = tl.load(x_ptr + a[:, None] * (2 * F) + gate_column[None, :], inside, 0.0).to(tl.float32)
-    u = tl.load(x_ptr + a[:, None] * (2 * F) + up_column[None, :], inside, 0.0).to(tl.float32)
-    act, _, gate_hit = _gate(g, GATE_LIMIT, ALPHA, AFTER)
-    held, high, low = _up(u, UP_LIMIT, OFFSET)
-    out = act * held
-    tl.store(out_ptr + a[:, None] * F + f[None, :], out, inside)
+    gate_hits = tl.zeros((BA, BF), tl.int32)
+    up_hits = tl.zeros((BA, BF), tl.int32)
+    gate_most = tl.zeros((BA, BF), tl.float32)
+    up_most = tl.zeros((BA, BF), tl.float32)
+    out_most = tl.zeros((BA, BF), tl.float32)
+    squares = tl.zeros((BA, BF), tl.float32)
+    for f0 in range(0, SPAN, BF):
+        f = tl.program_id(1) * SPAN + f0 + tl.arange(0, BF)
+        inside = (a < A)[:, None] & (f < F)[None, :]
+        gate_column, up_column = _columns(f, F, INTERLEAVED)
+        g = tl.load(x_ptr + a[:, None] * (2 * F) + gate_column[None, :], inside, 0.0).to(tl.float32)
+        u = tl.load(x_ptr + a[:, None] * (2 * F) + up_column[None, :], inside, 0.0).to(tl.float32)
+        act, _, gate_hit = _gate(g, GATE_LIMIT, ALPHA, AFTER)
+        held, high, low = _up(u, UP_LIMIT, OFFSET)
+        out = act * held
+        tl.store(out_ptr + a[:, None] * F + f[None, :], out, inside)
+        if rows_ptr is not None:
+            gate_hits += gate_hit.to(tl.int32)
+            # Two counts in one word: a row has fewer than 65536 columns a lane.
+            up_hits += high.to(tl.int32) + (low.to(tl.int32) << 16)
+            gate_most = tl.maximum(gate_most, tl.abs(g), propagate_nan=tl.PropagateNan.ALL)
+            up_most = tl.maximum(up_most, tl.abs(u), propagate_nan=tl.PropagateNan.ALL)
+            # Outside, g and u read as 0 and so is the product, whatever the offset.
+            out_most = tl.maximum(out_most, tl.abs(out), propagate_nan=tl.PropagateNan.ALL)
+            squares += out * out
     if rows_ptr is not None:
-        row = rows_ptr + (a * tl.num_programs(1) + tl.program_id(1)) * 7
-        tl.store(row, tl.sum(gate_hit.to(tl.float32), 1), a < A)
-        tl.store(row + 1, tl.sum(high.to(tl.float32), 1), a < A)
-        tl.store(row + 2, tl.sum(low.to(tl.float32), 1), a < A)
-        tl.store(row + 3, _worst(g, inside), a < A)
-        tl.store(row + 4, _worst(u, inside), a < A)
-        tl.store(row + 5, _worst(out, inside), a < A)
-        tl.store(row + 6, tl.sum(tl.where(inside, out * out, 0.0), 1), a < A)
+        row = rows_ptr + a * 7
+        tl.store(row, tl.sum(gate_hits, 1).to(tl.float32), a < A)
+        tl.store(row + 1, tl.sum(up_hits & 0xFFFF, 1).to(tl.float32), a < A)
+        tl.store(row + 2, tl.sum(up_hits >> 16, 1).to(tl.float32), a < A)
+        tl.store(row + 3, _worst(gate_most), a < A)
+        tl.store(row + 4, _worst(up_most), a < A)
+        tl.store(row + 5, _worst(out_most), a < A)
+        tl.store(row + 6, tl.sum(squares, 1), a < A)
 
 
 @triton.jit(do_not_specialize=["A"])
@@ -154,8 +168,8 @@ def _swiglu_bwd(
     tl.store(dx_ptr + ups, tl.where(high | low, 0.0, grad * act), inside)
 
 
-@triton.jit(do_not_specialize=["A", "B"])
-def _per_expert(rows_ptr, expert_ptr, part_ptr, A, B, E: tl.constexpr, EP: tl.constexpr, BA: tl.constexpr):
+@triton.jit(do_not_specialize=["A"])
+def _per_expert(rows_ptr, expert_ptr, part_ptr, A, E: tl.constexpr, EP: tl.constexpr, BA: tl.constexpr):
     """part[p, e] = the seven fields of expert e over this program's rows."""
     a = tl.program_id(0).to(tl.int64) * BA + tl.arange(0, BA)
     e = tl.arange(0, EP)
@@ -163,13 +177,7 @@ def _per_expert(rows_ptr, expert_ptr, part_ptr, A, B, E: tl.constexpr, EP: tl.co
     mine = expert[:, None] == e[None, :]
     part = part_ptr + (tl.program_id(0).to(tl.int64) * E + e) * 7
     for field in tl.static_range(7):
-        value = tl.zeros((BA,), tl.float32)
-        for b in range(B):
-            v = tl.load(rows_ptr + (a * B + b) * 7 + field, a < A, 0.0)
-            if field < 3 or field == 6:
-                value += v
-            else:
-                value = tl.where(v > value, v, value) + 0.0 * v
+        value = tl.load(rows_ptr + a * 7 + field, a < A, 0.0)
         picked = tl.where(mine, value[:, None], 0.0)
         if field < 3 or field == 6:
             total = tl.sum(picked, 0)
@@ -212,15 +220,16 @@ def _glu(
     out, rows = _outputs(x, counted)
     if a:
         ba, bf = _blocks(x, f)
-        grid = (cdiv(a, ba), cdiv(f, bf))
-        _swiglu_fwd[grid](x, out, rows if counted else None, a, **_meta(activation, f), BA=ba, BF=bf, num_warps=4)
+        span = cdiv(f, bf) * bf if counted else bf
+        _swiglu_fwd[(cdiv(a, ba), cdiv(f, span))](
+            x, out, rows if counted else None, a, **_meta(activation, f), SPAN=span, BA=ba, BF=bf, num_warps=4
+        )
     return out, rows
 
 
 def _outputs(x: Tensor, counted: bool) -> tuple[Tensor, Tensor]:
     a, f = x.shape[0], x.shape[1] // 2
-    rows = (a if counted else 0, cdiv(f, min(256, power_of_two(f))), 7)
-    return x.new_empty(a, f), torch.empty(rows, dtype=torch.float32, device=x.device)
+    return x.new_empty(a, f), torch.empty(a if counted else 0, 7, dtype=torch.float32, device=x.device)
 
 
 @torch.library.custom_op("geodiag::clamped_glu_backward", mutates_args=())
@@ -270,19 +279,19 @@ _glu.register_autograd(_grad, setup_context=_keep)
 
 @torch.library.custom_op("geodiag::clamp_counts", mutates_args=())
 def _counts(rows: Tensor, expert: Tensor, experts: int) -> Tensor:
-    a, b, fields = rows.shape
-    block = 64
+    a, fields = rows.shape
+    block = 128
     part = torch.empty(cdiv(a, block), experts, fields, dtype=torch.float32, device=rows.device)
     if a:
         _per_expert[(cdiv(a, block),)](
-            rows, expert, part, a, b, E=experts, EP=power_of_two(experts), BA=block, num_warps=4
+            rows, expert, part, a, E=experts, EP=power_of_two(experts), BA=block, num_warps=4
         )
     return part
 
 
 @_counts.register_fake
 def _(rows, expert, experts):
-    return rows.new_empty(cdiv(rows.shape[0], 64), experts, rows.shape[2])
+    return rows.new_empty(cdiv(rows.shape[0], 128), experts, rows.shape[1])
 
 
 def _flat(gate_up_A2F: Tensor) -> Tensor:
