@@ -44,6 +44,8 @@ class Steering:
 
     def judge(self, step: int, verdict: Verdict) -> None:
         """One step's verdict to the controller, and what follows from it."""
+        if self.routing is not None:
+            self.controller.delay_steps = self.routing.delay_steps  # the warm-up that a period is planned around
         decision = self.controller.decide(step, verdict)
         if decision is not None:
             self._carry_out(decision)
@@ -58,7 +60,7 @@ class Steering:
             self._tell("acknowledge", f"refused {asked}: {refusal}", data=data | {"obeyed": False})
             return
         if request.delay_steps is not None and self.routing is not None:
-            self.routing.delay_steps = self.controller.delay_steps = request.delay_steps
+            self.routing.delay_steps = request.delay_steps
         self._tell("acknowledge", f"obeyed: routing {asked}", data=data | {"obeyed": True})
         self._carry_out(self.controller.ask(request.routing, step))
 

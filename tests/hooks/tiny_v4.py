@@ -46,7 +46,7 @@ def model(implementation: str = "eager", checkpointing: bool = False, **changes:
     table = made.model.layers[0].mlp.gate.tid2eid
     table.copy_(torch.stack([torch.randperm(EXPERTS, generator=generator)[:K] for _ in range(VOCAB)]))
     if checkpointing:
-        made.gradient_checkpointing_enable({"use_reentrant": False})
+        made.activation_checkpointing_enable({"use_reentrant": False})
     return made.train()
 
 
