@@ -19,9 +19,19 @@ from geodiag.cli.spikes import spikes
 from geodiag.cli.train import train
 from geodiag.errors import GeodiagError
 
+_UsageError = typer.BadParameter.__bases__[0]
+
 
 class _Polite(TyperGroup):
     """The one place where a user's mistake becomes one line and exit code 1, and going away is no mistake."""
+
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        try:
+            return super().make_context(*args, **more)
+        except _UsageError as error:
+            if not error.args or not str(error.args[0]):
+                raise  # no arguments at all: the help is the answer
+            raise _said(error) from None
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -31,11 +41,21 @@ class _Polite(TyperGroup):
         except GeodiagError as error:
             print_error(error)
             raise typer.Exit(1) from None
+        except _UsageError as error:
+            raise _said(error) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except BrokenPipeError:  # `geodiag runs | head -1`: the reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(141) from None
+
+
+def _said(error: Any) -> typer.Exit:
+    """A mistyped command or option, told like every other mistake."""
+    command = error.ctx.command_path if error.ctx else "geodiag"
+    what = error.format_message().replace("Value error, ", "").rstrip(".")
+    print_error(GeodiagError(f"{what}; see {command} --help"))
+    return typer.Exit(1)
 
 
 app = typer.Typer(

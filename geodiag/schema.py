@@ -114,7 +114,7 @@ _AMPLIFICATION = [
     ),
     _m("stream_rms", "1", "mean", "RMS of the residual stream after the site.", stage=3),
     _m("transport_gain_fwd", "×", "mean", "Growth of a token's stream across the site, mean.", stage=3),
-    _m("transport_gain_fwd_max", "×", "max", "Growth of a token's stream across the site, worst token.", stage=3),
+    _m("transport_gain_fwd_max", "×", "max", "Growth of a token's stream across the site, worst token."),
     _m("transport_gain_bwd", "×", "mean", "Growth of the gradient across the site, towards the input.", stage=3),
     _m("grad_norm", "1", ("mean", "max"), "Gradient norm of the layer's parameters.", stage=3),
 ]

@@ -71,20 +71,24 @@ def attach(
     )
     if not quiet:
         print(_introduction(layout, path), file=sys.stderr, flush=True)
-    return Monitor(
-        model,
-        optimizers,
-        run,
-        layout,
-        routing=routing,
-        controller=controller,
-        probe=probe,
-        probe_every=probe_every,
-        every=every,
-        sample=sample,
-        micro_batches=micro_batches,
-        first_step=first_step,
-    )
+    try:
+        return Monitor(
+            model,
+            optimizers,
+            run,
+            layout,
+            routing=routing,
+            controller=controller,
+            probe=probe,
+            probe_every=probe_every,
+            every=every,
+            sample=sample,
+            micro_batches=micro_batches,
+            first_step=first_step,
+        )
+    except BaseException:  # also Ctrl-C: a run whose watch never began must not say that it runs
+        run.close("failed")
+        raise
 
 
 def _introduction(layout: Layout, path: str | os.PathLike) -> str:

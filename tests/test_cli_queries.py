@@ -245,3 +245,21 @@ def test_one_odd_step_does_not_mean_that_a_stage_left_its_history(tmp_path: Path
         run.append("steps", {"step": range(5), "loss": [1.0] * 5, "stage2_score": scores})
         run.close()
         assert health(run).left == {1: None, 2: left, 3: None}
+
+
+@pytest.mark.parametrize(
+    "typed, said",
+    [
+        (["shwo"], "No such command 'shwo'"),
+        (["train", "--size", "huge"], "'huge' is not one of 'tiny', 'small'"),
+        (["train", "--steps", "0"], "greater than or equal to 1"),
+        (["show"], "Missing argument 'RUN'"),
+        (["--nope"], "No such option: --nope"),
+    ],
+)
+def test_a_mistyped_command_is_one_line_that_leads_on(typed: list[str], said: str, cli) -> None:
+    out = cli(*typed)
+    assert out.exit_code == 1
+    assert said in out.stderr
+    assert out.stderr.strip().endswith("--help")
+    assert len(out.stderr.strip().splitlines()) == 1
