@@ -396,7 +396,8 @@ def test_the_delay_changes_only_while_routing_is_off() -> None:
 # -- no trace --------------------------------------------------------------------------------
 
 
-def test_capture_leaves_no_trace_in_the_model_or_the_random_states() -> None:
+@pytest.mark.parametrize("what", ["capture", "evaluation"])
+def test_looking_leaves_no_trace_in_the_model_or_the_random_states(what: str) -> None:
     t = trainer(jitter=True)
     small.train(t, 2)
     ids = small.tokens(7)
@@ -413,11 +414,15 @@ def test_capture_leaves_no_trace_in_the_model_or_the_random_states() -> None:
             [m.training for m in t.model.modules()],
             random.getstate(),
             torch.get_rng_state(),
-            np.random.get_state()[1],  # noqa: NPY002
+            np.random.get_state(),  # noqa: NPY002
         ]
 
     before = state()
-    assert routing._capture(ids) is not None
+    if what == "capture":
+        assert routing._capture(ids) is not None
+    else:
+        with traceless(t.model, evaluate=True):
+            t.model(ids[:, :-1])
     for a, b in zip(_leaves(before), _leaves(state()), strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else np.array_equal(a, b)
     moved = [x.clone() if isinstance(x, Tensor) else x for x in _leaves(before)]
