@@ -35,6 +35,11 @@ def two_parts(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.is_cuda
 
 
+def floats(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised float32 on the same device."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
 def check_streams(x_TNC: Tensor) -> tuple[int, int, int]:
     """(T, N, C) of a stream of any leading shape. ValueError or TypeError where no kernel can serve it."""
     n, c = x_TNC.shape[-2:]

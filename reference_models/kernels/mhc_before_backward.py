@@ -3,12 +3,15 @@
 Deterministic: partial sums are written per program and added in a fixed order.
 """
 
+# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from geodiag.reference_models.kernels.launch import cdiv, padded, power_of_two, processors, two_parts
+from geodiag.reference_models.kernels.launch import cdiv, floats, padded, power_of_two, processors, two_parts
 from geodiag.reference_models.kernels.sinkhorn import project_vjp
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
@@ -253,16 +256,15 @@ def backward(
     if not t:
         return dx, dphi, dalpha, dbias
     w, kp, two = n * c, padded(k), two_parts(x)
-    wide = {"dtype": torch.float32, "device": x.device}
-    coef = torch.empty(t, kp, **wide)
+    coef = floats(x, t, kp)
     inner_d_pre = None
     if d_inner is not None:
-        inner_d_pre = torch.empty(t, n, **wide)
+        inner_d_pre = floats(x, t, n)
         vec = 16 // x.itemsize
         lanes = min(32, power_of_two(cdiv(c, vec)))
         _d_pre[(t,)](x, d_inner, inner_d_pre, N=n, C=c, BL=lanes, VEC=vec, num_warps=1)
     bt = 16 if n <= 4 else 4
-    small = torch.empty(cdiv(t, bt), 2, kp, **wide)
+    small = floats(x, cdiv(t, bt), 2, kp)
     _coefficients[(cdiv(t, bt),)](
         alpha,
         bias,
@@ -290,7 +292,7 @@ def backward(
     # Eight programs a multiprocessor, three of them at a time.
     chunks = max(min(8 * processors(x.device) // blocks, cdiv(t, bt)), 1)
     chunk = cdiv(cdiv(t, chunks), bt) * bt
-    part = torch.empty(chunks, w, k, **wide)
+    part = floats(x, chunks, w, k)
     _dx_dphi[(blocks, chunks)](
         x,
         phi,

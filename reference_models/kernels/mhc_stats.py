@@ -4,6 +4,9 @@ Kernels write one row of partial results a program, only while a device-side fla
 `summarise_streams` turn any number of sites' rows into the metrics' values, in a fixed order, without a sync.
 """
 
+# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +17,7 @@ from geodiag.reference_models.kernels.launch import cdiv
 # T tokens, N streams, P programs, S sites
 
 BLOCK = 8
-"""Tokens of one map program of the `_mix` kernel, so of one row of its statistics."""
+"""Tokens of one map program of the `mix` kernel, so of one row of its statistics."""
 SUMS = (
     "amax_gain_fwd",
     "amax_gain_bwd",

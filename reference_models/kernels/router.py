@@ -1,5 +1,8 @@
 """Routing in one pass over the router's logits: affinity, bias, top-k, gate weights, entropy, margin, flips, load."""
 
+# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
+
 from typing import NamedTuple
 
 import torch
@@ -7,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geodiag.reference_models.kernels.launch import cdiv, power_of_two
+from geodiag.reference_models.kernels.launch import cdiv, floats, power_of_two
 
 # T tokens, E experts, K experts per token
 
@@ -141,12 +144,11 @@ def _route_bwd(
 
 def _outputs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     t, e = logits.shape
-    wide = {"dtype": torch.float32, "device": logits.device}
     return (
-        torch.empty(t, e, **wide),
+        floats(logits, t, e),
         torch.empty(t, k, dtype=torch.int64, device=logits.device),
-        torch.empty(t, k, **wide),
-        torch.empty(t, 3, **wide),
+        floats(logits, t, k),
+        floats(logits, t, 3),
         torch.zeros(e, dtype=torch.int32, device=logits.device),
     )
 
@@ -215,4 +217,5 @@ def route(logits_TE: Tensor, bias_E: Tensor, k: int, scale: float, before_TK: Te
     before = None if before_TK is None else before_TK.contiguous()
     bias = bias_E.detach().float().contiguous()
     scores, ids, weights, per_token, load = _route(logits_TE.contiguous(), bias, before, k, scale)
-    return Routed(scores, ids, weights, *per_token.unbind(-1), load)
+    entropy, margin, flipped = per_token.unbind(-1)
+    return Routed(scores, ids, weights, entropy, margin, flipped, load)

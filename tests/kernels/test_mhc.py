@@ -164,12 +164,12 @@ def test_what_no_kernel_serves_is_refused_by_name(device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestOnTheGPU:
     def test_a_new_number_of_tokens_compiles_nothing(self):
-        from geodiag.reference_models.kernels import mhc_before as module
+        from geodiag.reference_models.kernels import mhc_before_forward as module
 
         for tokens in (64, 65, 1, 1000):
             run(linked, inputs("cuda", torch.bfloat16, 4, 256, tokens))
             # The first run fills the cache; the later ones must find it full.
-            caches = [len(next(iter(k.device_caches.values()))[0]) for k in (module._project, module._mix)]
+            caches = [len(next(iter(k.device_caches.values()))[0]) for k in (module.project_streams, module.mix)]
             if tokens == 64:
                 first = caches
             assert caches == first
