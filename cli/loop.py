@@ -122,8 +122,7 @@ class Training:
             if self.trainer.first:
                 self.faults.before_step(self.trainer.steps_done)
                 self.trainer.lr_scale = self.faults.lr_scale
-            tokens = self.faults.batch(batch.token_ids_BS, self.model.config.vocab)
-            self.trainer.accumulate(batch._replace(token_ids_BS=tokens))
+            self.trainer.accumulate(batch)
             if not self.trainer.ready:
                 continue
             done = self.trainer.update()
@@ -136,13 +135,16 @@ class Training:
         """Closes the run; what was recorded stays."""
         self.monitor.close(status)
         self.routing.remove()
+        self.faults.remove()
 
     def _tell(self, kind: str, message: str, **more: Any) -> None:
         self.monitor.event(kind, message, **more)
 
     def _micro_batches(self) -> Generator["Batch"]:
         for batch in self.loader:
-            for part in batch.split(self.options.micro_batches):
+            # Before routing sees them: ids are captured for the tokens that will be trained on.
+            tokens = self.faults.batch(batch.step, batch.token_ids_BS, self.model.config.vocab)
+            for part in batch._replace(token_ids_BS=tokens).split(self.options.micro_batches):
                 yield self._to_device(part)
 
     def _to_device(self, batch: "Batch") -> "Batch":

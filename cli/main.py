@@ -19,7 +19,7 @@ from geodiag.cli.spikes import spikes
 from geodiag.cli.train import train
 from geodiag.errors import GeodiagError
 
-_UsageError = typer.BadParameter.__bases__[0]
+_UsageError: Any = typer.BadParameter.__bases__[0]
 
 
 class _Polite(TyperGroup):

@@ -26,7 +26,7 @@ def attach(
     path: str | os.PathLike,
     *,
     routing: AnticipatoryRouting | None = None,
-    policy: str = "off",
+    policy: str | None = None,
     controller: Controller | None = None,
     probe: tuple | Mapping[str, Any] | None = None,
     probe_every: int = 10,
@@ -42,7 +42,8 @@ def attach(
     Finds the model's residual sites, routers and experts by itself and says what it found. Call `step(loss)` on what
     is returned after every optimizer step.
 
-    routing: an AnticipatoryRouting that the controller may switch; policy `off`, `auto` or `on` says whether it may.
+    routing: an AnticipatoryRouting that the controller may switch; policy `off` (the default), `auto` or `on` says
+    whether it may, or the controller you pass does.
     probe: arguments of a fixed batch for flip rates; without it, the first batch. probe_every: steps between probes.
     every: steps between samples of the layers. sample: tokens a micro-batch for per-token products.
     micro_batches: of a step. More are found by themselves, except inside a compiled model.
@@ -54,17 +55,21 @@ def attach(
     optimizers = optimizers_in(optimizer)
     layout = find_layout(model)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    controller = controller or Controller()
+    policy = policy or controller.policy
+    controller.set_policy(policy)
     if world > 1 and policy != "off":
         raise GeodiagError(f"routing {policy} on {world} ranks is not there yet; pass policy='off' to record only")
-    controller = controller or Controller(delay_steps=routing.delay_steps if routing else 8)
-    controller.set_policy(policy)
     if routing is None and policy != "off":
         raise GeodiagError(f"routing {policy} needs an AnticipatoryRouting; pass attach(..., routing=...)")
     unclamped = any(e.gate_limit is None for e in layout.experts)
     run = Run.create(
         path,
         found=layout.summary(),
-        config={"routing": {"policy": policy, "delay_steps": controller.delay_steps}, **(config or {})},
+        config={
+            "routing": {"policy": policy, "delay_steps": routing.delay_steps if routing else None},
+            **(config or {}),
+        },
         counterfactual=_COUNTERFACTUAL if unclamped else (),
         rank=rank,
         world_size=world,

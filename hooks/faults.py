@@ -103,7 +103,7 @@ def _number(text: str, whole: bool) -> float:
 
 
 class Faults:
-    """Plants faults in a model that is being trained. Call `before_step` and `batch` before each step.
+    """Plants faults in a model that is being trained. Call `before_step` before each step, `batch` on its tokens.
 
     Each fault is planted once, even where a training goes back to its step.
     GeodiagError where the model does not have what a fault needs.
@@ -120,7 +120,6 @@ class Faults:
         self.layout, self.optimizers, self._tell = layout, optimizers, tell
         self._coming = list(self.faults)
         self._under_way: list[tuple[Fault, list[Removable]]] = []
-        self._noise: torch.Generator | None = None
 
     @property
     def lr_scale(self) -> float:
@@ -141,14 +140,16 @@ class Faults:
             if fault.step <= step <= fault.last_step:
                 self._coming.remove(fault)
                 self._plant(fault)
-        far = any(f.kind == "far-batch" for f, _ in self._under_way)
-        self._noise = torch.Generator().manual_seed(step) if far else None
 
-    def batch(self, token_ids: Tensor, vocab: int) -> Tensor:
-        """The tokens of the step's next micro-batch: the loader's own, or noise while a `far-batch` lasts."""
-        if self._noise is None:
+    def batch(self, step: int, token_ids: Tensor, vocab: int) -> Tensor:
+        """A step's tokens, all its micro-batches: the loader's own, or noise while a `far-batch` lasts.
+
+        By the step they belong to, not by the step under way: batches may be fetched long before they are trained on.
+        """
+        if not any(f.kind == "far-batch" and f.step <= step <= f.last_step for f in self.faults):
             return token_ids
-        return torch.randint(vocab, token_ids.shape, generator=self._noise).to(token_ids)
+        generator = torch.Generator().manual_seed(step)
+        return torch.randint(vocab, token_ids.shape, generator=generator).to(token_ids)
 
     def remove(self) -> None:
         """Takes back what would still last; what was done to a weight stays."""
@@ -156,7 +157,6 @@ class Faults:
             for handle in handles:
                 handle.remove()
         self._under_way.clear()
-        self._noise = None
 
     @torch.no_grad()
     def _plant(self, fault: Fault) -> None:

@@ -161,7 +161,8 @@ class Monitor:
         return self._recorder.last
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs to go on judging as before."""
+        """What a resumed training needs to go on judging as before. The routing has a `state_dict` of its own:
+        its queue holds batches."""
         return {
             "next_step": self.next_step,
             "detector": self._recorder.observer.detector.state_dict(),
