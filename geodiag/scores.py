@@ -57,6 +57,7 @@ class _Group:
         self._log = np.repeat([m.unit in ("×", "1") for m in metrics], widths)
         self._stage = np.repeat([m.stage for m in metrics], widths)
         self._past = np.full((window, sum(widths)), np.nan)
+        self._seen = self._past.copy()  # the same window with nothing kept out
         self._rejected = np.zeros(sum(widths), int)
 
     def update(self, members: Mapping[str, np.ndarray]) -> dict[int, float]:
@@ -66,6 +67,8 @@ class _Group:
         value = np.concatenate([members[n] for n in self.names])
         broken = np.isinf(value)
         value[self._log] = np.log(np.maximum(np.where(broken, np.nan, value), 1e-12))[self._log]
+        self._seen[:-1] = self._seen[1:]
+        self._seen[-1] = value
         if self._count < len(self._past):
             self._past[self._count] = value
             self._count += 1
@@ -74,10 +77,13 @@ class _Group:
         # A metric that hardly moves (a gain of exactly 1) must not make noise of its last digit.
         z = (value - expected) / (_MAD * spread + 0.02 * np.maximum(np.abs(expected), 0.1) + 1e-9)
         z = np.where(broken, _CEILING, np.minimum(z, _CEILING))
-        odd = (np.abs(z) > self.abnormal) & (self._rejected < len(self._past))
-        self._rejected = np.where(odd, self._rejected + 1, 0)
+        odd = np.abs(z) > self.abnormal
         self._past[:-1] = self._past[1:]
         self._past[-1] = np.where(odd, expected, value)
+        self._rejected += np.where(odd, 1, -self._rejected)
+        lasting = self._rejected >= len(self._past)
+        self._past[:, lasting] = self._seen[:, lasting]
+        self._rejected[lasting] = 0
         known = ~np.isnan(z)
         return {int(s): float(z[known & (self._stage == s)].max()) for s in np.unique(self._stage[known])}
 

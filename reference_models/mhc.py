@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from geodiag.reference_models.config import ModelConfig
+from geodiag.reference_models.config import Kernels, ModelConfig
 from geodiag.reference_models.kernels import reference
 from geodiag.reference_models.kernels.reference import Mix
+from geodiag.reference_models.kernels.select import select
 
 
 class HyperConnection(nn.Module):
@@ -43,7 +44,7 @@ class HyperConnection(nn.Module):
         c = self.config
         if c.residual == "hc":
             return reference.hc_before(x_BSNC, self.phi, self.alpha, self.bias, c.norm_eps)
-        return reference.mhc_before(
+        return select(c.kernels, x_BSNC.device).mhc_before(
             x_BSNC,
             self.phi,
             self.alpha,
@@ -62,11 +63,11 @@ class PlainResidual(nn.Module):
         return Mix(x_BS1C.squeeze(-2), None, None, None, None)
 
 
-def expand(x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix) -> Tensor:
+def expand(x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix, kernels: Kernels = "reference") -> Tensor:
     """The streams after the site: X' = H_res X + H_postᵀ f."""
     if mix.res_TNN is None or mix.post_TN is None:
         return x_BSNC + branch_BSC.unsqueeze(-2)
-    return reference.mhc_after(x_BSNC, branch_BSC, mix.post_TN, mix.res_TNN)
+    return select(kernels, x_BSNC.device).mhc_after(x_BSNC, branch_BSC, mix.post_TN, mix.res_TNN)
 
 
 class ReadOut(nn.Module):

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geodiag.reference_models.config import ModelConfig
+from geodiag.reference_models.config import Kernels, ModelConfig
 from geodiag.reference_models.kernels import reference
 from geodiag.reference_models.kernels.reference import Routing
+from geodiag.reference_models.kernels.select import select
 
 # T tokens, C channels, E experts, K experts per token, A = T·K assignments sorted by expert, F expert dim
 
@@ -58,13 +59,13 @@ class HashRouter(Router):
 class ClampedSwiGLU(nn.Module):
     """The gated activation as a module, so that its input and output can be watched."""
 
-    def __init__(self, limit: float | None) -> None:
+    def __init__(self, limit: float | None, kernels: Kernels = "reference") -> None:
         super().__init__()
-        self.limit = limit
+        self.limit, self.kernels = limit, kernels
 
     def forward(self, gate_up_A2F: Tensor, expert_A: Tensor | None = None) -> Tensor:
         """`expert_A` names each row's expert; the activation does not need it, a watcher does."""
-        return reference.clamped_swiglu(gate_up_A2F, self.limit)
+        return select(self.kernels, gate_up_A2F.device).clamped_swiglu(gate_up_A2F, self.limit)
 
 
 class Experts(nn.Module):
@@ -75,7 +76,7 @@ class Experts(nn.Module):
         e, c, f = config.experts, config.channels, config.expert_dim
         self.gate_up = nn.Parameter(torch.empty(e, c, 2 * f))
         self.down = nn.Parameter(torch.empty(e, f, c))
-        self.act = ClampedSwiGLU(config.swiglu_limit)
+        self.act = ClampedSwiGLU(config.swiglu_limit, config.kernels)
 
     def forward(self, hidden_TC: Tensor, routing: Routing) -> Tensor:
         k = routing.expert_ids_TK.shape[-1]
@@ -98,7 +99,7 @@ class SharedExpert(nn.Module):
         width = config.shared_experts * config.expert_dim
         self.gate_up = nn.Linear(config.channels, 2 * width, bias=False)
         self.down = nn.Linear(width, config.channels, bias=False)
-        self.act = ClampedSwiGLU(config.swiglu_limit)
+        self.act = ClampedSwiGLU(config.swiglu_limit, config.kernels)
 
     def forward(self, hidden_TC: Tensor) -> Tensor:
         return self.down(self.act(self.gate_up(hidden_TC)))

@@ -34,6 +34,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.kernels = config.kernels
         self.attn_hc = _connection(config, 2 * layer)
         self.attn_norm = RMSNorm(config.channels, eps=config.norm_eps)
         self.attn = Attention(config)
@@ -43,10 +44,10 @@ class Layer(nn.Module):
 
     def forward(self, x_BSNC: Tensor, token_ids_BS: Tensor, rotary: Tensor) -> tuple[Tensor, Routing]:
         mix = self.attn_hc(x_BSNC)
-        x_BSNC = expand(x_BSNC, self.attn(self.attn_norm(mix.inner_TC), rotary), mix)
+        x_BSNC = expand(x_BSNC, self.attn(self.attn_norm(mix.inner_TC), rotary), mix, self.kernels)
         mix = self.ffn_hc(x_BSNC)
         out = self.moe(self.ffn_norm(mix.inner_TC), token_ids_BS)
-        return expand(x_BSNC, out.hidden_BSC, mix), out.routing
+        return expand(x_BSNC, out.hidden_BSC, mix, self.kernels), out.routing
 
 
 def _connection(config: ModelConfig, site: int) -> nn.Module:
