@@ -9,6 +9,7 @@ SHELL := /bin/bash
 .PHONY: demo test bench fmt docs clean
 
 PYTHON ?=
+CURVES ?=
 BIN := .venv/bin
 PINS := pyproject.toml constraints.txt
 # PIP_CONSTRAINT also holds inside pip's own build environment, `-c` does not everywhere.
@@ -25,12 +26,9 @@ test: .venv/.installed-test
 	$(BIN)/python -m pytest -rs $(ARGS)
 
 bench: .venv/.installed
-	for name in overhead spikes; do
-	  if [ -f "benchmarks/$$name.py" ]; then
-	    echo "benchmarks/$$name.py"
-	    $(BIN)/python "benchmarks/$$name.py" $(ARGS)
-	  fi
-	done
+	$(BIN)/python benchmarks/overhead.py $(ARGS)
+	if [ -n "$(CURVES)" ]; then $(BIN)/python benchmarks/spikes.py "$(CURVES)"; fi
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python benchmarks/kernels.py; fi
 
 fmt: .venv/.installed-test
 	$(BIN)/ruff format .
