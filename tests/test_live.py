@@ -75,7 +75,10 @@ def test_the_page_switches_a_live_training_and_the_training_obeys(training: Path
     finally:
         page.stop()
         thread.join(10)
-    assert messages(training, "acknowledge") == ["obeyed: routing on (by dashboard)", "obeyed: routing off (by dashboard)"]
+    assert messages(training, "acknowledge") == [
+        "obeyed: routing on (by dashboard)",
+        "obeyed: routing off (by dashboard)",
+    ]
     trail = messages(training, "routing")
     assert [m.removeprefix("routing went from ") for m in trail] == [
         "off to warmup",

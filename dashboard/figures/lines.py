@@ -52,7 +52,10 @@ def over_steps(
     for i, strip in enumerate(shown, 1):
         n = "" if i == 1 else str(i)
         domain = [max(0.0, top - _STRIP_PX / inner), top]
-        fig.update_layout({f"yaxis{n}": axis(look, strip.title, domain=domain, anchor="x", nticks=5)})
+        # A rate that stayed 0 must not be drawn as if it could be negative.
+        below = any((line.value_S < 0).any() for line in strip.lines)
+        mode = "normal" if below else "nonnegative"
+        fig.update_layout({f"yaxis{n}": axis(look, strip.title, domain=domain, anchor="x", nticks=5, rangemode=mode)})
         for line, colour in zip(strip.lines, look.series, strict=False):
             _draw(fig, line, colour, f"y{n}", look)
         names = [f'<span style="color:{c}">━ {x.label}</span>' for x, c in zip(strip.lines, look.series, strict=False)]

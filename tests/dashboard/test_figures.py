@@ -101,6 +101,14 @@ def test_series_without_values_are_left_out():
     assert over_steps([Strip("y", [gone])], LIGHT, nothing="none here").layout.annotations[0].text == "none here"
 
 
+def test_a_rate_that_stayed_0_is_not_drawn_as_if_it_could_be_negative():
+    def mode(values):
+        return over_steps([Strip("x", [Line("a", np.arange(3), np.array(values))])], LIGHT).layout.yaxis.rangemode
+
+    assert mode([0.0, 0.0, np.nan]) == "nonnegative"
+    assert mode([0.0, -1.0, 2.0]) == "normal"
+
+
 # -- the timeline -----------------------------------------------------------------------------
 
 
