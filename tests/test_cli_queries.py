@@ -248,7 +248,7 @@ def test_one_odd_step_does_not_mean_that_a_stage_left_its_history(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "typed, said",
+    ("typed", "said"),
     [
         (["shwo"], "No such command 'shwo'"),
         (["train", "--size", "huge"], "'huge' is not one of 'tiny', 'small'"),

@@ -40,7 +40,7 @@ def test_a_lasting_level_becomes_the_new_normal() -> None:
     assert np.nanmax(z[216:]) < 6
 
 
-@pytest.mark.parametrize("name, stage", [("clamp_gate_rate", 1), ("max_vio", 2), ("composite_gain_fwd", 3)])
+@pytest.mark.parametrize(("name", "stage"), [("clamp_gate_rate", 1), ("max_vio", 2), ("composite_gain_fwd", 3)])
 def test_evidence_counts_for_its_own_stage_only(name: str, stage: int) -> None:
     values = series(100)
     values[90][0] *= 3
