@@ -91,8 +91,8 @@ def attach(
             micro_batches=micro_batches,
             first_step=first_step,
         )
-    except BaseException:  # also Ctrl-C: a run whose watch never began must not say that it runs
-        run.close("failed")
+    except BaseException as e:  # also Ctrl-C: a run whose watch never began must not say that it runs
+        run.close("interrupted" if isinstance(e, KeyboardInterrupt) else "failed")
         raise
 
 

@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from geodiag.run import Run
+
+if not torch.cuda.is_available():
+    # Triton reads it once, when it is first imported, which any test's imports may bring about.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if not torch.cuda.is_available():
-    # Read when a kernel is defined, so it must be set before any kernel module is imported.
+    # As in the conftest above, which is not read where this folder is run by itself on a GPU machine.
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Largest relative error (Frobenius, against float64) of any output or gradient, by the stream's type.

@@ -12,7 +12,6 @@ import pytest
 from geodiag.run import Run, open_run
 
 TRAIN = ["train", "--size", "tiny", "--sequences", "2", "--steps", "100000", "--delay", "2"]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 PATIENCE = 120.0
 
 
@@ -51,27 +50,22 @@ def messages(folder: Path, kind: str) -> list[str]:
 
 
 @pytest.mark.browser
-def test_the_page_switches_a_live_training_and_the_training_obeys(training: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
-    from geodiag.cli.doctor import find_chromium
+def test_the_page_switches_a_live_training_and_the_training_obeys(training: Path, chromium) -> None:
     from geodiag.dashboard.serve import Served
 
     page = Served(training, "127.0.0.1", 0, None)
     thread = threading.Thread(target=page.run, daemon=True)
     thread.start()
     try:
-        with sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=find_chromium(), args=FLAGS)
-            tab = browser.new_page()
-            tab.goto(page.url)
-            tab.locator("#ask-on").click()
-            wait(lambda: messages(training, "acknowledge") != [])
-            wait(lambda: "on" in modes(open_run(training)))
-            tab.locator("#control-state", has_text="on").wait_for()
-            tab.locator("#ask-off").click()
-            wait(lambda: modes(open_run(training))[-1] == "off")
-            browser.close()
+        tab = chromium.new_page()
+        tab.goto(page.url)
+        tab.locator("#ask-on").click()
+        wait(lambda: messages(training, "acknowledge") != [])
+        wait(lambda: "on" in modes(open_run(training)))
+        tab.locator("#control-state", has_text="on").wait_for()
+        tab.locator("#ask-off").click()
+        wait(lambda: modes(open_run(training))[-1] == "off")
+        tab.close()
     finally:
         page.stop()
         thread.join(10)
