@@ -119,7 +119,8 @@ def _policy(run: "Run", trail: list[dict[str, Any]]) -> str | None:
     answers = [details(e["data"]) for e in trail if e["kind"] == "acknowledge"]
     asked = [a.get("routing") for a in answers if a.get("obeyed") is not False]
     config = run.manifest.get("config")
-    began = config.get("routing") if isinstance(config, dict) else None
+    routing = config.get("routing") if isinstance(config, dict) else None
+    began = routing.get("policy") if isinstance(routing, dict) else None
     return next((a for a in reversed(asked) if a), began)
 
 

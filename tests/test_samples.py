@@ -1,5 +1,6 @@
 """The recorded runs: real, readable, and made by the command that stands beside them."""
 
+import json
 import re
 from pathlib import Path
 
@@ -45,3 +46,10 @@ def test_the_tear_was_found_answered_and_survived() -> None:
 
 def test_the_samples_stay_small() -> None:
     assert sum(p.stat().st_size for p in SAMPLES.rglob("*") if p.is_file()) < 8 << 20
+
+
+def test_status_says_the_policy_that_the_training_began_with(cli) -> None:
+    said = json.loads(cli("routing", SAMPLES / "mhc-tear", "status", "--json").output)
+    assert (said["policy"], said["mode"]) == ("auto", "off")
+    assert "period of 40 steps is over" in said["last_decision"]["reason"]
+    assert json.loads(cli("routing", SAMPLES / "hc", "status", "--json").output)["policy"] == "off"
