@@ -169,7 +169,7 @@ class AnticipatoryRouting:
         try:
             with self._as_in_training(), traceless(self.model, evaluate=False), self._choices.kept() as choices:
                 self._forward(self.model, batch)
-        except Exception as e:
+        except Exception as e:  # whatever the user's forward raises: `on_failure` says it, or raises it again
             self._give_up(e)
             return None
         return [c.expert_ids_TK.to(torch.int16) for c in choices]

@@ -2,7 +2,7 @@
 
 import atexit
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -90,14 +90,17 @@ class Monitor:
         began = time.perf_counter()
         step, self.next_step = self.next_step, self.next_step + 1
         try:
-            self._record(step, loss, grad_norm, lr, began)
+            try:
+                self._record(step, loss, grad_norm, lr, began)
+            finally:  # also where that failed: nothing of this step may be read as the next one's
+                self._turn_over()
             for seen in self._recorder.observed():
                 self.steering.judge(seen.step, seen.verdict)
             request = self._watch.poll()
             if request is not None:
                 self.steering.obey(request, self.next_step)
-        except Exception as e:
-            self._complain(f"step {step}", e)
+        except Exception as e:  # monitoring must not end a training: said once, and the next step is tried again
+            self._complain("the end of a step", e)
         self._ended_at = time.perf_counter()
         self._record_seconds = self._ended_at - began
 
@@ -112,12 +115,14 @@ class Monitor:
         sampled = self._taps.recording
         absent = []
         if sampled:
-            values |= summarise(self._taps)
+            measured = self._try("layers", lambda: summarise(self._taps))
+            values |= measured
+            sampled = bool(measured)
             absent = [] if self._past.ready else ["flip_rate_router"]
             if not self.steering.replaying:
                 absent.append("flip_rate_anticipatory")
         if step % self._probe_every == 0:
-            values |= self._probe_now()
+            values |= self._try("probes", self._probe_now)
         groups = self._optimizers[0].param_groups if self._optimizers else []
         facts = Facts(
             step=step,
@@ -131,6 +136,17 @@ class Monitor:
             absent=tuple(absent),
         )
         self._recorder.push(values, facts)
+
+    def _try(self, what: str, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `measure` gives, or nothing where it fails: the loss is on record all the same."""
+        try:
+            return measure()
+        except Exception as e:  # monitoring must not end a training: said once
+            self._complain(what, e)
+            return {}
+
+    def _turn_over(self) -> None:
+        """Between two steps."""
         self._adopt_probe.remove()  # here, because a compiled forward cannot take its own hooks off
         self.slots.clear()
         self._gradients.clear()

@@ -318,6 +318,28 @@ def test_a_broken_tap_is_reported_once_and_training_goes_on(tmp_path: Path, caps
     assert geodiag.open_run(tmp_path / "run").read("steps")["step"].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("broken", ["summarise", "Probe.run"])
+def test_a_failure_at_the_end_of_a_step_is_said_once_and_the_loss_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture, broken: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no measure")
+
+    bare = small.train(small.trainer(), 6)
+    t = small.trainer()
+    with small.watch(t, tmp_path / "run", probe_every=1) as monitor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"geodiag.hooks.monitor.{broken}", fail)
+            losses = small.train(t, 4, monitor)
+        losses += small.train(t, 2, monitor, start=4)
+        assert monitor.slots.slots == 1, "what a failed step left behind must not pile up"
+    assert losses == bare
+    assert capsys.readouterr().err.count("no measure") == 1
+    run = geodiag.open_run(tmp_path / "run")
+    np.testing.assert_allclose(run.read("steps")["loss"], bare, rtol=1e-6)
+    assert {4, 5} <= set(run.read("layers")["step"]), "it is tried again at every step"
+
+
 def test_hooks_come_off(tmp_path: Path) -> None:
     t = small.trainer()
 
