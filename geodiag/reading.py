@@ -46,11 +46,14 @@ def read_table(
 
 def _in_order(rows: pa.Table) -> pa.Table:
     """Sorted by rank, attempt and step; one writer's parts lie in that order already, and are left as they are."""
-    rank, attempt, step = (rows[n].to_numpy().astype(np.int64) for n in ("rank", "attempt", "step"))
-    place = (rank << 48) + (attempt << 32) + step
-    if (place[1:] >= place[:-1]).all():
+    keys = [rows[n].to_numpy() for n in ("rank", "attempt", "step")]
+    moving = [k for k in keys if len(k) and k.min() != k.max()]  # most often it is the step alone
+    if len(moving) > 1:
+        rank, attempt, step = (k.astype(np.int64) for k in keys)
+        moving = [(rank << 48) + (attempt << 32) + step]
+    if not moving or (moving[0][1:] >= moving[0][:-1]).all():
         return rows
-    return rows.take(pa.array(np.argsort(place, kind="stable")))
+    return rows.take(pa.array(np.argsort(moving[0], kind="stable")))
 
 
 def read_keys(store: Folder, table: str) -> pa.Table:
@@ -183,7 +186,10 @@ def _wanted(rows: pa.Table, steps: Steps | None, starts: dict[int, int], attempt
         tests.append(pc.less(step, high))
     if attempt == "newest":
         # An attempt's rows end where a later attempt began.
+        oldest = pc.min(rows["attempt"]).as_py()
         for later, first in all_starts(rows, starts).items():
+            if oldest is None or later <= oldest:
+                continue  # nothing older to end
             tests.append(pc.or_(pc.greater_equal(rows["attempt"], later), pc.less(step, first)))
     elif attempt != "all":
         tests.append(pc.equal(rows["attempt"], _number(attempt)))
