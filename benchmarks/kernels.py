@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from geodiag.errors import GeodiagError
 from geodiag.reference_models.kernels import reference
 from geodiag.reference_models.kernels.mhc_after import mhc_after_linked
 from geodiag.reference_models.kernels.mhc_before import mhc_before_linked
@@ -154,7 +155,7 @@ def sites(clock: Clock, sizes: list[tuple[int, int]], peers: Path | None, others
             runs["geodiag, diagnostics off"] = (measured_site(torch.zeros_like(on)), False)
             runs["geodiag, diagnostics on"] = (measured_site(on), False)
         if peers is not None:
-            from kernels_peers import transformer_engine
+            from geodiag.benchmarks.kernels_peers import transformer_engine
 
             runs["transformer-engine"] = (transformer_engine(peers), True)
         if others:
@@ -209,7 +210,7 @@ def operations(clock: Clock) -> list[dict]:
     return rows
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
@@ -219,9 +220,9 @@ def main() -> None:
         "--sizes", default="16384x2560,16384x4096,32768x2560", help="tokens x channels, comma-separated"
     )
     parser.add_argument("--repeats", type=int, default=40)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/kernels.py measures a CUDA device, and torch sees none here; run it where there is one")
+        raise GeodiagError("the kernels are measured on a GPU, and torch sees none here; run this where there is one")
     clock = Clock(options.repeats)
     print(f"{torch.cuda.get_device_name()}, copy {clock.copy / 1e12:.2f} TB/s", flush=True)
     sizes = [(int(t), int(c)) for t, c in (s.split("x") for s in options.sizes.split(","))]

@@ -1,6 +1,6 @@
 """What recording costs: the same training step bare and watched, in turns, in one process.
 
-    python benchmarks/overhead.py [--size tiny] [--rounds 12] [--block 20] [--threads 1 2] [--device cpu]
+    geodiag bench overhead [--size tiny] [--rounds 12] [--block 20] [--threads 1 2] [--device cpu]
 
 Each arm is a training of its own, of the same seed and the same batches. A round gives every arm one block of steps,
 the arm that begins changing from round to round; a block's time over the bare block's of the same round is one ratio.
@@ -8,13 +8,9 @@ The medians are given with their distribution-free 95 % intervals. `bare again` 
 1, or the machine was too busy to measure. Results: benchmarks/results/overhead.json and overhead.md.
 """
 
-import argparse
-import json
 import math
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,6 +22,7 @@ from typing import Any
 import torch
 
 import geodiag
+from geodiag.benchmarks.report import Parser, save, say, setting, where
 from geodiag.hooks.monitor import Monitor
 from geodiag.reference_models.config import sized
 from geodiag.reference_models.data import Batch, Loader
@@ -33,7 +30,6 @@ from geodiag.reference_models.text import open_corpus
 from geodiag.reference_models.train import TrainConfig, Trainer
 from geodiag.reference_models.transformer import Transformer
 
-RESULTS = Path(__file__).parent / "results"
 PROBE_EVERY = 10
 ARMS: dict[str, int | None] = {"bare": None, "bare again": None, "every step": 1, "every 10th step": 10}
 """Arm → steps between samples of the layers, every monitor on; None for no geodiag at all."""
@@ -133,26 +129,8 @@ def compare(
     }
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Where this was measured."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = lines[0].partition(":")[2].strip() if lines else cpu
-    found = {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "system": platform.platform(terse=True)}
-    if device != "cpu":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "geodiag": geodiag.__version__}
-
-
 def markdown(result: dict[str, Any]) -> str:
     """The result as a page."""
-    m, v = result["machine"], result["versions"]
     said = result["settings"]
     lines = [
         "# What recording costs",
@@ -161,9 +139,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"every {PROBE_EVERY} steps, against the same steps without geodiag, in turns: {said['rounds']} rounds of",
         f"blocks of {said['block']} steps. Time over the bare block's of the same round: median and 95 % interval.",
         "",
-        f"{m.get('gpu', m['cpu'])}, {m['cores']} cores, {m['system']}; "
-        + ", ".join(f"{name} {number}" for name, number in v.items())
-        + f". Load before: {result['load_before']:.2f}.",
+        f"{where(result)} Load before: {result['load_before']:.2f}.",
         "",
         "| threads | layers sampled | steps/s | time over bare | 95 % interval |",
         "|---|---|---|---|---|",
@@ -191,22 +167,18 @@ def warnings(result: dict[str, Any]) -> list[str]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what recording costs.")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser("overhead", __doc__)
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--block", type=int, default=20, help="steps; a multiple of ten, so that each has its probes")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.block % PROBE_EVERY:
         parser.error(f"--block is a multiple of {PROBE_EVERY}")
-    result: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),
-        "machine": machine(options.device),
-        "versions": versions(),
+    result = setting("overhead", argv, options.device) | {
         "settings": {k: getattr(options, k) for k in ("size", "rounds", "block", "sequences", "device")},
         "load_before": os.getloadavg()[0],
     }
@@ -215,10 +187,8 @@ def main() -> None:
         for n in options.threads
     ]
     result["warnings"] = warnings(result)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "overhead.json").write_text(json.dumps(result, indent=2) + "\n")
-    (options.out / "overhead.md").write_text(markdown(result))
-    print(markdown(result))
+    save("overhead", result, markdown(result), options.out)
+    say(result, markdown(result), options.json)
 
 
 if __name__ == "__main__":

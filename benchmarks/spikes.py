@@ -1,15 +1,13 @@
 """Spike detectors on real labelled loss curves: ours beside the public rules, each written from its definition.
 
-    python benchmarks/spikes.py CURVES
+    geodiag bench spikes CURVES
 
 CURVES holds one CSV a run (step,loss[,grad_norm]) and labels.csv (series,group,type,onset,breakout,peak,end).
 Results: benchmarks/results/spikes.json and spikes.md. Numbers of rows stand for time: one row is one update.
 """
 
-import argparse
 import csv
 import inspect
-import json
 import math
 import statistics
 import time
@@ -19,12 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spike_rules import RULES, Rule, geodiag_rule
-
+from geodiag.benchmarks.report import Parser, save, say, setting
+from geodiag.benchmarks.spike_rules import RULES, Rule, geodiag_rule
 from geodiag.spike_curves import Update, read_updates
 from geodiag.spikes import SpikeDetector
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -199,14 +195,15 @@ def _table(first: str, rows: dict[str, dict]) -> Iterator[str]:
         yield f"| {name} | {both[0]} | {delay} | {both[1]} | {c['false_per_10k']:.1f} | {d['false_per_10k']:.1f} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Score spike detectors on labelled loss curves.")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser("spikes", __doc__)
     parser.add_argument("curves", type=Path, help="folder with labels.csv and one CSV a curve")
-    result = bench(parser.parse_args().curves)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "spikes.json").write_text(json.dumps(result, indent=2) + "\n")
-    (RESULTS / "spikes.md").write_text(markdown(result))
-    print(markdown(result))
+    options = parser.parse_args(argv)
+    if not (options.curves / "labels.csv").is_file():
+        parser.error(f"{options.curves} has no labels.csv (series,group,type,onset,breakout,peak,end)")
+    result = setting("spikes", argv) | bench(options.curves)
+    save("spikes", result, markdown(result), options.out)
+    say(result, markdown(result), options.json)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from geodiag import __version__
+from geodiag.cli.bench import bench
 from geodiag.cli.dashboard import dashboard
 from geodiag.cli.demo import demo
 from geodiag.cli.doctor import doctor
@@ -29,8 +30,6 @@ class _Polite(TyperGroup):
         try:
             return super().make_context(*args, **more)
         except _UsageError as error:
-            if not error.args or not str(error.args[0]):
-                raise  # no arguments at all: the help is the answer
             raise _said(error) from None
 
     def invoke(self, ctx: Any) -> Any:
@@ -50,8 +49,10 @@ class _Polite(TyperGroup):
             raise typer.Exit(141) from None
 
 
-def _said(error: Any) -> typer.Exit:
+def _said(error: Any) -> Exception:
     """A mistyped command or option, told like every other mistake."""
+    if not error.args or not str(error.args[0]):
+        return error  # no arguments at all: the help is the answer
     command = error.ctx.command_path if error.ctx else "geodiag"
     what = error.format_message().replace("Value error, ", "").rstrip(".")
     print_error(GeodiagError(f"{what}; see {command} --help"))
@@ -92,6 +93,7 @@ app.command(rich_help_panel=_LOOK)(show)
 app.command(rich_help_panel=_LOOK)(spikes)
 app.command(rich_help_panel=_LOOK)(routing)
 app.command(rich_help_panel=_HERE)(doctor)
+app.add_typer(bench, rich_help_panel=_HERE)
 
 
 def main() -> None:

@@ -11,9 +11,8 @@ from tests import kills
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    return importlib.import_module("overhead")
+def bench():
+    return importlib.import_module("geodiag.benchmarks.overhead")
 
 
 @pytest.mark.parametrize(("n", "skip"), [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (12, 2), (20, 5), (100, 39)])

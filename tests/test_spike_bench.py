@@ -9,9 +9,8 @@ from geodiag.spike_curves import Update
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    return importlib.import_module("spikes")
+def bench():
+    return importlib.import_module("geodiag.benchmarks.spikes")
 
 
 def curve(bench, *labels):

@@ -1,0 +1,30 @@
+"""`geodiag bench`: the published numbers, reproducible. Each bench parses its own options."""
+
+from importlib import import_module
+
+import typer
+
+BENCHES = {
+    "kernels": "The Triton kernels of the reference model against the byte floor and their peers; needs a GPU.",
+    "overhead": "What recording costs a training step.",
+    "spikes": "The spike detector and the public rules on labelled loss curves.",
+}
+"""Bench → what it measures; each is a module of benchmarks/ with a `main(argv)`."""
+
+bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure: the published numbers, reproducible.")
+
+
+def _add(name: str, help: str) -> None:
+    # The bench's own parser answers --help too.
+    @bench.command(
+        name,
+        help=help,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    )
+    def _run(context: typer.Context) -> None:
+        import_module(f"geodiag.benchmarks.{name}").main(context.args)
+
+
+for _name, _help in BENCHES.items():
+    _add(_name, _help)
