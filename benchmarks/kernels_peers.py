@@ -22,11 +22,11 @@ def transformer_engine(directory: Path) -> Callable[..., tuple[Tensor, Tensor]]:
 
     for name in ("transformer_engine", "transformer_engine.common", "transformer_engine.pytorch"):
         module = types.ModuleType(name)
-        module.__path__ = [str(directory.joinpath(*name.split(".")))]  # type: ignore[attr-defined]
+        module.__path__ = [str(directory.joinpath(*name.split(".")))]
         sys.modules[name] = module
     for name in ("transformer_engine.pytorch.cpp_extensions", "transformer_engine.pytorch.cpp_extensions.gemm"):
         sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].general_gemm = gemm  # type: ignore[attr-defined]
+    sys.modules[name].general_gemm = gemm
     torch.backends.cuda.matmul.allow_tf32 = True
     from transformer_engine.pytorch.triton import mhc
 
