@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from geodiag.schema import METRICS, SITES, Metric
 
@@ -71,13 +70,16 @@ def row_name(row: tuple[int, int]) -> str:
 
 def to_grids(table: str, rows: pa.Table, names: list[str]) -> dict[str, Grid]:
     """Table rows as one grid a metric; several ranks become one as each metric's registry entry says."""
-    step_n, layer_n = rows["step"].to_numpy(), rows["layer"].to_numpy()
-    second = rows[SECOND_KEY[table]]
-    if pa.types.is_dictionary(second.type):
-        second = pc.index_in(second.cast(pa.string()), value_set=pa.array(SITES))
-    steps_S, column_n = _index(step_n)
-    codes_R, row_n = _index(layer_n.astype(np.int32) * _MOST_ROWS + second.to_numpy())
+    step_n, layer_n, second_n = rows["step"].to_numpy(), rows["layer"].to_numpy(), _second(table, rows)
     rank_n = rows["rank"].to_numpy()
+    width = _period(step_n, layer_n, second_n, rank_n)
+    if width:
+        keys = tuple(zip(layer_n[:width].tolist(), second_n[:width].tolist(), strict=True))
+        values = {n: values_of(rows[n], METRICS[table, n]).reshape(-1, width).T for n in names}
+        steps_S = step_n[::width]
+        return {n: Grid(METRICS[table, n], keys, steps_S, np.ascontiguousarray(v)) for n, v in values.items()}
+    steps_S, column_n = _index(step_n)
+    codes_R, row_n = _index(layer_n.astype(np.int32) * _MOST_ROWS + second_n)
     keys = tuple((int(c // _MOST_ROWS), int(c % _MOST_ROWS)) for c in codes_R)
     grids = {}
     for name in names:
@@ -93,13 +95,40 @@ def to_grids(table: str, rows: pa.Table, names: list[str]) -> dict[str, Grid]:
     return grids
 
 
+def _second(table: str, rows: pa.Table) -> np.ndarray:
+    """Each row's expert, or its site's place in SITES."""
+    column = rows[SECOND_KEY[table]]
+    if not pa.types.is_dictionary(column.type):
+        return column.to_numpy()
+    column = column.unify_dictionaries()
+    known = column.chunk(0).dictionary.to_pylist() if column.num_chunks else []
+    place_of = np.array([SITES.index(k) for k in known] or [0], np.int16)
+    codes = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return place_of[np.concatenate(codes)] if codes else np.array([], np.int16)
+
+
+def _period(step_n: np.ndarray, layer_n: np.ndarray, second_n: np.ndarray, rank_n: np.ndarray) -> int:
+    """R, where every step is the same R rows in static order, of one rank: then a grid is a reshape. 0 if not so."""
+    if not len(step_n) or step_n[0] < 0:
+        return 0
+    width = int((step_n != step_n[0]).argmax()) or len(step_n)
+    if len(step_n) % width or rank_n.min() != rank_n.max():
+        return 0
+    same = all((key_n.reshape(-1, width) == key_n[:width]).all() for key_n in (layer_n, second_n))
+    inside = (step_n.reshape(-1, width) == step_n[::width, None]).all()
+    code_R = layer_n[:width].astype(np.int64) * _MOST_ROWS + second_n[:width]
+    ordered = (np.diff(step_n[::width]) > 0).all() and (np.diff(code_R) > 0).all()
+    return width if same and inside and ordered else 0
+
+
 def values_of(column: pa.ChunkedArray, metric: Metric) -> np.ndarray:
     """Floats by the convention of this module: null → NaN, not finite → ±inf."""
-    value_n = column.to_numpy().astype(np.float32)
+    value_n = column.to_numpy().astype(np.float32, copy=False)
     broken_n = ~np.isfinite(value_n)
     if broken_n.any():
         broken_n &= column.is_valid().to_numpy()
-        value_n[broken_n] = -np.inf if metric.worse == "low" else np.inf
+    if broken_n.any():
+        value_n = np.where(broken_n, np.float32(-np.inf if metric.worse == "low" else np.inf), value_n)
     return value_n
 
 
