@@ -41,8 +41,9 @@ class Run:
         said = store.read_json("run.json")
         if isinstance(said, dict):
             run = cls(store, said)
-            if said.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-                run.problems["run.json"] = "written by another version of geodiag; upgrade geodiag if rows are missing"
+            version = said.get("schema_version")
+            if isinstance(version, int) and version > SCHEMA_VERSION:
+                run.problems["run.json"] = "written by a newer geodiag; upgrade geodiag to see all of it"
             return run
         if not looks_like_a_run(store):
             what = "has no run.json" if store.exists() else "does not exist"

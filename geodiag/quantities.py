@@ -1,0 +1,296 @@
+"""Every quantity that geodiag records, table by table, in the order of the catalogue (docs/metrics.md)."""
+
+from functools import partial
+
+from geodiag.metric import metric
+
+MHC = "arXiv 2512.24880 §3.1"
+V4 = "arXiv 2606.19348 §4.2.3"
+V4_CLAMP = "arXiv 2606.19348"
+FIG8 = "arXiv 2512.24880 Fig. 8"
+NORMS = "arXiv 2602.10604"
+BALANCE = "arXiv 2408.15664"
+
+_step = partial(metric, "steps")
+_layer = partial(metric, "layers")
+_expert = partial(metric, "experts")
+_token = partial(metric, "tokens")
+_domain = partial(metric, "domains")
+
+_STEPS = [
+    _step("loss", "nats/token", "mean", "Training loss of the step.", source="trainer"),
+    _step(
+        "grad_norm", "1", "max", "Norm of all gradients, before clipping where the trainer says it.", source="trainer"
+    ),
+    _step("lr", "1", "last", "Learning rate of the first parameter group.", worse=None, source="trainer"),
+    _step("tokens", "tokens", "sum", "Tokens trained on in this step.", worse=None, source="trainer"),
+    _step("step_seconds", "s", ("sum", "max"), "Wall time from the end of one step to the end of the next."),
+    _step("record_seconds", "s", ("sum", "max"), "Time geodiag took on the training thread: end of step and probes."),
+    _step("routing_lag", "steps", "last", "Age of the weights that chose this step's experts.", worse=None, source=V4),
+    _step("probe_seconds", "s", ("last", "max"), "Time the device took for this step's probes; null without one."),
+    _step(
+        "data_shift",
+        "1",
+        "mean",
+        "1 − cosine of the batch's mean input embedding to its running mean: another kind of data.",
+    ),
+    _step(
+        "spike_score", "robust σ", ("last", "max"), "How far the loss lies above its own trend.", healthy=(None, 6.0)
+    ),
+    _step("stage1_score", "robust z", ("last", "max"), "Local curvature: worst layer against its own past.", stage=1),
+    _step(
+        "stage2_score", "robust z", ("last", "max"), "Chart inconsistency: worst layer against its own past.", stage=2
+    ),
+    _step("stage3_score", "robust z", ("last", "max"), "Amplification: worst layer against its own past.", stage=3),
+]
+
+_GAIN = {"stage": 3, "source": MHC}
+_SHRINK = {"worse": "low", "source": MHC}
+_CLAMP = {"stage": 1, "source": V4_CLAMP}
+_AMPLIFICATION = [
+    _layer("amax_gain_fwd", "×", "mean", "Largest |row sum| of H_res, mean over tokens.", **_GAIN),
+    _layer("amax_gain_bwd", "×", "mean", "Largest |column sum| of H_res, mean over tokens.", **_GAIN),
+    _layer("amax_gain_fwd_max", "×", "max", "Largest |row sum| of H_res, worst token.", **_GAIN),
+    _layer("amax_gain_bwd_max", "×", "max", "Largest |column sum| of H_res, worst token.", **_GAIN),
+    _layer("gain_fwd_min", "×", "mean", "Smallest |row sum| of H_res, mean over tokens: attenuation.", **_SHRINK),
+    _layer("gain_bwd_min", "×", "mean", "Smallest |column sum| of H_res, mean over tokens: attenuation.", **_SHRINK),
+    _layer("composite_gain_fwd", "×", "mean", "Amax gain of all maps up to here, mean over tokens.", **_GAIN),
+    _layer("composite_gain_fwd_min", "×", "mean", "Smallest |row sum| of the composite, mean over tokens.", **_SHRINK),
+    _layer("composite_gain_fwd_max", "×", "max", "Amax gain of all maps up to here, worst token.", **_GAIN),
+    _layer("composite_gain_bwd", "×", "mean", "Amax gain of all maps from here to the end, mean over tokens.", **_GAIN),
+    _layer(
+        "composite_gain_bwd_min", "×", "mean", "Smallest |column sum| of the composite, mean over tokens.", **_SHRINK
+    ),
+    _layer("composite_gain_bwd_max", "×", "max", "Amax gain of all maps from here to the end, worst token.", **_GAIN),
+    _layer("amax_gain_fwd_of_mean", "×", "mean", "Amax gain of the token-mean map (a second definition).", source=FIG8),
+    _layer("amax_gain_bwd_of_mean", "×", "mean", "Backward Amax gain of the token-mean map.", source=FIG8),
+    _layer("gain_fwd_min_of_mean", "×", "mean", "Smallest |row sum| of the token-mean map.", worse="low", source=FIG8),
+    _layer(
+        "gain_bwd_min_of_mean", "×", "mean", "Smallest |column sum| of the token-mean map.", worse="low", source=FIG8
+    ),
+    _layer("composite_gain_fwd_of_mean", "×", "mean", "Amax gain of the product of token-mean maps.", source=FIG8),
+    _layer(
+        "composite_gain_bwd_of_mean", "×", "mean", "Backward Amax gain of the product of token-mean maps.", source=FIG8
+    ),
+    _layer(
+        "composite_gain_fwd_min_of_mean",
+        "×",
+        "mean",
+        "Smallest |row sum| of the product of token-mean maps.",
+        worse="low",
+        source=FIG8,
+    ),
+    _layer(
+        "composite_gain_bwd_min_of_mean",
+        "×",
+        "mean",
+        "Smallest |column sum| of the product of token-mean maps.",
+        worse="low",
+        source=FIG8,
+    ),
+    _layer(
+        "early_signal_share",
+        "1",
+        "mean",
+        "Product of the smallest gains of the mean maps from the first site to here.",
+        worse="low",
+    ),
+    _layer("spectral_norm_res", "×", "mean", "‖H_res‖₂, mean over tokens.", **_GAIN),
+    _layer("spectral_norm_res_max", "×", "max", "‖H_res‖₂, worst token.", **_GAIN),
+    _layer(
+        "spectral_norm_product",
+        "×",
+        "mean",
+        "Product of ‖H_res‖₂ from here to the end, mean over tokens: what the maps alone may make of a small change.",
+        stage=3,
+    ),
+    _layer(
+        "perturbation_growth",
+        "×",
+        "last",
+        "‖change of the last stream‖ over ‖small random change of the stream entering the layer‖, probe tokens.",
+        every=50,
+        stage=3,
+    ),
+    _layer("sinkhorn_residual", "1", "max", "Largest |row or column sum − 1|: what Sinkhorn left.", source=MHC),
+    _layer("res_logit_min", "logit", "min", "Smallest entry of H_res before its projection.", worse="low", source=MHC),
+    _layer("res_logit_max", "logit", "max", "Largest entry of H_res before its projection: saturation.", source=MHC),
+    _layer("branch_share", "1", "mean", "How much of the update is the block's own output.", worse=None),
+    _layer("post_concentration", "×", "mean", "Largest over mean H_post: N = all mass on one stream.", worse=None),
+    _layer(
+        "stream_amax",
+        "1",
+        "max",
+        "Largest |x| of the residual stream after the site.",
+        healthy=(None, 65504.0),
+        stage=3,
+    ),
+    _layer("stream_rms", "1", "mean", "RMS of the residual stream after the site.", stage=3),
+    _layer("transport_gain_fwd", "×", "mean", "Growth of a token's stream across the site, mean.", stage=3),
+    _layer("transport_gain_fwd_max", "×", "max", "Growth of a token's stream across the site, worst token."),
+    _layer("transport_gain_bwd", "×", "mean", "Growth of the gradient across the site, towards the input.", stage=3),
+    _layer("grad_norm", "1", ("mean", "max"), "Gradient norm of the layer's parameters.", stage=3),
+]
+
+_CURVATURE = [
+    _layer("clamp_gate_rate", "share", "mean", "Gate pre-activations above the SwiGLU limit.", **_CLAMP),
+    _layer("clamp_up_high_rate", "share", "mean", "Up pre-activations above the limit.", **_CLAMP),
+    _layer("clamp_up_low_rate", "share", "mean", "Up pre-activations below minus the limit.", **_CLAMP),
+    _layer("gate_amax", "1", "max", "Largest |gate| before the clamp.", stage=1),
+    _layer("up_amax", "1", "max", "Largest |up| before the clamp.", stage=1),
+    _layer("act_amax", "1", "max", "Largest |activation| of the gated product.", stage=1),
+    _layer(
+        "expert_norm_max_median",
+        "×",
+        "last",
+        "Largest expert's activation RMS over the median expert's.",
+        stage=1,
+        source=NORMS,
+    ),
+    _layer(
+        "expert_norm_min_median",
+        "×",
+        "last",
+        "Smallest expert's activation RMS over the median expert's.",
+        worse="low",
+        source=NORMS,
+    ),
+    _layer(
+        "curvature",
+        "1",
+        ("last", "mean"),
+        "‖f(x+εv) − 2f(x) + f(x−εv)‖ / ‖f(x+εv) − f(x−εv)‖, f the expert block, routing held; mean of probe tokens.",
+        every=50,
+        stage=1,
+    ),
+    _layer("curvature_max", "1", ("last", "max"), "The same, worst probe token.", every=50, stage=1),
+    _layer(
+        "attn_logit_max",
+        "logit",
+        ("last", "max"),
+        "Largest attention logit of sampled queries of the probe batch.",
+        every=10,
+        stage=1,
+    ),
+    _layer(
+        "spectral_norm_gate", "×", "last", "Top singular value of the gate weights, worst expert.", every=10, stage=1
+    ),
+    _layer("spectral_norm_up", "×", "last", "Top singular value of the up weights, worst expert.", every=10, stage=1),
+    _layer(
+        "spectral_norm_down", "×", "last", "Top singular value of the down weights, worst expert.", every=10, stage=1
+    ),
+]
+
+_CHART = [
+    _layer(
+        "flip_rate",
+        "share",
+        "last",
+        "Share of chosen experts that changed since the last probe, fixed tokens.",
+        every=10,
+        stage=2,
+    ),
+    _layer("flip_top1", "share", "last", "Probe tokens whose first expert changed.", every=10, stage=2),
+    _layer("flip_any", "share", "last", "Probe tokens with any of their K experts changed.", every=10, stage=2),
+    _layer(
+        "tear",
+        "1",
+        ("last", "mean"),
+        "‖F(x; A) − F(x; A_then)‖ / ‖F(x; A)‖, F the expert block, A_then the last probe's; mean of probe tokens.",
+        every=10,
+        stage=2,
+    ),
+    _layer("tear_flipped", "1", ("last", "mean"), "The same, over the tokens whose choice changed.", every=10, stage=2),
+    _layer("flip_rate_router", "share", "mean", "Flips that the router's own update alone causes.", stage=2),
+    _layer(
+        "flip_rate_anticipatory",
+        "share",
+        "mean",
+        "Cached against live choice while anticipatory routing is on.",
+        worse=None,
+        source=V4,
+    ),
+    _layer("router_margin_p01", "score", "last", "Last chosen over best rejected expert: 1st percentile.", worse="low"),
+    _layer(
+        "router_margin_p10", "score", "last", "Last chosen over best rejected expert: 10th percentile.", worse="low"
+    ),
+    _layer("router_margin_mean", "score", "mean", "Last chosen over best rejected expert: mean.", worse="low"),
+    _layer(
+        "router_entropy", "nats", "mean", "Entropy of the normalised scores, mean over tokens.", worse="low", stage=2
+    ),
+    _layer("max_vio", "×", "last", "Busiest expert over the mean load, minus 1.", stage=2, source=BALANCE),
+    _layer("load_cv", "1", "last", "Coefficient of variation of the experts' loads.", stage=2, source=BALANCE),
+    _layer("bias_abs_max", "score", "last", "Largest |balancing bias|.", source=BALANCE),
+    _layer(
+        "bias_jaccard",
+        "share",
+        "last",
+        "Experts chosen with and without the bias: overlap.",
+        worse="low",
+        source=BALANCE,
+    ),
+    _layer("spectral_norm_router", "×", "last", "Top singular value of the router's weights.", every=10, stage=2),
+]
+
+_EXPERTS = [
+    _expert(
+        "load", "share", "sum", "Share of the layer's assignments that went to this expert.", worse=None, source=BALANCE
+    ),
+    _expert("gate_mass", "share", "sum", "Share of the layer's gate weights that went to this expert.", worse=None),
+    _expert("act_rms", "1", "last", "RMS of the expert's gated activations.", stage=1, source=NORMS),
+    _expert("act_amax", "1", "max", "Largest |activation| of the expert.", stage=1),
+    _expert("clamp_hits", "hits", "sum", "Clamped elements in the expert, all three kinds.", stage=1),
+    _expert(
+        "curvature",
+        "1",
+        ("last", "mean"),
+        "Curvature at the probe tokens that chose this expert, mean.",
+        every=50,
+        stage=1,
+    ),
+]
+
+_TOKENS = [
+    _token("norm", "1", "last", "‖X‖_F of the token's streams after the site.", every=10),
+    _token(
+        "projection_1",
+        "1",
+        "last",
+        "The token's streams along a fixed random direction of length 1.",
+        every=10,
+        worse=None,
+    ),
+    _token(
+        "projection_2",
+        "1",
+        "last",
+        "The same along a second direction, at a right angle to the first.",
+        every=10,
+        worse=None,
+    ),
+    _token("margin", "score", "last", "Last chosen over best rejected expert.", every=10, worse="low"),
+    _token("flipped", "share", "last", "Share of the token's experts that changed since the last probe.", every=10),
+]
+
+_DOMAINS = [
+    _domain("loss", "nats/token", "mean", "Training loss on the step's sequences of this domain.", source="trainer"),
+    _domain("tokens", "tokens", "sum", "Tokens of this domain in the step.", worse=None, source="trainer"),
+    _domain(
+        "flip_rate",
+        "share",
+        "last",
+        "`flip_rate` of the probe tokens of this domain, mean over learned routers.",
+        every=10,
+        stage=2,
+    ),
+    _domain(
+        "clamp_gate_rate",
+        "share",
+        "last",
+        "`clamp_gate_rate` of the probe tokens of this domain, all layers.",
+        every=10,
+        **_CLAMP,
+    ),
+]
+
+QUANTITIES = [*_STEPS, *_AMPLIFICATION, *_CURVATURE, *_CHART, *_EXPERTS, *_TOKENS, *_DOMAINS]
