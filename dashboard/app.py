@@ -22,6 +22,7 @@ from flask import redirect
 from flask import request as http
 
 from geodiag.dashboard import control_panel, shell
+from geodiag.dashboard.compress import compress
 from geodiag.dashboard.guard import guard, new_token
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.pages import activations, events, gain, overview, routing, runs
@@ -44,6 +45,7 @@ def create_app(path: str | os.PathLike, token: str | None = None, *, only_loopba
     app.layout = shell.shell
     app.server.config["GEODIAG_TOKEN"] = token = token or new_token()
     guard(app.server, token, only_loopback)
+    compress(app.server)
 
     if library.single is not None:
 

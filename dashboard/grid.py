@@ -77,7 +77,7 @@ def to_grids(table: str, rows: pa.Table, names: list[str]) -> dict[str, Grid]:
         keys = tuple(zip(layer_n[:width].tolist(), second_n[:width].tolist(), strict=True))
         values = {n: values_of(rows[n], METRICS[table, n]).reshape(-1, width).T for n in names}
         steps_S = step_n[::width]
-        return {n: Grid(METRICS[table, n], keys, steps_S, np.ascontiguousarray(v)) for n, v in values.items()}
+        return {n: Grid(METRICS[table, n], keys, steps_S, v) for n, v in values.items()}
     steps_S, column_n = _index(step_n)
     codes_R, row_n = _index(layer_n.astype(np.int32) * _MOST_ROWS + second_n)
     keys = tuple((int(c // _MOST_ROWS), int(c % _MOST_ROWS)) for c in codes_R)

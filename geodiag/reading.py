@@ -46,14 +46,19 @@ def read_table(
 
 def _in_order(rows: pa.Table) -> pa.Table:
     """Sorted by rank, attempt and step; one writer's parts lie in that order already, and are left as they are."""
-    keys = [rows[n].to_numpy() for n in ("rank", "attempt", "step")]
-    moving = [k for k in keys if len(k) and k.min() != k.max()]  # most often it is the step alone
-    if len(moving) > 1:
-        rank, attempt, step = (k.astype(np.int64) for k in keys)
-        moving = [(rank << 48) + (attempt << 32) + step]
-    if not moving or (moving[0][1:] >= moving[0][:-1]).all():
+    if _one_value(rows["rank"]) and _one_value(rows["attempt"]):
+        place = rows["step"].to_numpy()
+    else:
+        rank, attempt, step = (rows[n].to_numpy().astype(np.int64) for n in ("rank", "attempt", "step"))
+        place = (rank << 48) + (attempt << 32) + step
+    if (place[1:] >= place[:-1]).all():
         return rows
-    return rows.take(pa.array(np.argsort(moving[0], kind="stable")))
+    return rows.take(pa.array(np.argsort(place, kind="stable")))
+
+
+def _one_value(column: pa.ChunkedArray) -> bool:
+    ends = pc.min_max(column).as_py()
+    return ends["min"] == ends["max"]
 
 
 def read_keys(store: Folder, table: str) -> pa.Table:
