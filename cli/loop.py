@@ -83,7 +83,7 @@ class Training:
         self.trainer = Trainer(self.model, train_config)
         self.loader = _loader(corpus, options, model_config.sequence)
         # Before the run directory is made: a fault that cannot be planted leaves nothing behind.
-        self.faults = Faults(planned, find_layout(self.model), self.trainer.optimizers, self._tell)
+        self.faults = Faults(planned, find_layout(self.model), self._tell)
         self.routing = AnticipatoryRouting(
             self.model,
             options.delay,

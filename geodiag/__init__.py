@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from geodiag.errors import GeodiagError
 
 if TYPE_CHECKING:
+    from geodiag.hooks import faults
     from geodiag.hooks.anticipatory import AnticipatoryRouting
     from geodiag.hooks.attach import attach
     from geodiag.run import Run, open_run
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["AnticipatoryRouting", "GeodiagError", "Run", "SpikeDetector", "__version__", "attach", "open_run"]
+__all__ = ["AnticipatoryRouting", "GeodiagError", "Run", "SpikeDetector", "__version__", "attach", "faults", "open_run"]
 
 _HOMES = {
     "AnticipatoryRouting": "geodiag.hooks.anticipatory",
@@ -27,7 +28,13 @@ _HOMES = {
 }
 
 
+_MODULES = {"faults": "geodiag.hooks.faults"}
+"""Public modules that live in another room."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     if name not in _HOMES:
         raise AttributeError(f"module 'geodiag' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

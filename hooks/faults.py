@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
 from geodiag.errors import GeodiagError
 from geodiag.hooks import damage
+from geodiag.hooks.adapters import find_layout
 from geodiag.hooks.adapters.base import Layout, Removable
 
 LASTING = 10
@@ -113,11 +113,10 @@ class Faults:
         self,
         faults: Sequence[Fault],
         layout: Layout,
-        optimizers: Sequence[Optimizer],
         tell: Callable[..., Any] = lambda *_a, **_k: None,
     ) -> None:
         self.faults = [_placed(f, layout) for f in faults]
-        self.layout, self.optimizers, self._tell = layout, optimizers, tell
+        self.layout, self._tell = layout, tell
         self._coming = list(self.faults)
         self._under_way: list[tuple[Fault, list[Removable]]] = []
 
@@ -186,6 +185,16 @@ class Faults:
         # On the leaves: clipping and whoever measures the gradients see them as the optimizer does.
         parameters = [p for p in self.layout.layers[layer].parameters() if p.requires_grad]
         return [p.register_hook(lambda grad: grad * magnitude) for p in parameters]
+
+
+def plant(model: nn.Module, *faults: str, tell: Callable[..., Any] = lambda *_a, **_k: None) -> Faults:
+    """Faults for anyone's training, written as `--inject` takes them: `plant(model, "expert-scale@120:3=30")`.
+
+    Call `before_step(step)` before each step, and `batch(step, token_ids, vocab)` on its tokens where a `far-batch` is
+    among them; multiply the learning rate by `lr_scale` where an `lr-shock` is. `tell` is called with each fault as it
+    is planted: pass `run.event` to have it on record. GeodiagError where the model lacks what a fault needs.
+    """
+    return Faults([Fault.parse(f) for f in faults], find_layout(model), tell)
 
 
 def _placed(fault: Fault, layout: Layout) -> Fault:

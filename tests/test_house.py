@@ -131,7 +131,16 @@ def test_reading_a_run_loads_neither_torch_nor_dash() -> None:
 
 
 def test_the_public_names_are_these_and_each_can_be_had() -> None:
-    public = ["AnticipatoryRouting", "GeodiagError", "Run", "SpikeDetector", "__version__", "attach", "open_run"]
+    public = [
+        "AnticipatoryRouting",
+        "GeodiagError",
+        "Run",
+        "SpikeDetector",
+        "__version__",
+        "attach",
+        "faults",
+        "open_run",
+    ]
     assert sorted(geodiag.__all__) == public
     for name in public:
         assert getattr(geodiag, name) is not None

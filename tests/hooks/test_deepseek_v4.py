@@ -401,7 +401,7 @@ WEIGHTS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 def test_a_fault_of_a_weight_changes_that_weight_only(kind: str) -> None:
     model, (name, part) = tiny_v4.model(), WEIGHTS[kind]
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    Faults([Fault.parse(f"{kind}@4:1")], find_layout(model), []).before_step(4)
+    Faults([Fault.parse(f"{kind}@4:1")], find_layout(model)).before_step(4)
     where = changed(before, {k: v.clone() for k, v in model.state_dict().items()})
     assert list(where) == [name]
     assert where[name].sum() == part(where[name]).sum() > 0
@@ -414,7 +414,7 @@ def test_faults_that_last_are_felt_and_taken_back() -> None:
     layer, plain = model.model.layers[1], untouched.model.layers[1]
     streams, x = torch.randn(1, 2, 4, 32), torch.randn(1, 3, 32)
     for kind in ("residual-expand", "block-scale"):
-        faults = Faults([Fault.parse(f"{kind}@1:1=2")], find_layout(model), [])
+        faults = Faults([Fault.parse(f"{kind}@1:1=2")], find_layout(model))
         for step, factor in ((0, 1), (1, 2), (10, 2), (11, 1)):
             faults.before_step(step)
             of_comb, of_block = (factor, 1) if kind == "residual-expand" else (1, factor)
@@ -430,4 +430,4 @@ def test_faults_that_last_are_felt_and_taken_back() -> None:
 @pytest.mark.parametrize("kind", [k for k, v in KINDS.items() if v.place in ("router", "bias")])
 def test_a_hash_routed_layer_takes_no_router_fault(kind: str) -> None:
     with pytest.raises(GeodiagError, match="in layer 0; layers that can take it: 1, 2"):
-        Faults([Fault.parse(f"{kind}@1:0")], find_layout(tiny_v4.model()), [])
+        Faults([Fault.parse(f"{kind}@1:0")], find_layout(tiny_v4.model()))

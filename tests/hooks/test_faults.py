@@ -13,7 +13,7 @@ from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters import Layout, find_layout
 from geodiag.hooks.faults import KINDS, LASTING, Fault, Faults, page
 from geodiag.reference_models.train import Trainer
-from tests.hooks import small
+from tests.hooks import small, tiny_v4
 
 ROOT = Path(__file__).parents[2]
 State = dict[str, Tensor]
@@ -37,7 +37,7 @@ def changed(before: State, after: State) -> dict[str, Tensor]:
 def planted(text: str, t: Trainer, **changes: Any) -> tuple[State, State, Fault, list[dict[str, Any]]]:
     """State before and after the step's faults are planted; the fault as placed; what was told."""
     told: list[dict[str, Any]] = []
-    faults = Faults([Fault.parse(text)], find_layout(t.model), t.optimizers, lambda *a, **k: told.append({"a": a, **k}))
+    faults = Faults([Fault.parse(text)], find_layout(t.model), lambda *a, **k: told.append({"a": a, **k}))
     for step in range(faults.faults[0].step):
         before = state(t)
         faults.before_step(step)
@@ -140,7 +140,7 @@ def test_a_bit_that_the_weights_do_not_have_is_refused(trained: Trainer, magnitu
 
 
 def lasting(t: Trainer, text: str) -> tuple[Faults, range]:
-    faults = Faults([Fault.parse(text)], find_layout(t.model), t.optimizers)
+    faults = Faults([Fault.parse(text)], find_layout(t.model))
     first = faults.faults[0]
     assert first.last_step - first.step + 1 == LASTING
     return faults, range(first.step, first.last_step + 1)
@@ -199,7 +199,7 @@ def test_grad_scale_shows_in_the_recorded_gradient_norms(tmp_path: Path) -> None
 
     t = small.trainer()
     with small.watch(t, tmp_path / "run") as monitor:
-        faults = Faults([Fault.parse("grad-scale@3:1=1000")], monitor.layout, t.optimizers, monitor.event)
+        faults = Faults([Fault.parse("grad-scale@3:1=1000")], monitor.layout, monitor.event)
         for step in range(5):
             faults.before_step(step)
             small.train(t, 1, monitor, start=step)
@@ -273,7 +273,7 @@ def test_a_training_that_resumes_within_a_fault_has_the_rest_of_it(trained: Trai
 
 
 def test_a_fault_is_planted_once_where_a_training_goes_back(trained: Trainer) -> None:
-    faults = Faults([Fault.parse("expert-scale@3:1")], find_layout(trained.model), trained.optimizers)
+    faults = Faults([Fault.parse("expert-scale@3:1")], find_layout(trained.model))
     faults.before_step(3)
     before = state(trained)
     faults.before_step(1)
@@ -283,7 +283,7 @@ def test_a_fault_is_planted_once_where_a_training_goes_back(trained: Trainer) ->
 
 def test_several_faults_add_up(trained: Trainer) -> None:
     parsed = [Fault.parse("lr-shock@3=4"), Fault.parse("lr-shock@5=2"), Fault.parse("bias-kick@5:1")]
-    faults, scales = Faults(parsed, find_layout(trained.model), trained.optimizers), []
+    faults, scales = Faults(parsed, find_layout(trained.model)), []
     for step in range(16):
         faults.before_step(step)
         scales.append(faults.lr_scale)
@@ -294,7 +294,7 @@ def test_several_faults_add_up(trained: Trainer) -> None:
 def test_the_same_fault_does_the_same_to_the_same_training(kind: str) -> None:
     def losses(text: str) -> list[float]:
         t = small.trainer()
-        faults = Faults([Fault.parse(text)], find_layout(t.model), t.optimizers)
+        faults = Faults([Fault.parse(text)], find_layout(t.model))
         out = []
         for step in range(5):
             faults.before_step(step)
@@ -347,20 +347,20 @@ def without_bias(layout: Layout, layer: int | None = None) -> Layout:
 def test_a_router_without_bias_takes_no_bias_kick(trained: Trainer) -> None:
     layout = find_layout(trained.model)
     with pytest.raises(GeodiagError, match="bias-kick cannot be planted: a"):
-        Faults([Fault.parse("bias-kick@1")], without_bias(layout), [])
+        Faults([Fault.parse("bias-kick@1")], without_bias(layout))
     with pytest.raises(GeodiagError, match="in layer 2; layers that can take it: 1"):
-        Faults([Fault.parse("bias-kick@1:2")], without_bias(layout, 2), [])
-    assert Faults([Fault.parse("router-shift@1:2")], without_bias(layout), [])
+        Faults([Fault.parse("bias-kick@1:2")], without_bias(layout, 2))
+    assert Faults([Fault.parse("router-shift@1:2")], without_bias(layout))
 
 
 def test_a_stack_of_blocks_takes_what_needs_no_experts() -> None:
     layout = find_layout(small.Blocks())
     for kind, spec in KINDS.items():
         if spec.place in (None, "block"):
-            Faults([Fault.parse(f"{kind}@1")], layout, [])
+            Faults([Fault.parse(f"{kind}@1")], layout)
         else:
             with pytest.raises(GeodiagError, match="has no place for it"):
-                Faults([Fault.parse(f"{kind}@1")], layout, [])
+                Faults([Fault.parse(f"{kind}@1")], layout)
 
 
 # -- how it is written ---------------------------------------------------------------------------
@@ -404,3 +404,18 @@ def test_what_cannot_be_read_is_one_clear_line(text: str, said: str) -> None:
 def test_the_page_of_faults_is_the_table_of_kinds_printed() -> None:
     assert (ROOT / "docs/faults.md").read_text() == page(), "run python -m geodiag.hooks.faults > docs/faults.md"
     assert all(f"| `{kind}` |" in page() for kind in KINDS)
+
+
+def test_faults_are_public_and_planted_in_anyones_model() -> None:
+    import geodiag
+
+    model, told = tiny_v4.model(), []
+    faults = geodiag.faults.plant(model, "gate-column@2:1=4", "lr-shock@1=3", tell=lambda kind, *a, **k: told.append(k))
+    faults.before_step(0)
+    assert (faults.lr_scale, told) == (1.0, [])
+    faults.before_step(1)
+    faults.before_step(2)
+    assert faults.lr_scale == 3
+    assert [t["data"]["kind"] for t in told] == ["lr-shock", "gate-column"]
+    with pytest.raises(GeodiagError, match="unknown fault kind"):
+        geodiag.faults.plant(model, "earthquake@2")
