@@ -22,12 +22,12 @@ from flask import redirect
 from flask import request as http
 
 from geodiag.dashboard import control_panel, shell
-from geodiag.dashboard.compress import compress
 from geodiag.dashboard.guard import guard, new_token
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.pages import activations, events, gain, overview, routing, runs
 from geodiag.dashboard.parts import notice
 from geodiag.dashboard.view import View
+from geodiag.dashboard.wire import compress, preload
 
 PAGES: dict[str, ModuleType] = {p.NAME: p for p in (overview, gain, routing, activations, events)}
 TABS = [(name, page.TITLE) for name, page in PAGES.items()]
@@ -46,6 +46,7 @@ def create_app(path: str | os.PathLike, token: str | None = None, *, only_loopba
     app.server.config["GEODIAG_TOKEN"] = token = token or new_token()
     guard(app.server, token, only_loopback)
     compress(app.server)
+    preload(app.server, [name for name, page in PAGES.items() if page is not events])
 
     if library.single is not None:
 

@@ -1,6 +1,7 @@
-"""Smaller answers: everything that is text leaves compressed, and a library's files are compressed once."""
+"""How answers travel: text leaves compressed, and a page of charts says at once which large files it will need."""
 
 import gzip
+from collections.abc import Container
 
 from flask import Flask, Response, request
 
@@ -13,8 +14,11 @@ _LIBRARIES = "/_dash-component-suites/"
 """Dash's own files: their addresses change with their version, so that one address is always the same file."""
 
 
+_CHARTS = (f"{_LIBRARIES}plotly/package_data/plotly.min.js", f"{_LIBRARIES}dash/dcc/async-graph.js")
+
+
 def compress(server: Flask) -> None:
-    """Answers with gzip wherever the browser takes it. Figures are mostly numbers in base64 and shrink to about half."""
+    """Answers with gzip wherever the browser takes it. Figures shrink to about half."""
     files: dict[str, bytes] = {}
 
     @server.after_request
@@ -24,7 +28,7 @@ def compress(server: Flask) -> None:
             return response
         if not (response.mimetype or "").startswith(_TEXT):
             return response
-        key = request.full_path if request.path.startswith(_LIBRARIES) else None
+        key = request.path if request.path.startswith(_LIBRARIES) else None
         if key in files:
             small = files[key]
         else:
@@ -38,4 +42,16 @@ def compress(server: Flask) -> None:
         response.set_data(small)
         response.headers["Content-Encoding"] = "gzip"
         response.headers["Vary"] = "Accept-Encoding"
+        return response
+
+
+def preload(server: Flask, pages: Container[str]) -> None:
+    """The charting library is asked for with the page itself, not only once the first chart is on it."""
+    link = ", ".join(f"<{file}>; rel=preload; as=script" for file in _CHARTS)
+
+    @server.after_request
+    def hint(response: Response) -> Response:
+        parts = request.path.strip("/").split("/")
+        if len(parts) == 3 and parts[0] == "run" and parts[2] in pages:
+            response.headers["Link"] = link
         return response
