@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from geodiag.reference_models.kernels.launch import FLOATS, cdiv, power_of_two
-from geodiag.reference_models.kernels.swiglu_device import per_expert, swiglu_bwd, swiglu_fwd
+from geodiag.reference_models.kernels.swiglu_counts import per_expert
+from geodiag.reference_models.kernels.swiglu_device import swiglu_bwd, swiglu_fwd
 
 # A rows (one token at one expert), F expert dim, E experts
 
@@ -32,13 +33,30 @@ DEEPSEEK_V4 = Activation()
 
 
 class Counted(NamedTuple):
+    """The activation, and what METRICS asks of each expert: NaN while the flag is 0, extrema 0 without rows."""
+
     out_AF: Tensor
-    hits_E3: Tensor
-    """Elements above the gate's limit, above the up limit, below its negative; int64."""
-    extrema_E3: Tensor
-    """Largest |gate| and |up| before their clamps, and |product|; 0 for an expert without rows."""
-    squares_E: Tensor
-    """Σ product², for the expert's RMS."""
+    counts_E8: Tensor
+
+    @property
+    def hits_E3(self) -> Tensor:
+        """Elements above the gate's limit, above the up limit, below its negative; exact up to 2²⁴."""
+        return self.counts_E8[:, :3]
+
+    @property
+    def extrema_E3(self) -> Tensor:
+        """Largest |gate| and |up| before their clamps, and |product|."""
+        return self.counts_E8[:, 3:6]
+
+    @property
+    def squares_E(self) -> Tensor:
+        """Σ product², for the expert's RMS."""
+        return self.counts_E8[:, 6]
+
+    @property
+    def elements_E(self) -> Tensor:
+        """Rows times F."""
+        return self.counts_E8[:, 7]
 
 
 def _meta(activation: Activation, f: int) -> dict[str, object]:
@@ -59,6 +77,10 @@ def _blocks(x: Tensor, f: int) -> tuple[int, int]:
     return (1024 // bf if x.is_cuda else 8), bf
 
 
+PARTS = 4
+"""Tiles a counting program holds: lanes meet once for all of them."""
+
+
 @torch.library.custom_op("geodiag::clamped_glu", mutates_args=())
 def _glu(
     x: Tensor,
@@ -68,23 +90,31 @@ def _glu(
     up_offset: float,
     interleaved: bool,
     clamp_after: bool,
-    counted: bool,
+    ends: Tensor | None,
+    flag: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     activation = Activation(gate_limit, up_limit, alpha, up_offset, interleaved, clamp_after)
-    a, f = x.shape[0], x.shape[1] // 2
-    out, rows = _outputs(x, counted)
+    out, counts = _outputs(x, ends)
+    a, f = out.shape
+    br, bf = _blocks(x, f)
+    experts, parts = (0, 1) if ends is None else (len(ends), PARTS)
+    columns, ba = cdiv(f, bf), parts * br
+    # Blocks and experts both only rise along the sorted rows: `block + expert` numbers their meetings.
+    part = x.new_empty(cdiv(a, ba) + experts, columns, 8, dtype=torch.int32) if experts else None
+    meta = _meta(activation, f)
     if a:
-        ba, bf = _blocks(x, f)
-        span = cdiv(f, bf) * bf if counted else bf
-        swiglu_fwd[(cdiv(a, ba), cdiv(f, span))](
-            x, out, rows if counted else None, a, **_meta(activation, f), SPAN=span, BA=ba, BF=bf, num_warps=4
-        )
-    return out, rows
+        grid = (cdiv(a, ba), columns)
+        tile = {"E": experts, "EP": power_of_two(experts), "PARTS": parts, "BR": br, "BF": bf}
+        swiglu_fwd[grid](x, out, flag, ends, part, a, **meta, **tile, num_warps=4)
+    if experts:
+        per_expert[(experts,)](part, flag, ends, counts, columns, F=f, BA=ba, BR=128, num_warps=4)
+    return out, counts
 
 
-def _outputs(x: Tensor, counted: bool) -> tuple[Tensor, Tensor]:
+def _outputs(x: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
     a, f = x.shape[0], x.shape[1] // 2
-    return x.new_empty(a, f), torch.empty(a if counted else 0, 7, dtype=torch.float32, device=x.device)
+    experts = 0 if ends is None else ends.shape[0]
+    return x.new_empty(a, f), torch.empty(experts, 8, dtype=torch.float32, device=x.device)
 
 
 @torch.library.custom_op("geodiag::clamped_glu_backward", mutates_args=())
@@ -109,8 +139,8 @@ def _glu_backward(
 
 
 @_glu.register_fake
-def _(x, gate_limit, up_limit, alpha, up_offset, interleaved, clamp_after, counted):
-    return _outputs(x, counted)
+def _(x, gate_limit, up_limit, alpha, up_offset, interleaved, clamp_after, ends, flag):
+    return _outputs(x, ends)
 
 
 @_glu_backward.register_fake
@@ -119,32 +149,17 @@ def _(x, grad, *rest):
 
 
 def _keep(ctx, inputs, output):
-    x, *ctx.rest, _ = inputs
+    x, *ctx.rest, _, _ = inputs
     ctx.save_for_backward(x)
     ctx.set_materialize_grads(False)
 
 
-def _grad(ctx, grad, _rows):
+def _grad(ctx, grad, _counts):
     dx = None if grad is None else _glu_backward(*ctx.saved_tensors, grad.contiguous(), *ctx.rest)
-    return (dx, *[None] * 7)
+    return (dx, *[None] * 8)
 
 
 _glu.register_autograd(_grad, setup_context=_keep)
-
-
-@torch.library.custom_op("geodiag::clamp_counts", mutates_args=())
-def _counts(rows: Tensor, expert: Tensor, experts: int) -> Tensor:
-    a, fields = rows.shape
-    block = 128
-    part = torch.empty(cdiv(a, block), experts, fields, dtype=torch.float32, device=rows.device)
-    if a:
-        per_expert[(cdiv(a, block),)](rows, expert, part, a, E=experts, EP=power_of_two(experts), BA=block, num_warps=4)
-    return part
-
-
-@_counts.register_fake
-def _(rows, expert, experts):
-    return rows.new_empty(cdiv(rows.shape[0], 128), experts, rows.shape[1])
 
 
 def _flat(gate_up_A2F: Tensor) -> Tensor:
@@ -158,13 +173,20 @@ def _flat(gate_up_A2F: Tensor) -> Tensor:
 def clamped_swiglu(gate_up_A2F: Tensor, limit: float | None = 10.0) -> Tensor:
     """`reference.clamped_swiglu` in one pass each way."""
     flat = _flat(gate_up_A2F)
-    out, _ = _glu(flat, limit, limit, 1.0, 0.0, False, False, False)
+    out, _ = _glu(flat, limit, limit, 1.0, 0.0, False, False, None, None)
     return out.view(*gate_up_A2F.shape[:-1], out.shape[-1])
 
 
-def counted_glu(gate_up_A2F: Tensor, expert_A: Tensor, experts: int, activation: Activation = DEEPSEEK_V4) -> Counted:
-    """Any model's clamped activation, with what METRICS asks of each expert, from the same pass."""
-    out, rows = _glu(_flat(gate_up_A2F), *activation, True)
-    part = _counts(rows.detach(), expert_A.contiguous(), experts)
-    total, most = part.sum(0), part.amax(0)
-    return Counted(out, total[:, :3].long(), most[:, 3:6], total[:, 6])
+def counted_glu(
+    gate_up_A2F: Tensor, ends_E: Tensor, activation: Activation = DEEPSEEK_V4, flag: Tensor | None = None
+) -> Counted:
+    """Any model's clamped activation, with what METRICS asks of each expert, from the same pass.
+
+    Rows are sorted by expert: `ends_E` is the row behind each expert's last, as grouped matmuls take it. With a
+    `flag`, an integer on the device, they are counted while it is not 0.
+    """
+    if flag is None:
+        flag = torch.ones((), dtype=torch.int32, device=gate_up_A2F.device)
+    flat = _flat(gate_up_A2F)
+    out, counts = _glu(flat, *activation, ends_E.contiguous(), flag)
+    return Counted(out.view(*gate_up_A2F.shape[:-1], out.shape[-1]), counts)

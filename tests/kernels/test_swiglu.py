@@ -11,6 +11,11 @@ STEP = Activation(5.0, 8.0, clamp_after=True)
 FREE = Activation(None, None)
 
 
+def ends(expert, experts):
+    """The row behind each expert's last."""
+    return torch.searchsorted(expert, torch.arange(1, experts + 1, device=expert.device))
+
+
 def definition(x, a: Activation):
     """METRICS' clamped GLU in plain torch: the product, and the masks of its three clamps."""
     gate, up = (x[..., ::2], x[..., 1::2]) if a.interleaved else x.chunk(2, -1)
@@ -46,8 +51,8 @@ def test_value_and_gradient_are_the_reference_s(device, error, tolerance, dtype,
 @pytest.mark.parametrize("activation", [Activation(), GPT_OSS, STEP, FREE])
 def test_every_model_s_variant_with_exact_counts(device, error, activation):
     x = (6 * torch.randn(70, 2 * 24, device=device)).requires_grad_()
-    expert = torch.randint(0, 4, (70,), device=device)
-    counted = counted_glu(x, expert, 5, activation)
+    expert = torch.randint(0, 4, (70,), device=device).sort().values
+    counted = counted_glu(x, ends(expert, 6), activation)
     wide = x.detach().double().requires_grad_()
     want, masks = definition(wide, activation)
     up = torch.randn(70, 24, device=device)
@@ -55,19 +60,20 @@ def test_every_model_s_variant_with_exact_counts(device, error, activation):
     grads = torch.autograd.grad(counted.out_AF, x, up)[0], torch.autograd.grad(want, wide, up.double())[0]
     assert error(*grads) < 5e-6
     gate, linear = (wide[..., ::2], wide[..., 1::2]) if activation.interleaved else wide.chunk(2, -1)
-    for e in range(5):
+    for e in range(6):
         rows = expert == e
         assert counted.hits_E3[e].tolist() == [int(m[rows].sum()) for m in masks]
         for i, values in enumerate((gate, linear, want)):
             largest = float(values[rows].abs().max()) if rows.any() else 0.0
             assert float(counted.extrema_E3[e, i]) == pytest.approx(largest, rel=1e-5)
+        assert int(counted.elements_E[e]) == int(rows.sum()) * 24
         assert float(counted.squares_E[e]) == pytest.approx(float(want[rows].square().sum()), rel=1e-4)
     assert (counted.hits_E3.sum() > 0) == (activation is not FREE)
 
 
 def test_exactly_at_the_limit_is_no_hit_and_has_a_gradient(device):
     x = torch.tensor([[10.0, 10.0]], device=device, requires_grad=True)
-    counted = counted_glu(x, torch.zeros(1, dtype=torch.long, device=device), 1)
+    counted = counted_glu(x, torch.ones(1, dtype=torch.long, device=device))
     assert counted.hits_E3.tolist() == [[0, 0, 0]]
     assert torch.autograd.grad(counted.out_AF.sum(), x)[0].abs().min() > 0
 
@@ -75,7 +81,7 @@ def test_exactly_at_the_limit_is_no_hit_and_has_a_gradient(device):
 def test_nan_passes_through_the_clamp_and_into_the_extrema(device):
     x = torch.randn(6, 2 * 8, device=device)
     x[2, 3] = float("nan")
-    counted = counted_glu(x, torch.arange(6, device=device) // 3, 2)
+    counted = counted_glu(x, ends(torch.arange(6, device=device) // 3, 2))
     assert counted.out_AF[2, 3].isnan()
     assert counted.out_AF.isnan().sum() == 1
     assert counted.extrema_E3[0].isnan().tolist() == [True, False, True]
@@ -86,3 +92,25 @@ def test_no_rows_are_no_trouble(device):
     assert clamped_swiglu(torch.randn(0, 16, device=device)).shape == (0, 8)
     with pytest.raises(ValueError, match="even width"):
         clamped_swiglu(torch.randn(2, 15, device=device))
+
+
+def test_experts_of_every_length_are_counted_apart(device):
+    """Long enough to fill blocks, short enough to share one, empty at the start, inside and at the end."""
+    lengths = torch.tensor([0, 3, 1, 0, 0, 200, 40, 2, 1, 1, 1, 65, 0], device=device)
+    expert = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+    x = 6 * torch.randn(len(expert), 2 * 24, device=device)
+    counted = counted_glu(x, lengths.cumsum(0))
+    want, masks = definition(x.double(), Activation())
+    for e in range(len(lengths)):
+        assert counted.hits_E3[e].tolist() == [int(m[expert == e].sum()) for m in masks]
+        assert float(counted.squares_E[e]) == pytest.approx(float(want[expert == e].square().sum()), rel=1e-4)
+    assert counted.elements_E.tolist() == (24 * lengths).tolist()
+    assert counted.extrema_E3[0].tolist() == [0, 0, 0]
+
+
+def test_switched_off_counts_nothing_and_changes_no_result(device):
+    x, where = 6 * torch.randn(20, 2 * 24, device=device), torch.tensor([7, 20], device=device)
+    off = counted_glu(x, where, flag=torch.zeros((), dtype=torch.int32, device=device))
+    assert off.counts_E8.isnan().all()
+    assert torch.equal(off.out_AF, counted_glu(x, where).out_AF)
+    assert torch.equal(off.out_AF, clamped_swiglu(x))

@@ -1,0 +1,57 @@
+"""The clamped gated activation of one tile, on the device: gate, up, slopes and clamp hits."""
+
+# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
+
+import triton
+import triton.language as tl
+
+# A rows (one token at one expert), F expert dim, E experts
+
+
+@triton.jit
+def gated(g, LIMIT: tl.constexpr, ALPHA: tl.constexpr, AFTER: tl.constexpr):
+    """The gate's factor, its derivative, and where it hit its limit. Comparisons, unlike minimum, keep NaN."""
+    held = g
+    if LIMIT is not None and not AFTER:
+        held = tl.where(g > LIMIT, LIMIT, g)
+    s = tl.sigmoid(ALPHA * held)
+    act = held * s
+    slope = s * (1 + ALPHA * held * (1 - s))
+    hit = g > float("inf")
+    if LIMIT is not None:
+        if AFTER:
+            hit = act > LIMIT
+            act = tl.where(hit, LIMIT, act)
+        else:
+            hit = g > LIMIT
+        slope = tl.where(hit, 0.0, slope)
+    return act, slope, hit
+
+
+@triton.jit
+def clamp_up(u, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
+    high = u > float("inf")
+    low = high
+    held = u
+    if LIMIT is not None:
+        high = u > LIMIT
+        low = u < -LIMIT
+        held = tl.where(high, LIMIT, tl.where(low, -LIMIT, u))
+    return held + OFFSET, high, low
+
+
+@triton.jit
+def columns(f, F: tl.constexpr, INTERLEAVED: tl.constexpr):
+    if INTERLEAVED:
+        return 2 * f, 2 * f + 1
+    return f, F + f
+
+
+@triton.jit
+def load_both(x_ptr, a, f, live, F: tl.constexpr, INTERLEAVED: tl.constexpr):
+    gate_column, up_column = columns(f, F, INTERLEAVED)
+    inside = live[:, None] & (f < F)[None, :]
+    g = tl.load(x_ptr + a[:, None] * (2 * F) + gate_column[None, :], inside, 0.0)
+    u = tl.load(x_ptr + a[:, None] * (2 * F) + up_column[None, :], inside, 0.0)
+    return g, u
