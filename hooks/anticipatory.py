@@ -10,17 +10,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from geodiag.hooks.adapters import find_layout
-from geodiag.hooks.adapters.base import Removable, RouterSite
+from geodiag.hooks.adapters.base import RouterSite
+from geodiag.hooks.aside import Aside
 from geodiag.hooks.capture import Choices, traceless
+from geodiag.hooks.rerouting import Mode, Rerouting
 
-Mode = Literal["off", "warmup", "on", "drain"]
 Forward = Callable[[nn.Module, Any], Any]
+DEVICE_BYTES = 256 << 20
 
 
 @dataclass
@@ -28,7 +29,7 @@ class _Waiting:
     """A fetched batch; `ids` once they were captured, one (T, K) int16 tensor a learned router."""
 
     batch: Any
-    ids: list[Tensor] | None = None
+    ids: Aside | None = None
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -36,91 +37,66 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
-class AnticipatoryRouting:
-    """Wraps an iterator of batches; `enable` and `disable` take effect at the next step.
+class AnticipatoryRouting(Rerouting):
+    """Experts by the weights of Δ steps ago, for the very batch that is trained on.
 
         routing = AnticipatoryRouting(model, delay_steps=8)
         for batch in routing.batches(loader): ...
 
-    `forward(model, batch)` runs the model on a batch; the default passes a mapping as keywords. With gradient
-    accumulation the iterator yields micro-batches, `micro_batches` of them a step, each differentiated before the
-    next is asked for. Ids are replayed in forwards of a training model that will be differentiated, and in no other.
-    A model that is compiled is compiled after this, because a compiled model never notices hooks that come later.
-    ValueError for a delay outside 0 to 64, or where the model has no learned router.
+    `forward(model, batch)` runs the model on a batch; the default passes a mapping as keywords. It is left as soon as
+    the last router has chosen, unless the model is compiled as a whole or sharded by FSDP. Waiting ids take up to
+    `device_bytes` on the device, and beyond that stay in pinned host memory.
     """
 
+    variant: ClassVar[str] = "anticipatory"
+
     def __init__(
-        self, model: nn.Module, delay_steps: int = 8, *, forward: Forward = call, micro_batches: int = 1
+        self,
+        model: nn.Module,
+        delay_steps: int = 8,
+        *,
+        forward: Forward = call,
+        micro_batches: int = 1,
+        device_bytes: int = DEVICE_BYTES,
     ) -> None:
-        self.model, self.micro_batches = model, micro_batches
-        self._forward = forward
-        self.routers: list[RouterSite] = [r for r in find_layout(model).routers if not r.hashed]
-        if not self.routers:
-            raise ValueError(f"{type(model).__name__} has no learned router, so there is nothing to route ahead")
-        self.delay_steps = self._checked(delay_steps)
-        self.mode: Mode = "off"
-        """Of the step under way."""
-        self.on_change: Callable[[Mode, Mode], None] = lambda _old, _new: None
-        self.on_failure: Callable[[Exception], None] = _raise
-        """A capture failed, or its ids do not fit: routing has gone back to today's choice. Raises, unless replaced."""
-        self._wanted = False
+        super().__init__(model, delay_steps, micro_batches)
+        self._forward, self._device_bytes = forward, device_bytes
         self._ahead = False
         """Whether this step captures: `_wanted` as it was when the step began."""
         self._queue: deque[_Waiting] = deque()
         self._current: list[Tensor] | None = None
         self._data_ended = False
-        self._differentiated = False
         self._autocast: tuple[bool, torch.dtype] | None = None
-        self._device = next((p.device.type for p in model.parameters()), "cpu")
-        self._choices = Choices(self.routers)
+        self._device = self._where()
+        self._choices = Choices(self.routers, model, self._layout.watch_end)
         # First in line, so that whoever watches the router sees the choice that is used.
-        self._handles: list[Removable] = [
+        self._handles += [
             self._choices,
-            model.register_forward_pre_hook(self._begin),
             *(r.module.register_forward_hook(self._replay(i, r), prepend=True) for i, r in enumerate(self.routers)),
         ]
 
-    # -- control -----------------------------------------------------------------------------
-
-    def enable(self, delay_steps: int | None = None) -> None:
-        """From the next step on: warm up, then route ahead. A new delay waits for routing to be off."""
-        if delay_steps is not None and delay_steps != self.delay_steps:
-            if self.mode != "off":
-                raise ValueError(f"the delay is {self.delay_steps} until routing is off; it is in {self.mode} now")
-            self.delay_steps = self._checked(delay_steps)
-        self._wanted = True
-
-    def disable(self) -> None:
-        """From the next step on: capture no more, use up what is queued, then be off."""
-        self._wanted = False
-
     @property
     def replaying(self) -> bool:
-        """Whether the batch under way is routed by captured ids."""
         return self._current is not None
 
     @property
     def lag(self) -> int:
-        """Age in steps of the weights that choose this step's experts."""
         return self.delay_steps if self.replaying else 0
 
-    def remove(self) -> None:
-        """Takes the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
-
-    @staticmethod
-    def _checked(delay_steps: int) -> int:
-        if not 0 <= delay_steps <= 64:
-            raise ValueError(f"delay_steps is 0 to 64, not {delay_steps}")
-        return delay_steps
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
 
     # -- data --------------------------------------------------------------------------------
 
     def batches(self, source: Iterable[Any]) -> Iterator[Any]:
-        """The batches of `source`, in its order; ahead of time while routing is on, as they come while it is off."""
+        """The batches of `source`, in its order; ahead of time while routing is on, as they come while it is off.
+
+        With gradient accumulation `source` yields micro-batches, `micro_batches` of them a step, and each is
+        differentiated before the next is asked for.
+        """
         data = iter(source)
-        self._data_ended = False
+        self._data_ended, self._device = False, self._where()
         while True:
             for micro in range(self.micro_batches):
                 if micro == 0:
@@ -131,7 +107,7 @@ class AnticipatoryRouting:
                     return
                 if micro == 0:
                     self._settle(self._mode_of(waiting))
-                self._current = waiting.ids
+                self._current = None if waiting.ids is None else waiting.ids.take()
                 try:
                     yield waiting.batch
                 finally:  # also where the loop is left for good: nothing else may be routed by these ids
@@ -158,39 +134,43 @@ class AnticipatoryRouting:
             return "on" if waiting.ids is not None else "warmup"
         return "drain" if waiting.ids is not None or self._queue else "off"
 
-    def _settle(self, mode: Mode) -> None:
-        old, self.mode = self.mode, mode
-        if old != mode:
-            self.on_change(old, mode)
+    def rewind(self) -> None:
+        self._queue.clear()
+        self._current = None
+        self._settle("off")
 
     # -- capture and replay ------------------------------------------------------------------
 
-    def _capture(self, batch: Any) -> list[Tensor] | None:
+    def _capture(self, batch: Any) -> Aside | None:
         try:
             with self._as_in_training(), traceless(self.model, evaluate=False), self._choices.kept() as choices:
                 self._forward(self.model, batch)
+            return self._put([c.expert_ids_TK.to(torch.int16) for c in choices])
         except Exception as e:  # whatever the user's forward raises: `on_failure` says it, or raises it again
             self._give_up(e)
             return None
-        return [c.expert_ids_TK.to(torch.int16) for c in choices]
+
+    def _put(self, ids: list[Tensor]) -> Aside:
+        return Aside.put(ids, room=self._device_bytes // (self.delay_steps * self.micro_batches + 1))
+
+    def _where(self) -> torch.device:
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def _as_in_training(self) -> AbstractContextManager[Any]:
         """The autocast of the last forward that was differentiated: batches are fetched outside of it."""
         if self._autocast is None:
             return nullcontext()
         enabled, dtype = self._autocast
-        return torch.autocast(self._device, dtype=dtype, enabled=enabled)
+        return torch.autocast(self._device.type, dtype=dtype, enabled=enabled)
 
-    def _begin(self, _module: nn.Module, _args: tuple) -> None:
-        self._differentiated = torch.is_grad_enabled()
+    def _begin(self, module: nn.Module, args: tuple) -> None:
+        super()._begin(module, args)
         if self._differentiated:
-            self._autocast = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
+            self._autocast = _autocast_on(self._device.type)
 
     def _replay(self, place: int, site: RouterSite) -> Callable[..., Any]:
         def hook(module: nn.Module, _args: tuple, output: Any) -> Any:
-            # Evaluation between steps is not the batch that the ids were captured for. Inside a checkpoint the
-            # first forward may run without gradient and the recomputation with it: both are the training step.
-            if self._current is None or not module.training or not (self._differentiated or torch.is_grad_enabled()):
+            if self._current is None or not self._is_training(module):
                 return None
             live, ids = site.chosen(output).expert_ids_TK, self._current[place]
             if ids.shape != live.shape:
@@ -226,7 +206,7 @@ class AnticipatoryRouting:
             "mode": self.mode,
             "wanted": self._wanted,
             "autocast": self._autocast,
-            "queue": [(w.batch, w.ids) for w in self._queue],
+            "queue": [(w.batch, w.ids and w.ids.on_host()) for w in self._queue],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -238,9 +218,11 @@ class AnticipatoryRouting:
             )
         self.delay_steps = self._checked(state["delay_steps"])
         self.mode, self._wanted, self._autocast = state["mode"], state["wanted"], state["autocast"]
-        self._queue = deque(_Waiting(batch, ids) for batch, ids in state["queue"])
+        self._queue = deque(
+            _Waiting(batch, ids and self._put([i.to(self._where()) for i in ids])) for batch, ids in state["queue"]
+        )
         self._current = None
 
 
-def _raise(error: Exception) -> None:
-    raise error
+def _autocast_on(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

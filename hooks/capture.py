@@ -2,14 +2,14 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from geodiag.hooks.adapters.base import Choice, Removable, RouterSite
+from geodiag.hooks.adapters.base import Choice, Removable, RouterSite, Watch
 
 
 @contextmanager
@@ -42,39 +42,67 @@ def traceless(model: nn.Module, evaluate: bool) -> Iterator[None]:
                     buffer.copy_(saved)
 
 
+class _Enough(BaseException):
+    """Every router has chosen. Not an Exception: a forward's own `except Exception` must not swallow it."""
+
+
 class Choices:
     """Every router's choice in the forwards inside `kept`.
 
-    The hooks go on once and stay: a compiled model never notices a hook that comes later.
+    The hooks go on once and stay: a compiled model never notices a hook that comes later. With `model`, a forward of
+    it inside `kept` ends as soon as every router has chosen, or at `end`, the place behind its last block: the last
+    experts, the head and the loss are not run.
     """
 
-    def __init__(self, routers: Sequence[RouterSite]) -> None:
-        self._on = False
-        self._seen = [Choice(torch.empty(0), torch.empty(0))] * len(routers)
+    def __init__(self, routers: Sequence[RouterSite], model: nn.Module | None = None, end: Watch | None = None) -> None:
+        self._on = self._stops = False
+        self._model = model
+        self._seen: list[Choice | None] = [None] * len(routers)
         self._handles: list[Removable] = [
             r.module.register_forward_hook(self._keep(i, r)) for i, r in enumerate(routers)
         ]
+        if end is not None:
+            # Behind blocks that are compiled one by one, whose own hooks cannot leave them.
+            self._handles += end(lambda _view: self._stop_if_done())
 
     @contextmanager
     def kept(self) -> Iterator[list[Choice]]:
         """The yielded list is filled when the block ends: one choice a router, of its last forward."""
         out: list[Choice] = []
-        self._on = True
+        self._on, self._stops = True, self._model is not None and not _sharded(self._model)
         try:
-            yield out
-            out += self._seen
+            with suppress(_Enough):
+                yield out
+            missing = sum(c is None for c in self._seen)
+            if missing:
+                raise ValueError(f"{missing} of {len(self._seen)} routers chose nothing in this forward")
+            out += [c for c in self._seen if c is not None]
         finally:
             self._on = False
-            self._seen = [Choice(torch.empty(0), torch.empty(0))] * len(self._seen)
+            self._seen = [None] * len(self._seen)
 
     def _keep(self, place: int, site: RouterSite) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
             if self._on:
                 self._seen[place] = site.chosen(output)
+                self._stop_if_done()
 
         return hook
+
+    def _stop_if_done(self) -> None:
+        if torch.compiler.is_compiling():  # compiled code cannot be left halfway
+            return
+        if self._on and self._stops and all(c is not None for c in self._seen):
+            raise _Enough
 
     def remove(self) -> None:
         """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
+
+
+def _sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` or FSDP manages the weights: a forward that it began it must also end."""
+    return any(
+        c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for m in model.modules() for c in type(m).__mro__
+    )
