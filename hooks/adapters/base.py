@@ -98,6 +98,13 @@ class RouterSite:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionSite:
+    layer: int
+    watch_logits: Watch
+    """→ 0-d Tensor, the largest attention logit of some sampled queries, worked out only for a sink that asks"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertSite:
     layer: int
     experts: int
@@ -106,7 +113,13 @@ class ExpertSite:
     gate_limit: float | None
     up_limit: float | None
     weights: Callable[[], dict[str, Tensor]]
-    """gate, up, down as (E, rows, columns), as they are now"""
+    """gate, up, down as (E, in, out), x @ W, as they are now"""
+    shared: Callable[[], dict[str, Tensor] | None]
+    """The same of the shared expert, (1, in, out); None where there is none"""
+    activation: Callable[[Tensor, Tensor], Tensor]
+    """(gate, up) → what `down` takes, clamps and all"""
+    row_tokens: Callable[[Tensor], Tensor]
+    """expert ids (T, K) → the token of each row that the routed experts' ActView shows"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +131,9 @@ class Layout:
     sites: list[Site] = field(default_factory=list)
     routers: list[RouterSite] = field(default_factory=list)
     experts: list[ExpertSite] = field(default_factory=list)
+    attention: list[AttentionSite] = field(default_factory=list)
+    watch_input: Watch | None = None
+    """→ Tensor (…, C), the embedded tokens"""
     watch_end: Watch | None = None
     """→ Tensor, the streams after the last site, shaped as a site's `streams`"""
     streams: int = 1

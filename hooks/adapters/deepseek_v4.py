@@ -61,8 +61,10 @@ def find(model: nn.Module) -> Layout | None:
         sites=sites,
         routers=[_router(i, layer.mlp.gate) for i, layer in enumerate(layers)],
         experts=[_experts(i, layer.mlp) for i, layer in enumerate(layers)],
+        watch_input=on_output(own.embed_tokens, lambda _a, _k, out: out),
         watch_end=on_input(own.hc_head, lambda args, _: args[0]),
         streams=own.config.hc_mult,
+        missing=["attention logits are not shown by this model: attn_logit_max is not recorded"],
     )
 
 
@@ -95,14 +97,32 @@ def _router(layer: int, gate: Any) -> RouterSite:
     )
 
 
-class _Restore:
-    """Takes an instance attribute away again, so that the class's own shows."""
+class _Gated:
+    """Stands in for an experts module's `_apply_gate`, which sees the pre-activations, and tells every listener."""
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self.name = module, name
+    def __init__(self, experts: Any) -> None:
+        self.experts = experts
+        self.listeners: list[list[tuple[Tensor, Tensor]]] = []
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        act = type(self.experts)._apply_gate(self.experts, gate_up)
+        for pieces in self.listeners:
+            pieces.append((gate_up.detach(), act.detach()))
+        return act
+
+
+class _Listening:
+    """One listener; with the last of them the class's own `_apply_gate` shows again."""
+
+    def __init__(self, experts: Any, pieces: list) -> None:
+        self.experts, self.pieces = experts, pieces
+        self.gated: _Gated = experts.__dict__.setdefault("_apply_gate", _Gated(experts))
+        self.gated.listeners.append(pieces)
 
     def remove(self) -> None:
-        self.module.__dict__.pop(self.name, None)
+        self.gated.listeners[:] = [p for p in self.gated.listeners if p is not self.pieces]
+        if not self.gated.listeners:
+            self.experts.__dict__.pop("_apply_gate", None)
 
 
 def _watch_experts(experts: Any) -> Watch:
@@ -110,12 +130,6 @@ def _watch_experts(experts: Any) -> Watch:
 
     def watch(sink: Sink) -> list[Removable]:
         pieces: list[tuple[Tensor, Tensor]] = []
-        gated = type(experts)._apply_gate
-
-        def apply_gate(gate_up: Tensor) -> Tensor:
-            act = gated(experts, gate_up)
-            pieces.append((gate_up.detach(), act.detach()))
-            return act
 
         def view(args: tuple, kwargs: dict) -> ActView:
             ids = (args[1] if len(args) > 1 else kwargs["top_k_index"]).flatten()
@@ -132,14 +146,23 @@ def _watch_experts(experts: Any) -> Watch:
             sink(lambda: view(args, kwargs))
             pieces.clear()
 
-        experts.__dict__["_apply_gate"] = apply_gate
         return [
-            _Restore(experts, "_apply_gate"),
+            _Listening(experts, pieces),
             experts.register_forward_pre_hook(lambda *_: pieces.clear()),
             experts.register_forward_hook(finish, with_kwargs=True),
         ]
 
     return watch
+
+
+def _row_tokens(experts: Any, ids_TK: Tensor) -> Tensor:
+    """The order in which each implementation takes the assignments."""
+    way, k = experts.config._experts_implementation, ids_TK.shape[-1]
+    if way in IN_TOKEN_ORDER:
+        return torch.arange(ids_TK.numel(), device=ids_TK.device) // k
+    if way == "grouped_mm":
+        return ids_TK.reshape(-1).sort().indices // k  # the very call it makes, so ties fall alike
+    return ids_TK.T.reshape(-1).sort(stable=True).indices % len(ids_TK)
 
 
 def _watch_shared(mlp: Any) -> Watch:
@@ -168,8 +191,13 @@ def _watch_shared(mlp: Any) -> Watch:
 
 def _experts(layer: int, mlp: Any) -> ExpertSite:
     def weights() -> dict[str, Tensor]:
-        gate, up = mlp.experts.gate_up_proj.detach().chunk(2, 1)
-        return {"gate": gate, "up": up, "down": mlp.experts.down_proj.detach()}
+        gate, up = mlp.experts.gate_up_proj.detach().mT.chunk(2, -1)
+        return {"gate": gate, "up": up, "down": mlp.experts.down_proj.detach().mT}
+
+    def shared() -> dict[str, Tensor]:
+        own = mlp.shared_experts
+        named = {"gate": own.gate_proj, "up": own.up_proj, "down": own.down_proj}
+        return {name: linear.weight.detach().mT[None] for name, linear in named.items()}
 
     return ExpertSite(
         layer=layer,
@@ -178,4 +206,7 @@ def _experts(layer: int, mlp: Any) -> ExpertSite:
         gate_limit=mlp.experts.limit,
         up_limit=mlp.experts.limit,
         weights=weights,
+        shared=shared,
+        activation=lambda gate, up: type(mlp.experts)._apply_gate(mlp.experts, torch.cat([gate, up], -1)),
+        row_tokens=lambda ids: _row_tokens(mlp.experts, ids),
     )

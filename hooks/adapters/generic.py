@@ -20,6 +20,7 @@ def find(model: nn.Module) -> Layout | None:
             Site(layer=i, site="block", watch_mix=_stream(b), watch_branch=None, scale_branch=scaling(b, _scaled))
             for i, b in enumerate(blocks)
         ],
+        watch_input=_embedding(model),
         watch_end=on_output(blocks[-1], lambda _a, _k, out: _first(out)),
         has_stream_axis=False,
         missing=[
@@ -36,6 +37,12 @@ def _stacks(model: nn.Module) -> Iterator[list[nn.Module]]:
             blocks = list(module)
             if len({type(b) for b in blocks}) == 1 and any(True for _ in blocks[0].children()):
                 yield blocks
+
+
+def _embedding(model: nn.Module) -> Watch | None:
+    """The first embedding is that of the tokens."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    return None if first is None else on_output(first, lambda _a, _k, out: out)
 
 
 def _stream(block: nn.Module) -> Watch:

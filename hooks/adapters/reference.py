@@ -1,9 +1,11 @@
 """Adapter for geodiag's own reference transformer."""
 
+import torch
 from torch import Tensor, nn
 
 from geodiag.hooks.adapters.base import (
     ActView,
+    AttentionSite,
     Choice,
     ExpertSite,
     Layout,
@@ -16,7 +18,8 @@ from geodiag.hooks.adapters.base import (
     on_output,
     scaling,
 )
-from geodiag.reference_models.kernels.reference import affinity
+from geodiag.reference_models.attention import Attention, rotate
+from geodiag.reference_models.kernels.reference import affinity, clamped_swiglu
 from geodiag.reference_models.mhc import HyperConnection
 from geodiag.reference_models.moe import ClampedSwiGLU, HashRouter, MoE, Router
 from geodiag.reference_models.transformer import Transformer
@@ -40,6 +43,8 @@ def find(model: nn.Module) -> Layout | None:
         sites=sites,
         routers=routers,
         experts=experts,
+        attention=[_attention(i, layer.attn) for i, layer in enumerate(own.blocks)],
+        watch_input=on_output(own.embed, lambda _a, _k, out: out),
         watch_end=on_input(own.read_out, lambda args, _: args[0]),
         streams=own.config.streams,
         missing=["no hyper-connections: the residual is plain, so there are no H_res gains"] if plain else [],
@@ -85,6 +90,25 @@ def _router(layer: int, router: Router) -> RouterSite:
     )
 
 
+_QUERIES = 64
+
+
+def _attention(layer: int, attention: Attention) -> AttentionSite:
+    """The fused attention keeps its logits to itself: those of some queries are worked out beside it."""
+
+    def largest(args: tuple, _: dict) -> Tensor:
+        x_BSC, rotary = args
+        positions = x_BSC.shape[1]
+        at = torch.linspace(0, positions - 1, min(_QUERIES, positions), device=x_BSC.device).long()
+        q, k, _v = attention.qkv(x_BSC).unflatten(-1, (3, attention.heads, attention.head_dim)).unbind(-3)
+        q, k = rotate(attention.q_norm(q), rotary)[:, at], rotate(attention.k_norm(k), rotary)
+        logits_BHQS = (q.transpose(1, 2).float() @ k.permute(0, 2, 3, 1).float()) * attention.head_dim**-0.5
+        future = torch.arange(positions, device=at.device) > at.unsqueeze(-1)
+        return logits_BHQS.masked_fill(future, -torch.inf).amax()
+
+    return AttentionSite(layer=layer, watch_logits=on_input(attention, largest))
+
+
 def _act(act: ClampedSwiGLU) -> Watch:
     def read(args: tuple, kwargs: dict, out: Tensor) -> ActView:
         gate, up = args[0].chunk(2, -1)
@@ -98,6 +122,12 @@ def _experts(layer: int, moe: MoE, limit: float | None) -> ExpertSite:
         gate, up = moe.experts.gate_up.detach().chunk(2, -1)
         return {"gate": gate, "up": up, "down": moe.experts.down.detach()}
 
+    def shared() -> dict[str, Tensor] | None:
+        if moe.shared is None:
+            return None
+        gate, up = moe.shared.gate_up.weight.detach().mT.chunk(2, -1)
+        return {"gate": gate[None], "up": up[None], "down": moe.shared.down.weight.detach().mT[None]}
+
     acts = [moe.experts.act] + ([moe.shared.act] if moe.shared is not None else [])
     return ExpertSite(
         layer=layer,
@@ -106,4 +136,7 @@ def _experts(layer: int, moe: MoE, limit: float | None) -> ExpertSite:
         gate_limit=limit,
         up_limit=limit,
         weights=weights,
+        shared=shared,
+        activation=lambda gate, up: clamped_swiglu(torch.cat([gate, up], -1), limit),
+        row_tokens=lambda ids: ids.flatten().sort(stable=True).indices // ids.shape[-1],
     )
