@@ -10,6 +10,7 @@ from geodiag.errors import GeodiagError
 
 if TYPE_CHECKING:
     from geodiag.hooks import faults
+    from geodiag.cascade import explain
     from geodiag.hooks.anticipatory import AnticipatoryRouting
     from geodiag.hooks.attach import attach
     from geodiag.run import Run, open_run
@@ -24,6 +25,7 @@ _HOMES = {
     "Run": "geodiag.run",
     "SpikeDetector": "geodiag.spikes",
     "attach": "geodiag.hooks.attach",
+    "explain": "geodiag.cascade",
     "open_run": "geodiag.run",
 }
 

@@ -58,7 +58,7 @@ class Recorder:
 
     def __init__(self, run: Run, layout: Layout, device: torch.device) -> None:
         self.run, self.layout, self.places = run, layout, Places.of(layout)
-        self.observer = Observer()
+        self.observer = Observer(self.places)
         self.last: Observation | None = None
         self._behind = 1 if device.type == "cuda" else 0
         self._writer = Worker("geodiag-writer")

@@ -7,6 +7,7 @@ import numpy as np
 
 from geodiag.hooks.adapters.base import Layout
 from geodiag.schema import METRICS
+from geodiag.signals import SIGNALS, Series
 
 Host = dict[str, np.ndarray]
 Columns = dict[str, Any]
@@ -81,6 +82,20 @@ def hide_inapplicable(columns: Columns, layout: Layout, places: Places) -> None:
     for name, values in columns.items():
         if name.startswith("res_logit") and np.isnan(values).all():  # a model that does not show them
             columns[name] = None
+
+
+def series_of(key: str, shape: tuple[int, ...], places: Places) -> list[Series]:
+    """What the values under a host key are, one by one; nothing where they say nothing about an origin."""
+    group, _, name = key.rpartition("/")
+    at = {"site": np.arange(len(places.layer_S)), "router": places.router_rows, "act": places.expert_rows}
+    at["layer"] = np.array(list(places.row_of_layer.values()), int)
+    if ("layers", name) in SIGNALS and group in at:
+        return [Series(name, int(places.layer_S[i]), places.site_S[i]) for i in at[group]]
+    if ("experts", name) in SIGNALS and group in ("", "expert"):
+        rows = places.router_rows if group == "" else places.expert_rows
+        layers, experts = shape
+        return [Series(name, int(places.layer_S[rows[i]]), "ffn", e) for i in range(layers) for e in range(experts)]
+    return []
 
 
 def expert_rows(host: Host, places: Places) -> Columns | None:

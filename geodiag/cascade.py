@@ -1,0 +1,262 @@
+"""The cascade behind a spike: which stage, layer, site and expert left its range first, and what would have helped.
+
+Reads what a run records and nothing else: the tables `steps`, `layers` and `experts`, and of the events only what the
+detector said of the loss. Never what was planted.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from geodiag import causes
+from geodiag.cascade_words import in_words
+from geodiag.defence import Stage, defence_for
+from geodiag.errors import GeodiagError
+from geodiag.evidence import Evidence, rows_of
+from geodiag.files import plain
+from geodiag.origin import Candidate, candidates, expert_of, origins
+from geodiag.run import Run, open_run
+from geodiag.run_spikes import Seen, spikes_of
+from geodiag.spike_event import Spike
+from geodiag.stage_map import Judged, StageMap, judged, stage_map
+
+__all__ = ["Alternative", "Cascade", "Evidence", "Onset", "StageMap", "cascades", "explain", "stage_map"]
+
+LOOKBACK = 128
+"""Steps before the loss in which an origin is looked for."""
+AFTER = 8
+"""Steps after it that are looked at, for how far it reached."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Onset:
+    """A place that left its range: one knot of the path from the origin to the loss."""
+
+    stage: Stage
+    """None for the loss itself."""
+    layer: int | None
+    site: str | None
+    expert: int | None
+    step: int
+    score: float
+    metric: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """Another origin that the record allows, less likely."""
+
+    stage: Stage
+    layer: int | None
+    site: str | None
+    expert: int | None
+    onset: int
+    confidence: float
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cascade:
+    """The answer to "where did it start, and what would have stopped it?"."""
+
+    spike: dict[str, Any] | None
+    """kind, onset, detected, peak, end; None where a step was asked about at which the loss did not spike."""
+    spike_onset: int
+    """The step at which the loss left its trend, or that was asked about."""
+    stage: Stage
+    """1 curvature, 2 chart, 3 amplification, "data" the batch; None where no layer began it."""
+    layer: int | None
+    site: str | None
+    expert: int | None
+    domain: str | None
+    onset: int | None
+    """The step at which the origin left its range; None where there is no internal precursor."""
+    lead: int | None
+    """Steps from there to the loss."""
+    cause: Literal["layer", "lr", "data"] | None
+    confidence: float
+    """How much better this answer is than the next, 0 to 1."""
+    defence: str | None
+    evidence: tuple[Evidence, ...]
+    alternatives: tuple[Alternative, ...]
+    path: tuple[Onset, ...]
+    """How it spread, in time: the origin first, the loss last."""
+    words: str
+    caveats: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain data, null where nothing is known."""
+        said = plain(asdict(self))
+        said["evidence"] = [e.as_json() for e in self.evidence]
+        return said
+
+
+def explain(run: Run | str | Path, spike: int | Spike | None = None) -> Cascade:
+    """The cascade behind a spike of a run, which may still be training.
+
+    spike: its number among the run's spikes (0 is the first, -1 the last), or a step, or a `Spike`; without one, the
+    worst. GeodiagError where there is no such step, or no spike and none was named.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    return _explained(run, _chosen(run, spike))
+
+
+def cascades(run: Run | str | Path) -> list[Cascade]:
+    """The cascade behind each spike of a run, in the order in which they began."""
+    run = run if isinstance(run, Run) else open_run(run)
+    return [_explained(run, seen) for seen in spikes_of(run)]
+
+
+def _chosen(run: Run, spike: int | Spike | None) -> Seen:
+    if isinstance(spike, Spike):
+        return Seen(spike=spike, onset=spike.onset, attempt=None)
+    known = spikes_of(run)
+    if spike is None:
+        if not known:
+            raise GeodiagError(f"{run.url} has no spike; pass a step to explain, e.g. --spike 120")
+        return max(known, key=lambda s: (s.spike is not None and s.spike.score, -s.onset))
+    if -len(known) <= spike < len(known):
+        return known[spike]
+    for seen in known:
+        assert seen.spike is not None
+        if seen.onset <= spike <= (seen.spike.end if seen.spike.end is not None else seen.spike.detected):
+            return seen
+    last = run.last_step()
+    if last is None or not 0 <= spike <= last:
+        have = "no step" if last is None else f"steps up to {last}"
+        raise GeodiagError(f"{run.url} has {len(known)} spikes and {have}; pass --spike with one of them, not {spike}")
+    return Seen(spike=None, onset=spike, attempt=None)
+
+
+def _explained(run: Run, seen: Seen) -> Cascade:
+    window = judged(run, max(0, seen.onset - LOOKBACK), seen.onset + AFTER, seen.attempt)
+    row = int(np.searchsorted(window.step_S, seen.onset))
+    last = row + (1 if seen.spike is not None else AFTER)
+    found = candidates(window, row, len(window.step_S) - 1)
+    likely = origins([c for c in found if c.start <= last])
+    return _told(run, window, seen, found, likely)
+
+
+def _told(run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: list[Candidate]) -> Cascade:
+    spike = None if seen.spike is None else {k: plain(v) for k, v in asdict(seen.spike).items()}
+    origin = likely[0] if likely else None
+    stage, layer, site, expert, cause = _verdict(window, origin)
+    rows: list[Evidence] = rows_of(window, origin, stage) if origin else []
+    start = origin.start if origin else None
+    if origin is not None:
+        kink = causes.lr_kink(window, origin.start - 4, origin.start)
+        if kink is not None:
+            stage, layer, site, expert, cause, start = None, None, None, None, "lr", kink.row
+            rows = [_lr_evidence(window, kink), *rows]
+    onset = None if start is None else int(window.step_S[start])
+    part, metric = (origin.place.part, rows[0].metric) if origin and rows else (None, "")
+    draft = Cascade(
+        spike=spike,
+        spike_onset=seen.onset,
+        stage=stage,
+        layer=layer,
+        site=site,
+        expert=expert,
+        domain=None,
+        onset=onset,
+        lead=None if onset is None else seen.onset - onset,
+        cause=cause,
+        confidence=_confidence(likely),
+        defence=defence_for(stage, cause=cause, part=part, metric=metric),
+        evidence=tuple(rows),
+        alternatives=_alternatives(window, likely),
+        path=_path(window, origin, found, seen),
+        words="",
+        caveats=_caveats(run, window, seen),
+    )
+    return replace(draft, words=in_words(draft))
+
+
+def _verdict(window: Judged, origin: Candidate | None) -> tuple[Stage, int | None, str | None, int | None, Any]:
+    if origin is None:
+        return None, None, None, None, None
+    place = origin.place
+    if place.part == "data" or (place.part == "router" and place.layer in causes.hash_layers(window)):
+        return "data", None, None, None, "data"
+    return place.stage, place.layer, place.site, expert_of(window, origin), "layer"
+
+
+def _lr_evidence(window: Judged, kink: causes.Kink) -> Evidence:
+    return Evidence(
+        stage=None,
+        layer=None,
+        site=None,
+        expert=None,
+        metric="lr",
+        step=int(window.step_S[kink.row]),
+        score=min(1e3, 10 * abs(np.log(kink.ratio))),
+        value=kink.value,
+        usual=kink.usual,
+        unit="1",
+    )
+
+
+def _confidence(likely: list[Candidate]) -> float:
+    if not likely:
+        return 0.0
+    best = likely[0]
+    rival = next((c for c in likely[1:] if not c.explained and c.place.layer != best.place.layer), None)
+    margin = 1 - 0.6 * (rival.weight / best.weight if rival else 0.0)
+    return round(float(margin * (1 - np.exp(-best.weight / 6))), 3)
+
+
+def _alternatives(window: Judged, likely: list[Candidate], most: int = 4) -> tuple[Alternative, ...]:
+    out: list[Alternative] = []
+    taken = {(likely[0].place.layer, likely[0].place.stage)} if likely else set()
+    for c in likely[1:]:
+        stage, layer, site, expert, _ = _verdict(window, c)
+        if (c.place.layer, c.place.stage) in taken or len(out) == most:
+            continue
+        taken.add((c.place.layer, c.place.stage))
+        share = c.weight / (c.weight + likely[0].weight) * (0.3 if c.explained else 0.8)
+        why = "what came before it explains it" if c.explained else f"stands out less: {c.strength:.0f} σ"
+        out.append(
+            Alternative(
+                stage=stage,
+                layer=layer,
+                site=site,
+                expert=expert,
+                onset=int(window.step_S[c.start]),
+                confidence=round(float(share), 3),
+                why=why,
+            )
+        )
+    return tuple(out)
+
+
+def _path(window: Judged, origin: Candidate | None, found: list[Candidate], seen: Seen) -> tuple[Onset, ...]:
+    """The first onset of each stage and layer from the origin on, then the loss."""
+    knots: dict[tuple[Stage, int], Onset] = {}
+    if origin is not None:
+        for c in [origin, *(c for c in found if origin.before(c))]:
+            stage, layer, site, _, _ = _verdict(window, c)
+            row = rows_of(window, c, stage, most=1)
+            if layer is None or not row or (stage, layer) in knots:
+                continue
+            knots[stage, layer] = Onset(
+                stage=stage,
+                layer=layer,
+                site=site,
+                expert=row[0].expert,
+                step=int(window.step_S[c.start]),
+                score=row[0].score,
+                metric=row[0].metric,
+            )
+    score = seen.spike.score if seen.spike is not None else float("nan")
+    loss = Onset(stage=None, layer=None, site=None, expert=None, step=seen.onset, score=score, metric="loss")
+    return (*knots.values(), loss)
+
+
+def _caveats(run: Run, window: Judged, seen: Seen) -> tuple[str, ...]:
+    said = [f"table {t} has no rows here" for t in window.tracks.missing]
+    before = (window.tracks.sampled_S & (window.step_S < seen.onset)).sum()
+    if before < 2 * 12:
+        said.append(f"only {before} samples before the loss: too little to know what is usual")
+    return tuple(said)

@@ -1,0 +1,86 @@
+"""The origin of a cascade: the first place out of range that nothing before it explains."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from geodiag.onset import excursions
+from geodiag.signals import Place
+from geodiag.stage_map import Judged
+
+EXPLAINS = 0.25
+"""A place before another explains it if it stands out this much of what the other does."""
+LEAST = 5.0
+"""Strength from which a place can be an origin."""
+LINK = 12
+"""Steps before the loss at which an excursion may be over and still have to do with it."""
+_ENOUGH = 40.0  # beyond, more says nothing more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A place that left its range before the loss did."""
+
+    place: Place
+    start: int
+    """Row of the window at which it did."""
+    strength: float
+    explained: bool = False
+
+    @property
+    def weight(self) -> float:
+        return min(self.strength, _ENOUGH)
+
+    def before(self, other: "Candidate") -> bool:
+        """Whether this can have caused the other: earlier, or in the same step and upstream."""
+        return (self.start, self.place.order) < (other.start, other.place.order)
+
+
+def candidates(window: Judged, row: int, last: int) -> list[Candidate]:
+    """Every excursion in the window that begins by row `last` and still goes on shortly before `row`, in time."""
+    steps, found = window.step_S, []
+    for k, place in enumerate(window.places):
+        for e in excursions(window.at_place_SK[:, k]):
+            ended = steps[min(e.end, len(steps) - 1)] if e.end < len(steps) else np.inf
+            over = row < len(steps) and ended < steps[row] - LINK
+            if window.first <= e.start <= last and e.strength >= LEAST and not over:
+                found.append(Candidate(place=place, start=e.start, strength=e.strength))
+    return sorted(found, key=lambda c: (c.start, c.place.order))
+
+
+def origins(found: list[Candidate]) -> list[Candidate]:
+    """The candidates that may be where it began, the likeliest first; those that others explain go last."""
+    may = [c for c in found if c.place.part != "stream"]
+    judged = []
+    for c in may:
+        explained = any(d.before(c) and d.weight >= EXPLAINS * c.weight for d in may)
+        judged.append(Candidate(place=c.place, start=c.start, strength=c.strength, explained=explained))
+    return sorted(judged, key=lambda c: (c.explained, -c.weight, c.start, c.place.order))
+
+
+def expert_of(window: Judged, origin: Candidate) -> int | None:
+    """The expert that stands out among its siblings at an origin, if one does."""
+    rows = slice(origin.start, origin.start + 5)
+    best: dict[int, float] = {}
+    for j, s in enumerate(window.series):
+        if s.expert is None or window.places[window.place_P[j]] != origin.place:
+            continue
+        scores = window.score_SP[rows, j]
+        if origin.place.part == "router" and not _rose(window.tracks.values_SP[:, j], origin.start):
+            continue
+        if not np.isnan(scores).all():
+            best[s.expert] = max(best.get(s.expert, 0.0), float(np.nanmean(np.minimum(scores, 100))))
+    ranked = sorted(best.items(), key=lambda item: -item[1])
+    if not ranked or ranked[0][1] < LEAST:
+        return None
+    if len(ranked) > 1 and ranked[1][1] > 0.8 * ranked[0][1]:
+        return None
+    return ranked[0][0]
+
+
+def _rose(values: np.ndarray, start: int) -> bool:
+    """An expert that gets more than it did: the others only lose what it takes."""
+    before, after = values[max(0, start - 32) : start], values[start : start + 5]
+    if np.isnan(before).all() or np.isnan(after).all():
+        return False
+    return bool(np.nanmedian(after) > np.nanmedian(before))
