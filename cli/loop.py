@@ -43,7 +43,8 @@ class Options:
     sequences: int = 8
     micro_batches: int = 1
     clamp: float | None = 10.0
-    recompute: bool = False
+    recompute: str | None = None
+    """None for what the size does by itself."""
     probe_every: int = 10
     every: int = 1
 
@@ -176,7 +177,7 @@ def _plan(options: Options, device: "torch.device") -> tuple[Any, Any, Any]:
         config = replace(
             config,
             vocab=max(config.vocab, corpus.vocab),
-            recompute=config.recompute or options.recompute,
+            recompute=options.recompute or config.recompute,
             dtype=config.dtype if device.type == "cuda" else "float32",
         )
         train = TrainConfig(

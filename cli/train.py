@@ -9,6 +9,7 @@ import typer
 if TYPE_CHECKING:
     from geodiag.cli.loop import Training
 
+Recompute = Literal["none", "mhc", "layers"]
 Size = Literal["tiny", "small", "3b", "9b", "27b"]
 
 _INJECT = "Plant a fault, KIND@STEP[:LAYER][=MAGNITUDE]; may be given several times. Kinds: docs/faults.md."
@@ -34,7 +35,9 @@ def train(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 8,
     micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches that a step is split into.")] = 1,
     clamp: Annotated[float, typer.Option(min=0, help="SwiGLU clamp; 0 for none.")] = 10.0,
-    recompute: Annotated[bool, typer.Option("--recompute", help="Activation checkpointing.")] = False,
+    recompute: Annotated[
+        Recompute | None, typer.Option(help="What the backward computes once more.  [default: the size's own]")
+    ] = None,
     every: Annotated[int, typer.Option(min=1, help="Steps between samples of the layers.")] = 1,
     probe_every: Annotated[int, typer.Option(min=1, help="Steps between probes of flips and weight spectra.")] = 10,
 ) -> None:

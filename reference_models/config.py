@@ -7,6 +7,7 @@ Residual = Literal["plain", "hc", "mhc"]
 Kernels = Literal["auto", "reference", "triton"]
 Order = Literal["columns-first", "rows-first"]
 DType = Literal["float32", "bfloat16"]
+Recompute = Literal["none", "mhc", "layers"]
 
 _COUNTS = (
     "vocab",
@@ -61,11 +62,17 @@ class ModelConfig:
     dtype: DType = "float32"
     """Type of the residual stream and the matrices; coefficients and routing stay float32."""
     kernels: Kernels = "auto"
-    recompute: bool = False
-    """Activation checkpointing of whole layers."""
+    recompute: Recompute = "none"
+    """What the backward computes once more instead of keeping: nothing, the hyper-connections, or whole layers."""
 
     def __post_init__(self) -> None:
-        choices = {"residual": Residual, "sinkhorn_order": Order, "dtype": DType, "kernels": Kernels}
+        choices = {
+            "residual": Residual,
+            "sinkhorn_order": Order,
+            "dtype": DType,
+            "kernels": Kernels,
+            "recompute": Recompute,
+        }
         for name, kind in choices.items():
             if (value := getattr(self, name)) not in get_args(kind):
                 raise ValueError(f"{name} is one of {', '.join(get_args(kind))}, not {value!r}")
@@ -109,7 +116,7 @@ def _table5(layers: int, channels: int, experts: int, expert_dim: int, heads: in
         shared_experts=2,
         expert_dim=expert_dim,
         dtype="bfloat16",
-        recompute=True,
+        recompute="layers",
     )
 
 

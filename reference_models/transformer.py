@@ -102,7 +102,7 @@ class Transformer(nn.Module):
         x = self.embed(token_ids_BS).unsqueeze(-2).expand(-1, -1, self.config.streams, -1)
         routings = []
         for layer in self.layers:
-            if self.config.recompute and torch.is_grad_enabled():
+            if self.config.recompute == "layers" and torch.is_grad_enabled():
                 x, routing = checkpoint(layer, x, token_ids_BS, self.rotary, use_reentrant=False)
             else:
                 x, routing = layer(x, token_ids_BS, self.rotary)

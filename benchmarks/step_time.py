@@ -1,0 +1,184 @@
+"""What a training step of the reference model costs: residual kinds, kernels, recomputation, and the monitor.
+
+    geodiag bench step_time [--size 3b] [--sequences 4] [--steps 8] [--arms plain mhc …] [--device cuda]
+
+Each arm is a training of its own, of the same seed and the same random tokens; a step is forward, backward and update,
+timed apart. An arm's name says what differs: RESIDUAL[+reference][+mhc|+layers][+monitor].
+"""
+
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import geodiag
+from geodiag.benchmarks.report import Parser, save, say, setting, where
+from geodiag.reference_models.config import sized
+from geodiag.reference_models.data import Batch
+from geodiag.reference_models.train import TrainConfig, Trainer
+from geodiag.reference_models.transformer import Transformer
+
+ARMS = ("plain", "mhc", "mhc+mhc", "mhc+layers", "mhc+monitor", "mhc+reference")
+BATCHES = 4
+
+
+def trainer_of(arm: str, size: str, sequences: int, device: torch.device, layers: int | None = None) -> Trainer:
+    """The training that an arm's name describes."""
+    residual, *options = arm.split("+")
+    recompute = next((o for o in options if o in ("mhc", "layers")), "none")
+    changes: dict[str, Any] = {"recompute": recompute, "dtype": "bfloat16"} | ({"layers": layers} if layers else {})
+    kernels = "reference" if "reference" in options else "auto"
+    torch.manual_seed(0)
+    with device:
+        model = Transformer(sized(size, residual, kernels=kernels, **changes))  # type: ignore[arg-type]
+    return Trainer(model, TrainConfig(steps=10_000, sequences=sequences))
+
+
+def batches(size: str, sequences: int, device: torch.device) -> list[Batch]:
+    """Random tokens: the experts' loads are even, and no arm has better data than another."""
+    shape = sized(size)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for step in range(BATCHES):
+        ids = torch.randint(shape.vocab, (sequences, shape.sequence + 1), generator=generator).to(device)
+        found.append(Batch(step, ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), ("random",) * sequences))
+    return found
+
+
+def launches(step: Any, device: torch.device) -> int:
+    """Kernels that one step launches, copies included; on a CPU, operators called."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as seen:
+        step()
+        _wait(device)
+    events = seen.events() or []
+    if device.type == "cuda":
+        return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in events)
+    return sum(e.name.startswith("aten::") for e in events)
+
+
+def time_arm(arm: str, size: str, data: list[Batch], steps: int, device: torch.device, layers: int | None) -> dict:
+    """Milliseconds of an arm's steps, its peak memory and its launches."""
+    trainer = trainer_of(arm, size, len(data[0].domain_B), device, layers)
+    with tempfile.TemporaryDirectory() as folder:
+        monitor = None
+        if "monitor" in arm.split("+"):
+            probe = (data[0].token_ids_BS[:1],)
+            monitor = geodiag.attach(
+                trainer.model, trainer.optimizers, Path(folder) / "run", probe=probe, probe_every=1 << 30, quiet=True
+            )
+        passes, whole = [], []
+
+        def step(i: int) -> None:
+            began = time.perf_counter()
+            trainer.accumulate(data[i % BATCHES])
+            _wait(device)
+            passes.append((time.perf_counter() - began) * 1e3)
+            done = trainer.update()
+            if monitor is not None:
+                monitor.step(done.loss, grad_norm=done.grad_norm, lr=done.lr)
+            _wait(device)
+            whole.append((time.perf_counter() - began) * 1e3)
+
+        for i in range(3):  # compiles kernels, allocates
+            step(i)
+        passes.clear()
+        whole.clear()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for i in range(steps):
+            step(i)
+        peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+        found = {
+            "arm": arm,
+            "forward_backward_ms": statistics.median(passes),
+            "step_ms": statistics.median(whole),
+            "each_step_ms": list(whole),
+            "peak_gb": peak,
+            "launches": launches(lambda: step(0), device),
+        }
+        if monitor is not None:
+            monitor.close()
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def run(
+    size: str = "3b",
+    sequences: int = 4,
+    steps: int = 8,
+    arms: Sequence[str] = ARMS,
+    device: str = "cuda",
+    layers: int | None = None,
+) -> dict[str, Any]:
+    """Every arm's time, memory and launches. An arm that does not fit says so and the others go on."""
+    there = torch.device(device)
+    data = batches(size, sequences, there)
+    rows: list[dict] = []
+    for arm in arms:
+        try:
+            rows.append(time_arm(arm, size, data, steps, there, layers))
+        except torch.OutOfMemoryError as e:
+            rows.append({"arm": arm, "failed": str(e).splitlines()[0]})
+        gc.collect()
+        if there.type == "cuda":
+            torch.cuda.empty_cache()
+    tokens = sequences * sized(size).sequence
+    return {"size": size, "tokens": tokens, "layers": layers or sized(size).layers, "steps": steps, "arms": rows}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a page."""
+    lines = ["# What a training step costs", "", where(result), ""]
+    for part in result["runs"]:
+        lines += [
+            f"`{part['size']}`, {part['layers']} layers, {part['tokens']} tokens a step, bfloat16; medians of "
+            f"{part['steps']} steps.",
+            "",
+            "| arm | forward + backward, ms | whole step, ms | over the first | peak, GB | launches |",
+            "|---|---|---|---|---|---|",
+        ]
+        first = next((a for a in part["arms"] if "failed" not in a), None)
+        for arm in part["arms"]:
+            if "failed" in arm or first is None:
+                lines.append(f"| {arm['arm']} | {arm.get('failed', '')} | | | | |")
+                continue
+            over = arm["forward_backward_ms"] / first["forward_backward_ms"] - 1
+            peak = "" if arm["peak_gb"] is None else f"{arm['peak_gb']:.1f}"
+            lines.append(
+                f"| {arm['arm']} | {arm['forward_backward_ms']:.1f} | {arm['step_ms']:.1f} | {over:+.1%} | {peak} "
+                f"| {arm['launches']} |"
+            )
+        lines.append("")
+    return "\n".join([*lines, f"    {result['command']}", ""])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser("step_time", __doc__)
+    parser.add_argument("--size", default="3b")
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--layers", type=int, help="so many layers instead of the size's own")
+    options = parser.parse_args(argv)
+    result = setting("step_time", argv, options.device)
+    result["runs"] = [run(options.size, options.sequences, options.steps, options.arms, options.device, options.layers)]
+    page = markdown(result)
+    save("step_time", result, page, options.out)
+    say(result, page, options.json)
+
+
+if __name__ == "__main__":
+    main()
