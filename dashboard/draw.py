@@ -8,7 +8,7 @@ from dash import Dash, Input, Output, State, no_update
 
 from geodiag.dashboard.figures.style import LOOKS, Look
 from geodiag.dashboard.library import Library
-from geodiag.dashboard.marks import Spike, spikes
+from geodiag.dashboard.marks import Mark, Spike, marks, spikes
 from geodiag.dashboard.record import Record
 from geodiag.dashboard.view import View
 
@@ -35,16 +35,17 @@ def draws(app: Dash, library: Library, name: str, prop: str, make: Drawing) -> N
         return made
 
 
-def marks(record: Record) -> list[Spike]:
+def raised(record: Record) -> list[Spike]:
     """The run's spikes, read from its events once a version."""
     return record.memo("spikes", lambda: spikes(record.events()))
+
+
+def happened(record: Record) -> list[Mark]:
+    """What gets a line on every time axis of the run."""
+    return record.memo("marks", lambda: marks(record.events(), raised(record)))
 
 
 def extent(record: Record) -> tuple[int, int] | None:
     """First and last step, so that all charts of a page share one time axis."""
     step_S = record.steps()["step"]
     return (int(step_S[0]), int(step_S[-1])) if len(step_S) else None
-
-
-def onsets(record: Record) -> list[int]:
-    return [s.onset for s in marks(record)]

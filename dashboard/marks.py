@@ -1,6 +1,6 @@
-"""What happened, as places on a time axis: spikes, faults, attempts, and spans of routing modes."""
+"""What happened, as places on a time axis: spikes, warnings, rollbacks, attempts, and spans of routing modes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,14 @@ from geodiag.health import SPIKES
 from geodiag.schema import ROUTING_MODES
 
 _RAISED = (*SPIKES, "outlier")
+
+KINDS = {
+    "spike": "the loss left its trend here",
+    "early_warning": "early warning: a stage left its range before the loss did",
+    "rollback": "training went back to an earlier step",
+    "attempt": "training began again here",
+}
+"""What is marked on every time axis, and what it says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,15 @@ class Span:
     end: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """One line across a time axis."""
+
+    kind: str
+    step: int
+    message: str = ""
+
+
 def spikes(events: Iterable[dict[str, Any]]) -> list[Spike]:
     """The detector's events; what a later row says of the same onset (its peak, its end) is merged in."""
     found: dict[int, Spike] = {}
@@ -50,6 +67,16 @@ def spikes(events: Iterable[dict[str, Any]]) -> list[Spike]:
             if onset in found:
                 found[onset] = _told(found[onset], {"end": event["step"]} | {k: v for k, v in data.items() if v})
     return [found[k] for k in sorted(found)]
+
+
+def marks(events: Iterable[dict[str, Any]], raised: Sequence[Spike]) -> list[Mark]:
+    """Everything that gets a line, in time. The beginning of a run is none."""
+    out = [Mark(kind="spike", step=s.onset, message=s.message) for s in raised]
+    for event in events:
+        kind, begins = event["kind"], event["kind"] == "attempt" and not event["attempt"]
+        if kind in KINDS and kind != "spike" and not begins:
+            out.append(Mark(kind=kind, step=event["step"], message=event["message"] or ""))
+    return sorted(out, key=lambda m: m.step)
 
 
 def spans(step_S: np.ndarray, mode_S: np.ndarray) -> list[Span]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from geodiag.dashboard.draw import marks
+from geodiag.dashboard.draw import raised
 from geodiag.dashboard.grid import Grid, row_name
 from geodiag.dashboard.parts import badge, tile
 from geodiag.dashboard.record import Record
@@ -29,7 +29,7 @@ def tiles(record: Record) -> list:
     seconds = steps["step_seconds"][-50:]
     pace = f"{1 / np.nanmean(seconds):.2g} a second" if some and np.isfinite(seconds).any() else ""
     gain, flip = worst_now(record, *COMPOSITES), worst_now(record, "flip_rate")
-    found = [s for s in marks(record) if s.kind in SPIKES]
+    found = [s for s in raised(record) if s.kind in SPIKES]
     return [
         tile("status", badge(status), "", STATUS[status]),
         tile("step", whole(last), pace, "The newest step on record."),

@@ -25,6 +25,10 @@ class View:
     """How a gain is taken over tokens: mean, max, min, of_mean."""
     scale: str | None = None
     """`log` for a logarithmic loss axis."""
+    spike: int | None = None
+    """The step whose cascade is shown: a spike's onset, an early warning, or any other."""
+    stage: int | None = None
+    """1, 2 or 3: with `layer` and `step`, a cell of the stage map."""
 
     @classmethod
     def parse(cls, search: str | None) -> "View":
@@ -95,5 +99,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "metric": _read_word,
     "over": _read_word,
     "scale": _read_word,
+    "spike": _read_int,
+    "stage": lambda text: int(text) if text in ("1", "2", "3") else None,
 }
 _WRITE: dict[str, Callable[[Any], str]] = {"steps": lambda r: f"{r[0]}-{r[1]}", "site": row_name}

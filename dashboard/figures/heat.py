@@ -7,9 +7,11 @@ import numpy as np
 import plotly.graph_objects as go
 
 from geodiag.dashboard.figures.bins import Binned, binned
+from geodiag.dashboard.figures.happenings import draw_marks
 from geodiag.dashboard.figures.scale import shade
 from geodiag.dashboard.figures.style import Look, axis, base, empty, time_axis, upright
 from geodiag.dashboard.grid import Grid, row_name
+from geodiag.dashboard.marks import Mark
 from geodiag.schema import SITES
 
 # R rows, B columns.
@@ -22,7 +24,7 @@ class Panel(NamedTuple):
     title: str
 
 
-_TITLE_PX, _MOST_CROSSES, _MOST_LINES = 30, 300, 60
+_TITLE_PX, _MOST_CROSSES = 30, 300
 
 
 def heat_map(
@@ -30,7 +32,7 @@ def heat_map(
     look: Look,
     window: tuple[int, int] | None = None,
     *,
-    onsets: Sequence[int] = (),
+    marks: Sequence[Mark] = (),
     step: int | None = None,
     row: str | None = None,
     experts: bool = False,
@@ -39,7 +41,7 @@ def heat_map(
     title: str = "step",
     nothing: str = "Not recorded in this run.",
 ) -> go.Figure:
-    """Rows in static order, the first on top. Dashed lines mark `onsets`, a cursor `step`, a frame `row`.
+    """Rows in static order, the first on top. Thin lines are `marks`, a cursor is `step`, a frame is `row`.
 
     `centre` is the value that is drawn as neither high nor low, `extent` the time axis's range where no window
     is given, `title` what that axis is called.
@@ -87,7 +89,9 @@ def heat_map(
     first, last = min(c.left_B[0] for c in columns), max(c.left_B[-1] + c.width for c in columns)
     reach = window or ((extent[0] - 0.5, extent[1] + 0.5) if extent else (first - 0.5, last - 0.5))
     fig.update_layout(xaxis=time_axis(look, reach, title, anchor=f"y{_n(len(shown))}", showgrid=False))
-    _lines(fig, [o for o in onsets if first <= o <= last], step, domains, look)
+    draw_marks(fig, marks, (first, last), look, domains)
+    if step is not None:
+        fig.update_layout(shapes=[*fig.layout.shapes, *(upright(step, look.ink, "dot", d) for d in domains)])
     return fig
 
 
@@ -113,15 +117,6 @@ def _panel(fig: go.Figure, column: Binned, names: list[str], i: int, log: bool, 
             mode="markers", marker={"symbol": "x-thin", "size": 6, "line": {"width": 1.5, "color": look.spike}},
             hovertemplate="<b>%{y}</b> · step %{x:,.0f}<br>NaN or infinite<extra></extra>",
         )  # fmt: skip
-
-
-def _lines(
-    fig: go.Figure, onsets: Sequence[int], step: int | None, domains: Sequence[tuple[float, float]], look: Look
-) -> None:
-    shapes = [upright(o, look.spike, "dash", d) for o in onsets[-_MOST_LINES:] for d in domains]
-    if step is not None:
-        shapes += [upright(step, look.ink, "dot", d) for d in domains]
-    fig.update_layout(shapes=[*fig.layout.shapes, *shapes])
 
 
 def _names(grid: Grid, experts: bool) -> list[str]:

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from geodiag.dashboard.figures.style import Look, axis, base, empty, time_axis, upright
+from geodiag.dashboard.figures.happenings import draw_marks
+from geodiag.dashboard.figures.style import Look, axis, base, empty, time_axis
 from geodiag.dashboard.figures.thin import broken, thinned
+from geodiag.dashboard.marks import Mark
 
 
 class Line(NamedTuple):
@@ -33,7 +35,7 @@ def over_steps(
     look: Look,
     window: tuple[int, int] | None = None,
     *,
-    onsets: Sequence[int] = (),
+    marks: Sequence[Mark] = (),
     extent: tuple[int, int] | None = None,
     nothing: str = "Not recorded in this run.",
 ) -> go.Figure:
@@ -66,9 +68,7 @@ def over_steps(
         top -= (_STRIP_PX + _GAP_PX) / inner
     reach = window or ((extent[0] - 0.5, extent[1] + 0.5) if extent else None)
     fig.update_layout(xaxis=time_axis(look, reach, anchor=f"y{'' if len(shown) == 1 else len(shown)}"))
-    for onset in onsets[-60:]:
-        if window is None or window[0] <= onset <= window[1]:
-            fig.add_shape(upright(onset, look.spike, "dash"))
+    draw_marks(fig, marks, window or (-np.inf, np.inf), look)
     return fig
 
 

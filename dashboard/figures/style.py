@@ -25,6 +25,8 @@ class Look:
     """A spike, and whatever else is alarming."""
     forward: str
     backward: str
+    warn: str
+    """A warning before anything is wrong yet."""
     warmup: str
     on: str
     drain: str
@@ -46,6 +48,7 @@ LIGHT = Look(
     spike="#d6336c",
     forward="#6d3fc0",
     backward="#c2620a",
+    warn="#b35c00",
     warmup="#e8a33d",
     on="#159a72",
     drain="#5b8def",
@@ -63,6 +66,7 @@ DARK = Look(
     spike="#ff6b9d",
     forward="#b795ff",
     backward="#f3a75c",
+    warn="#ffb454",
     warmup="#f0b35a",
     on="#3ecf9d",
     drain="#7ba6ff",

@@ -6,10 +6,12 @@ import numpy as np
 import plotly.graph_objects as go
 
 from geodiag.dashboard.figures.bins import binned
+from geodiag.dashboard.figures.happenings import draw_marks, draw_undone
 from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, time_axis, titled, upright
 from geodiag.dashboard.figures.thin import broken, thinned
 from geodiag.dashboard.grid import Grid
-from geodiag.dashboard.marks import Span, Spike
+from geodiag.dashboard.marks import Mark, Span, Spike
+from geodiag.dashboard.record import Undone
 from geodiag.schema import METRICS
 
 # S steps.
@@ -30,9 +32,14 @@ def timeline(
     window: tuple[int, int] | None = None,
     step: int | None = None,
     log: bool = False,
+    marks: Sequence[Mark] = (),
+    undone: Sequence[Undone] = (),
     height: int = 640,
 ) -> go.Figure:
-    """`steps` is table `steps` by column; `window` the visible range of steps; `step` gets a cursor."""
+    """`steps` is table `steps` by column; `window` the visible range of steps; `step` gets a cursor.
+
+    `undone` is what was rolled back: it stays, faintly.
+    """
     if not len(steps["step"]):
         return empty("Waiting for the first step.", look, height)
     low, high = window or (int(steps["step"][0]), int(steps["step"][-1]))
@@ -48,10 +55,12 @@ def timeline(
     fig.update_layout(xaxis={"spikecolor": look.cursor, "spikedash": "dot"})
     _bands(fig, [s for s in spans if s.end >= low and s.start <= high], low, high, look)
     inside = [s for s in spikes if s.onset <= high and (s.end or s.peak or s.detected) >= low]
+    draw_undone(fig, undone, low, high, look, {"loss": "y", "grad_norm": "y2"})
     for name, y in (("loss", "y"), ("grad_norm", "y2")):
         _line(fig, seen, name, y, look)
     _stages(fig, seen, look)
     _spike_marks(fig, seen, inside, look)
+    draw_marks(fig, marks, (low, high), look)
     if step is not None:
         fig.add_shape(upright(step, look.ink, "dot"))
     return fig
@@ -116,7 +125,6 @@ def _bands(fig: go.Figure, spans: Sequence[Span], low: int, high: int, look: Loo
 
 def _spike_marks(fig: go.Figure, seen: dict[str, np.ndarray], spikes: Sequence[Spike], look: Look) -> None:
     for spike in spikes[-_MOST_BANDS:]:
-        fig.add_shape(upright(spike.onset, look.spike, "dash"))
         end = spike.end or spike.peak
         if end:  # a bar at the top: a second tint over the routing bands would be mud
             fig.add_shape(

@@ -3,7 +3,7 @@
 import plotly.graph_objects as go
 from dash import Dash, html
 
-from geodiag.dashboard.draw import draws, extent, onsets
+from geodiag.dashboard.draw import draws, extent, happened
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.lines import Strip, over_steps
 from geodiag.dashboard.figures.style import Look, titled
@@ -85,7 +85,7 @@ def _heat(record: Record, view: View, look: Look) -> go.Figure:
         [Panel(grid, title)],
         look,
         view.steps,
-        onsets=onsets(record),
+        marks=happened(record),
         extent=extent(record),
         row=row,
         nothing=_nothing(record),
@@ -100,7 +100,7 @@ def _experts(record: Record, view: View, look: Look) -> go.Figure:
         [Panel(grid.of_layer(layer), title)],
         look,
         view.steps,
-        onsets=onsets(record),
+        marks=happened(record),
         extent=extent(record),
         experts=True,
         title="",
@@ -119,7 +119,7 @@ def _lines(record: Record, view: View, look: Look) -> go.Figure:
         strips,
         look,
         view.steps,
-        onsets=onsets(record),
+        marks=happened(record),
         extent=extent(record),
         nothing=f"Layer {layer} has no gated units.",
     )

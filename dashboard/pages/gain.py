@@ -3,7 +3,7 @@
 import plotly.graph_objects as go
 from dash import Dash, dcc, html
 
-from geodiag.dashboard.draw import draws, extent, onsets
+from geodiag.dashboard.draw import draws, extent, happened
 from geodiag.dashboard.figures.bins import binned, worst_step
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.matrix import matrices
@@ -141,7 +141,7 @@ def _heat(record: Record, view: View, look: Look) -> go.Figure:
         panels,
         look,
         view.steps,
-        onsets=onsets(record),
+        marks=happened(record),
         extent=extent(record),
         step=view.step,
         row=site,

@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 from dash import Dash, html
 
 from geodiag.dashboard import control_panel
-from geodiag.dashboard.draw import draws, marks
+from geodiag.dashboard.draw import draws, happened, raised
 from geodiag.dashboard.figures.style import Look
 from geodiag.dashboard.figures.timeline import timeline
 from geodiag.dashboard.library import Library
@@ -47,7 +47,17 @@ def register(app: Dash, library: Library) -> None:
 def _timeline(record: Record, view: View, look: Look) -> go.Figure:
     steps = record.steps()
     modes = spans(steps["step"], steps["routing_mode"])
-    return timeline(steps, marks(record), modes, look, view.steps, view.step, view.scale == "log")
+    return timeline(
+        steps,
+        raised(record),
+        modes,
+        look,
+        view.steps,
+        view.step,
+        view.scale == "log",
+        marks=happened(record),
+        undone=record.undone(),
+    )
 
 
 def _clicked(pathname: str, view: View, name: str, point: dict) -> View:

@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 from dash import Dash, html
 
 from geodiag.dashboard import control_panel
-from geodiag.dashboard.draw import draws, extent, onsets
+from geodiag.dashboard.draw import draws, extent, happened
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.lines import Strip, over_steps
 from geodiag.dashboard.figures.style import Look, titled
@@ -76,7 +76,7 @@ def _flips(record: Record, view: View, look: Look) -> go.Figure:
         [Panel(grid, metric("layers", name).help)],
         look,
         view.steps,
-        onsets=onsets(record),
+        marks=happened(record),
         extent=extent(record),
         row=row,
         nothing=_nothing(record, name),
@@ -92,7 +92,7 @@ def _load(record: Record, view: View, look: Look) -> go.Figure:
         [Panel(grid, title)],
         look,
         view.steps,
-        onsets=onsets(record),
+        marks=happened(record),
         extent=extent(record),
         experts=True,
         centre=1 / max(1, len(grid.rows)),  # an even share
@@ -112,7 +112,7 @@ def _lines(record: Record, view: View, look: Look) -> go.Figure:
         strips,
         look,
         view.steps,
-        onsets=onsets(record),
+        marks=happened(record),
         extent=extent(record),
         nothing=f"Layer {layer} has no learned router.",
     )

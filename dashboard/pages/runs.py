@@ -7,7 +7,7 @@ from urllib.parse import quote
 import numpy as np
 from dash import Dash, Input, Output, State, dcc, html, no_update
 
-from geodiag.dashboard.draw import marks
+from geodiag.dashboard.draw import raised
 from geodiag.dashboard.grid import row_name
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import card
@@ -83,7 +83,7 @@ def _row(record: Record) -> dict[str, Any]:
         "step": int(steps["step"][-1]) if some else None,
         "spark": _spark(steps),
         "loss": loss,
-        "spikes": len([s for s in marks(record) if s.kind in SPIKES]),
+        "spikes": len([s for s in raised(record) if s.kind in SPIKES]),
         "gain": value if value is not None and np.isfinite(value) else None,
         "gain_at": row_name(at) if at else "",
         "residual": str(record.option("residual") or "–"),
