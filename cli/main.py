@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from geodiag import __version__
 from geodiag.cli.bench import bench
+from geodiag.cli.cascade import cascade
 from geodiag.cli.dashboard import dashboard
 from geodiag.cli.demo import demo
 from geodiag.cli.doctor import doctor
@@ -91,6 +92,7 @@ app.command(rich_help_panel=_LOOK)(dashboard)
 app.command(rich_help_panel=_LOOK)(runs)
 app.command(rich_help_panel=_LOOK)(show)
 app.command(rich_help_panel=_LOOK)(spikes)
+app.command(rich_help_panel=_LOOK)(cascade)
 app.command(rich_help_panel=_LOOK)(routing)
 app.command(rich_help_panel=_HERE)(doctor)
 app.add_typer(bench, rich_help_panel=_HERE)
