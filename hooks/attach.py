@@ -14,6 +14,7 @@ from geodiag.hooks.anticipatory import AnticipatoryRouting
 from geodiag.hooks.controller import Controller
 from geodiag.hooks.gradients import optimizers_in
 from geodiag.hooks.monitor import Monitor
+from geodiag.hooks.ranks import Ranks
 from geodiag.run import Run
 
 _COUNTERFACTUAL = ("clamp_gate_rate", "clamp_up_high_rate", "clamp_up_low_rate")
@@ -40,7 +41,8 @@ def attach(
     """Watches `model` and records every step of its training in the run directory `path`.
 
     Finds the model's residual sites, routers and experts by itself and says what it found. Call `step(loss)` on what
-    is returned after every optimizer step.
+    is returned after every optimizer step. In a training of several ranks every rank does both, after
+    torch.distributed.init_process_group and before or after DDP or `fully_shard`.
 
     routing: an AnticipatoryRouting that the controller may switch; policy `off` (the default), `auto` or `on` says
     whether it may, or the controller you pass does.
@@ -54,27 +56,36 @@ def attach(
         raise ValueError("probe_every, every, sample and micro_batches are at least 1")
     optimizers = optimizers_in(optimizer)
     layout = find_layout(model)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    ranks = Ranks.join()
+    ranks.same("model", {k: v for k, v in layout.summary().items() if k != "missing"})
     controller = controller or Controller()
     policy = policy or controller.policy
     controller.set_policy(policy)
-    if world > 1 and policy != "off":
-        raise GeodiagError(f"routing {policy} on {world} ranks is not there yet; pass policy='off' to record only")
+    if ranks.strangers and policy != "off":
+        raise GeodiagError(
+            f"routing {policy} on {ranks.world} ranks needs them to agree; "
+            "call torch.distributed.init_process_group before attach"
+        )
     if routing is None and policy != "off":
         raise GeodiagError(f"routing {policy} needs an AnticipatoryRouting; pass attach(..., routing=...)")
     unclamped = any(e.gate_limit is None for e in layout.experts)
-    run = Run.create(
-        path,
-        found=layout.summary(),
-        config={
-            "routing": {"policy": policy, "delay_steps": routing.delay_steps if routing else None},
-            **(config or {}),
-        },
-        counterfactual=_COUNTERFACTUAL if unclamped else (),
-        rank=rank,
-        world_size=world,
-    )
-    if not quiet:
+
+    def create(attempt: int | None) -> Run:
+        return Run.create(
+            path,
+            found=layout.summary(),
+            config={
+                "routing": {"policy": policy, "delay_steps": routing.delay_steps if routing else None},
+                **(config or {}),
+            },
+            counterfactual=_COUNTERFACTUAL if unclamped else (),
+            rank=ranks.rank,
+            world_size=ranks.world,
+            attempt=attempt,
+        )
+
+    run = ranks.begin(create, attempt_of=lambda made: made.attempt, undo=lambda made: made.close("failed"))
+    if not quiet and ranks.rank == 0:
         print(_introduction(layout, path), file=sys.stderr, flush=True)
     try:
         return Monitor(
@@ -90,6 +101,7 @@ def attach(
             sample=sample,
             micro_batches=micro_batches,
             first_step=first_step,
+            ranks=ranks,
         )
     except BaseException as e:  # also Ctrl-C: a run whose watch never began must not say that it runs
         run.close("interrupted" if isinstance(e, KeyboardInterrupt) else "failed")

@@ -8,19 +8,32 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from geodiag.hooks.adapters.base import Layout, Removable
+from geodiag.hooks.sharded import copies, local
 from geodiag.hooks.taps import Report
 
 
 class GradientNorms:
-    """Squared norms by layer; the last place holds what belongs to no layer."""
+    """Squared norms by layer; the last place holds what belongs to no layer.
 
-    def __init__(self, layout: Layout, optimizers: Sequence[Optimizer], device: torch.device, report: Report) -> None:
-        self._device = device
-        self._index: dict[tuple[int, ...], Tensor] = {}
+    Of a gradient that is spread over ranks, this rank's share: nothing is asked of the others here. Shares are such
+    that added up over all `ranks` they are the whole.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        optimizers: Sequence[Optimizer],
+        device: torch.device,
+        report: Report,
+        ranks: int = 1,
+    ) -> None:
+        self._device, self._ranks = device, ranks
+        self._places: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._layer = {id(p): i for i, layer in enumerate(layout.layers) for p in layer.parameters()}
         self._outside = len(layout.layers)
         self._report, self._broken = report, False
         self.recording = True
+        self._seen = False
         self._squares = torch.zeros(len(optimizers), self._outside + 1, device=device)
         self._handles: list[Removable] = [
             o.register_step_pre_hook(lambda opt, *_, i=i: self._read(i, opt)) for i, o in enumerate(optimizers)
@@ -36,35 +49,32 @@ class GradientNorms:
             return
         try:
             params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-            norms = torch.stack(torch._foreach_norm([p.grad for p in params])).float()
-            squares = torch.zeros_like(self._squares[place]).index_add_(0, self._layers_of(params), norms.square())
-            self._squares[place] = squares
+            norms = torch.stack(torch._foreach_norm([local(p.grad) for p in params])).float()
+            layers, shares = self._places_of(params)
+            self._squares[place] = torch.zeros_like(self._squares[place]).index_add_(0, layers, norms.square() * shares)
+            self._seen = True
         except Exception as e:  # monitoring must not end a training: said once, then silent here
             self._broken = True
             self._report("gradient norms", e)
 
-    def _layers_of(self, params: list[Tensor]) -> Tensor:
-        """Each parameter's layer, on the device; made once for each set of parameters that has gradients."""
+    def _places_of(self, params: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Each parameter's layer and share, on the device; made once for each set of parameters with gradients."""
         key = tuple(id(p) for p in params)
-        if key not in self._index:
+        if key not in self._places:
             layers = [self._layer.get(i, self._outside) for i in key]
-            self._index[key] = torch.tensor(layers, device=self._device)
-        return self._index[key]
+            shares = [1 / copies(p, self._ranks) for p in params]
+            self._places[key] = torch.tensor(layers, device=self._device), torch.tensor(shares, device=self._device)
+        return self._places[key]
 
     def values(self, total: Tensor | None) -> dict[str, Tensor]:
-        """Norm of each layer and of everything.
-
-        `total`, where the trainer knows it, is the norm before clipping; the layers are scaled back by the same factor.
-        """
-        squares = self._squares.sum(0)
-        seen = squares.sum().sqrt()
-        norms = squares[: self._outside].sqrt()
-        if total is None:
-            return {"layer/grad_norm": norms, "grad_norm": seen}
-        total = total.detach().to(norms.device).float()
-        return {"layer/grad_norm": norms * (total / seen), "grad_norm": total}
+        """This rank's shares, and the norm before clipping where the trainer knows it; NaN where not."""
+        before = {"grad_total": self._squares.new_full((), torch.nan) if total is None else total.detach().float()}
+        if not self._seen or self._broken:
+            return before if total is None else before | {"grad_norm": before["grad_total"]}
+        return before | {"grad_squares": self._squares.sum(0)}
 
     def clear(self) -> None:
+        self._seen = False
         self._squares.zero_()
 
 

@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from geodiag.control import RequestWatch
+from geodiag.errors import GeodiagError
 from geodiag.events import Event
 from geodiag.hooks.adapters import Layout
 from geodiag.hooks.anticipatory import AnticipatoryRouting
+from geodiag.hooks.concert import Concert
 from geodiag.hooks.controller import Controller
 from geodiag.hooks.gradients import GradientNorms
 from geodiag.hooks.observer import Observation
 from geodiag.hooks.past import RouterPast
 from geodiag.hooks.probe import Probe
+from geodiag.hooks.ranks import Ranks
 from geodiag.hooks.recorder import Facts, Recorder
+from geodiag.hooks.sharded import whole
 from geodiag.hooks.slots import Slots
 from geodiag.hooks.spectra import WeightSpectra
 from geodiag.hooks.steering import Steering
@@ -47,21 +51,23 @@ class Monitor:
         sample: int,
         micro_batches: int,
         first_step: int,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks or Ranks()
         self.model, self.run, self.layout = model, run, layout
         self.next_step = first_step
         self._first_step, self._every, self._probe_every = first_step, every, probe_every
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._recorder = Recorder(run, layout, device)
+        self._recorder = Recorder(run, layout, device, self._ranks)
         self.slots = Slots(device, micro_batches, sample)
         self._taps = Taps(model, layout, self.slots, self._complain)
-        self._gradients = GradientNorms(layout, optimizers, device, self._complain)
+        together = 1 if self._ranks.alone else self._ranks.world
+        self._gradients = GradientNorms(layout, optimizers, device, self._complain, together)
         self._optimizers = optimizers
         self._past = RouterPast(layout, lag=probe_every)
         args, kwargs = ((), dict(probe)) if isinstance(probe, Mapping) else (tuple(probe or ()), {})
         self._probe = Probe(model, layout.routers, args, kwargs)
         self._spectra = WeightSpectra(layout)
-        self._watch = RequestWatch(Path(run.url))
         self._adopt_probe = model.register_forward_pre_hook(self._take_probe, with_kwargs=True)
         self._ended_at: float | None = None
         self._record_seconds: float | None = None
@@ -69,6 +75,7 @@ class Monitor:
         began = "training began" if run.attempt == 0 else f"training began again: attempt {run.attempt}"
         self.event("attempt", began, data={"attempt": run.attempt, "policy": controller.policy})
         self.steering = Steering(routing, controller, self.event)
+        self._concert = Concert(self._ranks, self.steering, RequestWatch(Path(run.url)))
         self._taps.replaying = lambda: self.steering.replaying
         self.steering.start(first_step)
         atexit.register(self.close, "interrupted")
@@ -85,24 +92,45 @@ class Monitor:
         """Ends one optimizer step: records it, and lets the controller decide about the next.
 
         `grad_norm` is the total before clipping, where the trainer knows it; without it, what the optimizer saw.
-        A failure in here is reported once and swallowed: monitoring does not end a training.
+        A failure in here is reported once and swallowed: monitoring does not end a training. Of several ranks every
+        one calls this for every step; GeodiagError where ranks that are steered together lost each other.
         """
         began = time.perf_counter()
         step, self.next_step = self.next_step, self.next_step + 1
+        loss, grad_norm = whole(loss), whole(grad_norm)
         try:
             try:
                 self._record(step, loss, grad_norm, lr, began)
             finally:  # also where that failed: nothing of this step may be read as the next one's
                 self._turn_over()
-            for seen in self._recorder.observed():
-                self.steering.judge(seen.step, seen.verdict)
-            request = self._watch.poll()
-            if request is not None:
-                self.steering.obey(request, self.next_step)
         except Exception as e:  # monitoring must not end a training: said once, and the next step is tried again
             self._complain("the end of a step", e)
+        self._recorder.ensure(step)
+        try:
+            self._steer()
+        except Exception as e:
+            self._complain("steering", e)
+        self._mind_the_others()
         self._ended_at = time.perf_counter()
         self._record_seconds = self._ended_at - began
+
+    def _steer(self) -> None:
+        """What the steps that are through call for."""
+        self.steering.strangers = self._ranks.strangers
+        for seen in self._recorder.observed():
+            if seen.heard is not None and not self._ranks.alone:
+                self._concert.follow(seen.heard, self.next_step)
+            self.steering.judge(seen.step, seen.verdict)
+        if self._ranks.alone:
+            self._concert.alone(self.next_step)
+
+    def _mind_the_others(self) -> None:
+        """Ranks that steer together cannot go on without each other; ranks that only record can."""
+        if self._ranks.lost is None:
+            return
+        if self.steering.acts:
+            raise GeodiagError(f"{self._ranks.lost}; steps up to {self.next_step - 1} are on record in {self.run.url}")
+        self._complain("what the other ranks saw", RuntimeError(self._ranks.lost))
 
     def _record(
         self, step: int, loss: Tensor | float, grad_norm: Tensor | float | None, lr: float | None, began: float
@@ -134,6 +162,7 @@ class Monitor:
             sampled=sampled,
             with_matrices=step % self._probe_every == 0,
             absent=tuple(absent),
+            said=self._concert.said(),
         )
         self._recorder.push(values, facts)
 
@@ -210,6 +239,7 @@ class Monitor:
         self._probe.remove()
         self.steering.close()
         self._recorder.close(status)
+        self._ranks.leave()
 
     def __enter__(self) -> "Monitor":
         return self

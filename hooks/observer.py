@@ -1,10 +1,11 @@
-"""What one step means, told from its host values alone: spike verdict, stage scores, worst places."""
+"""What one step means, told from its host values and what all ranks say: spike verdict, stage scores, worst."""
 
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from geodiag.hooks.ranks import Heard
 from geodiag.hooks.rows import Host, Places, series_of
 from geodiag.scores import Scores
 from geodiag.spikes import SpikeDetector, Verdict
@@ -22,7 +23,9 @@ class Observation:
     verdict: Verdict
     stages: dict[int, float]
     worst: dict[str, float] = field(default_factory=dict)
-    """Largest value over places of the metrics people watch while training."""
+    """Largest value over places of the metrics people watch while training, on this rank."""
+    heard: Heard | None = None
+    """What all ranks said of the step."""
 
 
 class Observer:
@@ -34,20 +37,32 @@ class Observer:
         self._keys: dict[str, int] = {}
         """Group of host values → how many series it is; in the order of the scores."""
 
-    def observe(self, step: int, host: Host) -> Observation:
-        loss, grad_norm = float(host["loss"][0]), _number(host.get("grad_norm"))
-        verdict = self.detector.update(step, loss, grad_norm)
+    def say(self, host: Host) -> dict[str, float]:
+        """This rank's numbers of a step, for all ranks."""
         self._meet(host)
-        at_place = self.scores.by_place(self.scores.update(self._values(host)))
-        layers = {k.partition("/")[2]: v for k, v in host.items() if k.partition("/")[0] in ("site", "router", "act")}
+        stages = self.scores.by_stage(self.scores.by_place(self.scores.update(self._values(host))))
+        said = {f"stage{s}": z for s, z in stages.items()}
+        names = {"loss": "loss", "tokens": "tokens", "grad_norm": "grad_total"}
+        return said | {name: float(host[key][0]) for name, key in names.items() if key in host}
+
+    def observe(self, step: int, host: Host, heard: Heard) -> Observation | None:
+        """What all ranks together saw; the same on every rank, but for `worst`. None where none saw anything."""
+        if not heard.spoke.any():
+            return None
+        grad_norm = _number(heard.largest("grad_norm"))
+        if grad_norm is None and "grad_norm" in host:  # a sum over ranks, so the same on all of them
+            grad_norm = _number(float(host["grad_norm"][0]))
+        verdict = self.detector.update(step, heard.loss, grad_norm)
+        layers = _layers(host)
         worst = {n: float(np.nanmax(layers[n])) for n in WATCHED if n in layers and not np.isnan(layers[n]).all()}
         return Observation(
             step=step,
-            loss=loss,
+            loss=heard.loss,
             grad_norm=grad_norm,
             verdict=verdict,
-            stages=self.scores.by_stage(at_place),
+            stages={s: heard.largest(f"stage{s}") for s in (1, 2, 3)},
             worst=worst,
+            heard=heard,
         )
 
     def _meet(self, host: Host) -> None:
@@ -66,5 +81,9 @@ class Observer:
         return np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)
 
 
-def _number(value: np.ndarray | None) -> float | None:
-    return None if value is None or math.isnan(float(value[0])) else float(value[0])
+def _layers(host: Host) -> Host:
+    return {k.partition("/")[2]: v for k, v in host.items() if k.partition("/")[0] in ("site", "router", "act")}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -20,6 +20,8 @@ from geodiag.events import Event
 from geodiag.hooks import rows
 from geodiag.hooks.adapters.base import Layout
 from geodiag.hooks.observer import Observation, Observer
+from geodiag.hooks.ranks import Ranks, Said
+from geodiag.hooks.ranks_sums import Sums
 from geodiag.hooks.rows import Host, Places
 from geodiag.hooks.worker import Worker
 from geodiag.run import Run, Status
@@ -43,6 +45,8 @@ class Facts:
     with_matrices: bool = False
     absent: tuple[str, ...] = ()
     """Metrics that this step could not measure."""
+    said: Said = field(default_factory=Said)
+    """What this rank has to say to the others, beside the step's values."""
 
 
 @dataclass
@@ -56,13 +60,17 @@ class _Step:
 class Recorder:
     """`push` a step's device values; `observed` gives back what is known of the steps that are through."""
 
-    def __init__(self, run: Run, layout: Layout, device: torch.device) -> None:
+    def __init__(self, run: Run, layout: Layout, device: torch.device, ranks: Ranks | None = None) -> None:
         self.run, self.layout, self.places = run, layout, Places.of(layout)
+        self.ranks, self._sums = ranks or Ranks(), Sums(layout)
+        self.ranks.sums = self._sums.size
+        self._world = 1 if self.ranks.alone else self.ranks.world
         self.observer = Observer(self.places)
         self.last: Observation | None = None
         self._behind = 1 if device.type == "cuda" else 0
         self._writer = Worker("geodiag-writer")
         self._under_way: deque[Future[Observation | None]] = deque()
+        self._pushed: int | None = None
         self._complained: set[str] = set()
 
     # -- on the training thread ----------------------------------------------------------------
@@ -77,7 +85,25 @@ class Recorder:
             step.flat.copy_(flat, non_blocking=True)
             step.ready = torch.cuda.Event()
             step.ready.record()
-        self._under_way.append(self._writer.submit(lambda: self._write(step)))
+        self._submit(step.facts, step)
+
+    def ensure(self, step: int) -> None:
+        """Where nothing of `step` could be pushed: the other ranks wait for this one's word all the same."""
+        if self._pushed != step:
+            nothing = Facts(
+                step=step,
+                lr=None,
+                routing_mode="off",
+                routing_lag=0,
+                step_seconds=None,
+                record_seconds=None,
+                sampled=False,
+            )
+            self._submit(nothing, None)
+
+    def _submit(self, facts: Facts, step: _Step | None) -> None:
+        self._pushed = facts.step
+        self._under_way.append(self._writer.submit(lambda: self._write(facts, step)))
 
     def observed(self) -> list[Observation]:
         """Steps that have come through since the last call: on a CPU all, on a GPU all but the newest."""
@@ -89,10 +115,16 @@ class Recorder:
         return through
 
     def event(self, event: Event) -> None:
-        """Records an event after the rows that are already under way."""
+        """Records an event after the rows that are already under way. What all ranks know, rank 0 writes down."""
+        if not self._speaks and event.kind != "problem":
+            return
         written = self._writer.submit(lambda: self._guarded("events", lambda: self.run.event(event)))
         if not self._behind:
             written.result()
+
+    @property
+    def _speaks(self) -> bool:
+        return self.ranks.rank == 0 or self.ranks.alone
 
     def complain(self, what: str, error: BaseException, step: int) -> None:
         """Says once that geodiag itself failed at something; training goes on."""
@@ -129,23 +161,24 @@ class Recorder:
         except Exception:  # the complaint was printed already; there is nowhere left to write it
             return
 
-    def _write(self, step: _Step) -> Observation | None:
-        if step.ready is not None:
-            step.ready.synchronize()
-        host: Host = {}
-        start, flat = 0, step.flat.numpy()
-        for name, shape in step.names:
-            host[name] = flat[start : start + shape.numel()].reshape(shape or (1,))
-            start += shape.numel()
-        seen = self._guarded("the detector", lambda: self.observer.observe(step.facts.step, host))
-        self._guarded("rows", lambda: self._append(step.facts, host, seen))
+    def _write(self, facts: Facts, step: _Step | None) -> Observation | None:
+        host: Host = self._guarded("a step's values", lambda: _unpacked(step)) or {}
+        sums = self._guarded("sums over ranks", lambda: self._sums.estimated(host, self._world))
+        numbers = self._guarded("stage scores", lambda: self.observer.say(host)) or {}
+        # Outside of any guard: whatever failed on this rank, the others wait for its word.
+        heard = self.ranks.exchange(Said(numbers=numbers | facts.said.numbers, sums=sums, note=facts.said.note))
+        ranks = 0 if self.ranks.lost else self._world
+        self._guarded("sums over ranks", lambda: self._sums.into(host, heard.sums, ranks))
+        seen = self._guarded("the detector", lambda: self.observer.observe(facts.step, host, heard))
+        if "loss" in host:
+            self._guarded("rows", lambda: self._append(facts, host, seen))
         self.last = seen
         return seen
 
     def _append(self, facts: Facts, host: Host, seen: Observation | None) -> None:
         # The step's own row goes last: who sees it may count on the rest of the step being there.
         tables = [*self._tables(facts, host), ("steps", self._step_row(facts, host, seen))]
-        for event in events_of(seen) if seen else []:
+        for event in events_of(seen) if seen and self._speaks else []:
             self._guarded("events", partial(self.run.event, event))
         for table, columns in tables:
             # Each by itself: a disk that is too full for one table's rows may have room for the next's.
@@ -179,6 +212,19 @@ class Recorder:
             row |= {"spike_score": _or_null(seen.verdict.score)}
             row |= {f"stage{s}_score": _or_null(z) for s, z in seen.stages.items()}
         return row
+
+
+def _unpacked(step: _Step | None) -> Host:
+    if step is None:
+        return {}
+    if step.ready is not None:
+        step.ready.synchronize()
+    host: Host = {}
+    start, flat = 0, step.flat.numpy()
+    for name, shape in step.names:
+        host[name] = flat[start : start + shape.numel()].reshape(shape or (1,))
+        start += shape.numel()
+    return host
 
 
 def _or_null(value: float) -> float | None:

@@ -1,6 +1,5 @@
 """Steering: what the controller decides and what people ask for, carried out on the routing and put on record."""
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -20,8 +19,13 @@ class Tell(Protocol):
 class Steering:
     """Joins the controller to the routing, if the training has one. Everything it does becomes an event."""
 
+    strangers = False
+    """Whether there are ranks that nothing can be agreed with."""
+
     def __init__(self, routing: AnticipatoryRouting | None, controller: Controller, tell: Tell) -> None:
         self.routing, self.controller, self._tell = routing, controller, tell
+        self.gave_up = False
+        """Whether looking ahead failed lately: the other ranks must hear of it."""
         if routing is not None:
             routing.on_change, routing.on_failure = self._changed, self._failed
 
@@ -50,6 +54,22 @@ class Steering:
         if decision is not None:
             self._carry_out(decision)
 
+    @property
+    def acts(self) -> bool:
+        """Whether what the ranks do must be the same on all of them: routing is, or may be, switched."""
+        return self.routing is not None and (self.controller.policy != "off" or self.mode != "off")
+
+    def fall_back(self, why: str) -> None:
+        """Back to today's choice, because another rank had to."""
+        if self.routing is not None and self.mode != "off":
+            self.routing.disable()
+            self._tell("problem", f"anticipatory routing ends: {why}")
+
+    def let_go(self, why: str, step: int) -> None:
+        """Steers no more."""
+        self._tell("problem", f"steering ends: {why}")
+        self._carry_out(self.controller.ask("off", step))
+
     def obey(self, request: Request, step: int) -> None:
         """Carries out what somebody asked for, or refuses with the reason; either is acknowledged."""
         asked = f"{request.routing} (by {request.by})"
@@ -77,9 +97,8 @@ class Steering:
         if self.routing is None:
             nothing = "this training gave attach no AnticipatoryRouting, so there is nothing to switch"
             return None if request.routing == "off" else nothing
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        if ranks > 1 and request.routing != "off":
-            return f"the {ranks} ranks of this training cannot switch their routing at the same step yet"
+        if self.strangers and request.routing != "off":
+            return "other ranks cannot be told; call torch.distributed.init_process_group before geodiag.attach"
         delay = request.delay_steps
         if delay is not None and delay != self.routing.delay_steps and self.routing.mode != "off":
             return f"the delay can change only while routing is off; it is in {self.routing.mode}"
@@ -90,6 +109,7 @@ class Steering:
         self._tell("routing", f"routing went from {old} to {new}", data={"from": old, "to": new, "delay_steps": delay})
 
     def _failed(self, error: Exception) -> None:
+        self.gave_up = True
         line = f"anticipatory routing went back to today's choice: {type(error).__name__}: {error}".splitlines()[0]
         print(f"geodiag: {line}; training goes on", file=sys.stderr, flush=True)
         self._tell("problem", line)

@@ -101,14 +101,19 @@ def test_a_training_without_routing_says_so(tmp_path: Path, routing: str, obeyed
     assert live.modes() == ["off", "off"]
 
 
-def test_several_ranks_are_not_switched_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    live = Live(tmp_path / "run")
+def test_ranks_that_cannot_be_talked_to_are_not_switched_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "4")
+    live = Live(tmp_path / "run")
     live.ask("on")
     live.steps(2)
     live.monitor.close()
     (answer,) = live.events("acknowledge")
-    assert "the 4 ranks of this training cannot switch their routing at the same step yet" in answer["message"]
+    assert (
+        "other ranks cannot be told; call torch.distributed.init_process_group before geodiag.attach"
+        in answer["message"]
+    )
     assert live.modes() == ["off", "off"]
 
 
