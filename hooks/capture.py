@@ -69,7 +69,7 @@ class Choices:
     def kept(self) -> Iterator[list[Choice]]:
         """The yielded list is filled when the block ends: one choice a router, of its last forward."""
         out: list[Choice] = []
-        self._on, self._stops = True, self._model is not None and not _sharded(self._model)
+        self._on, self._stops = True, self._model is not None and not sharded(self._model)
         try:
             with suppress(_Enough):
                 yield out
@@ -101,7 +101,7 @@ class Choices:
             handle.remove()
 
 
-def _sharded(model: nn.Module) -> bool:
+def sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` or FSDP manages the weights: a forward that it began it must also end."""
     return any(
         c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for m in model.modules() for c in type(m).__mro__
