@@ -178,7 +178,7 @@ def _verdict(window: Judged, origin: Candidate | None) -> tuple[Stage, int | Non
     if origin is None:
         return None, None, None, None, None
     place = origin.place
-    if place.part == "data" or (place.part == "router" and place.layer in causes.hash_layers(window)):
+    if place.part == "data":
         return "data", None, None, None, "data"
     return place.stage, place.layer, place.site, expert_of(window, origin), "layer"
 

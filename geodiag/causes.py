@@ -34,10 +34,3 @@ def lr_kink(window: Judged, first: int, last: int) -> Kink | None:
         if now > KINK * led_to:
             return Kink(row=i, value=float(now), usual=float(last_lr))
     return None
-
-
-def hash_layers(window: Judged) -> set[int]:
-    """Layers whose experts are chosen by the token alone: they have loads and no margin. Only the batch moves them."""
-    loads = {s.layer for s in window.series if s.metric == "max_vio"}
-    margins = {s.layer for s in window.series if s.metric == "router_margin_mean"}
-    return loads - margins if margins else set()

@@ -1,6 +1,6 @@
 """Stage scores: how far each part of each layer stands from its own past, in robust standard deviations."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -11,8 +11,10 @@ from geodiag.signals import SIGNALS, Series, place_of, rescaled
 class Scores:
     """Judges a list of series, one step after another; the same code while training and afterwards."""
 
-    def __init__(self, series: Sequence[Series] = ()) -> None:
+    def __init__(self, series: Sequence[Series] = (), hashed: Collection[int] = ()) -> None:
+        """hashed: layers whose router is a hash, so that their loads speak for the batch."""
         self.series: list[Series] = []
+        self._hashed = hashed
         self.baseline = Baseline(np.zeros(0))
         self.extend(series)
 
@@ -24,11 +26,13 @@ class Scores:
         signals = [SIGNALS[s.table, s.metric] for s in self.series]
         self._log = np.array([s.scale == "log" for s in signals], bool)
         self._root = np.array([s.scale == "root" for s in signals], bool)
-        self._high = np.array([s.sides != "low" for s in signals], float)
-        self._low = np.array([s.sides != "high" for s in signals], float)
-        self.places = sorted({place_of(s) for s in self.series}, key=lambda p: p.order)
+        mine = [place_of(s, self._hashed) for s in self.series]
+        both = [s.sides == "both" or p.part == "data" for s, p in zip(signals, mine, strict=True)]
+        self._high = np.array([b or s.sides == "high" for s, b in zip(signals, both, strict=True)], float)
+        self._low = np.array([b or s.sides == "low" for s, b in zip(signals, both, strict=True)], float)
+        self.places = sorted(set(mine), key=lambda p: (p.order, p))
         index = {p: i for i, p in enumerate(self.places)}
-        self.place_P = np.array([index[place_of(s)] for s in self.series], int)
+        self.place_P = np.array([index[p] for p in mine], int)
         """The place that each series speaks for."""
         self._order = np.argsort(self.place_P, kind="stable")
         self._starts = np.flatnonzero(np.diff(self.place_P[self._order], prepend=-1))

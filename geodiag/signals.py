@@ -6,6 +6,7 @@ leaves its range is where the step went wrong. What accumulates over layers (the
 far it reached, never where it began.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -93,6 +94,8 @@ class Place(NamedTuple):
     @property
     def order(self) -> tuple[int, int, int, int]:
         """Its turn within a step: the forward from the first layer, then the gradients from the last."""
+        if self.part == "data":
+            return -1, 0, 0, 0
         if self.part == "gradient":
             return 1, -self.layer, -SITES.index(self.site or "block"), 0
         return 0, self.layer, SITES.index(self.site or "attn"), PARTS.index(self.part)
@@ -127,6 +130,8 @@ class Signal:
     """Least spread that counts, on the metric's scale: below it is the noise of an idle quantity."""
 
 
+HASHED = ("load", "max_vio", "load_cv")
+"""Where experts are chosen by a hash of the token, these depend on the batch alone."""
 _FLOORS = {"log": 0.01, "root": 0.01, "plain": 0.01}
 
 
@@ -150,8 +155,10 @@ SIGNALS: dict[tuple[str, str], Signal] = {
 """(table, metric) → how it is judged. A metric that is not here is shown, and says nothing about an origin."""
 
 
-def place_of(series: Series) -> Place:
-    """The part of the site that a series speaks for."""
+def place_of(series: Series, hashed: Collection[int] = ()) -> Place:
+    """The part of the site that a series speaks for; `hashed` are the layers whose router is a hash."""
+    if series.layer in hashed and series.metric in HASHED:
+        return Place(series.layer, series.site, "data")
     return Place(series.layer, series.site, SIGNALS[series.table, series.metric].part)
 
 

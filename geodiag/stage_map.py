@@ -52,7 +52,7 @@ def judged(run: Run, first: int, last: int, attempt: int | None = None) -> Judge
     while reach < min(_LONGEST, first) and (tracks.sampled_S & (tracks.step_S < first)).sum() < HISTORY // 2:
         reach *= 4
         tracks = read_tracks(run, max(0, first - reach), last, attempt)
-    scores = Scores(tracks.series)
+    scores = Scores(tracks.series, tracks.hashed)
     score_SP = np.full(tracks.values_SP.shape, np.nan)
     at_place = np.full((len(tracks.step_S), len(scores.places)), np.nan)
     for i, values in enumerate(tracks.values_SP):

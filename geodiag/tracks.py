@@ -29,6 +29,13 @@ class Tracks:
         return sorted({s.layer for s in self.series if s.layer >= 0})
 
     @property
+    def hashed(self) -> set[int]:
+        """Layers whose experts are chosen by a hash of the token: loads, but no margins."""
+        loads = {s.layer for s in self.series if s.metric == "max_vio"}
+        margins = {s.layer for s in self.series if s.metric == "router_margin_mean"}
+        return loads - margins if margins else set()
+
+    @property
     def sampled_S(self) -> np.ndarray:
         """The steps at which the layers were sampled."""
         return np.isfinite(self.values_SP).any(1) if self.values_SP.size else np.zeros(len(self.step_S), bool)

@@ -31,8 +31,9 @@ class Observation:
 class Observer:
     """Feeds the spike detector and the stage scores, in step order."""
 
-    def __init__(self, places: Places) -> None:
-        self.detector, self.scores = SpikeDetector(), Scores()
+    def __init__(self, places: Places, hashed: frozenset[int] = frozenset()) -> None:
+        """hashed: layers whose router is a hash."""
+        self.detector, self.scores = SpikeDetector(), Scores(hashed=hashed)
         self._places = places
         self._keys: dict[str, int] = {}
         """Group of host values → how many series it is; in the order of the scores."""

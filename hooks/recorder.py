@@ -65,7 +65,7 @@ class Recorder:
         self.ranks, self._sums = ranks or Ranks(), Sums(layout)
         self.ranks.sums = self._sums.size
         self._world = 1 if self.ranks.alone else self.ranks.world
-        self.observer = Observer(self.places)
+        self.observer = Observer(self.places, frozenset(r.layer for r in layout.routers if r.hashed))
         self.last: Observation | None = None
         self._behind = 1 if device.type == "cuda" else 0
         self._writer = Worker("geodiag-writer")
@@ -114,6 +114,16 @@ class Recorder:
                 through.append(seen)
         return through
 
+    def settle(self) -> None:
+        """Waits until everything under way is on record; what it showed is not handed out any more."""
+        for future in self._under_way:
+            future.result()
+        self._under_way.clear()
+
+    def next_attempt(self) -> int:
+        """Rows from here on belong to the next attempt, whose number is returned."""
+        return self._writer.submit(self.run.next_attempt).result()
+
     def event(self, event: Event) -> None:
         """Records an event after the rows that are already under way. What all ranks know, rank 0 writes down."""
         if not self._speaks and event.kind != "problem":
@@ -138,9 +148,7 @@ class Recorder:
 
     def close(self, status: Status) -> None:
         """Waits for everything under way and closes the run."""
-        for future in self._under_way:
-            future.result()
-        self._under_way.clear()
+        self.settle()
         self._writer.submit(lambda: self._guarded("closing the run", lambda: self.run.close(status)))
         self._writer.stop()
 
