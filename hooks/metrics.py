@@ -176,6 +176,7 @@ def load_cv(load_E: Tensor) -> Tensor:
 @torch.no_grad()
 def power_step(weight_ERC: Tensor, vector_EC: Tensor) -> tuple[Tensor, Tensor]:
     """One power iteration on each matrix: the estimate ‖W v‖ for unit v, and the next v."""
-    u = (weight_ERC.float() @ vector_EC.unsqueeze(-1)).squeeze(-1)
-    v = (weight_ERC.float().mT @ u.unsqueeze(-1)).squeeze(-1)
+    weight = weight_ERC.float()
+    u = (weight @ vector_EC.unsqueeze(-1)).squeeze(-1)
+    v = (weight.mT @ u.unsqueeze(-1)).squeeze(-1)
     return u.norm(dim=-1), torch.nn.functional.normalize(v, dim=-1)

@@ -60,6 +60,10 @@ class Probe:
             "router/flip_any": torch.stack(anyone),
         }
 
+    def forget(self) -> None:
+        """The next run has nothing to compare with: the model went back to an earlier state."""
+        self._last = None
+
     def remove(self) -> None:
         """Takes the hooks off the routers."""
         self._choices.remove()

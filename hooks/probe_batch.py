@@ -1,0 +1,118 @@
+"""The probe batch: the same tokens at every probe, whole, or a piece of them many times over."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geodiag.hooks.capture import sharded, traceless
+
+PROBE_TOKENS = 4096
+
+Arguments = tuple[tuple, dict[str, Any]]
+
+
+class Enough(BaseException):
+    """Ends a probe's forward where nothing more is wanted of it. No Exception: a model may catch those."""
+
+
+class ProbeBatch:
+    """What the model is called with; given by the user, or taken from the first batch that is trained on."""
+
+    def __init__(self, model: nn.Module, given: tuple | Mapping[str, Any] | None) -> None:
+        self.model = model
+        self._whole = sharded(model)
+        self._args: tuple = () if isinstance(given, Mapping) else tuple(given or ())
+        self._kwargs: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {}
+        self._autocast: tuple[str, bool, torch.dtype] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a batch to probe with."""
+        return bool(self._args or self._kwargs)
+
+    def meet(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A forward of the training: its autocast is the probe's too, and without a batch this one is taken,
+        at most `PROBE_TOKENS` tokens of it."""
+        device = next((p.device.type for p in self.model.parameters()), "cpu")
+        self._autocast = device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        if self.ready:
+            return
+        shape = _shape(args, kwargs)
+        rows = None if shape is None else max(1, PROBE_TOKENS // shape[1])
+        self._args, self._kwargs = _changed(args, kwargs, lambda t: _rows(t, shape, rows).detach().clone())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sequences and positions. ValueError where no argument shows them."""
+        shape = _shape(self._args, self._kwargs)
+        if shape is None:
+            raise ValueError("the probe's arguments hold no batch of sequences; pass attach(..., probe=(token_ids,))")
+        return shape
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """The vocabulary ids, one a token, where the model takes them."""
+        ids = _leading(self._args, self._kwargs)
+        return ids.flatten() if ids is not None and not ids.is_floating_point() and ids.dim() == 2 else None
+
+    def forward(self) -> None:
+        """Runs the model on the batch and leaves no trace; whoever watches may end it by `enough`."""
+        with self._as_in_training():
+            self.model(*self._args, **self._kwargs)
+
+    def forward_copies(self, copies: int, positions: int) -> None:
+        """The same with the first sequence's first `positions` tokens, `copies` times over."""
+        shape = self.shape
+
+        def copied(value: Tensor) -> Tensor:
+            if value.shape[:1] == shape[:1]:
+                value = value[:1].expand(copies, *value.shape[1:])
+            for dim in range(1, value.dim()):
+                if value.shape[dim] == shape[1]:
+                    value = value.narrow(dim, 0, min(positions, shape[1]))
+            return value
+
+        args, kwargs = _changed(self._args, self._kwargs, copied)
+        with self._as_in_training():
+            self.model(*args, **kwargs)
+
+    def enough(self) -> None:
+        """Ends the forward under way, where it may be ended: compiled and sharded models run to their end."""
+        if not (self._whole or torch.compiler.is_compiling()):
+            raise Enough
+
+    @contextmanager
+    def _as_in_training(self) -> Iterator[None]:
+        with traceless(self.model, evaluate=True), suppress(Enough):
+            if self._autocast is None:
+                yield
+                return
+            device, enabled, dtype = self._autocast
+            with torch.autocast(device, dtype=dtype, enabled=enabled):
+                yield
+
+
+def _changed(args: tuple, kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> Arguments:
+    def one(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) else value
+
+    return tuple(one(a) for a in args), {k: one(v) for k, v in kwargs.items()}
+
+
+def _leading(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The argument that shows how many sequences and positions there are: the token ids, or else the first batch."""
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1]
+    return next((t for t in tensors if t.dim() == 2 and not t.is_floating_point()), next(iter(tensors), None))
+
+
+def _shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    leading = _leading(args, kwargs)
+    return None if leading is None else (leading.shape[0], leading.shape[1])
+
+
+def _rows(value: Tensor, shape: tuple[int, int] | None, rows: int | None) -> Tensor:
+    same_batch = shape is not None and value.shape[:1] == shape[:1]
+    return value[:rows] if same_batch else value
