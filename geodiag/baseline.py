@@ -12,6 +12,7 @@ CEILING = 1e3
 """The largest score; what is not finite has it."""
 _MEAN_TO_SIGMA = 1.29  # σ over the mean of |x| clipped at 3 σ, for normal noise, with a margin for its own error
 _CLIP = 3.0
+_STALE = 0.2  # how much a σ grows for each usual gap that a value is overdue
 _ODD = 6.0
 """σ from which a value is not learned at all."""
 
@@ -46,11 +47,12 @@ class Baseline:
         self._out = np.zeros(n, int)
         self._pending = np.zeros(n)
         self._early = np.full((first, n), np.nan)
+        self._gap, self._usual_gap = np.ones(n), np.ones(n)
 
     def extend(self, floor: np.ndarray) -> None:
         """More series from here on, each with a past of its own still to come."""
         new = Baseline(floor, first=self.first)
-        for name in ("floor", "level", "slope", "spread", "odd", "_count", "_out", "_pending"):
+        for name in ("floor", "level", "slope", "spread", "odd", "_count", "_out", "_pending", "_gap", "_usual_gap"):
             setattr(self, name, np.concatenate([getattr(self, name), getattr(new, name)]))
         self._early = np.concatenate([self._early, new._early], 1)
 
@@ -61,6 +63,10 @@ class Baseline:
         expected = self.level + self.slope
         surprise = np.where(known, x - expected, 0.0)
         sigma = np.maximum(self.spread * (1 + 4 / np.maximum(self._count, 1)), self.floor)
+        # What was not seen for longer than usual (an expert without tokens) may have moved meanwhile.
+        sigma *= 1 + _STALE * np.maximum(self._gap / self._usual_gap - 1, 0)
+        self._usual_gap += np.where(known, 0.1 * (np.minimum(self._gap, 2 * self._usual_gap) - self._usual_gap), 0)
+        self._gap = np.where(known, 1, self._gap + 1)
         z = surprise / sigma
         score = np.where(known & ready, z / self.odd, np.nan)
         self._learn(known & ready, x, expected, surprise, z)

@@ -9,6 +9,7 @@ from geodiag.hooks.ranks import Heard
 from geodiag.hooks.rows import Host, Places, series_of
 from geodiag.scores import Scores
 from geodiag.spikes import SpikeDetector, Verdict
+from geodiag.warning import EarlyWarning, Warning
 
 WATCHED = ("composite_gain_fwd", "composite_gain_bwd", "flip_rate", "flip_rate_router", "clamp_gate_rate")
 
@@ -22,6 +23,8 @@ class Observation:
     grad_norm: float | None
     verdict: Verdict
     stages: dict[int, float]
+    warning: Warning | None = None
+    """Said at this step: a place is out of range and the loss not yet."""
     worst: dict[str, float] = field(default_factory=dict)
     """Largest value over places of the metrics people watch while training, on this rank."""
     heard: Heard | None = None
@@ -29,11 +32,11 @@ class Observation:
 
 
 class Observer:
-    """Feeds the spike detector and the stage scores, in step order."""
+    """Feeds the spike detector, the stage scores and the early warning, in step order."""
 
     def __init__(self, places: Places, hashed: frozenset[int] = frozenset()) -> None:
         """hashed: layers whose router is a hash."""
-        self.detector, self.scores = SpikeDetector(), Scores(hashed=hashed)
+        self.detector, self.scores, self.early = SpikeDetector(), Scores(hashed=hashed), EarlyWarning()
         self._places = places
         self._keys: dict[str, int] = {}
         """Group of host values → how many series it is; in the order of the scores."""

@@ -240,7 +240,7 @@ def _or_null(value: float) -> float | None:
 
 
 def events_of(seen: Observation) -> list[Event]:
-    """What the detector said of this step, as events."""
+    """What the detector and the early warning said of this step, as events."""
     events = []
     raised, ended = seen.verdict.raised, seen.verdict.ended
     if raised is not None:
@@ -248,6 +248,11 @@ def events_of(seen: Observation) -> list[Event]:
     if ended is not None and ended.kind != "outlier":
         message = f"{ended.kind} since step {ended.onset} is over; its peak was at step {ended.peak}"
         events.append(Event(step=seen.step, kind="recovered", message=message, data=_data(ended)))
+    if (w := seen.warning) is not None:
+        said = Event(
+            step=seen.step, kind="early_warning", message=str(w), layer=w.layer, site=w.site, data=w.details()
+        )
+        events.append(said)
     return events
 
 

@@ -1,0 +1,114 @@
+"""Early warning: says, while a run trains, that a place has left its range and the loss has not yet.
+
+Fed with the same scores that the cascade is told from. A place warns when its scores add up to a clear excess over at
+least three samples, so that one odd batch never does; what is told once is not told again until all has been calm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from geodiag.cascade_words import where
+from geodiag.defence import NAMES, Stage
+from geodiag.origin import EXPLAINS
+from geodiag.signals import Place
+
+SETTLING = 64
+"""Samples before the first warning: while a training settles, everything moves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warning:
+    """A place left its range before the loss did."""
+
+    step: int
+    """When it was said."""
+    since: int
+    """The step at which the place left its range."""
+    stage: Stage
+    layer: int | None
+    site: str | None
+    part: str
+    score: float
+    """Robust z of the place at `step`."""
+
+    def __str__(self) -> str:
+        if self.stage == "data":
+            return f"the batches have been out of range since step {self.since}, {self.score:.0f} robust σ"
+        place = where(self.layer, self.site)
+        return f"{place}: {NAMES[self.stage]} (stage {self.stage}) since step {self.since}, {self.score:.0f} robust σ"
+
+    def details(self) -> dict[str, Any]:
+        """What the event `early_warning` holds."""
+        names = ("since", "stage", "part", "score")
+        return {n: getattr(self, n) for n in names}
+
+
+class EarlyWarning:
+    """Scores of the places in, once a sampled step; a `Warning` out, seldom."""
+
+    def __init__(self, *, alarm: float = 14.0, allowed: float = 5.0, most: float = 11.0, calm: int = 24) -> None:
+        """
+        alarm: summed excess that warns. allowed: score that is no excess. most: score that one sample counts for at
+        most; three samples at least are needed. calm: samples without any alarm after which there may be another.
+        """
+        if not 0 < allowed < most or alarm <= 2 * (most - allowed):
+            raise ValueError("need 0 < allowed < most, and an alarm that two samples cannot reach")
+        self.alarm, self.allowed, self.most, self.calm = alarm, allowed, most, calm
+        self._places: list[Place] = []
+        self._sum, self._since, self._known = np.zeros(0), np.zeros(0, int), np.zeros(0, int)
+        self._quiet: int | None = None
+        """Samples of calm since the last warning; None where none is under way."""
+
+    def update(
+        self, step: int, places: Sequence[Place], at_place: np.ndarray, loss_moves: bool = False
+    ) -> Warning | None:
+        """The scores of one step; `loss_moves` where the loss is out of range already: too late to warn."""
+        if len(places) != len(self._places):
+            self._adopt(list(places))
+        known = ~np.isnan(at_place)
+        if not known.any():
+            return None
+        self._known += known
+        excess = np.where(known, np.minimum(at_place, self.most) - self.allowed, 0.0)
+        new = (self._sum <= 0) & (excess > 0)
+        self._since[new] = step
+        self._sum = np.clip(self._sum + excess, 0.0, 2 * self.alarm)
+        alarms = (self._sum >= self.alarm) & (self._known > SETTLING)
+        if self._quiet is not None:
+            self._quiet = 0 if alarms.any() else self._quiet + 1
+            if self._quiet >= self.calm:
+                self._quiet = None
+            return None
+        if not alarms.any():
+            return None
+        self._quiet = 0
+        return None if loss_moves else self._said(step, at_place, alarms)
+
+    def _said(self, step: int, at_place: np.ndarray, alarms: np.ndarray) -> Warning:
+        """Of what is out of range, the first in time and then in the order of the step that stands out enough."""
+        rising = np.flatnonzero((self._sum > 0) & (self._known > SETTLING))
+        enough = EXPLAINS * self._sum[alarms].max()
+        k = min((int(k) for k in rising if self._sum[k] >= enough), key=lambda k: (self._since[k], k))
+        place = self._places[k]
+        whole = place.part == "data"
+        return Warning(
+            step=step,
+            since=int(self._since[k]),
+            stage="data" if whole else place.stage,
+            layer=None if whole else place.layer,
+            site=None if whole else place.site,
+            part=place.part,
+            score=float(np.nan_to_num(at_place[k])),
+        )
+
+    def _adopt(self, places: list[Place]) -> None:
+        """More places from here on; what is known of the others is kept."""
+        old = {p: i for i, p in enumerate(self._places)}
+        keep = [old.get(p) for p in places]
+        for name in ("_sum", "_since", "_known"):
+            was = getattr(self, name)
+            setattr(self, name, np.array([0 if i is None else was[i] for i in keep], was.dtype))
+        self._places = places
