@@ -7,20 +7,24 @@ from torch import Tensor, nn
 
 from geodiag.reference_models.config import Kernels, ModelConfig
 from geodiag.reference_models.kernels import reference
-from geodiag.reference_models.kernels.reference import Mix
+from geodiag.reference_models.kernels.reference import Mix, Written
 from geodiag.reference_models.kernels.select import select
 
 
 class HyperConnection(nn.Module):
     """One site's maps, `mhc` (doubly stochastic H_res) or `hc` (unconstrained).
 
-    `forward` returns them with the block's input; `expand` applies them to the streams.
+    `forward` returns them with the block's input; `write`, a module of its own so that it can be watched, applies
+    them to the streams.
     """
 
     def __init__(self, config: ModelConfig, site: int) -> None:
         super().__init__()
         n, c = config.streams, config.channels
         self.config, self.site = config, site
+        self.flag: Tensor | None = None
+        """On the device; while a watcher sets it, fused kernels measure the maps on the way."""
+        self.write = Write(config.kernels)
         wide = config.residual == "mhc"
         self.phi = nn.Parameter(torch.empty((n * c, n * n + 2 * n) if wide else (c, n + 2)))
         self.alpha = nn.Parameter(torch.empty(3))
@@ -44,7 +48,7 @@ class HyperConnection(nn.Module):
         c = self.config
         if c.residual == "hc":
             return reference.hc_before(x_BSNC, self.phi, self.alpha, self.bias, c.norm_eps)
-        return select(c.kernels, x_BSNC.device).mhc_before(
+        return select(c.kernels, x_BSNC.device).site_before(
             x_BSNC,
             self.phi,
             self.alpha,
@@ -53,21 +57,34 @@ class HyperConnection(nn.Module):
             c.hc_eps,
             c.norm_eps,
             c.sinkhorn_order,
+            self.flag,
         )
 
 
 class PlainResidual(nn.Module):
     """One stream, x + f(x): the identity map, with nothing to measure."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.write = Write()
+
     def forward(self, x_BS1C: Tensor) -> Mix:
         return Mix(x_BS1C.squeeze(-2), None, None, None, None)
 
 
-def expand(x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix, kernels: Kernels = "reference") -> Tensor:
+class Write(nn.Module):
     """The streams after the site: X' = H_res X + H_postᵀ f."""
-    if mix.res_TNN is None or mix.post_TN is None:
-        return x_BSNC + branch_BSC.unsqueeze(-2)
-    return select(kernels, x_BSNC.device).mhc_after(x_BSNC, branch_BSC, mix.post_TN, mix.res_TNN)
+
+    def __init__(self, kernels: Kernels = "reference") -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.flag: Tensor | None = None
+        """On the device; while a watcher sets it, fused kernels measure the streams on the way."""
+
+    def forward(self, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix) -> Written:
+        if mix.res_TNN is None or mix.post_TN is None:
+            return Written(x_BSNC + branch_BSC.unsqueeze(-2))
+        return select(self.kernels, x_BSNC.device).site_after(x_BSNC, branch_BSC, mix, self.flag)
 
 
 class ReadOut(nn.Module):

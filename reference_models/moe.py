@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from geodiag.reference_models.config import Kernels, ModelConfig
 from geodiag.reference_models.kernels import reference
-from geodiag.reference_models.kernels.reference import Routing
+from geodiag.reference_models.kernels.reference import Activated, Routing
 from geodiag.reference_models.kernels.select import select
 
 # T tokens, C channels, E experts, K experts per token, A = T·K assignments sorted by expert, F expert dim
@@ -26,14 +26,14 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.k, self.scale = config.experts_per_token, config.routed_scale
+        self.k, self.scale, self.kernels = config.experts_per_token, config.routed_scale, config.kernels
         self.weight = nn.Parameter(torch.empty(config.experts, config.channels))
         self.balance: Tensor
         self.register_buffer("balance", torch.zeros(config.experts))
 
     def forward(self, hidden_TC: Tensor, token_ids_T: Tensor) -> Routing:
-        scores = reference.affinity(hidden_TC, self.weight)
-        return self.weighed(scores, reference.choose(scores, self.balance, self.k))
+        logits = reference.router_logits(hidden_TC, self.weight)
+        return select(self.kernels, hidden_TC.device).route(logits, self.balance, self.k, self.scale)
 
     def weighed(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Routing:
         """Today's gate weights for any choice of experts; anticipatory routing replays a choice through this."""
@@ -62,10 +62,12 @@ class ClampedSwiGLU(nn.Module):
     def __init__(self, limit: float | None, kernels: Kernels = "reference") -> None:
         super().__init__()
         self.limit, self.kernels = limit, kernels
+        self.flag: Tensor | None = None
+        """On the device; while a watcher sets it, fused kernels count on the way."""
 
-    def forward(self, gate_up_A2F: Tensor, expert_A: Tensor | None = None) -> Tensor:
-        """`expert_A` names each row's expert; the activation does not need it, a watcher does."""
-        return select(self.kernels, gate_up_A2F.device).clamped_swiglu(gate_up_A2F, self.limit)
+    def forward(self, gate_up_A2F: Tensor, expert_A: Tensor | None = None, ends_E: Tensor | None = None) -> Activated:
+        """`expert_A` and `ends_E` say whose rows these are; the activation does not need it, a watcher does."""
+        return select(self.kernels, gate_up_A2F.device).expert_glu(gate_up_A2F, self.limit, ends_E, self.flag)
 
 
 class Experts(nn.Module):
@@ -81,10 +83,11 @@ class Experts(nn.Module):
     def forward(self, hidden_TC: Tensor, routing: Routing) -> Tensor:
         k = routing.expert_ids_TK.shape[-1]
         expert_A, order = routing.expert_ids_TK.flatten().sort(stable=True)
-        ends = torch.searchsorted(expert_A, torch.arange(1, len(self.gate_up) + 1, device=expert_A.device))
+        starts = torch.arange(1, len(self.gate_up) + 1, device=expert_A.device)
+        ends = torch.searchsorted(expert_A, starts, out_int32=True)
         token = order // k
-        rows = F.grouped_mm(hidden_TC[token], self.gate_up, offs=ends.int())
-        rows = F.grouped_mm(self.act(rows, expert_A), self.down, offs=ends.int())
+        rows = F.grouped_mm(hidden_TC[token], self.gate_up, offs=ends)
+        rows = F.grouped_mm(self.act(rows, expert_A, ends).out_AF, self.down, offs=ends)
         # Back in the tokens' order and summed over K: no two rows race for one token, so a GPU adds alike every time.
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         rows = rows[back] * routing.weights_TK.flatten().unsqueeze(-1).to(rows.dtype)
@@ -102,7 +105,7 @@ class SharedExpert(nn.Module):
         self.act = ClampedSwiGLU(config.swiglu_limit, config.kernels)
 
     def forward(self, hidden_TC: Tensor) -> Tensor:
-        return self.down(self.act(self.gate_up(hidden_TC)))
+        return self.down(self.act(self.gate_up(hidden_TC)).out_AF)
 
 
 class MoE(nn.Module):

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from geodiag.reference_models.attention import Attention, rotary_table
 from geodiag.reference_models.config import ModelConfig
 from geodiag.reference_models.kernels.reference import Routing
-from geodiag.reference_models.mhc import HyperConnection, PlainResidual, ReadOut, expand
+from geodiag.reference_models.mhc import HyperConnection, PlainResidual, ReadOut
 from geodiag.reference_models.moe import MoE, sequence_balance_loss
 from geodiag.reference_models.norm import RMSNorm
 
@@ -34,7 +34,6 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.kernels = config.kernels
         self.attn_hc = _connection(config, 2 * layer)
         self.attn_norm = RMSNorm(config.channels, eps=config.norm_eps)
         self.attn = Attention(config)
@@ -44,13 +43,13 @@ class Layer(nn.Module):
 
     def forward(self, x_BSNC: Tensor, token_ids_BS: Tensor, rotary: Tensor) -> tuple[Tensor, Routing]:
         mix = self.attn_hc(x_BSNC)
-        x_BSNC = expand(x_BSNC, self.attn(self.attn_norm(mix.inner_TC), rotary), mix, self.kernels)
+        x_BSNC, _ = self.attn_hc.write(x_BSNC, self.attn(self.attn_norm(mix.inner_TC), rotary), mix)
         mix = self.ffn_hc(x_BSNC)
         out = self.moe(self.ffn_norm(mix.inner_TC), token_ids_BS)
-        return expand(x_BSNC, out.hidden_BSC, mix, self.kernels), out.routing
+        return self.ffn_hc.write(x_BSNC, out.hidden_BSC, mix).streams_TNC, out.routing
 
 
-def _connection(config: ModelConfig, site: int) -> nn.Module:
+def _connection(config: ModelConfig, site: int) -> HyperConnection | PlainResidual:
     return PlainResidual() if config.residual == "plain" else HyperConnection(config, site)
 
 

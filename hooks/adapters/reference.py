@@ -19,7 +19,7 @@ from geodiag.hooks.adapters.base import (
     scaling,
 )
 from geodiag.reference_models.attention import Attention, rotate
-from geodiag.reference_models.kernels.reference import affinity, clamped_swiglu
+from geodiag.reference_models.kernels.reference import Activated, affinity, clamped_swiglu
 from geodiag.reference_models.mhc import HyperConnection
 from geodiag.reference_models.moe import ClampedSwiGLU, HashRouter, MoE, Router
 from geodiag.reference_models.transformer import Transformer
@@ -56,12 +56,12 @@ def _site(layer: int, name: str, connection: nn.Module, branch: nn.Module) -> Si
     return Site(
         layer=layer,
         site=name,
-        watch_mix=on_output(connection, lambda args, _, mix: MixView(args[0], *mix[1:])),
+        watch_mix=on_output(connection, lambda args, _, mix: MixView(args[0], *mix[1:5])),
         watch_branch=on_output(branch, lambda _a, _k, out: out if attention else out.hidden_BSC),
         scale_branch=scaling(
             branch, lambda out, f: out * f if attention else out._replace(hidden_BSC=out.hidden_BSC * f)
         ),
-        scale_res=scaling(connection, lambda mix, f: mix._replace(res_TNN=mix.res_TNN * f))
+        scale_res=scaling(connection, lambda mix, f: mix._replace(res_TNN=mix.res_TNN * f, stats_PW=None))
         if isinstance(connection, HyperConnection)
         else None,
         constrained=isinstance(connection, HyperConnection) and connection.config.residual == "mhc",
@@ -110,9 +110,9 @@ def _attention(layer: int, attention: Attention) -> AttentionSite:
 
 
 def _act(act: ClampedSwiGLU) -> Watch:
-    def read(args: tuple, kwargs: dict, out: Tensor) -> ActView:
+    def read(args: tuple, kwargs: dict, out: Activated) -> ActView:
         gate, up = args[0].chunk(2, -1)
-        return ActView(gate, up, out, args[1] if len(args) > 1 else kwargs.get("expert_A"))
+        return ActView(gate, up, out.out_AF, args[1] if len(args) > 1 else kwargs.get("expert_A"))
 
     return on_output(act, read)
 
@@ -128,6 +128,10 @@ def _experts(layer: int, moe: MoE, limit: float | None) -> ExpertSite:
         gate, up = moe.shared.gate_up.weight.detach().mT.chunk(2, -1)
         return {"gate": gate[None], "up": up[None], "down": moe.shared.down.weight.detach().mT[None]}
 
+    def set_limit(to: float | None) -> None:
+        for act in acts:
+            act.limit = to
+
     acts = [moe.experts.act] + ([moe.shared.act] if moe.shared is not None else [])
     return ExpertSite(
         layer=layer,
@@ -139,4 +143,5 @@ def _experts(layer: int, moe: MoE, limit: float | None) -> ExpertSite:
         shared=shared,
         activation=lambda gate, up: clamped_swiglu(torch.cat([gate, up], -1), limit),
         row_tokens=lambda ids: ids.flatten().sort(stable=True).indices // ids.shape[-1],
+        set_limit=set_limit,
     )

@@ -23,6 +23,18 @@ class Mix(NamedTuple):
     """Applied to the streams as `res @ x`: rows are outputs. None where the residual path is the identity."""
     logits_TNN: Tensor | None
     """`res` before its projection."""
+    link_TNC: Tensor | None = None
+    """Where the gradient of the stream comes back to the site's first kernel, to be added on the way."""
+    stats_PW: Tensor | None = None
+    """The geometry of the maps, where a kernel measured it on the way: rows as `mhc_stats` has them."""
+
+
+class Written(NamedTuple):
+    """The streams after a site."""
+
+    streams_TNC: Tensor
+    stats_TBF: Tensor | None = None
+    """What was written and what was kept, where a kernel measured it on the way: rows as `mhc_stats` has them."""
 
 
 class Routing(NamedTuple):
@@ -32,6 +44,14 @@ class Routing(NamedTuple):
     """Affinities in float32, dense, with gradient."""
     expert_ids_TK: Tensor
     weights_TK: Tensor
+
+
+class Activated(NamedTuple):
+    """What experts' gated activations made of their rows."""
+
+    out_AF: Tensor
+    counts_E8: Tensor | None = None
+    """Clamp hits and extrema of each expert, where a kernel counted them on the way: columns as `swiglu.Counted`."""
 
 
 def sinkhorn(logits_TNN: Tensor, iterations: int = 20, eps: float = 0.0, order: str = "columns-first") -> Tensor:
@@ -136,6 +156,28 @@ def mhc_after(x_TNC: Tensor, branch_TC: Tensor, post_TN: Tensor, res_TNN: Tensor
     return mixed + post_TN.to(x_TNC.dtype).unsqueeze(-1) * branch_TC.unsqueeze(-2)
 
 
+def site_before(
+    x_TNC: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    iterations: int = 20,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    order: str = "columns-first",
+    flag: Tensor | None = None,
+) -> Mix:
+    """`mhc_before` of a site. Measures nothing on the way: `flag` is for kernels that do while it is not 0."""
+    return mhc_before(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order)
+
+
+def site_after(x_TNC: Tensor, branch_TC: Tensor, mix: Mix, flag: Tensor | None = None) -> Written:
+    """`mhc_after` of a site that began with `site_before`."""
+    assert mix.post_TN is not None, "only sites with maps come here"
+    assert mix.res_TNN is not None
+    return Written(mhc_after(x_TNC, branch_TC, mix.post_TN, mix.res_TNN))
+
+
 def read_out(x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, norm_eps: float) -> Tensor:
     """Learned sigmoid-gated sum of the streams; `phi` is (N·C, N)."""
     flat = x_TNC.flatten(-2).float()
@@ -152,10 +194,36 @@ def clamped_swiglu(gate_up_A2F: Tensor, limit: float | None = 10.0) -> Tensor:
     return F.silu(gate) * up
 
 
+def expert_glu(
+    gate_up_A2F: Tensor, limit: float | None = 10.0, ends_E: Tensor | None = None, flag: Tensor | None = None
+) -> Activated:
+    """`clamped_swiglu` of rows sorted by expert, which end at `ends_E`; None for rows of one expert.
+
+    Counts nothing on the way: `flag` is for kernels that do while it is not 0.
+    """
+    return Activated(clamped_swiglu(gate_up_A2F, limit))
+
+
+def router_logits(hidden_TC: Tensor, weight_EC: Tensor) -> Tensor:
+    """In float32: neighbours among the scores are closer than bfloat16 can tell."""
+    return hidden_TC.float() @ weight_EC.float().T
+
+
 def affinity(hidden_TC: Tensor, weight_EC: Tensor) -> Tensor:
     """√softplus of the router logits, in float32 (arXiv 2606.19348)."""
+    return _affinity(router_logits(hidden_TC, weight_EC))
+
+
+def _affinity(logits_TE: Tensor) -> Tensor:
     # softplus underflows to 0 below logits of -104, and the root's gradient there is 0 · ∞: one such logit is a NaN.
-    return F.softplus(hidden_TC.float() @ weight_EC.float().T).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    return F.softplus(logits_TE).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+
+def route(logits_TE: Tensor, bias_E: Tensor, k: int, scale: float) -> Routing:
+    """Affinities, the k best after the bias, and their gate weights."""
+    scores = _affinity(logits_TE)
+    ids = choose(scores, bias_E, k)
+    return Routing(scores, ids, weigh(scores, ids, scale))
 
 
 def choose(scores_TE: Tensor, bias_E: Tensor, k: int) -> Tensor:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from geodiag.reference_models.kernels.launch import cdiv, floats, power_of_two
+from geodiag.reference_models.kernels.reference import Routing
 
 # T tokens, E experts, K experts per token
 
@@ -219,3 +220,8 @@ def route(logits_TE: Tensor, bias_E: Tensor, k: int, scale: float, before_TK: Te
     scores, ids, weights, per_token, load = _route(logits_TE.contiguous(), bias, before, k, scale)
     entropy, margin, flipped = per_token.unbind(-1)
     return Routed(scores, ids, weights, entropy, margin, flipped, load)
+
+
+def routed(logits_TE: Tensor, bias_E: Tensor, k: int, scale: float) -> Routing:
+    """`reference.route` in one kernel each way."""
+    return Routing(*route(logits_TE, bias_E, k, scale)[:3])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from geodiag.reference_models.kernels.launch import FLOATS, cdiv, power_of_two
+from geodiag.reference_models.kernels.reference import Activated
 from geodiag.reference_models.kernels.swiglu_counts import per_expert
 from geodiag.reference_models.kernels.swiglu_device import swiglu_bwd, swiglu_fwd
 
@@ -190,3 +191,15 @@ def counted_glu(
     flat = _flat(gate_up_A2F)
     out, counts = _glu(flat, *activation, ends_E.contiguous(), flag)
     return Counted(out.view(*gate_up_A2F.shape[:-1], out.shape[-1]), counts)
+
+
+def expert_glu(
+    gate_up_A2F: Tensor, limit: float | None = 10.0, ends_E: Tensor | None = None, flag: Tensor | None = None
+) -> Activated:
+    """`reference.expert_glu`; while the device-side `flag` is not 0, it counts on the way."""
+    if flag is None:
+        return Activated(clamped_swiglu(gate_up_A2F, limit))
+    if ends_E is None:
+        rows = gate_up_A2F.numel() // max(gate_up_A2F.shape[-1], 1)
+        ends_E = torch.full((1,), rows, dtype=torch.int32, device=gate_up_A2F.device)
+    return Activated(*counted_glu(gate_up_A2F, ends_E, Activation(limit, limit), flag))

@@ -246,7 +246,7 @@ def test_loads_and_expert_norms_follow_their_definitions(tmp_path: Path) -> None
         small.train(t, 2, monitor)
         for i, b in enumerate(t.model.blocks):
             b.moe.experts.act.register_forward_hook(
-                lambda _m, args, out, i=i: acts.__setitem__(i, (args[0].detach(), args[1], out.detach()))
+                lambda _m, args, out, i=i: acts.__setitem__(i, (args[0].detach(), args[1], out.out_AF.detach()))
             )
             b.moe.shared.act.register_forward_hook(lambda _m, args, _o, i=i: shared.__setitem__(i, args[0].detach()))
         small.train(t, 1, monitor, start=2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from geodiag.reference_models.config import ModelConfig, sized
-from geodiag.reference_models.mhc import HyperConnection, expand
+from geodiag.reference_models.mhc import HyperConnection, Write
 from geodiag.reference_models.transformer import Transformer
 from tests.models.close import error
 
@@ -50,14 +50,14 @@ def test_mhc_starts_doubly_stochastic_and_near_the_plain_residual(site: int) -> 
 def test_a_plain_site_adds_its_branch_to_the_one_stream() -> None:
     x, branch = streams()[..., :1, :], torch.randn(2, 5, 64)
     site = Transformer(sized("tiny", "plain")).blocks[0].attn_hc
-    assert torch.equal(expand(x, branch, site(x)), x + branch.unsqueeze(-2))
+    assert torch.equal(Write()(x, branch, site(x)).streams_TNC, x + branch.unsqueeze(-2))
 
 
 @pytest.mark.parametrize("residual", ["hc", "mhc"])
 def test_equal_streams_start_out_as_one_plain_stream(residual: str) -> None:
     x, branch = streams()[..., :1, :].expand(-1, -1, N, -1), torch.randn(2, 5, 64)
     mix = started(residual, 0, alpha_init=0.0)(x)
-    assert error(expand(x, branch, mix), x + branch.unsqueeze(-2)) < 1e-5
+    assert error(Write()(x, branch, mix).streams_TNC, x + branch.unsqueeze(-2)) < 1e-5
 
 
 def test_a_transposed_map_would_be_seen() -> None:
@@ -72,8 +72,8 @@ def test_a_transposed_map_would_be_seen() -> None:
     for i in range(N):
         for j in range(N):
             slow[..., i, :] += mix.res_TNN[..., i, j, None] * x[..., j, :]
-    assert error(expand(x, branch, mix), slow) < 1e-5
-    assert error(expand(x, branch, mix._replace(res_TNN=mix.res_TNN.mT)), slow) > 0.01
+    assert error(Write()(x, branch, mix).streams_TNC, slow) < 1e-5
+    assert error(Write()(x, branch, mix._replace(res_TNN=mix.res_TNN.mT)).streams_TNC, slow) > 0.01
 
 
 def test_the_read_out_starts_as_the_mean_of_the_streams() -> None:

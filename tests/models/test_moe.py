@@ -172,7 +172,7 @@ def test_the_block_is_each_tokens_weighted_experts_plus_the_shared_one() -> None
     for t in range(12):
         for j in range(K):
             e = int(out.routing.expert_ids_TK[t, j])
-            inner = act(flat[t] @ block.experts.gate_up[e].double())
+            inner = act(flat[t] @ block.experts.gate_up[e].double()).out_AF
             slow[t] += out.routing.weights_TK[t, j].double() * (inner @ block.experts.down[e].double())
         slow[t] += block.shared.double()(flat[t])
     assert error(out.hidden_BSC.flatten(0, 1), slow) < TOLERANCE

@@ -10,7 +10,7 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 
 from geodiag.reference_models.config import ModelConfig
 from geodiag.reference_models.kernels import reference
-from geodiag.reference_models.mhc import HyperConnection, ReadOut, expand
+from geodiag.reference_models.mhc import HyperConnection, ReadOut, Write
 from geodiag.reference_models.moe import Experts, HashRouter, Router, SharedExpert
 
 N, C, E, K, F, V = 4, 32, 8, 2, 24, 50
@@ -87,7 +87,7 @@ def hyper_connections(theirs: DeepseekV4Config, ours: ModelConfig) -> tuple[Hype
 
 def site_ours(mine: HyperConnection, x: Tensor, f: Tensor) -> list[Tensor]:
     mix = mine(x)
-    return [mix.inner_TC, mix.post_TN, mix.res_TNN, expand(x, f, mix)]
+    return [mix.inner_TC, mix.post_TN, mix.res_TNN, Write()(x, f, mix).streams_TNC]
 
 
 def site_theirs(other: torch.nn.Module, x: Tensor, f: Tensor) -> list[Tensor]:
@@ -112,7 +112,7 @@ def test_a_transposed_residual_map_would_be_seen(theirs: DeepseekV4Config, ours:
     mine, other = hyper_connections(theirs, ours)
     x, f = torch.randn(2, 5, N, C), torch.randn(2, 5, C)
     mix = mine(x)
-    wrong = expand(x, f, mix._replace(res_TNN=mix.res_TNN.mT))
+    wrong = Write()(x, f, mix._replace(res_TNN=mix.res_TNN.mT)).streams_TNC
     assert error(wrong, site_theirs(other, x, f)[-1]) > 100 * TOLERANCE
 
 
