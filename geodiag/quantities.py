@@ -107,7 +107,7 @@ _AMPLIFICATION = [
     _layer(
         "perturbation_growth",
         "×",
-        "last",
+        ("last", "mean"),
         "‖change of the last stream‖ over ‖small random change of the stream entering the layer‖, probe tokens.",
         every=50,
         stage=3,
@@ -142,7 +142,7 @@ _CURVATURE = [
     _layer(
         "expert_norm_max_median",
         "×",
-        "last",
+        ("last", "max"),
         "Largest expert's activation RMS over the median expert's.",
         stage=1,
         source=NORMS,
@@ -150,7 +150,7 @@ _CURVATURE = [
     _layer(
         "expert_norm_min_median",
         "×",
-        "last",
+        ("last", "min"),
         "Smallest expert's activation RMS over the median expert's.",
         worse="low",
         source=NORMS,
@@ -185,13 +185,15 @@ _CHART = [
     _layer(
         "flip_rate",
         "share",
-        "last",
+        ("last", "mean"),
         "Share of chosen experts that changed since the last probe, fixed tokens.",
         every=10,
         stage=2,
     ),
-    _layer("flip_top1", "share", "last", "Probe tokens whose first expert changed.", every=10, stage=2),
-    _layer("flip_any", "share", "last", "Probe tokens with any of their K experts changed.", every=10, stage=2),
+    _layer("flip_top1", "share", ("last", "mean"), "Probe tokens whose first expert changed.", every=10, stage=2),
+    _layer(
+        "flip_any", "share", ("last", "mean"), "Probe tokens with any of their K experts changed.", every=10, stage=2
+    ),
     _layer(
         "tear",
         "1",
@@ -210,9 +212,19 @@ _CHART = [
         worse=None,
         source=V4,
     ),
-    _layer("router_margin_p01", "score", "last", "Last chosen over best rejected expert: 1st percentile.", worse="low"),
     _layer(
-        "router_margin_p10", "score", "last", "Last chosen over best rejected expert: 10th percentile.", worse="low"
+        "router_margin_p01",
+        "score",
+        ("last", "mean"),
+        "Last chosen over best rejected expert: 1st percentile.",
+        worse="low",
+    ),
+    _layer(
+        "router_margin_p10",
+        "score",
+        ("last", "mean"),
+        "Last chosen over best rejected expert: 10th percentile.",
+        worse="low",
     ),
     _layer("router_margin_mean", "score", "mean", "Last chosen over best rejected expert: mean.", worse="low"),
     _layer(
@@ -224,7 +236,7 @@ _CHART = [
     _layer(
         "bias_jaccard",
         "share",
-        "last",
+        ("last", "mean"),
         "Experts chosen with and without the bias: overlap.",
         worse="low",
         source=BALANCE,
@@ -234,10 +246,17 @@ _CHART = [
 
 _EXPERTS = [
     _expert(
-        "load", "share", "sum", "Share of the layer's assignments that went to this expert.", worse=None, source=BALANCE
+        "load",
+        "share",
+        ("sum", "mean"),
+        "Share of the layer's assignments that went to this expert.",
+        worse=None,
+        source=BALANCE,
     ),
-    _expert("gate_mass", "share", "sum", "Share of the layer's gate weights that went to this expert.", worse=None),
-    _expert("act_rms", "1", "last", "RMS of the expert's gated activations.", stage=1, source=NORMS),
+    _expert(
+        "gate_mass", "share", ("sum", "mean"), "Share of the layer's gate weights that went to this expert.", worse=None
+    ),
+    _expert("act_rms", "1", ("last", "mean"), "RMS of the expert's gated activations.", stage=1, source=NORMS),
     _expert("act_amax", "1", "max", "Largest |activation| of the expert.", stage=1),
     _expert("clamp_hits", "hits", "sum", "Clamped elements in the expert, all three kinds.", stage=1),
     _expert(
@@ -278,7 +297,7 @@ _DOMAINS = [
     _domain(
         "flip_rate",
         "share",
-        "last",
+        ("last", "mean"),
         "`flip_rate` of the probe tokens of this domain, mean over learned routers.",
         every=10,
         stage=2,
@@ -286,7 +305,7 @@ _DOMAINS = [
     _domain(
         "clamp_gate_rate",
         "share",
-        "last",
+        ("last", "mean"),
         "`clamp_gate_rate` of the probe tokens of this domain, all layers.",
         every=10,
         **_CLAMP,

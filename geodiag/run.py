@@ -12,6 +12,7 @@ from geodiag import alive, control, manifest
 from geodiag.errors import GeodiagError
 from geodiag.events import Event
 from geodiag.files import Folder, write_json
+from geodiag.merged import key_names, merge_ranks, too_few
 from geodiag.reading import Steps, read_keys, read_table
 from geodiag.schema import SCHEMA_VERSION, SCHEMAS
 from geodiag.writing import Writer
@@ -179,16 +180,25 @@ class Run:
         columns: Sequence[str] | None = None,
         steps: Steps | None = None,
         attempt: int | Literal["newest", "all"] | None = None,
+        ranks: Literal["each", "merged"] = "each",
     ) -> pa.Table:
-        """Rows of `table`: closed parts and journal, all ranks.
+        """Rows of `table`: closed parts and journal, all ranks; `merged` puts them together as the registry says.
 
         `steps=(a, b)` keeps a ≤ step < b, either end None for open. `attempt` None is the newest,
-        except for `events`, whose trail is kept whole. Unreadable pieces are skipped and named in `problems`.
-        GeodiagError for an unknown table or column.
+        except for `events`, whose trail is kept whole. Unreadable pieces are skipped and named in `problems`, and so
+        is a rank that left too few rows. GeodiagError for an unknown table or column.
         """
         starts = manifest.known_starts(self.manifest)
         which = attempt if attempt is not None else ("all" if table == "events" else "newest")
-        return read_table(self._store, table, columns, steps, starts, which, self.problems)
+        world = self.manifest.get("world_size")
+        if not isinstance(world, int) or world < 2:
+            return read_table(self._store, table, columns, steps, starts, which, self.problems)
+        needed = columns if columns is None else list(dict.fromkeys([*columns, *key_names(table)]))
+        rows = read_table(self._store, table, needed, steps, starts, which, self.problems)
+        if table == "steps" and steps is None:
+            self.problems |= too_few(rows, world, running=self.status() == "running")
+        rows = merge_ranks(rows, table) if ranks == "merged" else rows
+        return rows if columns is None else rows.select(columns)
 
     def read(
         self,
@@ -196,9 +206,10 @@ class Run:
         columns: Sequence[str] | None = None,
         steps: Steps | None = None,
         attempt: int | Literal["newest", "all"] | None = None,
+        ranks: Literal["each", "merged"] = "each",
     ) -> "pd.DataFrame":
         """`read_arrow` as a pandas DataFrame; dictionary columns become categoricals."""
-        return self.read_arrow(table, columns, steps, attempt).to_pandas()
+        return self.read_arrow(table, columns, steps, attempt, ranks).to_pandas()
 
     def refresh(self) -> "Run":
         """The run as it is on disk now."""

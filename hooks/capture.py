@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from geodiag.hooks.adapters.base import Choice, Removable, RouterSite, Watch
+from geodiag.hooks.sharded import free
 
 
 @contextmanager
@@ -40,6 +41,7 @@ def traceless(model: nn.Module, evaluate: bool) -> Iterator[None]:
                 module._buffers[name] = buffer  # some modules put a new tensor in its place
                 if buffer._version != version:
                     buffer.copy_(saved)
+            free(model)
 
 
 class _Enough(BaseException):

@@ -1,13 +1,16 @@
-"""Tensors that are spread over ranks (DTensor), handled without asking the other ranks for anything.
+"""Weights that are spread over ranks: what of them lies here, and the whole of them for as long as it is needed.
 
-A DTensor is told by its `placements`: torch.distributed.tensor takes a second to import, and is there already
-wherever a DTensor is.
+What is a collective says so; the rest asks the other ranks for nothing. A DTensor is told by its `placements`, and a
+module that `fully_shard` manages by its class: torch.distributed takes a second to import, and is there already
+wherever one of these is.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_spread(value: Any) -> bool:
@@ -33,11 +36,25 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if is_spread(value) else value
 
 
-def own_matrices(weight: Any) -> Tensor | None:
-    """Of a stack (E, rows, columns) the matrices that lie whole on this rank; None where none does."""
-    if not is_spread(weight):
-        return weight
-    if any(p.is_shard() and not p.is_shard(0) for p in weight.placements):
-        return None
-    mine = weight.to_local()
-    return mine if len(mine) else None
+def managed(module: nn.Module) -> list[Any]:
+    """The modules in `module`, itself included, that `fully_shard` gathers and frees."""
+    return [m for m in module.modules() if any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Inside, the weights of `module` are whole on every rank. Collective where they are spread."""
+    parts = managed(module)
+    for part in parts:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+
+
+def free(module: nn.Module) -> None:
+    """Frees what a forward without a backward left gathered; between steps everything is spread."""
+    for part in managed(module):
+        part.reshard()

@@ -1,13 +1,16 @@
 """Spectral norms of the weights by power iteration that never starts over: one iteration a sampled step."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from geodiag.hooks import metrics
-from geodiag.hooks.adapters.base import Layout
+from geodiag.hooks.adapters.base import ExpertSite, Layout, RouterSite
+from geodiag.hooks.sharded import gathered
 
+_NAMES = ("gate", "up", "down")
 _FIRST = 8
 """Iterations of the very first estimate, which has no vector to go on from."""
 
@@ -25,13 +28,23 @@ class WeightSpectra:
         """The estimates as they are now, one value a router or expert layer."""
         values = {}
         if self.layout.routers:
-            norms = [self._norm("router", r.layer, r.weight().detach().unsqueeze(0)) for r in self.layout.routers]
-            values["router/spectral_norm_router"] = torch.stack(norms)
-        weights = [(site.layer, site.weights()) for site in self.layout.experts]
-        for name in ("gate", "up", "down") if weights else ():
-            norms = [self._norm(name, layer, each[name]) for layer, each in weights]
-            values[f"act/spectral_norm_{name}"] = torch.stack(norms)
+            values["router/spectral_norm_router"] = torch.stack([self._router(site) for site in self.layout.routers])
+        if self.layout.experts:
+            norms_L3 = torch.stack([self._experts(site) for site in self.layout.experts])
+            values |= dict(zip((f"act/spectral_norm_{n}" for n in _NAMES), norms_L3.unbind(1), strict=True))
         return values
+
+    def _router(self, site: RouterSite) -> Tensor:
+        with self._whole(site.layer):
+            return self._norm("router", site.layer, site.weight().detach().unsqueeze(0))
+
+    def _experts(self, site: ExpertSite) -> Tensor:
+        with self._whole(site.layer):
+            weights = site.weights()
+            return torch.stack([self._norm(name, site.layer, weights[name]) for name in _NAMES])
+
+    def _whole(self, layer: int) -> AbstractContextManager[None]:
+        return gathered(self.layout.layers[layer]) if self._watched(layer) else nullcontext()
 
     def _norm(self, name: str, layer: int, weight_ERC: Tensor) -> Tensor:
         """Of the worst expert; NaN for a layer that is not watched."""

@@ -1,16 +1,18 @@
 """The training step of a reference model: Muon + AdamW, warm-up and decay, clipping, balancing."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from geodiag.reference_models.data import Batch
 from geodiag.reference_models.moe import HashRouter, loads, nudge_balance
 from geodiag.reference_models.muon import StackedMuon
-from geodiag.reference_models.transformer import Transformer
+from geodiag.reference_models.transformer import Output, Transformer
 
 _LARGEST_LR = 1e30
 """Beyond it, a step does not fit into float32."""
@@ -77,10 +79,17 @@ def optimizers_of(model: Transformer, config: TrainConfig) -> list[torch.optim.O
 
 
 class Trainer:
-    """Owns the optimizers. A step is `accumulate` of every micro-batch, then `update`."""
+    """Owns the optimizers. A step is `accumulate` of every micro-batch, then `update`.
 
-    def __init__(self, model: Transformer, config: TrainConfig) -> None:
+    Of several ranks each trains on its share of the batch, and `forward` is the model as it is called there: inside
+    DDP, say. A model that is sharded is called itself.
+    """
+
+    def __init__(
+        self, model: Transformer, config: TrainConfig, forward: Callable[[Tensor], Output] | None = None
+    ) -> None:
         self.model, self.config = model, config
+        self.forward = forward or model
         self.optimizers = optimizers_of(model, config)
         self.steps_done = 0
         self.lr_scale = 1.0
@@ -91,7 +100,7 @@ class Trainer:
 
     def accumulate(self, batch: Batch) -> None:
         """Forward and backward on one micro-batch."""
-        output = self.model(batch.token_ids_BS)
+        output = self.forward(batch.token_ids_BS)
         loss = self.model.loss(output, batch.targets_BS)
         (loss.total / self.config.micro_batches).backward()
         with torch.no_grad():
@@ -115,7 +124,8 @@ class Trainer:
         if not self.ready:
             raise ValueError(f"the step has {len(self._losses)} of {self.config.micro_batches} micro-batches")
         lr = self.config.lr_at(self.steps_done) * self.lr_scale
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of weights spread over ranks
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -135,6 +145,8 @@ class Trainer:
 
     def _balance(self) -> None:
         assert self._load_LE is not None, "update() checks that there were micro-batches"
+        if dist.is_initialized():  # every rank's tokens count, or the ranks' biases would part
+            dist.all_reduce(self._load_LE)
         for block, load_E in zip(self.model.blocks, self._load_LE, strict=True):
             if not isinstance(block.moe.router, HashRouter):
                 nudge_balance(block.moe.router, load_E, self.model.config.balance_speed)
