@@ -2,7 +2,7 @@
 
     url.pathname ────────────────► route ────► page, nav
     interval ─(only in a visible tab)─► tick ─► beat ────► pulse ── changes only when the run does
-                                          │       └──────► standing, problems, interval on or off
+                                          │       └──────► standing, problems, legend, interval on or off
                                           └─► runs-table, on the list of runs
     url.search, pulse, theme ────► draw ─────► each chart and each live piece of the page   (draw.py)
     controls, drags, clicks ─────► turn ─────► url.search, and back to the controls         (steer.py)
@@ -24,12 +24,12 @@ from flask import request as http
 from geodiag.dashboard import control_panel, shell
 from geodiag.dashboard.guard import guard, new_token
 from geodiag.dashboard.library import Library
-from geodiag.dashboard.pages import activations, events, gain, overview, routing, runs
+from geodiag.dashboard.pages import activations, cascade, events, gain, overview, routing, runs
 from geodiag.dashboard.parts import notice
 from geodiag.dashboard.view import View
 from geodiag.dashboard.wire import compress, preload
 
-PAGES: dict[str, ModuleType] = {p.NAME: p for p in (overview, gain, routing, activations, events)}
+PAGES: dict[str, ModuleType] = {p.NAME: p for p in (overview, cascade, gain, routing, activations, events)}
 TABS = [(name, page.TITLE) for name, page in PAGES.items()]
 
 
@@ -75,16 +75,17 @@ def content(library: Library, pathname: str | None, search: str | None) -> html.
 
 
 def beat(library: Library, pathname: str | None, old: dict | None) -> tuple:
-    """pulse, whether the interval rests, standing, problems; `no_update` for a pulse that has not changed."""
+    """pulse, whether the interval rests, standing, problems, legend; `no_update` for a pulse that has not changed."""
     if (pathname or "/").strip("/") == "":
-        return no_update, False, [], []
+        return no_update, False, [], [], []
     record = library.at(pathname)
     if record is None:
-        return no_update, True, [], []
+        return no_update, True, [], [], []
     status = record.run.status()
     new = {"run": record.run.name, "version": record.refresh(), "status": status}
     same = new == old
-    return no_update if same else new, status != "running", shell.standing(record), shell.problems(record)
+    around = shell.standing(record), shell.problems(record), shell.legend(record, pathname or "/")
+    return no_update if same else new, status != "running", *around
 
 
 def _register_frame(app: Dash, library: Library) -> None:
@@ -102,6 +103,7 @@ def _register_frame(app: Dash, library: Library) -> None:
         Output("interval", "disabled"),
         Output("standing", "children"),
         Output("problems", "children"),
+        Output("legend", "children"),
         Input("tick", "data"),
         Input("url", "pathname"),
         State("pulse", "data"),

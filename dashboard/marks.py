@@ -17,6 +17,7 @@ KINDS = {
     "early_warning": "early warning: a stage left its range before the loss did",
     "rollback": "training went back to an earlier step",
     "attempt": "training began again here",
+    "fault": "a fault was planted here on purpose",
 }
 """What is marked on every time axis, and what it says."""
 

@@ -1,7 +1,7 @@
 """One run as the pages see it: its tables held dense in memory, and brought up to date by reading only the tail."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ class Undone(NamedTuple):
     grad_norm_S: np.ndarray
 
 
+_KEPT = 24
 _REREAD = 64
 """Steps read again at each refresh: ranks write at their own pace."""
 _WATCHED = ("run.json", "control.json", "heartbeat.json")
@@ -42,7 +43,8 @@ class Record:
         self._grids: dict[tuple[str, str], Grid] = {}
         self._steps: dict[str, np.ndarray] | None = None
         self._events: list[dict[str, Any]] | None = None
-        self._memos: dict[str, Any] = {}
+        self._memos: dict[Hashable, Any] = {}
+        self._kept: dict[Hashable, Any] = {}
 
     def refresh(self) -> str:
         """Looks whether the run changed on disk and reads what is new. Returns a mark of the version."""
@@ -95,35 +97,38 @@ class Record:
             rows = self.run.read_arrow(table, ["rank", "step", "layer", SECOND_KEY[table], *names], (first, None))
             return [to_grids(table, rows, [n])[n] for n in names]
 
-    def memo(self, key: str, make: Callable[[], Any]) -> Any:
+    def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once for each version of the run."""
         with self._lock:
             if key not in self._memos:
                 self._memos[key] = make()
             return self._memos[key]
 
-    def matrices(self, layer: int, site: str, step: int) -> tuple[int, dict[str, np.ndarray]] | None:
-        """(step, map → token-mean matrix) of one site at its newest sample at or before `step`."""
+    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, for as long as the key says everything that it depends on; the last few are kept."""
         with self._lock:
-            for back in (64, 4096, step + 1):  # near first: the table can be large, and samples are rarely far apart
-                known = self.run.read_arrow("matrices", ["step"], steps=(step + 1 - back, step + 1))["step"]
-                if len(known):
-                    break
-            else:
-                return None
-            at = known[-1].as_py()
-            rows = self.run.read_arrow("matrices", steps=(at, at + 1)).to_pandas()
-        mine = rows[(rows["layer"] == layer) & (rows["site"] == site)]
-        maps = {
-            str(name): cells.pivot_table(index="i", columns="j", values="value", aggfunc="mean").to_numpy()
-            for name, cells in mine.groupby("map", observed=True)
-        }
-        return (at, maps) if maps else None
+            if key not in self._kept:
+                while len(self._kept) >= _KEPT:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[key] = make()
+            return self._kept[key]
+
+    def stretch(self, table: str, names: Sequence[str], first: int, last: int) -> list[Grid]:
+        """The named metrics of `layers` or `experts` from step `first` to `last`, without reading the rest."""
+        rows = self.run.read_arrow(
+            table, ["rank", "step", "layer", SECOND_KEY[table], *names], steps=(max(0, first), last + 1)
+        )
+        made = to_grids(table, rows, list(names))
+        return [made[n] for n in names]
 
     def said(self, key: str) -> dict[str, Any]:
         """A part of the manifest, empty where it is missing or makes no sense."""
         found = self.run.manifest.get(key)
         return found if isinstance(found, dict) else {}
+
+    def said_attempts(self) -> dict[int, int]:
+        """Attempt → its first step, as the manifest knows them."""
+        return known_starts(self.run.manifest)
 
     def option(self, key: str) -> Any:
         """What the training was told, wherever its manifest says it; None where it does not."""

@@ -7,6 +7,8 @@ import dash_mantine_components as dmc
 from dash import dcc, html
 from flask import has_request_context, request
 
+from geodiag.dashboard.draw import happened
+from geodiag.dashboard.marks import KINDS
 from geodiag.dashboard.parts import aria, badge, notice, tip
 from geodiag.dashboard.record import Record
 from geodiag.dashboard.view import View
@@ -16,6 +18,8 @@ REFRESH_MS = 1500
 _DARK = ["#e6e9f0", "#c3c9d4", "#98a2b3", "#667085", "#3a4150", "#2a303c", "#1f2430", "#171b23", "#10131a", "#0b0d12"]
 _FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 THEME_COOKIE = "geodiag-theme"
+LEGEND = {kind: (kind.replace("_", " "), f"{said.capitalize()}.") for kind, said in KINDS.items()}
+LEGEND["undone"] = ("undone", "Steps that were rolled back: a later attempt took their place.")
 
 
 def shell() -> dmc.MantineProvider:
@@ -32,6 +36,7 @@ def shell() -> dmc.MantineProvider:
             html.A("Skip to content", href="#page", className="skip"),
             html.Header([html.Div(id="nav", className="nav"), html.Div(_right(), className="right")], className="top"),
             html.Div(id="problems"),
+            html.Div(id="legend"),
             html.Main(id="page", tabIndex=-1),
         ],
         id="provider",
@@ -77,6 +82,19 @@ def standing(record: Record | None) -> list:
     steps, status = record.steps()["step"], record.run.status()
     step = f"step {whole(int(steps[-1]))}" if len(steps) else "no step yet"
     return [tip(html.Span(badge(status), tabIndex=0), STATUS[status]), html.Span(step, className="standing-step")]
+
+
+def legend(record: Record | None, pathname: str) -> list:
+    """What the lines across the charts of a page of this run mean; nothing where there are none."""
+    if record is None or pathname.rstrip("/").endswith("/events"):
+        return []
+    kinds = {m.kind for m in happened(record)}
+    if record.undone():
+        kinds.add("undone")
+    said = {k: v for k, v in LEGEND.items() if k in kinds}
+    return [
+        tip(html.Span([html.I(className=f"key key-{k}"), name], tabIndex=0), why) for k, (name, why) in said.items()
+    ]
 
 
 def problems(record: Record | None) -> list:

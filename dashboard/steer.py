@@ -55,6 +55,24 @@ def steer(
                 moved = _moved(prop, moved, pathname, values, drags, clicks)
         return moved.search() if moved != view else no_update
 
+    if controls:
+        _follow(app, controls)
+
+    def _moved(prop_id: str, view: View, pathname: str, values: list, drags: list, clicks: list) -> View:
+        """The view after one thing that the reader just did."""
+        name, _, prop = prop_id.rpartition(".")
+        if name in controls:
+            value = values[list(controls).index(name)]
+            return _chosen(view, controls[name], value, pathname)
+        if prop == "relayoutData":
+            return zoomed(view, drags[graphs.index(name)])
+        points = (clicks[graphs.index(name)] or {}).get("points") if prop == "clickData" else None
+        return clicked(pathname, view, name, points[0]) if clicked and points else view
+
+
+def _follow(app: Dash, controls: Mapping[str, Control]) -> None:
+    """The controls show what the address says."""
+
     @app.callback(
         output=[Output(name, "value") for name in controls],
         inputs={
@@ -67,17 +85,6 @@ def steer(
     def follow(search, values, pathname):
         wanted = [_shown(View.parse(search), c, pathname) for c in controls.values()]
         return [no_update if w in (v, None) else w for w, v in zip(wanted, values, strict=True)]
-
-    def _moved(prop_id: str, view: View, pathname: str, values: list, drags: list, clicks: list) -> View:
-        """The view after one thing that the reader just did."""
-        name, _, prop = prop_id.rpartition(".")
-        if name in controls:
-            value = values[list(controls).index(name)]
-            return _chosen(view, controls[name], value, pathname)
-        if prop == "relayoutData":
-            return zoomed(view, drags[graphs.index(name)])
-        points = (clicks[graphs.index(name)] or {}).get("points") if prop == "clickData" else None
-        return clicked(pathname, view, name, points[0]) if clicked and points else view
 
 
 def _chosen(view: View, control: Control, value: Any, pathname: str) -> View:

@@ -54,3 +54,11 @@ def diverging(low: Sequence[str], high: Sequence[str], stops: int = 17) -> Scale
     left = [(0.5 - p / 2, c) for p, c in reversed(sequential(low, stops))]
     right = [(0.5 + p / 2, c) for p, c in sequential(high, stops)]
     return left + right[1:]
+
+
+def hues(count: int, dark: bool) -> list[str]:
+    """Colours for things without an order: as far apart as they can be, of one lightness. They repeat from 12 on."""
+    light, chroma, most = (0.76, 0.125, 12) if dark else (0.58, 0.135, 12)
+    angles = 2 * np.pi * (np.arange(min(count, most)) / min(count, most) + 0.08)
+    ring = [to_hex(np.array([light, chroma * np.cos(a), chroma * np.sin(a)])) for a in angles]
+    return [ring[i % len(ring)] for i in range(count)]

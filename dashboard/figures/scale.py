@@ -47,6 +47,26 @@ def shade(metric: Metric, values: np.ndarray, look: Look, centre: float | None =
     return Shade(_axis(scale, low, high, metric.unit, None), False)
 
 
+Z_MIN, Z_MAX = 3.0, 48.0
+"""The colours of robust z: below the first it is the noise of a worst-of-many. Logarithmic: what began as a whisper
+and what is far out of range are both there to be seen."""
+
+
+def z_shade(score: np.ndarray) -> np.ndarray:
+    """Scores as they enter the colour axis `robust_z`; infinite is as far as there is."""
+    return np.log10(np.clip(np.where(np.isinf(score), Z_MAX, score), Z_MIN / 2, None))
+
+
+def robust_z(look: Look, length: float) -> dict[str, Any]:
+    """The colour axis of stage scores; `length` is its bar's share of the height, from the bottom."""
+    bar = {
+        "len": length, "y": 0, "yanchor": "bottom", "thickness": 10, "outlinewidth": 0, "x": 1.01,
+        "title": {"text": "robust z<br> ", "font": {"size": 11}}, "tickfont": {"size": 11},
+        "tickvals": np.log10([3, 6, 12, 24, 48]).tolist(), "ticktext": ["≤ 3", "6", "12", "24", "≥ 48"],
+    }  # fmt: skip
+    return {"colorscale": look.heat, "cmin": float(np.log10(Z_MIN)), "cmax": float(np.log10(Z_MAX)), "colorbar": bar}
+
+
 def _axis(scale: Any, low: float, high: float, unit: str, ticks: list[float] | None) -> dict[str, Any]:
     bar: dict[str, Any] = {"thickness": 10, "outlinewidth": 0, "tickfont": {"size": 11}, "x": 1.01, "nticks": 6}
     bar["title"] = {"text": unit if unit != "1" else "", "font": {"size": 12}}

@@ -113,7 +113,8 @@ def time_axis(look: Look, reach: tuple[float, float] | None, title: str = "step"
     """The step axis that all charts of a page share: a drag on it zooms. `reach` fixes its range."""
     given = {"range": list(reach)} if reach else {}
     # The address knows the range: whatever it says wins over what the browser remembers.
-    return axis(look, title, fixedrange=False, tickformat=",d", nticks=9, uirevision=str(reach), **given, **more)
+    usual = {"fixedrange": False, "tickformat": ",d", "nticks": 9, "uirevision": str(reach)}
+    return axis(look, title, **usual | given | more)
 
 
 def upright(x: float, colour: str, dash: str, domain: tuple[float, float] = (0, 1)) -> dict:

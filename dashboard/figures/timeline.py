@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 
 from geodiag.dashboard.figures.bins import binned
 from geodiag.dashboard.figures.happenings import draw_marks, draw_undone
+from geodiag.dashboard.figures.scale import robust_z, z_shade
 from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, time_axis, titled, upright
 from geodiag.dashboard.figures.thin import broken, thinned
 from geodiag.dashboard.grid import Grid
@@ -19,8 +20,6 @@ from geodiag.schema import METRICS
 STAGES = ("1 curvature", "2 chart", "3 amplification")
 _DOMAINS = {"loss": (0.5, 1.0), "grad_norm": (0.25, 0.44), "stages": (0.0, 0.19)}
 _MOST_BANDS = 80
-_Z_MIN, _Z_MAX = 2.0, 10.0
-"""The colours of robust z: below the first it is the noise of a worst-of-many."""
 _WORDS = {"warmup": "routing warms up", "on": "anticipatory routing on", "drain": "draining"}
 
 
@@ -90,20 +89,16 @@ def _line(fig: go.Figure, seen: dict[str, np.ndarray], name: str, y: str, look: 
 
 def _stages(fig: go.Figure, seen: dict[str, np.ndarray], look: Look) -> None:
     names = [f"stage{i}_score" for i in (1, 2, 3)]
-    values = np.stack([np.where(np.isinf(seen[n]), _Z_MAX, seen[n]) for n in names])
+    values = np.stack([seen[n] for n in names])
     columns = binned(Grid(METRICS["steps", names[0]], ((0, 0), (1, 0), (2, 0)), seen["step"], values))
-    fig.update_layout(yaxis3={"tickvals": [0, 1, 2], "ticktext": list(STAGES)})
+    fig.update_layout(yaxis3={"tickvals": [0, 1, 2], "ticktext": list(STAGES)}, coloraxis=robust_z(look, 0.19))
     if not len(columns.left_B):
         return
     fig.add_heatmap(
-        z=columns.values_RB, x0=float(columns.left_B[0]) + (columns.width - 1) / 2, dx=columns.width, y=[0, 1, 2],
-        yaxis="y3", colorscale=look.heat, zmin=_Z_MIN, zmax=_Z_MAX, ygap=3, name="stage",
-        hovertemplate="%{z:.1f} robust z<extra>stage %{y}</extra>", hoverongaps=False,
-        colorbar={
-            "len": 0.19, "y": 0, "yanchor": "bottom", "thickness": 10, "outlinewidth": 0, "x": 1.01,
-            "title": {"text": "robust z", "font": {"size": 11}}, "tickfont": {"size": 11},
-            "tickvals": [2, 6, 10], "ticktext": ["≤ 2", "6", "≥ 10"],
-        },
+        z=z_shade(columns.values_RB), customdata=columns.values_RB,
+        x0=float(columns.left_B[0]) + (columns.width - 1) / 2, dx=columns.width, y=[0, 1, 2],
+        yaxis="y3", coloraxis="coloraxis", ygap=3, name="stage",
+        hovertemplate="%{customdata:.1f} robust z<extra>stage %{y}</extra>", hoverongaps=False,
     )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from geodiag.dashboard.record import Record
 from geodiag.dashboard.table import table
 from geodiag.dashboard.view import View
 from geodiag.dashboard.words import utc
-from geodiag.events import KINDS
+from geodiag.events import KINDS, details
+from geodiag.health import SPIKES
 
 NAME, TITLE = "events", "Events"
 _AROUND = 60
@@ -40,7 +41,8 @@ def layout(record: Record, view: View) -> html.Div:
                 "Audit trail",
                 html.Div(_none(record), id="events-none"),
                 trail,
-                tip="Every spike, request, answer, decision and change of state. Click a row to see its step. "
+                tip="Every spike, request, answer, decision and change of state. "
+                "Click a row for its step, a spike for its cascade. "
                 + " ".join(f"{k}: {v}." for k, v in KINDS.items()),
             ),
             dcc.Location(id="events-jump", refresh="callback-nav"),
@@ -62,13 +64,18 @@ def register(app: Dash, library: Library) -> None:
     def go(cell, shown, pathname):
         record = library.at(pathname)
         row = next((r for r in shown or [] if cell and r["id"] == str(cell.get("rowId"))), None)
-        return jump(record, row["step"]) if record and row else no_update
+        return jump(record, record.events()[int(row["id"])]) if record and row else no_update
 
 
-def jump(record: Record, step: int) -> str:
-    """The overview's address with `step` in the middle."""
+def jump(record: Record, event: dict[str, Any]) -> str:
+    """Where an event is looked at: a spike or a warning in its cascade, anything else in the middle of the overview."""
+    step, run = event["step"], quote(record.run.name)
+    if event["kind"] in (*SPIKES, "early_warning"):
+        onset = details(event["data"]).get("onset")
+        at = onset if isinstance(onset, int) and event["kind"] in SPIKES else step
+        return f"/run/{run}/cascade{View(spike=at).search()}"
     view = View(steps=(max(0, step - _AROUND), step + _AROUND), step=step)
-    return f"/run/{quote(record.run.name)}/overview{view.search()}"
+    return f"/run/{run}/overview{view.search()}"
 
 
 def rows(record: Record) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from geodiag.dashboard.grid import row_name
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import aria, card, graph, notice, options, segments, select
 from geodiag.dashboard.record import Record
+from geodiag.dashboard.samples import matrices as sampled
 from geodiag.dashboard.steer import Control, steer
 from geodiag.dashboard.view import View
 from geodiag.dashboard.words import whole
@@ -160,7 +161,7 @@ def _profile(record: Record, view: View, look: Look) -> go.Figure:
 
 def _matrices(record: Record, view: View, look: Look) -> go.Figure:
     step, (layer, site) = step_of(record, view), _site(record, view)
-    found = record.matrices(layer, SITES[site], step) if step is not None else None
+    found = sampled(record, layer, SITES[site], step) if step is not None else None
     return matrices(found[1] if found else {}, look)
 
 
@@ -170,7 +171,7 @@ def _when(record: Record, view: View) -> str:
 
 def _where(record: Record, view: View) -> str:
     step, site = step_of(record, view), _site(record, view)
-    found = record.matrices(site[0], SITES[site[1]], step) if step is not None else None
+    found = sampled(record, site[0], SITES[site[1]], step) if step is not None else None
     return f"{row_name(site)}, sampled at step {whole(found[0])}" if found else f"{row_name(site)}, never sampled"
 
 

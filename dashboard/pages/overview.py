@@ -65,7 +65,7 @@ def _clicked(pathname: str, view: View, name: str, point: dict) -> View:
 
 
 def _recent(record: Record, view: View) -> list:
-    """The newest events, newest first; each leads to its step."""
+    """The newest events, newest first; each leads to its step, a spike to its cascade."""
     newest = record.events()[::-1][:_RECENT]
     if not newest:
         return [notice("Nothing yet. Spikes, decisions and requests will be listed here.")]
@@ -73,7 +73,7 @@ def _recent(record: Record, view: View) -> list:
         html.A(
             [html.Span(whole(e["step"]), className="when"), html.Span(e["kind"], className=f"kind kind-{e['kind']}"),
              html.Span(e["message"] or "", className="what")],
-            href=jump(record, e["step"]), className="event",
+            href=jump(record, e), className="event",
         )
         for e in newest
     ]  # fmt: skip

@@ -220,7 +220,7 @@ class Story:
             where = {"layer": tear.layer, "site": "ffn", "expert": tear.expert}
             message = f"planted expert-scale in layer {tear.layer}, expert {tear.expert}: weights × 6"
             out.append(Event(step=tear.onset - tear.leads[0], kind="fault", message=message, time=1.7e9, **where))
-            data = {"onset": tear.onset, "detected": tear.onset + 2, "peak": None, "end": None, "score": 8.4}
+            data = {"kind": "spike", "onset": tear.onset, "detected": tear.onset + 2, "peak": None, "end": None, "score": 8.4}
             message = f"loss left its trend at step {tear.onset}: 8.4 robust σ"
             out.append(Event(step=tear.onset + 2, kind="spike", message=message, data=data, time=1.7e9 + tear.onset))
             data = data | {"peak": tear.peak, "end": tear.end, "score": 14.1}

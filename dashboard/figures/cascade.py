@@ -1,0 +1,185 @@
+"""The cascade: the loss above three maps of layers over steps, and the path from the origin to the loss across them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from geodiag.cascade import Cascade, StageMap
+from geodiag.dashboard.figures.bins import binned
+from geodiag.dashboard.figures.cascade_path import Place, draw_path
+from geodiag.dashboard.figures.happenings import draw_marks, draw_undone
+from geodiag.dashboard.figures.scale import robust_z, z_shade
+from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, time_axis
+from geodiag.dashboard.figures.thin import broken, thinned
+from geodiag.dashboard.grid import Grid
+from geodiag.dashboard.marks import Mark, Span
+from geodiag.dashboard.record import Undone
+from geodiag.schema import METRICS
+
+# S steps, L layers.
+
+STAGES = {
+    1: ("local curvature", "an expert's activation grows extreme"),
+    2: ("chart inconsistency", "the router's map is stale: wrong expert"),
+    3: ("amplification", "residual maps and gradients compound it over depth"),
+}
+_LOSS_PX, _TITLE_PX, _GAP_PX = 150, 24, 10
+_LEAST_PX, _MOST_PX = 96, 190
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Everything that is drawn around a path: what was recorded between two steps."""
+
+    window: tuple[int, int]
+    steps: dict[str, np.ndarray]
+    """Table `steps`, by column."""
+    stages: StageMap
+    marks: Sequence[Mark] = ()
+    spans: Sequence[Span] = ()
+    undone: Sequence[Undone] = ()
+    missing: dict[int, str] = field(default_factory=dict)
+    """Stage → why there is nothing to see."""
+
+
+def picture(
+    scene: Scene, look: Look, cascade: Cascade | None = None, cell: tuple[int, int, int] | None = None
+) -> go.Figure:
+    """The scene with the path of `cascade` across it; `cell` (stage, layer, step) has a frame.
+
+    The first three traces are the maps of stages 1, 2 and 3.
+    """
+    low, high = scene.window
+    near = (scene.steps["step"] >= low) & (scene.steps["step"] <= high)
+    if not near.any():
+        return empty("Waiting for the first step.", look, 420)
+    rows = max(1, len(scene.stages.layers))
+    tall = min(_MOST_PX, max(_LEAST_PX, 6.0 * rows))
+    inner = _TITLE_PX + _LOSS_PX + 3 * (_TITLE_PX + tall + _GAP_PX)
+    fig = base(look, round(inner + 46), hovermode="closest")
+    place = _stack(inner, tall, scene.stages.layers)
+    for stage in STAGES:
+        _map(fig, scene, stage, place, look)
+    _loss(fig, scene, near, place, look)
+    reach = (low - 0.5, high + 0.5)
+    cursor: Any = {"showspikes": True, "spikemode": "across", "spikethickness": 1}
+    fig.update_layout(
+        xaxis=time_axis(look, reach, anchor="y4", showgrid=False, **cursor),
+        coloraxis=robust_z(look, length=1 - (_TITLE_PX + _LOSS_PX + _TITLE_PX + _GAP_PX) / inner),
+        margin={"l": 58, "r": 76, "t": 2, "b": 42},
+    )
+    fig.update_layout(xaxis={"spikecolor": look.cursor, "spikedash": "dot"})
+    others = [m for m in scene.marks if cascade is None or m.kind != "spike" or m.step != cascade.spike_onset]
+    draw_marks(fig, others, reach, look, place.domains)
+    if cascade is not None:
+        draw_path(fig, cascade, place, reach, look, _loss_at(scene, cascade.spike_onset))
+    if cell is not None:
+        _frame(fig, cell, scene, look)
+    return fig
+
+
+def _stack(inner: float, tall: float, layers: np.ndarray) -> Place:
+    """Where each panel stands, the loss on top."""
+    top = 1 - _TITLE_PX / inner
+    domains = [(top - _LOSS_PX / inner, top)]
+    for _ in STAGES:
+        top = domains[-1][0] - (_GAP_PX + _TITLE_PX) / inner
+        domains.append((max(0.0, top - tall / inner), top))
+    return Place(tuple(domains), layers.tolist(), inner)
+
+
+def _loss(fig: go.Figure, scene: Scene, near: np.ndarray, place: Place, look: Look) -> None:
+    low, high = scene.window
+    loss_S = scene.steps["loss"][near]
+    finite = loss_S[np.isfinite(loss_S)]
+    a, b = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    pad = max(0.08 * (b - a), 1e-3)
+    place.loss_range = (a - pad, b + 1.6 * pad)
+    unit = METRICS["steps", "loss"].unit
+    fig.update_layout(yaxis=axis(look, domain=place.domains[0], range=place.loss_range, nticks=5, anchor="x"))
+    _title(fig, place, 0, f"<b>loss</b>  {_soft(unit, look)}", look)
+    for span in scene.spans:
+        if span.end >= low and span.start <= high:
+            colour = {"warmup": look.warmup, "on": look.on, "drain": look.drain}[span.mode]
+            fig.add_shape(
+                type="rect", x0=max(span.start, low) - 0.5, x1=min(span.end, high) + 0.5, y0=0, y1=1,
+                yref="y domain", fillcolor=faded(colour, 0.13), line_width=0, layer="below",
+            )  # fmt: skip
+            if span.mode == "on" and min(span.end, high) - max(span.start, low) > (high - low) / 8:
+                fig.add_annotation(
+                    x=(max(span.start, low) + min(span.end, high)) / 2, y=1, yref="y domain", yanchor="top",
+                    text="anticipatory routing on", showarrow=False, font={"size": 11, "color": look.on},
+                )  # fmt: skip
+    draw_undone(fig, scene.undone, low, high, look, {"loss": "y"})
+    points = thinned(scene.steps["step"][near], loss_S)
+    fig.add_scatter(
+        x=points.x, y=points.y, mode="lines", line={"color": look.ink, "width": 1.5}, name="loss",
+        hovertemplate="loss %{y:.4g} at step %{x:,d}<extra></extra>",
+    )  # fmt: skip
+    lost = broken(scene.steps["step"][near], loss_S)
+    if len(lost):
+        fig.add_scatter(
+            x=lost, y=np.full(len(lost), b), mode="markers", name="loss not finite",
+            marker={"symbol": "x", "size": 8, "color": look.spike}, hovertemplate="NaN or infinite<extra></extra>",
+        )  # fmt: skip
+
+
+def _map(fig: go.Figure, scene: Scene, stage: int, place: Place, look: Look) -> None:
+    n, names = f"y{stage + 1}", [str(k) for k in place.layers]
+    name, what = STAGES[stage]
+    ticks = names[:: max(1, -(-len(names) // 8))]
+    fig.update_layout({
+        f"yaxis{stage + 1}": axis(
+            look, "layer", domain=place.domains[stage], type="category", autorange=False, anchor="x", showgrid=False,
+            range=[len(names) - 0.5, -0.5], tickvals=ticks, ticks="", categoryorder="array", categoryarray=names,
+        )
+    })  # fmt: skip
+    _title(fig, place, stage, f"<b>{stage} · {name}</b>  {_soft(what, look)}", look)
+    score_LS = scene.stages.scores[stage - 1]
+    if not np.isfinite(score_LS).any():
+        middle = sum(place.domains[stage]) / 2
+        fig.add_annotation(
+            text=scene.missing.get(stage, "Nothing of this stage was recorded here."), x=0.5, y=middle, xref="paper",
+            yref="paper", showarrow=False, font={"size": 13, "color": look.soft},
+        )  # fmt: skip
+    rows = tuple((int(k), 1) for k in place.layers)
+    grid = Grid(METRICS["steps", f"stage{stage}_score"], rows, scene.stages.steps, score_LS)
+    columns = binned(grid)
+    left = float(columns.left_B[0]) if len(columns.left_B) else 0.0
+    fig.add_heatmap(
+        z=z_shade(columns.values_RB), customdata=columns.values_RB, x0=left + (columns.width - 1) / 2, dx=columns.width,
+        y=names, yaxis=n, coloraxis="coloraxis", hoverongaps=False, name=f"stage {stage}",
+        hovertemplate=f"<b>layer %{{y}}</b> · step %{{x:,.0f}}<br>{name} %{{customdata:.1f}} robust z<extra></extra>",
+    )  # fmt: skip
+
+
+def _title(fig: go.Figure, place: Place, panel: int, text: str, look: Look) -> None:
+    fig.add_annotation(
+        text=text, x=0, y=place.domains[panel][1], xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+        showarrow=False, font={"size": 12.5, "color": look.ink}, yshift=2, align="left",
+    )  # fmt: skip
+
+
+def _soft(text: str, look: Look) -> str:
+    return f'<span style="color:{look.soft}">{text}</span>'
+
+
+def _loss_at(scene: Scene, step: int) -> float | None:
+    i = int(np.searchsorted(scene.steps["step"], step))
+    known = i < len(scene.steps["step"]) and np.isfinite(scene.steps["loss"][i])
+    return float(scene.steps["loss"][i]) if known else None
+
+
+def _frame(fig: go.Figure, cell: tuple[int, int, int], scene: Scene, look: Look) -> None:
+    stage, layer, step = cell
+    layers = scene.stages.layers.tolist()
+    if layer not in layers or not scene.window[0] <= step <= scene.window[1]:
+        return
+    at, half = layers.index(layer), max(0.5, (scene.window[1] - scene.window[0]) / 220)
+    fig.add_shape(
+        type="rect", x0=step - half, x1=step + half, y0=at - 0.5, y1=at + 0.5, yref=f"y{stage + 1}",
+        line={"color": look.ink, "width": 1.8},
+    )  # fmt: skip

@@ -1,0 +1,81 @@
+"""Residual maps of one layer beside what they compound to: small heat maps with their numbers, then and now."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+
+from geodiag.dashboard.figures.style import Look, axis, base, empty
+
+# N streams.
+
+
+class Tile(NamedTuple):
+    """One matrix and what it is called."""
+
+    title: str
+    cell_NN: np.ndarray
+
+    @property
+    def gain(self) -> float:
+        """Its largest absolute row sum: how much it can stretch what passes forward."""
+        return float(np.abs(self.cell_NN.sum(1)).max())
+
+
+_TITLE_PX, _GAP = 19, 0.06
+
+
+def maps(rows: Sequence[tuple[str, Sequence[Tile]]], look: Look, nothing: str, tile_px: int = 118) -> go.Figure:
+    """Rows of (when, tiles). Rows of a matrix are streams out, columns streams in; 0 is the middle of the colours."""
+    rows = [(when, tiles) for when, tiles in rows if tiles]
+    if not rows:
+        return empty(nothing, look, 120)
+    inner = len(rows) * (tile_px + 3 * _TITLE_PX)
+    fig = base(look, inner + 10)
+    reach = max(1.0, *(float(np.nanmax(np.abs(t.cell_NN))) for _, tiles in rows for t in tiles))
+    top, i = 1.0, 0
+    for when, tiles in rows:
+        _say(fig, when, 0, top - _TITLE_PX / inner, look.soft, 11.5)
+        top -= 3 * _TITLE_PX / inner
+        wide = (1 - _GAP * (len(tiles) - 1)) / len(tiles)
+        for k, tile in enumerate(tiles):
+            i += 1
+            x = (k * (wide + _GAP), min(1.0, k * (wide + _GAP) + wide))
+            _tile(fig, tile, i, x, (max(0.0, top - tile_px / inner), top), look)
+        top -= tile_px / inner
+    fig.update_layout(
+        coloraxis={"colorscale": look.gain, "cmin": -reach, "cmax": reach, "showscale": False},
+        margin={"l": 4, "r": 4, "t": 0, "b": 10},
+    )
+    return fig
+
+
+def _tile(fig: go.Figure, tile: Tile, i: int, x: tuple[float, float], y: tuple[float, float], look: Look) -> None:
+    n = "" if i == 1 else str(i)
+    hidden = axis(look, showgrid=False, showticklabels=False, ticks="")
+    fig.update_layout({
+        f"xaxis{n}": hidden | {"domain": x, "anchor": f"y{n}"},
+        f"yaxis{n}": hidden | {"domain": y, "anchor": f"x{n}", "autorange": "reversed"},
+    })  # fmt: skip
+    fig.add_heatmap(
+        z=tile.cell_NN, text=[[_short(v) for v in row] for row in tile.cell_NN],
+        xaxis=f"x{n}", yaxis=f"y{n}", coloraxis="coloraxis", xgap=1, ygap=1,
+        texttemplate="%{text}" if len(tile.cell_NN) <= 4 else None, textfont={"size": 9.5},
+        hovertemplate=f"{tile.title}<br>out %{{y}}, in %{{x}}: %{{z:.4f}}<extra></extra>",
+    )  # fmt: skip
+    _say(fig, f"<b>{tile.title}</b><br>gain {tile.gain:.3g} ×", x[0], y[1], look.ink, 11)
+
+
+def _say(fig: go.Figure, text: str, x: float, y: float, colour: str, size: float) -> None:
+    fig.add_annotation(
+        text=text, x=x, y=y, xref="paper", yref="paper", xanchor="left", yanchor="bottom", showarrow=False,
+        font={"size": size, "color": colour}, align="left",
+    )  # fmt: skip
+
+
+def _short(value: float) -> str:
+    """Three characters at most, so that four fit side by side: `.91`, `−.04`, `1.5`, `12`."""
+    if abs(value) < 0.995:
+        return f"{value:.2f}".replace("0.", ".", 1).replace("-", "−").replace("−.00", ".00")
+    return f"{value:.1f}".replace("-", "−") if abs(value) < 9.95 else f"{value:.0f}".replace("-", "−")

@@ -1,0 +1,81 @@
+"""Small multiples: one strip a series on one time axis, each with its name above it and its usual range behind it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+
+from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, time_axis, upright
+from geodiag.dashboard.figures.thin import broken, thinned
+
+
+class Strip(NamedTuple):
+    """One series: its name, what is said beside it, its values, and the range that is usual for it."""
+
+    name: str
+    said: str
+    step_S: np.ndarray
+    value_S: np.ndarray
+    usual: tuple[float, float] | None
+
+
+_STRIP_PX, _TITLE_PX = 52, 27
+
+
+def multiples(
+    strips: Sequence[Strip], look: Look, window: tuple[int, int], cursor: int | None, nothing: str
+) -> go.Figure:
+    """Strips from top to bottom; a dotted line at `cursor`."""
+    low, high = window
+    shown = [s for s in strips if ((s.step_S >= low) & (s.step_S <= high) & ~np.isnan(s.value_S)).any()]
+    if not shown:
+        return empty(nothing, look, 120)
+    inner = len(shown) * (_STRIP_PX + _TITLE_PX)
+    fig = base(look, inner + 34, hovermode="x unified", hoversubplots="axis")
+    top = 1.0
+    for i, strip in enumerate(shown, 1):
+        n = "" if i == 1 else str(i)
+        top -= _TITLE_PX / inner
+        domain = (max(0.0, top - _STRIP_PX / inner), top)
+        fig.update_layout({f"yaxis{n}": axis(look, domain=domain, anchor="x", nticks=3, tickformat=".3~g")})
+        fig.add_annotation(
+            text=f'<b>{strip.name}</b>  <span style="color:{look.soft}">{strip.said}</span>', x=0, y=top, xref="paper",
+            yref="paper", xanchor="left", yanchor="bottom", yshift=3, showarrow=False,
+            xshift=-40, font={"size": 11.5, "color": look.ink},
+        )  # fmt: skip
+        if strip.usual is not None:
+            fig.add_shape(
+                type="rect", x0=0, x1=1, xref="x domain", y0=strip.usual[0], y1=strip.usual[1], yref=f"y{n}",
+                fillcolor=faded(look.on, 0.16), line_width=0, layer="below",
+            )  # fmt: skip
+        if cursor is not None:
+            fig.add_shape(upright(cursor, look.ink, "dot", domain))
+        _line(fig, strip, n, window, look)
+        top = domain[0]
+    fig.update_layout(
+        xaxis=time_axis(
+            look, (low - 0.5, high + 0.5), "", anchor=f"y{'' if len(shown) == 1 else len(shown)}", nticks=5
+        ),
+        margin={"l": 48, "r": 10, "t": 2, "b": 30},
+    )
+    return fig
+
+
+def _line(fig: go.Figure, strip: Strip, n: str, window: tuple[int, int], look: Look) -> None:
+    inside = (strip.step_S >= window[0] - 1) & (strip.step_S <= window[1] + 1)
+    step_S, value_S = strip.step_S[inside], strip.value_S[inside]
+    points = thinned(step_S, value_S)
+    few = len(points.x) < 24
+    fig.add_scatter(
+        x=points.x, y=points.y, yaxis=f"y{n}", mode="lines+markers" if few else "lines", name=strip.name,
+        line={"color": look.ink, "width": 1.4}, marker={"size": 4}, hovertemplate="%{y:.4g}",
+    )  # fmt: skip
+    lost = broken(step_S, value_S)
+    if len(lost):
+        finite = points.y[np.isfinite(points.y)]
+        fig.add_scatter(
+            x=lost, y=np.full(len(lost), finite.max() if len(finite) else 1.0), yaxis=f"y{n}", mode="markers",
+            name=f"{strip.name} not finite", marker={"symbol": "x", "size": 7, "color": look.spike},
+            hovertemplate="NaN or infinite",
+        )  # fmt: skip

@@ -1,0 +1,93 @@
+"""Traced tokens down the stack: two projections of each token's streams, coloured by its expert, flips ringed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+
+from geodiag.dashboard.figures.colours import hues
+from geodiag.dashboard.figures.style import Look, axis, base, empty, faded
+
+# P places: the sites that a token passes, in order.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """One token at one step: what it was at every site, in order."""
+
+    token: int
+    place_P: tuple[str, ...]
+    """`3.ffn`, in static order."""
+    projection_P2: np.ndarray
+    expert_P: np.ndarray
+    """The first expert that it was sent to; −1 where there is no choice."""
+    flipped_P: np.ndarray
+    """Share of its experts that changed since the sample before; NaN where there is no choice."""
+    text: str = ""
+
+
+_PANEL_PX, _TITLE_PX = 118, 22
+
+
+def trajectories(now: Sequence[Trajectory], usual: Sequence[Trajectory], look: Look, nothing: str) -> go.Figure:
+    """`usual` are the same tokens at a sample from before, drawn faintly."""
+    if not now:
+        return empty(nothing, look, 120)
+    names = max((list(t.place_P) for t in now), key=len)
+    inner = 2 * (_PANEL_PX + _TITLE_PX)
+    fig = base(look, inner + 40, hovermode="closest")
+    count = 1 + max((int(t.expert_P.max()) for t in now if len(t.expert_P)), default=0)
+    palette = hues(max(count, 1), look.name == "dark")
+    for k in (0, 1):
+        n, top = "" if k == 0 else "2", 1 - (k * (_PANEL_PX + _TITLE_PX) + _TITLE_PX) / inner
+        domain = (max(0.0, top - _PANEL_PX / inner), top)
+        fig.update_layout({f"yaxis{n}": axis(look, domain=domain, anchor="x", nticks=4, tickformat=".2~g")})
+        fig.add_annotation(
+            text=f"<b>projection {k + 1}</b>", x=0, y=top, xref="paper", yref="paper", xanchor="left",
+            yanchor="bottom", showarrow=False, font={"size": 11.5, "color": look.ink}, xshift=-34,
+        )  # fmt: skip
+        _threads(fig, usual, k, n, faded(look.soft, 0.3))
+        _threads(fig, now, k, n, faded(look.ink, 0.4))
+        _beads(fig, now, k, n, palette, look)
+    ticks = names[:: max(1, -(-len(names) // 8))]
+    fig.update_layout(
+        xaxis=axis(
+            look, "layer", type="category", categoryorder="array", categoryarray=names, anchor="y2", tickvals=ticks,
+            ticktext=[t.split(".")[0] for t in ticks], showgrid=False, ticks="",
+        ),
+        margin={"l": 42, "r": 10, "t": 0, "b": 36},
+    )  # fmt: skip
+    return fig
+
+
+def _threads(fig: go.Figure, tokens: Sequence[Trajectory], k: int, n: str, colour: str) -> None:
+    """All tokens as one line that is broken between them."""
+    if not tokens:
+        return
+    x = [place for t in tokens for place in (*t.place_P, None)]
+    y = np.concatenate([np.append(t.projection_P2[:, k], np.nan) for t in tokens])
+    fig.add_scatter(
+        x=x, y=y, yaxis=f"y{n}", mode="lines", line={"color": colour, "width": 1.1}, hoverinfo="skip", connectgaps=False
+    )  # fmt: skip
+
+
+def _beads(fig: go.Figure, tokens: Sequence[Trajectory], k: int, n: str, palette: Sequence[str], look: Look) -> None:
+    beads = [
+        (t, i, bool(np.nan_to_num(t.flipped_P[i]) > 0))
+        for t in tokens
+        for i in np.flatnonzero(t.expert_P >= 0).tolist()
+    ]
+    fig.add_scatter(
+        x=[t.place_P[i] for t, i, _ in beads], y=[t.projection_P2[i, k] for t, i, _ in beads], yaxis=f"y{n}",
+        mode="markers", name="tokens", hovertemplate="%{text}<br>%{y:.4g}<extra></extra>",
+        marker={
+            "size": [10 if flipped else 6 for *_, flipped in beads], "opacity": 1,
+            "color": [palette[t.expert_P[i] % len(palette)] for t, i, _ in beads],
+            "line": {"width": [2.2 if flipped else 0 for *_, flipped in beads], "color": look.spike},
+        },
+        text=[
+            f"<b>token {t.token}</b>{t.text} · {t.place_P[i]}<br>expert {t.expert_P[i]}{', flipped' if flipped else ''}"
+            for t, i, flipped in beads
+        ],
+    )  # fmt: skip

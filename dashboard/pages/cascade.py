@@ -1,0 +1,227 @@
+"""Cascade: where did it start, how did it spread, and what would have stopped it.
+
+url.search ─► spike ─► verdict, picture ─► cell (the origin, until another is clicked) ─► the four cards beside it
+"""
+
+from typing import Any
+
+import plotly.graph_objects as go
+from dash import Dash, Input, Output, State, html, no_update
+
+from geodiag.cascade import Cascade
+from geodiag.dashboard import verdict
+from geodiag.dashboard.causes import Cell, cascade_of, cell_of, chosen, scene_of, stages_of, window_of
+from geodiag.dashboard.cell import experts_metric, series_of
+from geodiag.dashboard.draw import draws, happened
+from geodiag.dashboard.figures.cascade import STAGES, picture
+from geodiag.dashboard.figures.heat import Panel, heat_map
+from geodiag.dashboard.figures.maps import Tile, maps
+from geodiag.dashboard.figures.multiples import Strip, multiples
+from geodiag.dashboard.figures.style import Look, empty
+from geodiag.dashboard.figures.trajectory import trajectories
+from geodiag.dashboard.library import Library
+from geodiag.dashboard.parts import card, graph
+from geodiag.dashboard.record import Record
+from geodiag.dashboard.samples import composites, traced
+from geodiag.dashboard.steer import steer
+from geodiag.dashboard.table import table
+from geodiag.dashboard.view import View
+from geodiag.dashboard.words import number, percent, whole
+
+NAME, TITLE = "cascade", "Cascade"
+
+_HOW_MAPS = "No residual maps on record up to this step."
+_HOW_TOKENS = "No traced tokens on record up to this step."
+_PICTURE = (
+    "Each map is one stage: a row is a layer, the first on top; a column is a step; the colour says how far the layer "
+    "stands from its own past. Rings mark where a stage left its range, the line leads from the origin to the loss. "
+    "Click a cell for what was measured there; drag to zoom in time."
+)
+
+
+def layout(record: Record, view: View) -> html.Div:
+    main = card("From the origin to the loss", graph("cascade-picture", 640), tip=_PICTURE)
+    proof = card(
+        "Evidence",
+        table("cascade-evidence", verdict.COLUMNS, _evidence(record, view), height=None),
+        tip="What left its range at the origin. Click a row to see its series.",
+        id="cascade-proof",
+        style=_only_with_rows(_evidence(record, view)),
+    )
+    side = [
+        card("In this cell", html.Div(id="cascade-where", className="where"), graph("cascade-series", 300),
+             tip="The quantities behind the stage in this layer; the band is where each lay before."),
+        card("Its experts", graph("cascade-experts", 180)),
+        card("Its residual maps", graph("cascade-maps", 250),
+             tip="Token means of H_res, alone and multiplied from the first site to this layer. Rows are streams out, "
+             "columns streams in. Above: before the cascade; below: at the cell."),
+        card("Traced tokens", graph("cascade-tokens", 300),
+             tip="The same few tokens, followed down the layers in two fixed random projections. Colour is the expert, "
+             "a ring a changed choice; faint lines are the same tokens before the cascade."),
+    ]  # fmt: skip
+    return html.Div(
+        [
+            html.Div(verdict.strip(record, view), id="cascade-choices"),
+            html.Div(_verdict(record, view), id="cascade-verdict"),
+            html.Div(
+                [html.Div([main, proof], className="column"), html.Div(side, className="side")],
+                className="split wide-side",
+            ),
+        ],
+        className="cascade",
+    )
+
+
+def register(app: Dash, library: Library) -> None:
+    draws(app, library, "cascade-choices", "children", lambda r, v, look: verdict.strip(r, v))
+    draws(app, library, "cascade-verdict", "children", lambda r, v, look: _verdict(r, v))
+    draws(app, library, "cascade-picture", "figure", _picture)
+    draws(app, library, "cascade-evidence", "rowData", lambda r, v, look: _evidence(r, v))
+    draws(app, library, "cascade-proof", "style", lambda r, v, look: _only_with_rows(_evidence(r, v)))
+    draws(app, library, "cascade-where", "children", lambda r, v, look: _where(r, v))
+    draws(app, library, "cascade-series", "figure", _series)
+    draws(app, library, "cascade-experts", "figure", _experts)
+    draws(app, library, "cascade-maps", "figure", _maps)
+    draws(app, library, "cascade-tokens", "figure", _tokens)
+    steer(app, {}, ["cascade-picture", "cascade-series"], _clicked)
+
+    @app.callback(
+        Output("url", "search", allow_duplicate=True),
+        Input("cascade-evidence", "cellClicked"),
+        State("cascade-evidence", "rowData"),
+        State("url", "search"),
+        prevent_initial_call=True,
+    )
+    def show(cell, shown, search):
+        row = next((r for r in shown or [] if cell and r["id"] == str(cell.get("rowId"))), None)
+        if row is None or row["layer"] is None or row["stage"] not in STAGES:
+            return no_update
+        return View.parse(search).but(stage=row["stage"], layer=row["layer"], step=row["step"]).search()
+
+
+def _found(record: Record, view: View) -> Cascade | None:
+    found = cascade_of(record, chosen(record, view))
+    return found if isinstance(found, Cascade) else None
+
+
+def _verdict(record: Record, view: View) -> Any:
+    return verdict.card_of(record, view, cascade_of(record, chosen(record, view)))
+
+
+def _evidence(record: Record, view: View) -> list[dict]:
+    found = _found(record, view)
+    return verdict.rows(found) if found else []
+
+
+def _only_with_rows(rows: list[dict]) -> dict:
+    return {} if rows else {"display": "none"}
+
+
+def _picture(record: Record, view: View, look: Look) -> go.Figure:
+    if not len(record.steps()["step"]):
+        return empty("Waiting for the first step.", look, 420)
+    found = _found(record, view)
+    window = window_of(record, view, found)
+    scene = scene_of(record, window)
+    return picture(scene, look, found, cell_of(view, found, scene.stages))
+
+
+def _at(record: Record, view: View) -> tuple[Cell | None, tuple[int, int], Cascade | None]:
+    """The cell, the window around it, and the cascade that it belongs to."""
+    found = _found(record, view)
+    window = window_of(record, view, found)
+    if not len(record.steps()["step"]):
+        return None, window, found
+    return cell_of(view, found, stages_of(record, window)), window, found
+
+
+def _where(record: Record, view: View) -> Any:
+    cell, _, found = _at(record, view)
+    if cell is None:
+        return "Nothing is measured yet."
+    origin = found is not None and view.stage is None and found.onset is not None
+    name = f"layer {cell.layer} · {STAGES[cell.stage][0]} · step {whole(cell.step)}"
+    return [html.B(name), ", the origin" if origin else ""]
+
+
+def _series(record: Record, view: View, look: Look) -> go.Figure:
+    cell, window, found = _at(record, view)
+    if cell is None:
+        return empty("Nothing is measured yet.", look, 120)
+    before = _before(found, cell)
+    strips = []
+    here = found is not None and (found.stage, found.layer) == (cell.stage, cell.layer)
+    told = [e.metric for e in found.evidence] if found is not None and here else []
+    for s in series_of(record, cell, window, before, told):
+        share = s.metric.unit == "share"
+        say = percent if share else lambda v: number(v, 3)
+        usual = f"usually {say(s.usual[0])} to {say(s.usual[1])}" if s.usual else ""
+        strips.append(Strip(f"{s.metric.name} · {s.site}", usual, s.step_S, s.value_S, s.usual))
+    nothing = f"Layer {cell.layer} has nothing of stage {cell.stage} on record."
+    return multiples(strips, look, window, cell.step, nothing)
+
+
+def _experts(record: Record, view: View, look: Look) -> go.Figure:
+    cell, window, found = _at(record, view)
+    if cell is None:
+        return empty("Nothing is measured yet.", look, 120)
+    name = experts_metric(cell.stage)
+    say = {"load": "share of the layer's assignments", "act_rms": "RMS of the activations"}[name]
+    key = ("experts", name, window)
+    (grid,) = record.memo(key, lambda: record.stretch("experts", [name], *window))
+    grid = grid.of_layer(cell.layer)
+    even = 1 / max(1, len(grid.rows)) if name == "load" else None
+    fig = heat_map(
+        [Panel(grid, f'<span style="color:{look.soft}">{say}</span>')],
+        look,
+        window,
+        marks=[m for m in happened(record) if m.kind == "spike"],
+        step=cell.step,
+        row=str(found.expert) if found and found.expert is not None and cell.layer == found.layer else None,
+        experts=True,
+        centre=even,
+        title="",
+        nothing=f"No experts on record in layer {cell.layer}.",
+    )
+    fig.update_layout(margin={"l": 48, "r": 60})
+    return fig
+
+
+def _maps(record: Record, view: View, look: Look) -> go.Figure:
+    cell, _, found = _at(record, view)
+    rows = []
+    if cell is not None:
+        now = composites(record, cell.layer, cell.step)
+        before = composites(record, cell.layer, max(0, _before(found, cell) - 1))
+        if before and now and before[0] < now[0]:
+            rows.append((f"before, at step {whole(before[0])}", [Tile(*t) for t in before[1]]))
+        if now:
+            rows.append((f"at step {whole(now[0])}", [Tile(*t) for t in now[1]]))
+    return maps(rows, look, _HOW_MAPS)
+
+
+def _tokens(record: Record, view: View, look: Look) -> go.Figure:
+    cell, _, found = _at(record, view)
+    if cell is None:
+        return empty(_HOW_TOKENS, look, 120)
+    now = traced(record, cell.step)
+    before = traced(record, max(0, _before(found, cell) - 1))
+    usual = before[1] if before and now and before[0] < now[0] else []
+    return trajectories(now[1] if now else [], usual, look, _HOW_TOKENS)
+
+
+def _before(found: Cascade | None, cell: Cell) -> int:
+    """The step up to which things were usual."""
+    return cell.step if found is None or found.onset is None else min(found.onset, cell.step)
+
+
+def _clicked(pathname: str, view: View, name: str, point: dict) -> View:
+    """A click on a map chooses its cell; a click on a series, another step of it."""
+    x, y, trace = point.get("x"), str(point.get("y", "")), point.get("curveNumber")
+    if not isinstance(x, int | float):
+        return view
+    if name == "cascade-picture" and trace in (0, 1, 2) and y.isdigit():
+        return view.but(stage=trace + 1, layer=int(y), step=round(x))
+    if name == "cascade-series" and view.stage is not None:
+        return view.but(step=round(x))
+    return view
