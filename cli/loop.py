@@ -63,8 +63,8 @@ class Training:
         from geodiag.hooks.adapters import find_layout
         from geodiag.hooks.anticipatory import AnticipatoryRouting
         from geodiag.hooks.attach import attach
-        from geodiag.hooks.controller import Controller
         from geodiag.hooks.faults import Fault, Faults
+        from geodiag.hooks.policy import Policy
         from geodiag.reference_models.train import Trainer
         from geodiag.run import looks_like_a_run
 
@@ -91,14 +91,12 @@ class Training:
             forward=lambda model, batch: model(batch.token_ids_BS),
             micro_batches=options.micro_batches,
         )
-        controller = Controller(period=options.period, cooldown=options.cooldown, delay_steps=options.delay)
         self.monitor: Monitor = attach(
             self.model,
             self.trainer.optimizers,
             options.run,
             routing=self.routing,
-            policy=options.routing,
-            controller=controller,
+            policy=Policy(mode=options.routing, period=options.period, cooldown=options.cooldown),  # type: ignore[arg-type]
             probe=(self._to_device(self.loader.batch(PROBE_STEP)).token_ids_BS,),
             probe_every=options.probe_every,
             every=options.every,

@@ -9,20 +9,36 @@ from typing import TYPE_CHECKING, Any
 from geodiag.errors import GeodiagError
 
 if TYPE_CHECKING:
-    from geodiag.hooks import faults
     from geodiag.cascade import explain
+    from geodiag.hooks import faults
     from geodiag.hooks.anticipatory import AnticipatoryRouting
     from geodiag.hooks.attach import attach
+    from geodiag.hooks.policy import Policy
+    from geodiag.hooks.snapshots import Snapshots
     from geodiag.run import Run, open_run
     from geodiag.spikes import SpikeDetector
 
 __version__ = "0.1.0"
 
-__all__ = ["AnticipatoryRouting", "GeodiagError", "Run", "SpikeDetector", "__version__", "attach", "faults", "open_run"]
+__all__ = [
+    "AnticipatoryRouting",
+    "GeodiagError",
+    "Policy",
+    "Run",
+    "Snapshots",
+    "SpikeDetector",
+    "__version__",
+    "attach",
+    "explain",
+    "faults",
+    "open_run",
+]
 
 _HOMES = {
     "AnticipatoryRouting": "geodiag.hooks.anticipatory",
+    "Policy": "geodiag.hooks.policy",
     "Run": "geodiag.run",
+    "Snapshots": "geodiag.hooks.snapshots",
     "SpikeDetector": "geodiag.spikes",
     "attach": "geodiag.hooks.attach",
     "explain": "geodiag.cascade",

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,11 +11,14 @@ from torch.optim import Optimizer
 
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters import Layout, find_layout
-from geodiag.hooks.anticipatory import AnticipatoryRouting
 from geodiag.hooks.controller import Controller
 from geodiag.hooks.gradients import optimizers_in
 from geodiag.hooks.monitor import Monitor
+from geodiag.hooks.policy import Policy, as_policy
 from geodiag.hooks.ranks import Ranks
+from geodiag.hooks.rerouting import Rerouting
+from geodiag.hooks.shelf import snapshots_in
+from geodiag.hooks.snapshots import Snapshots
 from geodiag.run import Run
 
 _COUNTERFACTUAL = ("clamp_gate_rate", "clamp_up_high_rate", "clamp_up_low_rate")
@@ -26,9 +30,10 @@ def attach(
     optimizer: Optimizer | Sequence[Optimizer] | None,
     path: str | os.PathLike,
     *,
-    routing: AnticipatoryRouting | None = None,
-    policy: str | None = None,
-    controller: Controller | None = None,
+    routing: Rerouting | None = None,
+    policy: str | Policy = "off",
+    snapshots: Snapshots | None = None,
+    resume: bool = False,
     probe: tuple | Mapping[str, Any] | None = None,
     probe_every: int = 10,
     every: int = 1,
@@ -44,8 +49,9 @@ def attach(
     is returned after every optimizer step. In a training of several ranks every rank does both, after
     torch.distributed.init_process_group and before or after DDP or `fully_shard`.
 
-    routing: an AnticipatoryRouting that the controller may switch; policy `off` (the default), `auto` or `on` says
-    whether it may, or the controller you pass does.
+    routing: an AnticipatoryRouting or RouterLag that may be switched. snapshots: what a rollback can go back to.
+    policy: a `Policy`, or the mode of one: `off` (only record what would be done), `auto` or `on`.
+    resume: go on from the newest snapshot that an earlier training left on disk in `path`, if it left one.
     probe: arguments of a fixed batch for flip rates; without it, the first batch. probe_every: steps between probes.
     every: steps between samples of the layers. sample: tokens a micro-batch for per-token products.
     micro_batches: of a step. More are found by themselves, except inside a compiled model.
@@ -56,28 +62,23 @@ def attach(
         raise ValueError("probe_every, every, sample and micro_batches are at least 1")
     optimizers = optimizers_in(optimizer)
     layout = find_layout(model)
+    policy = as_policy(policy)
     ranks = Ranks.join()
     ranks.same("model", {k: v for k, v in layout.summary().items() if k != "missing"})
-    controller = controller or Controller()
-    policy = policy or controller.policy
-    controller.set_policy(policy)
-    if ranks.strangers and policy != "off":
+    if ranks.strangers and policy.mode != "off":
         raise GeodiagError(
-            f"routing {policy} on {ranks.world} ranks needs them to agree; "
+            f"routing {policy.mode} on {ranks.world} ranks needs them to agree; "
             "call torch.distributed.init_process_group before attach"
         )
-    if routing is None and policy != "off":
-        raise GeodiagError(f"routing {policy} needs an AnticipatoryRouting; pass attach(..., routing=...)")
+    _check_means(policy, routing, snapshots)
+    _check_folder(Path(path), ranks.rank, snapshots, resume)
     unclamped = any(e.gate_limit is None for e in layout.experts)
 
     def create(attempt: int | None) -> Run:
         return Run.create(
             path,
             found=layout.summary(),
-            config={
-                "routing": {"policy": policy, "delay_steps": routing.delay_steps if routing else None},
-                **(config or {}),
-            },
+            config={"routing": _planned(policy, routing), **(config or {})},
             counterfactual=_COUNTERFACTUAL if unclamped else (),
             rank=ranks.rank,
             world_size=ranks.world,
@@ -88,13 +89,17 @@ def attach(
     if not quiet and ranks.rank == 0:
         print(_introduction(layout, path), file=sys.stderr, flush=True)
     try:
+        if snapshots is not None:
+            snapshots.keep_in(Path(path), ranks.rank)
         return Monitor(
             model,
             optimizers,
             run,
             layout,
             routing=routing,
-            controller=controller,
+            controller=Controller(policy=policy, delay_steps=routing.delay_steps if routing else 0),
+            snapshots=snapshots,
+            resume=resume,
             probe=probe,
             probe_every=probe_every,
             every=every,
@@ -106,6 +111,34 @@ def attach(
     except BaseException as e:  # also Ctrl-C: a run whose watch never began must not say that it runs
         run.close("interrupted" if isinstance(e, KeyboardInterrupt) else "failed")
         raise
+
+
+def _check_means(policy: Policy, routing: Rerouting | None, snapshots: Snapshots | None) -> None:
+    """GeodiagError where the policy is to act and has not got what it acts with."""
+    if policy.mode == "off":
+        return
+    if routing is None and (policy.does("route") or policy.mode == "on"):
+        raise GeodiagError(f"routing {policy.mode} needs an AnticipatoryRouting; pass attach(..., routing=...)")
+    if snapshots is None and policy.does("rollback"):
+        raise GeodiagError("the action rollback needs something to go back to; pass attach(..., snapshots=...)")
+
+
+def _check_folder(path: Path, rank: int, snapshots: Snapshots | None, resume: bool) -> None:
+    """GeodiagError where snapshots of an earlier training and what is asked for do not go together."""
+    there = snapshots_in(path, rank)
+    if resume and (snapshots is None or snapshots.where != "disk"):
+        raise GeodiagError("only snapshots on disk can be resumed from; pass snapshots=Snapshots(..., where='disk')")
+    if there and not resume and snapshots is not None and snapshots.where == "disk":
+        fix = f"pass resume=True to go on from step {there[-1]}, or another path"
+        raise GeodiagError(f"{path} holds snapshots of an earlier training; {fix}")
+
+
+def _planned(policy: Policy, routing: Rerouting | None) -> dict[str, Any]:
+    """What the manifest says of steering."""
+    plan = {"policy": policy.mode, "on": policy.on, "actions": policy.actions, "period": policy.period}
+    limits = {"cooldown": policy.cooldown, "budget": policy.budget}
+    way = {"variant": routing.variant if routing else None, "delay_steps": routing.delay_steps if routing else None}
+    return plan | limits | way
 
 
 def _introduction(layout: Layout, path: str | os.PathLike) -> str:

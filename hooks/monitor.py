@@ -2,7 +2,7 @@
 
 import atexit
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from geodiag.control import RequestWatch
 from geodiag.errors import GeodiagError
 from geodiag.events import Event
+from geodiag.hooks.actions import Dials
 from geodiag.hooks.adapters import Layout
-from geodiag.hooks.anticipatory import AnticipatoryRouting
 from geodiag.hooks.concert import Concert
 from geodiag.hooks.controller import Controller
 from geodiag.hooks.gradients import GradientNorms
@@ -24,8 +24,11 @@ from geodiag.hooks.past import RouterPast
 from geodiag.hooks.probe import Probe
 from geodiag.hooks.ranks import Ranks
 from geodiag.hooks.recorder import Facts, Recorder
+from geodiag.hooks.rerouting import Rerouting
+from geodiag.hooks.rollback import Rollback
 from geodiag.hooks.sharded import whole
 from geodiag.hooks.slots import Slots
+from geodiag.hooks.snapshots import Snapshots
 from geodiag.hooks.spectra import WeightSpectra
 from geodiag.hooks.steering import Steering
 from geodiag.hooks.summary import summarise
@@ -43,8 +46,10 @@ class Monitor:
         run: Run,
         layout: Layout,
         *,
-        routing: AnticipatoryRouting | None,
+        routing: Rerouting | None,
         controller: Controller,
+        snapshots: Snapshots | None,
+        resume: bool,
         probe: tuple | Mapping[str, Any] | None,
         probe_every: int,
         every: int,
@@ -56,7 +61,7 @@ class Monitor:
         self._ranks = ranks or Ranks()
         self.model, self.run, self.layout = model, run, layout
         self.next_step = first_step
-        self._first_step, self._every, self._probe_every = first_step, every, probe_every
+        self._every, self._probe_every = every, probe_every
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._recorder = Recorder(run, layout, device, self._ranks)
         self.slots = Slots(device, micro_batches, sample)
@@ -64,7 +69,6 @@ class Monitor:
         together = 1 if self._ranks.alone else self._ranks.world
         self._gradients = GradientNorms(layout, optimizers, device, self._complain, together)
         self._optimizers = optimizers
-        self._past = RouterPast(layout, lag=probe_every)
         args, kwargs = ((), dict(probe)) if isinstance(probe, Mapping) else (tuple(probe or ()), {})
         self._probe = Probe(model, layout.routers, args, kwargs)
         self._spectra = WeightSpectra(layout)
@@ -72,13 +76,25 @@ class Monitor:
         self._ended_at: float | None = None
         self._record_seconds: float | None = None
         self._closed = False
-        began = "training began" if run.attempt == 0 else f"training began again: attempt {run.attempt}"
-        self.event("attempt", began, data={"attempt": run.attempt, "policy": controller.policy})
-        self.steering = Steering(routing, controller, self.event)
+        self._rollback = Rollback(snapshots, routing)
+        self.steering = Steering(
+            routing,
+            controller,
+            self.event,
+            Dials(optimizers, layout, controller.policy),
+            snapshots=lambda: self._rollback.steps,
+            go_back=self._go_back,
+        )
         self._concert = Concert(self._ranks, self.steering, RequestWatch(Path(run.url)))
         self._taps.replaying = lambda: self.steering.replaying
-        self.steering.start(first_step)
+        resumed = self._rollback.resume() if resume else None
+        self._stand_before(first_step if resumed is None else resumed)
+        self.steering.begin(self.next_step, run.attempt, resumed is not None)
         atexit.register(self.close, "interrupted")
+
+    def batches(self, source: Iterable[Any]) -> Iterator[Any]:
+        """The batches of `source` in order, as the routing wants them, and once more after a rollback."""
+        return self._rollback.batches(source, self.next_step)
 
     # -- once a step -------------------------------------------------------------------------
 
@@ -120,9 +136,11 @@ class Monitor:
         for seen in self._recorder.observed():
             if seen.heard is not None and not self._ranks.alone:
                 self._concert.follow(seen.heard, self.next_step)
-            self.steering.judge(seen.step, seen.verdict)
+            if self.steering.judge(seen):
+                break  # whatever else is known is of a past that was given up
         if self._ranks.alone:
             self._concert.alone(self.next_step)
+        self._try("a snapshot", self._keep)
 
     def _mind_the_others(self) -> None:
         """Ranks that steer together cannot go on without each other; ranks that only record can."""
@@ -152,9 +170,10 @@ class Monitor:
         if step % self._probe_every == 0:
             values |= self._try("probes", self._probe_now)
         groups = self._optimizers[0].param_groups if self._optimizers else []
+        lr = lr if lr is not None else (float(groups[0]["lr"]) if groups else None)
         facts = Facts(
             step=step,
-            lr=lr if lr is not None else (float(groups[0]["lr"]) if groups else None),
+            lr=None if lr is None else lr * self.steering.dials.lr_scale,
             routing_mode=self.steering.mode,
             routing_lag=self.steering.lag,
             step_seconds=began - self._ended_at if self._ended_at is not None else None,
@@ -166,10 +185,10 @@ class Monitor:
         )
         self._recorder.push(values, facts)
 
-    def _try(self, what: str, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _try(self, what: str, measure: Callable[[], dict[str, Tensor] | None]) -> dict[str, Tensor]:
         """What `measure` gives, or nothing where it fails: the loss is on record all the same."""
         try:
-            return measure()
+            return measure() or {}
         except Exception as e:  # monitoring must not end a training: said once
             self._complain(what, e)
             return {}
@@ -193,6 +212,30 @@ class Monitor:
         """Without a probe batch of the user's, the first batch that is trained on becomes it."""
         if torch.is_grad_enabled() and not self._probe.ready:
             self._probe.adopt(args, kwargs)
+
+    # -- going back --------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        """A snapshot, where one is due; not of a training whose loss is out of its range."""
+        last = self.last
+        calm = last is None or not (last.verdict.active or last.verdict.raised)
+        self._rollback.after_step(self.next_step, calm)
+
+    def _go_back(self, step: int, skip: range | None) -> int:
+        """Training stands before `step` again, and writes it under the next attempt, which is returned."""
+        self._recorder.settle()
+        self._rollback.go_back(step, skip)
+        attempt = self._recorder.next_attempt()
+        self._stand_before(step)
+        return attempt
+
+    def _stand_before(self, step: int) -> None:
+        self.next_step, self._ended_at = step, None
+        self._past = RouterPast(self.layout, lag=self._probe_every)
+        self._taps.past_weights = [None] * len(self.layout.routers)
+        self._taps.past_biases = [None] * len(self.layout.routers)
+        self._probe.forget()
+        self._taps.recording = self._gradients.recording = step % self._every == 0
 
     # -- the rest ----------------------------------------------------------------------------
 
@@ -220,7 +263,7 @@ class Monitor:
         self.steering.controller.load_state_dict(state["controller"])
 
     @property
-    def routing(self) -> AnticipatoryRouting | None:
+    def routing(self) -> Rerouting | None:
         """The routing that the controller may switch, if the training has one."""
         return self.steering.routing
 
@@ -233,11 +276,11 @@ class Monitor:
             return
         self._closed = True
         atexit.unregister(self.close)
-        self._taps.remove()
-        self._gradients.remove()
-        self._adopt_probe.remove()
-        self._probe.remove()
+        for hooked in (self._taps, self._gradients, self._adopt_probe, self._probe):
+            hooked.remove()
         self.steering.close()
+        last = self.next_step if status == "finished" else None
+        self._try("a snapshot", lambda: self._rollback.close(last))
         self._recorder.close(status)
         self._ranks.leave()
 

@@ -1,13 +1,15 @@
-"""Steering: what the controller decides and what people ask for, carried out on the routing and put on record."""
+"""Steering: what the controller decides and what people ask for, carried out and put on record."""
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from geodiag.control import Request
-from geodiag.hooks.anticipatory import AnticipatoryRouting, Mode
+from geodiag.hooks.actions import Dials
 from geodiag.hooks.controller import Controller, Decision
-from geodiag.spikes import Verdict
+from geodiag.hooks.observer import Observation
+from geodiag.hooks.rerouting import Mode, Rerouting
 
 
 class Tell(Protocol):
@@ -17,13 +19,26 @@ class Tell(Protocol):
 
 
 class Steering:
-    """Joins the controller to the routing, if the training has one. Everything it does becomes an event."""
+    """Joins the controller to what it may act on. Everything it does becomes an event.
+
+    `snapshots()` are the steps that training can go back to; `go_back(step, skip)` does so and says the new attempt.
+    """
 
     strangers = False
     """Whether there are ranks that nothing can be agreed with."""
 
-    def __init__(self, routing: AnticipatoryRouting | None, controller: Controller, tell: Tell) -> None:
-        self.routing, self.controller, self._tell = routing, controller, tell
+    def __init__(
+        self,
+        routing: Rerouting | None,
+        controller: Controller,
+        tell: Tell,
+        dials: Dials,
+        *,
+        snapshots: Callable[[], list[int]] = list,
+        go_back: Callable[[int, range | None], int] | None = None,
+    ) -> None:
+        self.routing, self.controller, self.dials, self._tell = routing, controller, dials, tell
+        self._snapshots, self._go_back = snapshots, go_back
         self.gave_up = False
         """Whether looking ahead failed lately: the other ranks must hear of it."""
         if routing is not None:
@@ -41,23 +56,36 @@ class Steering:
     def replaying(self) -> bool:
         return self.routing is not None and self.routing.replaying
 
-    def start(self, step: int) -> None:
-        """A policy of `on` is carried out before the first step."""
-        if self.controller.policy == "on":
-            self._carry_out(self.controller.ask("on", step))
+    def begin(self, step: int, attempt: int, resumed: bool) -> None:
+        """What the policy wants before the first step. A resumed period goes on: its routing came with the snapshot."""
+        began = "training began" if attempt == 0 else f"training began again: attempt {attempt}"
+        self._tell_attempt(
+            attempt, f"resumed from the snapshot of step {step}: attempt {attempt}" if resumed else began
+        )
+        policy, under_way = self.controller.policy, self.controller.until is not None
+        if not resumed:
+            self._carry_out(self.controller.begin(step), step)
+        elif under_way and policy.mode != "off":
+            for action in policy.lasting:
+                self.dials.turn(action, policy)
 
-    def judge(self, step: int, verdict: Verdict) -> None:
-        """One step's verdict to the controller, and what follows from it."""
+    def _tell_attempt(self, attempt: int, message: str) -> None:
+        self._tell("attempt", message, data={"attempt": attempt, "policy": self.controller.policy.mode})
+
+    def judge(self, seen: Observation) -> bool:
+        """One step's observation to the controller, and what follows from it; whether training went back."""
         if self.routing is not None:
             self.controller.delay_steps = self.routing.delay_steps  # the warm-up that a period is planned around
-        decision = self.controller.decide(step, verdict)
-        if decision is not None:
-            self._carry_out(decision)
+        return self._carry_out(self._decide(seen), seen.step)
+
+    def _decide(self, seen: Observation) -> Decision | None:
+        """The one place where a training decides for itself."""
+        return self.controller.decide(seen.step, seen.verdict, getattr(seen, "warning", None), self._snapshots())
 
     @property
     def acts(self) -> bool:
-        """Whether what the ranks do must be the same on all of them: routing is, or may be, switched."""
-        return self.routing is not None and (self.controller.policy != "off" or self.mode != "off")
+        """Whether what the ranks do must be the same on all of them."""
+        return self.controller.policy.mode != "off" or self.mode != "off"
 
     def fall_back(self, why: str) -> None:
         """Back to today's choice, because another rank had to."""
@@ -68,7 +96,7 @@ class Steering:
     def let_go(self, why: str, step: int) -> None:
         """Steers no more."""
         self._tell("problem", f"steering ends: {why}")
-        self._carry_out(self.controller.ask("off", step))
+        self._carry_out(self.controller.ask("off", step), step)
 
     def obey(self, request: Request, step: int) -> None:
         """Carries out what somebody asked for, or refuses with the reason; either is acknowledged."""
@@ -82,16 +110,60 @@ class Steering:
         if request.delay_steps is not None and self.routing is not None:
             self.routing.delay_steps = request.delay_steps
         self._tell("acknowledge", f"obeyed: routing {asked}", data=data | {"obeyed": True})
-        self._carry_out(self.controller.ask(request.routing, step))
+        decision = self.controller.ask(request.routing, step)
+        if decision.action != "none":
+            self.dials.turn_back("lower-lr")
+            self.dials.turn_back("clamp")
+        self._carry_out(decision, step)
 
-    def _carry_out(self, decision: Decision) -> None:
-        data = {"action": decision.action, "acted": decision.acted, "policy": self.controller.policy}
+    # -- doing it ----------------------------------------------------------------------------
+
+    def _carry_out(self, decision: Decision | None, step: int) -> bool:
+        if decision is None:
+            return False
+        policy = self.controller.policy
+        data: dict[str, Any] = {
+            "action": decision.action,
+            "acted": decision.acted,
+            "policy": policy.mode,
+            "actions": decision.actions,
+            "restore": decision.restore,
+            "until": self.controller.until,
+            "possible": decision.possible,
+            "budget_left": policy.budget - self.controller.activations,
+        }
         self._tell("decision", decision.reason, data=data)
-        if self.routing is None or not decision.acted:
-            return
-        carry: dict[str, Callable[[], None]] = {"enable": self.routing.enable, "disable": self.routing.disable}
-        if decision.action in carry:
-            carry[decision.action]()
+        if not decision.acted:
+            return False
+        went_back = decision.restore is not None and self._back(decision, step)
+        for action in decision.actions:
+            if action == "route" and self.routing is not None:
+                (self.routing.enable if decision.action == "enable" else self.routing.disable)()
+            elif decision.action == "enable":
+                self.dials.turn(action, policy)
+            else:
+                self.dials.turn_back(action)
+        return went_back
+
+    def _back(self, decision: Decision, step: int) -> bool:
+        """Whether training stands before the snapshot's step now. A failure is on record, and training goes on."""
+        restore = decision.restore
+        if restore is None or self._go_back is None:
+            return False
+        began = time.perf_counter()
+        try:
+            attempt = self._go_back(restore, decision.skip)
+        except Exception as e:  # a disk that refuses, a loop that keeps no batches: training goes on where it is
+            self.controller.stay(step)
+            line = f"could not go back to step {restore}: {type(e).__name__}: {e}".splitlines()[0]
+            print(f"geodiag: {line}; training goes on", file=sys.stderr, flush=True)
+            self._tell("problem", line)
+            return False
+        seconds = time.perf_counter() - began
+        data = {"from": step, "to": restore, "seconds": seconds}
+        self._tell("rollback", f"back from step {step} to step {restore} in {seconds:.2f} s", data=data)
+        self._tell_attempt(attempt, f"attempt {attempt} goes on from the snapshot of step {restore}")
+        return True
 
     def _why_not(self, request: Request) -> str | None:
         if self.routing is None:

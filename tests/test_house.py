@@ -134,10 +134,13 @@ def test_the_public_names_are_these_and_each_can_be_had() -> None:
     public = [
         "AnticipatoryRouting",
         "GeodiagError",
+        "Policy",
         "Run",
+        "Snapshots",
         "SpikeDetector",
         "__version__",
         "attach",
+        "explain",
         "faults",
         "open_run",
     ]

@@ -120,6 +120,8 @@ class ExpertSite:
     """(gate, up) → what `down` takes, clamps and all"""
     row_tokens: Callable[[Tensor], Tensor]
     """expert ids (T, K) → the token of each row that the routed experts' ActView shows"""
+    set_limit: Callable[[float | None], None] | None = None
+    """Switches the clamp of gate and up; None for none"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +141,14 @@ class Layout:
     streams: int = 1
     has_stream_axis: bool = True
     """Whether the residual has a dimension for its streams, even for one."""
+    watched: tuple[int, ...] | None = None
+    """The layers that are recorded; None for all. Composites are products over all sites all the same."""
     missing: list[str] = field(default_factory=list)
     """What this model does not have, each as a sentence."""
+
+    def watches(self, layer: int) -> bool:
+        """Whether a layer is recorded."""
+        return self.watched is None or layer in self.watched
 
     def summary(self) -> dict[str, Any]:
         """What was found, for the manifest."""

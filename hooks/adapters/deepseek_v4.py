@@ -199,6 +199,10 @@ def _experts(layer: int, mlp: Any) -> ExpertSite:
         named = {"gate": own.gate_proj, "up": own.up_proj, "down": own.down_proj}
         return {name: linear.weight.detach().mT[None] for name, linear in named.items()}
 
+    def set_limit(to: float | None) -> None:
+        for place in (mlp.experts, mlp.shared_experts):
+            place.limit = to
+
     return ExpertSite(
         layer=layer,
         experts=mlp.experts.num_experts,
@@ -209,4 +213,5 @@ def _experts(layer: int, mlp: Any) -> ExpertSite:
         shared=shared,
         activation=lambda gate, up: type(mlp.experts)._apply_gate(mlp.experts, torch.cat([gate, up], -1)),
         row_tokens=lambda ids: _row_tokens(mlp.experts, ids),
+        set_limit=set_limit,
     )

@@ -1,10 +1,12 @@
 """The controller: which verdicts start a period, how long it lasts, and what it says."""
 
 import math
+from typing import Any
 
 import pytest
 
 from geodiag.hooks.controller import Controller, Decision
+from geodiag.hooks.policy import Policy
 from geodiag.spikes import Spike, Verdict
 
 CALM = Verdict(0.5, None, None, False)
@@ -29,8 +31,8 @@ def short(said: dict[int, Decision]) -> dict[int, str]:
     return {step: d.action for step, d in said.items()}
 
 
-def auto(**changes: int) -> Controller:
-    return Controller(policy="auto", **({"period": 10, "cooldown": 20, "budget": 8, "delay_steps": 3} | changes))
+def auto(mode: str = "auto", **changes: Any) -> Controller:
+    return Controller(policy=Policy(mode=mode, **({"period": 10, "cooldown": 20} | changes)), delay_steps=3)  # type: ignore[arg-type]
 
 
 def test_a_spike_starts_a_period_that_ends_after_warm_up_and_period() -> None:
@@ -43,8 +45,7 @@ def test_a_spike_starts_a_period_that_ends_after_warm_up_and_period() -> None:
 
 
 def test_off_says_what_it_would_have_done_and_never_acts() -> None:
-    controller = auto()
-    controller.set_policy("off")
+    controller = auto("off")
     said = drive(controller, 60, {5: raised(5)})
     assert short(said) == {5: "enable", 18: "disable"}
     assert not any(d.acted for d in said.values())
@@ -86,8 +87,7 @@ def test_a_divergence_acts_and_an_outlier_does_not(kind: str, actions: dict[int,
 
 @pytest.mark.parametrize("policy", ["off", "auto", "on"])
 def test_a_loss_that_is_not_finite_is_not_for_routing_to_mend(policy: str) -> None:
-    controller = auto()
-    controller.set_policy(policy)
+    controller = auto(policy)
     said = drive(controller, 10, {5: raised(5, "nonfinite")._replace(score=math.inf)})
     assert short(said) == {5: "none"}
     assert not said[5].acted
@@ -100,8 +100,7 @@ def test_a_nonfinite_loss_at_the_end_of_a_period_does_not_keep_it_on() -> None:
 
 
 def test_on_decides_nothing() -> None:
-    controller = auto()
-    controller.set_policy("on")
+    controller = auto("on")
     assert drive(controller, 60, {5: raised(5), 9: raised(9, "divergence")}) == {}
 
 
@@ -120,10 +119,9 @@ def test_on_decides_nothing() -> None:
     ],
 )
 def test_asking_takes_effect_at_once(before: str, asked: str, action: str) -> None:
-    controller = auto()
-    controller.set_policy(before)
+    controller = auto(before)
     decision = controller.ask(asked, 7)
-    assert (decision.action, decision.acted, controller.policy) == (action, True, asked)
+    assert (decision.action, decision.acted, controller.policy.mode) == (action, True, asked)
     assert decision.reason.startswith(f"asked for: {asked}")
 
 
@@ -135,16 +133,14 @@ def test_asking_for_auto_during_a_period_does_not_keep_routing_on_for_ever() -> 
 
 
 def test_what_was_only_on_record_uses_up_neither_budget_nor_cooldown() -> None:
-    controller = auto(budget=1)
-    controller.set_policy("off")
+    controller = auto("off", budget=1)
     drive(controller, 20, {5: raised(5)})
     controller.ask("auto", 20)
     assert short(drive(controller, 30, {21: raised(21)}, start=20)) == {21: "enable"}
 
 
 def test_a_period_on_record_does_not_end_one_that_was_asked_for() -> None:
-    controller = auto()
-    controller.set_policy("off")
+    controller = auto("off")
     drive(controller, 10, {5: raised(5)})
     controller.ask("on", 10)
     assert drive(controller, 60, {}, start=10) == {}
@@ -159,12 +155,14 @@ def test_a_resumed_controller_decides_as_if_it_had_never_stopped(cut: int) -> No
     second.load_state_dict(first.state_dict())
     assert said | drive(second, 90, events, start=cut) == expected
     assert len(expected) == 6
-    assert drive(Controller(policy="auto"), 90, events, start=cut) != expected, "the twin: without its state"
+    assert drive(Controller(policy=Policy(mode="auto")), 90, events, start=cut) != expected, (
+        "the twin: without its state"
+    )
 
 
-@pytest.mark.parametrize("wrong", [{"policy": "maybe"}, {"period": 0}, {"cooldown": -1}, {"budget": -1}])
+@pytest.mark.parametrize("wrong", [{"mode": "maybe"}, {"period": 0}, {"cooldown": -1}, {"budget": -1}])
 def test_wrong_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=r"policy is off, auto or on|at least"):
-        Controller(**wrong)
+        Policy(**wrong)
     with pytest.raises(ValueError, match="not 'maybe'"):
         Controller().ask("maybe", 0)

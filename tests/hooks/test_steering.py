@@ -11,8 +11,8 @@ import pytest
 import geodiag
 from geodiag.control import Request, write_request
 from geodiag.hooks.anticipatory import AnticipatoryRouting
-from geodiag.hooks.controller import Controller
 from geodiag.hooks.monitor import Monitor
+from geodiag.hooks.policy import Policy
 from tests.hooks import small
 
 
@@ -152,8 +152,7 @@ def spiking(step: int) -> float:
 
 @pytest.mark.parametrize("policy", ["off", "auto"])
 def test_a_spike_switches_routing_on_for_its_period_and_only_under_auto(tmp_path: Path, policy: str) -> None:
-    controller = Controller(period=12, cooldown=30)  # its warm-up is that of the routing, whatever it was told
-    live = Live(tmp_path / "run", policy=policy, controller=controller)
+    live = Live(tmp_path / "run", policy=Policy(mode=policy, period=12, cooldown=30))  # type: ignore[arg-type]
     live.steps(100, spiking)
     live.monitor.close()
     (spike,) = live.events("spike")

@@ -1,0 +1,160 @@
+"""Going back: weights, data, routing and random states to one and the same earlier step."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from geodiag.hooks.rerouting import Rerouting
+from geodiag.hooks.snapshots import Snapshots
+from geodiag.hooks.tape import Tape
+
+
+class Rollback:
+    """Takes snapshots between steps, and brings a training back to one. Counts batches, so that they come again."""
+
+    def __init__(self, snapshots: Snapshots | None, routing: Rerouting | None) -> None:
+        self.snapshots, self._routing = snapshots, routing
+        self._tape: Tape | None = None
+        self._turn = 0
+        self._first: dict[int, int] = {}
+        """Step → position of its first batch, of the steps that could still come again."""
+        self._positions: dict[int, tuple[int, list[int]]] = {}
+        """Snapshot → where the tape stood, and what it had handed out that still waited."""
+        self._resumed: dict[str, Any] | None = None
+
+    # -- data --------------------------------------------------------------------------------
+
+    def batches(self, source: Iterable[Any], step: int) -> Iterator[Any]:
+        """The batches of `source` in order, routed if there is a routing, and again from the place gone back to."""
+        tape: Iterable[Any] = source
+        if self.snapshots is not None:
+            resumed, self._resumed = self._resumed, None
+            self._tape = tape = Tape(source) if resumed is None else Tape.resumed(source, resumed)
+            self._first[step] = self._tape.consumed(self._queued)
+            if step in self.snapshots.steps:
+                self._note_position(step)
+        while True:
+            turn = self._turn
+            routed = self._routing.batches(tape) if self._routing else iter(tape)
+            for batch in routed:
+                yield batch
+                if turn != self._turn:
+                    break
+            else:
+                return
+
+    # -- between steps -----------------------------------------------------------------------
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that training can go back to."""
+        if self.snapshots is None or self._tape is None:
+            return []
+        return [s for s in self.snapshots.steps if s in self._positions]
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the loop takes its batches from here, so that they can come again."""
+        return self._tape is not None
+
+    def after_step(self, next_step: int, calm: bool) -> None:
+        """Notes where the data stands; takes a snapshot where one is due and the training is `calm`."""
+        if self.snapshots is None:
+            return
+        if self._tape is not None:
+            self._first[next_step] = self._tape.consumed(self._queued)
+        try:
+            if calm and self._at_rest and self.snapshots.due(next_step):
+                self.take(next_step)
+        finally:
+            if self._tape is not None:
+                kept = [self._positions[s][0] for s in self.steps]
+                self._tape.forget(min([*kept, self._tape.position]))
+
+    def take(self, step: int) -> None:
+        """Keeps the training as it is now, before `step`."""
+        if self.snapshots is None:
+            return
+        if self._tape is None:
+            raise ValueError("a rollback needs the batches again; take them from run.batches(loader)")
+        self._tape.mark()
+        aside = {
+            "data": self._tape.state_dict(self._queued),
+            "routing": self._routing.state_dict() if self._routing else None,
+            "variant": self._routing.variant if self._routing else None,
+            "lasting": {name: thing.state_dict() for name, thing in self.snapshots.lasting.items()},
+        }
+        if self.snapshots.take(step, aside):
+            self._note_position(step)
+            oldest = min(self.snapshots.steps)
+            self._positions = {s: p for s, p in self._positions.items() if s >= oldest}
+            self._first = {s: p for s, p in self._first.items() if s >= oldest - 1}
+
+    def _note_position(self, step: int) -> None:
+        if self._tape is not None:
+            self._positions[step] = self._tape.position, self._tape.state_dict(self._queued)["waiting"]
+
+    @property
+    def _queued(self) -> int:
+        return self._routing.queued if self._routing else 0
+
+    @property
+    def _at_rest(self) -> bool:
+        """While routing warms up or drains, the queue of batches is half filled: no place to come back to."""
+        return self._routing is None or self._routing.mode in ("off", "on")
+
+    def go_back(self, step: int, skip: range | None) -> None:
+        """The coming batch is that of `step`, and everything else is as it was then."""
+        if self.snapshots is None or self._tape is None:
+            raise ValueError("nothing is kept to go back to")
+        aside = self.snapshots.restore(step)
+        if skip is not None and skip.start in self._first and skip.stop in self._first:
+            self._tape.leave_out(range(self._first[skip.start], self._first[skip.stop]))
+        self._tape.rewind(*self._positions[step])
+        self._turn += 1
+        if self._routing is not None:
+            self._routing.rewind()
+            self._put_back_routing(self._routing, aside)
+
+    def resume(self) -> int | None:
+        """The step of the newest snapshot on disk, which the training now stands before; None where there is none."""
+        if self.snapshots is None or not self.snapshots.steps:
+            return None
+        step = self.snapshots.steps[-1]
+        aside = self.snapshots.restore(step)
+        self._resumed = aside["data"]
+        for name, thing in self.snapshots.lasting.items():
+            if name in aside["lasting"]:
+                thing.load_state_dict(aside["lasting"][name])
+        if self._routing is not None:
+            self._put_back_routing(self._routing, aside)
+        elif aside["routing"] and aside["routing"]["mode"] != "off":
+            raise ValueError(
+                f"the snapshot was taken while {aside['variant']} routing was on; resume with that routing"
+            )
+        return step
+
+    def close(self, step: int | None = None) -> None:
+        """Gives everything back; before that, with a `step`, keeps on disk where the training ended."""
+        if self.snapshots is None:
+            return
+        try:
+            if step is not None and self._tape is not None and self._at_rest and step not in self.snapshots.steps:
+                self.snapshots.wait()
+                self.take(step)
+        finally:
+            self.snapshots.close()
+
+    @staticmethod
+    def _put_back_routing(routing: Rerouting, aside: dict[str, Any]) -> None:
+        saved, variant = aside["routing"], aside["variant"]
+        if saved is None or variant != routing.variant or saved["delay_steps"] != routing.delay_steps:
+            if saved is not None and saved["mode"] != "off":
+                raise ValueError(
+                    f"the snapshot was taken while {variant} routing was on with a delay of {saved['delay_steps']}; "
+                    "resume with the same"
+                )
+            return
+        before = routing.mode
+        routing.load_state_dict(saved)
+        if routing.mode != before:
+            routing.on_change(before, routing.mode)

@@ -1,0 +1,120 @@
+"""The shelf: snapshots on disk, each a torch.distributed.checkpoint of its own, written beside the training."""
+
+import re
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from geodiag.hooks.arena import Arena
+from geodiag.hooks.worker import Worker
+
+_REST = "geodiag"
+"""The entry beside the tensors: the tree that they belong in, and what was put aside."""
+_NAME = re.compile(r"step-(\d+)")
+
+
+def snapshots_in(run: Path, rank: int = 0) -> list[int]:
+    """The steps of which a run holds whole snapshots."""
+    folder = folder_of(run, rank)
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(m[1]) for n in names if (m := _NAME.fullmatch(n)))
+
+
+def folder_of(run: Path, rank: int) -> Path:
+    return run / "snapshots" / f"rank-{rank}"
+
+
+class Shelf:
+    """One rank's folder of snapshots: `step-00000250/`, whole or not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for half in folder.glob(".step-*"):
+            shutil.rmtree(half)  # a process was killed while it wrote
+        self._writer = Worker("geodiag-snapshots")
+        self._under_way: Future[None] | None = None
+        self._last: int | None = None
+
+    def steps(self) -> list[int]:
+        """What lies there, whole, and what is being written."""
+        found = {int(m[1]) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name))}
+        return sorted(found | ({self._last} if self._busy and self._last is not None else set()))
+
+    def free(self) -> bool:
+        """Whether the last write is through. OSError, once, where the disk refused it."""
+        if self._busy:
+            return False
+        self._raise_refusal()
+        return True
+
+    @property
+    def _busy(self) -> bool:
+        return self._under_way is not None and not self._under_way.done()
+
+    def put(self, step: int, rest: dict[str, Any], tensors: dict[str, Tensor], arena: Arena) -> None:
+        """Writes in a thread. `tensors` are the arena's, which is left alone until the shelf is `free` again."""
+
+        def write() -> None:
+            arena.wait()
+            half = self.folder / f".step-{step:08d}"
+            shutil.rmtree(half, ignore_errors=True)
+            try:
+                writer = FileSystemWriter(half, thread_count=4)
+                dcp.save({**tensors, _REST: rest | {"names": list(tensors)}}, storage_writer=writer, no_dist=True)
+                half.rename(self.folder / f"step-{step:08d}")
+            except BaseException:
+                shutil.rmtree(half, ignore_errors=True)  # half a snapshot would hold the space that is missing
+                raise
+
+        self._last, self._under_way = step, self._writer.submit(write)
+
+    def take(self, step: int) -> tuple[dict[str, Any], list[Tensor]]:
+        """What was put there, tensors in host memory."""
+        self.wait()
+        reader = FileSystemReader(self.folder / f"step-{step:08d}")
+        entries = reader.read_metadata().state_dict_metadata
+        state: dict[str, Any] = {
+            name: torch.empty(m.size, dtype=m.properties.dtype) if isinstance(m, TensorStorageMetadata) else None
+            for name, m in entries.items()
+        }
+        dcp.load(state, storage_reader=reader, no_dist=True)
+        rest = state.pop(_REST)
+        return rest, [state[name] for name in rest["names"]]
+
+    def room_for(self, left: int) -> None:
+        """Only the newest `left` stay."""
+        steps = self.steps()
+        for step in steps[: max(len(steps) - left, 0)]:
+            self._remove(step)
+
+    def drop_after(self, step: int) -> None:
+        """Snapshots of a past that is given up."""
+        self.wait()
+        for later in [s for s in self.steps() if s > step]:
+            self._remove(later)
+
+    def _remove(self, step: int) -> None:
+        shutil.rmtree(self.folder / f"step-{step:08d}", ignore_errors=True)
+
+    def wait(self) -> None:
+        """Until the writing thread is through; what it was refused is not raised here."""
+        if self._under_way is not None:
+            self._under_way.exception()
+
+    def _raise_refusal(self) -> None:
+        done, self._under_way = self._under_way, None
+        if done is not None:
+            done.result()
+
+    def close(self) -> None:
+        """Ends the thread, after what is under way. OSError where the disk refused that."""
+        self._writer.stop()
+        self._raise_refusal()
