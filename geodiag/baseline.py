@@ -12,6 +12,8 @@ CEILING = 1e3
 """The largest score; what is not finite has it."""
 _MEAN_TO_SIGMA = 1.29  # σ over the mean of |x| clipped at 3 σ, for normal noise, with a margin for its own error
 _CLIP = 3.0
+_YOUNG = 40
+"""Samples up to which a baseline follows faster than later."""
 _STALE = 0.2  # how much a σ grows for each usual gap that a value is overdue
 _ODD = 6.0
 """σ from which a value is not learned at all."""
@@ -60,54 +62,67 @@ class Baseline:
         """Signed z of each series: 0 is as expected. NaN where nothing was sampled or too little is known."""
         known = np.isfinite(x)
         ready = self._count >= self.first
-        expected = self.level + self.slope
-        surprise = np.where(known, x - expected, 0.0)
-        sigma = np.maximum(self.spread * (1 + 4 / np.maximum(self._count, 1)), self.floor)
-        # What was not seen for longer than usual (an expert without tokens) may have moved meanwhile.
-        sigma *= 1 + _STALE * np.maximum(self._gap / self._usual_gap - 1, 0)
-        self._usual_gap += np.where(known, 0.1 * (np.minimum(self._gap, 2 * self._usual_gap) - self._usual_gap), 0)
-        self._gap = np.where(known, 1, self._gap + 1)
-        z = surprise / sigma
-        score = np.where(known & ready, z / self.odd, np.nan)
-        self._learn(known & ready, x, expected, surprise, z)
+        now = known & ready
+        surprise = np.where(now, x - self.level - self.slope, 0.0)
+        base = np.maximum(self.spread, self.floor)
+        z = surprise / (base * self._doubt())
+        score = np.where(now, z / self.odd, np.nan)
+        self._learn(now, x, surprise, z, base)
         if not ready.all():
             self._begin(known & ~ready, x)
         self._count += known
+        self._seen(known)
         wild = np.isinf(x) & ready
-        score[wild] = np.where(x[wild] > 0, CEILING, -CEILING)
-        return np.clip(score, -CEILING, CEILING)
+        if wild.any():
+            score[wild] = np.where(x[wild] > 0, CEILING, -CEILING)
+        return np.minimum(np.maximum(score, -CEILING), CEILING)
 
-    def _learn(self, now: np.ndarray, x: np.ndarray, expected: np.ndarray, surprise: np.ndarray, z: np.ndarray) -> None:
-        age, forget = np.maximum(self._count, 1), self._rates[3]
-        level, slope, spread = (
-            np.maximum(rate, young) for rate, young in zip(self._rates[:3], (2 / age, 4 / age**2, 1 / age), strict=True)
-        )
+    def _doubt(self) -> np.ndarray:
+        """Factor on σ: little was seen so far, or not for long (an expert without tokens may have moved meanwhile)."""
+        return (1 + 4 / np.maximum(self._count, 1)) * (1 + _STALE * np.maximum(self._gap / self._usual_gap - 1, 0))
+
+    def _seen(self, known: np.ndarray) -> None:
+        late = np.minimum(self._gap, 2 * self._usual_gap) - self._usual_gap
+        self._usual_gap += 0.1 * late * known
+        self._gap += 1
+        self._gap[known] = 1
+
+    def _learn(self, now: np.ndarray, x: np.ndarray, surprise: np.ndarray, z: np.ndarray, base: np.ndarray) -> None:
+        """Levels, slopes and spreads follow what is in range; what is out of range is counted."""
+        rates: tuple = self._rates[:3]
+        if (age := self._count.min(initial=0)) < _YOUNG:
+            age = np.maximum(self._count, 1)
+            rates = tuple(map(np.maximum, rates, (2 / age, 4 / age**2, 1 / age)))
         size = np.abs(z)
-        odd = size > _ODD * self.odd
-        normal = now & ~odd
-        clipped = np.clip(z, -_CLIP, _CLIP) * np.maximum(self.spread, self.floor)
-        self.level = np.where(normal, expected + level * clipped, np.where(now, expected, self.level))
-        self.slope = np.where(normal, self.slope + slope * clipped, np.where(now, 0.98 * self.slope, self.slope))
-        target = _MEAN_TO_SIGMA * np.minimum(np.abs(surprise), _CLIP * np.maximum(self.spread, self.floor))
-        self.spread = np.where(normal, self.spread + spread * (target - self.spread), self.spread)
-        # The height of an odd moment counts once it is over: a fault that stays must not excuse itself.
-        outside = now & (size > _CLIP)
-        self._pending = np.where(outside, np.maximum(self._pending, size), self._pending)
-        self._out = np.where(outside, self._out + 1, self._out)
-        over = now & ~outside
-        brief = over & (self._out > 0) & (self._out <= 3)
-        height = np.minimum(self._pending / _CLIP, 10.0)
-        self.odd = np.where(brief, np.maximum(self.odd, height), self.odd - forget * (self.odd - 1) * now)
-        self._pending = np.where(over, 0.0, self._pending)
-        self._out = np.where(over, 0, self._out)
-        stayed = now & (self._out >= np.clip(self._count // 4, 3, self.patience))
+        normal = now & (size <= _ODD * self.odd)
+        most = _CLIP * base
+        clipped = np.minimum(np.maximum(surprise, -most), most) * normal
+        self.level += self.slope * now + rates[0] * clipped
+        self.slope += rates[1] * clipped - 0.02 * self.slope * (now & ~normal)
+        self.spread += rates[2] * (_MEAN_TO_SIGMA * np.abs(clipped) - self.spread) * normal
+        self.odd -= self._rates[3] * (self.odd - 1) * now
+        outside = size > _CLIP
+        few = np.flatnonzero(now & (outside | (self._out > 0)))
+        if len(few):
+            self._out_of_range(few, outside[few], size[few])
+            self._settle(few, x[few], surprise[few])
+
+    def _out_of_range(self, few: np.ndarray, outside: np.ndarray, size: np.ndarray) -> None:
+        """The height of an odd moment counts once it is over: a fault that stays must not excuse itself."""
+        brief = ~outside & (self._out[few] <= 3)
+        height = np.minimum(self._pending[few] / _CLIP, 10.0)
+        self.odd[few] = np.where(brief, np.maximum(self.odd[few], height), self.odd[few])
+        self._pending[few] = np.maximum(self._pending[few], size) * outside
+        self._out[few] = (self._out[few] + 1) * outside
+
+    def _settle(self, few: np.ndarray, x: np.ndarray, surprise: np.ndarray) -> None:
+        """What stayed out of range long enough, for its age, is the new normal."""
+        stayed = self._out[few] >= np.clip(self._count[few] // 4, 3, self.patience)
         if stayed.any():
-            self.level = np.where(stayed, x, self.level)
-            self.slope = np.where(stayed, 0.0, self.slope)
-            self.spread = np.where(
-                stayed, np.maximum(2 * self.spread, np.minimum(np.abs(surprise) / 4, 8 * self.spread)), self.spread
-            )
-            self._out[stayed], self._pending[stayed] = 0, 0.0
+            mine, was = few[stayed], self.spread[few[stayed]]
+            self.level[mine], self.slope[mine] = x[stayed], 0.0
+            self.spread[mine] = np.maximum(2 * was, np.minimum(np.abs(surprise[stayed]) / 4, 8 * was))
+            self._out[mine], self._pending[mine] = 0, 0.0
 
     def _begin(self, now: np.ndarray, x: np.ndarray) -> None:
         """The first samples are kept; with the last of them a series has its line and its spread."""

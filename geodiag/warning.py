@@ -1,7 +1,8 @@
 """Early warning: says, while a run trains, that a place has left its range and the loss has not yet.
 
 Fed with the same scores that the cascade is told from. A place warns when its scores add up to a clear excess over at
-least three samples, so that one odd batch never does; what is told once is not told again until all has been calm.
+least three samples, so that one odd batch never does; what was told is not told again until it has been calm, nor
+what follows from it.
 """
 
 from collections.abc import Sequence
@@ -49,18 +50,18 @@ class Warning:
 class EarlyWarning:
     """Scores of the places in, once a sampled step; a `Warning` out, seldom."""
 
-    def __init__(self, *, alarm: float = 14.0, allowed: float = 5.0, most: float = 11.0, calm: int = 24) -> None:
+    def __init__(self, *, alarm: float = 18.0, allowed: float = 5.0, most: float = 13.0, spreads: int = 24) -> None:
         """
         alarm: summed excess that warns. allowed: score that is no excess. most: score that one sample counts for at
-        most; three samples at least are needed. calm: samples without any alarm after which there may be another.
+        most; three samples at least are needed. spreads: samples in which what else moves belongs to what was said.
         """
         if not 0 < allowed < most or alarm <= 2 * (most - allowed):
             raise ValueError("need 0 < allowed < most, and an alarm that two samples cannot reach")
-        self.alarm, self.allowed, self.most, self.calm = alarm, allowed, most, calm
+        self.alarm, self.allowed, self.most, self.spreads = alarm, allowed, most, spreads
         self._places: list[Place] = []
         self._sum, self._since, self._known = np.zeros(0), np.zeros(0, int), np.zeros(0, int)
-        self._quiet: int | None = None
-        """Samples of calm since the last warning; None where none is under way."""
+        self._told = np.zeros(0, bool)
+        self._spreading = 0
 
     def update(
         self, step: int, places: Sequence[Place], at_place: np.ndarray, loss_moves: bool = False
@@ -73,19 +74,19 @@ class EarlyWarning:
             return None
         self._known += known
         excess = np.where(known, np.minimum(at_place, self.most) - self.allowed, 0.0)
-        new = (self._sum <= 0) & (excess > 0)
-        self._since[new] = step
-        self._sum = np.clip(self._sum + excess, 0.0, 2 * self.alarm)
+        self._since[(self._sum <= 0) & (excess > 0)] = step
+        self._sum = np.minimum(np.maximum(self._sum + excess, 0.0), 2 * self.alarm)
         alarms = (self._sum >= self.alarm) & (self._known > SETTLING)
-        if self._quiet is not None:
-            self._quiet = 0 if alarms.any() else self._quiet + 1
-            if self._quiet >= self.calm:
-                self._quiet = None
+        news = alarms & ~self._told
+        self._told = (self._told | alarms) & (self._sum > 0)
+        spreading, self._spreading = self._spreading > 0, self._spreading - 1
+        if not news.any():
             return None
-        if not alarms.any():
+        if spreading or loss_moves:
+            self._spreading = self.spreads  # as long as it goes on, it is the same cascade
             return None
-        self._quiet = 0
-        return None if loss_moves else self._said(step, at_place, alarms)
+        self._spreading = self.spreads
+        return self._said(step, at_place, alarms)
 
     def _said(self, step: int, at_place: np.ndarray, alarms: np.ndarray) -> Warning:
         """Of what is out of range, the first in time and then in the order of the step that stands out enough."""
@@ -108,7 +109,7 @@ class EarlyWarning:
         """More places from here on; what is known of the others is kept."""
         old = {p: i for i, p in enumerate(self._places)}
         keep = [old.get(p) for p in places]
-        for name in ("_sum", "_since", "_known"):
+        for name in ("_sum", "_since", "_known", "_told"):
             was = getattr(self, name)
             setattr(self, name, np.array([0 if i is None else was[i] for i in keep], was.dtype))
         self._places = places
