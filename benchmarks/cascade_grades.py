@@ -1,0 +1,183 @@
+"""Grades of `geodiag bench cascade`: what was planted in a run against what `explain` made of its record."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geodiag.benchmarks.cascade_trials import TRUTHS, Trial
+from geodiag.cascade import Cascade, explain
+from geodiag.run import Run, open_run
+
+REACH = 30
+"""A spike or a warning so many steps after a fault's last step is still that fault's."""
+NOISE = 4.0
+"""A fault that moves the loss by less than so many σ of batch noise, and is neither spike nor warning, is excluded."""
+WHOLE = ("spike", "divergence", "nonfinite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grade:
+    """One planted fault and its explanation."""
+
+    trial: Trial
+    effect: float
+    """Largest rise of the loss over its twin's, in σ of batch noise."""
+    seen: str | None
+    """spike, warning, or None where neither was raised."""
+    spiked: int | None = None
+    """The onset of the loss spike."""
+    warned: int | None = None
+    """Step of the first early warning."""
+    cascade: Cascade | None = None
+
+    @property
+    def excluded(self) -> bool:
+        return self.seen is None and self.effect < NOISE
+
+    @property
+    def stage(self) -> bool:
+        return self.cascade is not None and self.cascade.stage == TRUTHS[self.trial.kind or ""].stage
+
+    def layer(self, among: int) -> bool:
+        """Whether the right layer is among the first so many; of a fault with no layer, whether none is named."""
+        if self.cascade is None:
+            return False
+        if self.trial.layer is None:
+            return self.cascade.layer is None
+        named = [self.cascade.layer, *(a.layer for a in self.cascade.alternatives)]
+        return self.trial.layer in list(dict.fromkeys(n for n in named if n is not None))[:among]
+
+    @property
+    def lead(self) -> int | None:
+        """Steps by which the origin's onset is before the loss's."""
+        return self.cascade.lead if self.cascade is not None and self.spiked is not None else None
+
+    @property
+    def warning_lead(self) -> int | None:
+        """Steps by which the warning is before the loss's onset; negative where it came after."""
+        return None if self.spiked is None or self.warned is None else self.spiked - self.warned
+
+    def as_json(self) -> dict[str, Any]:
+        found = self.cascade
+        return {
+            "name": self.trial.name,
+            "fault": self.trial.fault,
+            "seed": self.trial.seed,
+            "effect_sigma": round(self.effect, 2),
+            "seen": self.seen,
+            "spike_onset": self.spiked,
+            "warned": self.warned,
+            "excluded": self.excluded,
+            "stage_right": self.stage,
+            "layer_right": self.layer(1),
+            "layer_in_3": self.layer(3),
+            "said": None
+            if found is None
+            else {k: getattr(found, k) for k in ("stage", "layer", "site", "expert", "onset", "lead", "confidence")},
+        }
+
+
+def grade(trial: Trial, folder: Path) -> Grade:
+    """How a trial's record is read. Its `fault` events are for this bench alone: `explain` may not read them."""
+    run, twin = open_run(folder / trial.name), open_run(folder / trial.twin)
+    assert trial.step is not None, "only a trial with a fault is graded"
+    planted, until = trial.step, _last_step(run, trial.step) + REACH
+    spiked = [e for e in _events(run, WHOLE) if planted <= e["onset"] <= until]
+    warned = [e["step"] for e in _events(run, ("early_warning",)) if planted <= e["step"] <= until]
+    said: dict[str, Any] = {"trial": trial, "effect": _effect(run, twin, planted, until)}
+    if spiked:
+        onset, first = spiked[0]["onset"], min(warned, default=None)
+        return Grade(**said, seen="spike", spiked=onset, warned=first, cascade=explain(run, onset))
+    if warned:
+        return Grade(**said, seen="warning", warned=warned[0], cascade=explain(run, warned[0]))
+    return Grade(**said, seen=None)
+
+
+def false_alarms(run: Run) -> dict[str, int]:
+    """What a clean training raised."""
+    spikes, warnings = _events(run, WHOLE), _events(run, ("early_warning",))
+    return {"steps": _losses(run).size, "spikes": len(spikes), "warnings": len(warnings)}
+
+
+def _events(run: Run, kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """Events of these kinds with their `onset`, in step order."""
+    from geodiag.events import details
+
+    rows = run.read_arrow("events", columns=["step", "kind", "data"]).to_pylist()
+    found = [
+        {"step": r["step"], "onset": details(r["data"]).get("onset", r["step"])} for r in rows if r["kind"] in kinds
+    ]
+    return sorted(found, key=lambda e: e["step"])
+
+
+def _last_step(run: Run, planted: int) -> int:
+    """The last disturbed step, as the training recorded it."""
+    from geodiag.events import details
+
+    rows = run.read_arrow("events", columns=["step", "kind", "data"]).to_pylist()
+    lasts = [details(r["data"]).get("last_step", planted) for r in rows if r["kind"] == "fault"]
+    return max(lasts, default=planted)
+
+
+def _losses(run: Run) -> np.ndarray:
+    return run.read_arrow("steps", columns=["step", "loss"]).sort_by("step")["loss"].to_numpy()
+
+
+def _effect(run: Run, twin: Run, planted: int, until: int) -> float:
+    """The largest rise over the twin while the fault may act, over the twin's own noise from step to step."""
+    ours, theirs = _losses(run), _losses(twin)
+    both = min(len(ours), len(theirs), until + 1)
+    rise = ours[planted:both] - theirs[planted:both]
+    if not np.isfinite(rise).all():
+        return math.inf
+    steps = np.diff(theirs[planted // 2 :])
+    noise = 1.4826 * float(np.median(np.abs(steps - np.median(steps)))) / math.sqrt(2)
+    return float(rise.max(initial=0.0)) / noise
+
+
+# -- the table -------------------------------------------------------------------------------
+
+
+def summary(grades: Sequence[Grade]) -> dict[str, Any]:
+    """Of some trials: how many count, how many were read rightly, and how early."""
+    counted = [g for g in grades if not g.excluded]
+    read = [g for g in counted if g.seen]
+    layered = [g for g in read if g.trial.layer is not None]
+    spiked = [g for g in counted if g.spiked is not None]
+    leads = [g.warning_lead for g in spiked if g.warning_lead is not None and g.warning_lead > 0]
+    return {
+        "trials": len(grades),
+        "excluded": len(grades) - len(counted),
+        "missed": len(counted) - len(read),
+        "spikes": len(spiked),
+        "warnings_alone": len(read) - len(spiked),
+        "stage_top1": _share([g.stage for g in read]),
+        "layer_top1": _share([g.layer(1) for g in layered]),
+        "layer_top3": _share([g.layer(3) for g in layered]),
+        "expert_top1": _share([_expert(g) for g in layered if _expert(g) is not None]),
+        "lead": _median([g.lead for g in read if g.lead is not None]),
+        "warned_before_the_loss": _share([(g.warning_lead or 0) > 0 for g in spiked]),
+        "warning_lead": _median(leads),
+    }
+
+
+def _expert(grade: Grade) -> bool | None:
+    """Whether the origin's expert is right; None where the fault has none. The fault's expert is STEP modulo 8."""
+    if grade.trial.kind not in ("expert-scale", "bit-flip", "gate-column", "bias-kick") or grade.cascade is None:
+        return None
+    from geodiag.reference_models.config import SIZES
+
+    return grade.cascade.expert == (grade.trial.step or 0) % SIZES[grade.trial.size].experts
+
+
+def _share(held: Sequence[bool | None]) -> float | None:
+    return sum(map(bool, held)) / len(held) if held else None
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None

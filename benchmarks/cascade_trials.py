@@ -1,0 +1,152 @@
+"""The trials of `geodiag bench cascade`: which faults are planted where, and the trainings that carry them."""
+
+import math
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+EARLIEST, LATEST = 90, 120
+"""Between these steps a fault is planted: after the steep descent, with a past to stand out from."""
+STEPS = 170
+CLEAN_STEPS = 1000
+"""Length of the trainings that only count false alarms."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a kind of fault breaks first, fixed before anything was measured, and how strongly it is planted."""
+
+    stage: int | str | None
+    """1, 2, 3, "data", or None for a learning rate, which breaks every layer at once."""
+    weakest: float | None = None
+    strongest: float | None = None
+    layered: bool = True
+
+
+TRUTHS = {
+    "expert-scale": Truth(1, 10, 1000),
+    "bit-flip": Truth(1, -2, -2),
+    "gate-column": Truth(2, 10, 1000),
+    "router-shift": Truth(2, 2, 100),
+    "router-permute": Truth(2),
+    "bias-kick": Truth(2, 0.5, 20),
+    "residual-expand": Truth(3, 1.3, 5),
+    "block-scale": Truth(3, 10, 300),
+    "grad-scale": Truth(3, 30, 3000),
+    "far-batch": Truth("data", layered=False),
+    "lr-shock": Truth(None, 10, 50, layered=False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One training: a seed, and one fault or none."""
+
+    seed: int
+    residual: str
+    size: str
+    steps: int
+    kind: str | None = None
+    step: int | None = None
+    layer: int | None = None
+    magnitude: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.residual}-{self.seed}-{self.kind or ('clean' if self.steps == STEPS else 'long')}"
+
+    @property
+    def twin(self) -> str:
+        """The name of the same training without a fault."""
+        return f"{self.residual}-{self.seed}-clean"
+
+    @property
+    def fault(self) -> str | None:
+        """As `--inject` takes it."""
+        if self.kind is None:
+            return None
+        where = "" if self.layer is None else f":{self.layer}"
+        size = "" if self.magnitude is None else f"={self.magnitude:g}"
+        return f"{self.kind}@{self.step}{where}{size}"
+
+
+def plan(seeds: Sequence[int], residuals: Sequence[str], size: str, kinds: Sequence[str], clean: int) -> list[Trial]:
+    """Every kind of fault once per seed and residual, its step, layer and magnitude drawn from the seed; and twins.
+
+    `clean` trainings of `CLEAN_STEPS` steps come on top, of the seeds that follow.
+    """
+    from geodiag.reference_models.config import SIZES
+
+    config, trials = SIZES[size], []
+    for residual in residuals:
+        for seed in seeds:
+            base: dict[str, Any] = {"seed": seed, "residual": residual, "size": size, "steps": STEPS}
+            trials.append(Trial(**base))
+            for kind in kinds:
+                rng, truth = random.Random(f"{kind} {residual} {seed}"), TRUTHS[kind]
+                step = rng.randint(EARLIEST, LATEST)
+                first = config.hash_layers if truth.stage == 2 else 0
+                layer = rng.randrange(first, config.layers) if truth.layered else None
+                trials.append(Trial(**base, kind=kind, step=step, layer=layer, magnitude=_drawn(rng, truth)))
+    after = max(seeds) + 1
+    trials += [
+        Trial(seed=after + i, residual=residuals[i % len(residuals)], size=size, steps=CLEAN_STEPS)
+        for i in range(clean)
+    ]
+    return trials
+
+
+def _drawn(rng: random.Random, truth: Truth) -> float | None:
+    if truth.weakest is None or truth.strongest is None:
+        return None
+    if truth.weakest == truth.strongest:
+        return truth.weakest
+    return float(f"{math.exp(rng.uniform(math.log(truth.weakest), math.log(truth.strongest))):.3g}")
+
+
+def train(trial: Trial, folder: Path, sequences: int, device: str) -> str:
+    """Trains one trial into `folder`/its name, unless that is there; its name."""
+    import torch
+
+    from geodiag.cli.loop import Options, Training
+
+    torch.set_num_threads(1)
+    home, rough = folder / trial.name, folder / f"{trial.name}.unfinished"
+    if home.exists():
+        return trial.name
+    shutil.rmtree(rough, ignore_errors=True)
+    options = Options(
+        residual=trial.residual,
+        size=trial.size,
+        steps=trial.steps,
+        seed=trial.seed,
+        device=device,
+        sequences=sequences,
+        inject=(trial.fault,) if trial.fault else (),
+        run=rough,
+    )
+    training = Training(options, quiet=True)
+    try:
+        for _ in training.steps():
+            pass
+    finally:
+        training.close()
+    rough.rename(home)
+    return trial.name
+
+
+def train_all(
+    trials: Sequence[Trial], folder: Path, sequences: int, device: str, workers: int
+) -> Iterator[tuple[str, str | None]]:
+    """Trains what is not there yet, several at a time; yields each name as it is done, with the error that ended it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        asked = {pool.submit(train, t, folder, sequences, device): t.name for t in trials}
+        for done in as_completed(asked):
+            error = done.exception()
+            yield asked[done], None if error is None else f"{type(error).__name__}: {error}"
