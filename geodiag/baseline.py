@@ -12,8 +12,10 @@ CEILING = 1e3
 """The largest score; what is not finite has it."""
 _MEAN_TO_SIGMA = 1.29  # σ over the mean of |x| clipped at 3 σ, for normal noise, with a margin for its own error
 _CLIP = 3.0
-_YOUNG = 40
+_YOUNG = 100
 """Samples up to which a baseline follows faster than later."""
+_LONG_GONE = 5
+"""Usual gaps after which a series that comes back is young again."""
 _STALE = 0.2  # how much a σ grows for each usual gap that a value is overdue
 _ODD = 6.0
 """σ from which a value is not learned at all."""
@@ -83,16 +85,19 @@ class Baseline:
 
     def _seen(self, known: np.ndarray) -> None:
         late = np.minimum(self._gap, 2 * self._usual_gap) - self._usual_gap
+        back = known & (self._gap > _LONG_GONE * self._usual_gap) & (self._count > self.first)
+        if back.any():
+            self._count[back] = self.first
         self._usual_gap += 0.1 * late * known
         self._gap += 1
         self._gap[known] = 1
 
     def _learn(self, now: np.ndarray, x: np.ndarray, surprise: np.ndarray, z: np.ndarray, base: np.ndarray) -> None:
         """Levels, slopes and spreads follow what is in range; what is out of range is counted."""
-        rates: tuple = self._rates[:3]
+        rates: tuple = self._rates
         if (age := self._count.min(initial=0)) < _YOUNG:
             age = np.maximum(self._count, 1)
-            rates = tuple(map(np.maximum, rates, (2 / age, 4 / age**2, 1 / age)))
+            rates = tuple(map(np.maximum, rates, (2 / age, 4 / age**2, 3 / age, 2 / age)))
         size = np.abs(z)
         normal = now & (size <= _ODD * self.odd)
         most = _CLIP * base
@@ -100,7 +105,7 @@ class Baseline:
         self.level += self.slope * now + rates[0] * clipped
         self.slope += rates[1] * clipped - 0.02 * self.slope * (now & ~normal)
         self.spread += rates[2] * (_MEAN_TO_SIGMA * np.abs(clipped) - self.spread) * normal
-        self.odd -= self._rates[3] * (self.odd - 1) * now
+        self.odd -= rates[3] * (self.odd - 1) * now
         outside = size > _CLIP
         few = np.flatnonzero(now & (outside | (self._out > 0)))
         if len(few):

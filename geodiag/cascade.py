@@ -146,8 +146,8 @@ def _told(run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: 
     rows: list[Evidence] = rows_of(window, origin, stage) if origin else []
     start = origin.start if origin else None
     if origin is not None:
-        kink = causes.lr_kink(window, origin.start - 4, origin.start)
-        if kink is not None:
+        kink = causes.lr_kink(window, window.first, int(np.searchsorted(window.step_S, seen.onset)))
+        if kink is not None and not (origin.start < kink.row and origin.strength > causes.OWN):
             stage, layer, site, expert, cause, start = None, None, None, None, "lr", kink.row
             rows = [_lr_evidence(window, kink), *rows]
     onset = None if start is None else int(window.step_S[start])

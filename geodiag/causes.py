@@ -8,6 +8,8 @@ from geodiag.stage_map import Judged
 
 KINK = 1.3
 """A learning rate this many times what its schedule leads to is a kink."""
+OWN = 20.0
+"""Strength from which a layer that moved before the learning rate did is the origin all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

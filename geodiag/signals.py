@@ -132,7 +132,7 @@ class Signal:
 
 HASHED = ("load", "max_vio", "load_cv")
 """Where experts are chosen by a hash of the token, these depend on the batch alone."""
-_FLOORS = {"log": 0.01, "root": 0.01, "plain": 0.01}
+_FLOORS = {"log": 0.01, "root": 0.01, "plain": 0.003}
 
 
 def _signal(name: str, table: str, part: Part) -> Signal | None:
