@@ -101,15 +101,15 @@ def window_of(record: Record, view: View, cascade: Cascade | None) -> tuple[int,
 
 def scene_of(record: Record, window: tuple[int, int]) -> Scene:
     """What was recorded in the window."""
-    steps = record.steps()
+    steps, stages = record.steps(), stages_of(record, window)
     return Scene(
         window=window,
         steps=steps,
-        stages=stages_of(record, window),
+        stages=stages,
         marks=happened(record),
         spans=spans(steps["step"], steps["routing_mode"]),
         undone=record.undone(),
-        missing=_missing(record),
+        missing=_missing(record, stages),
     )
 
 
@@ -137,7 +137,12 @@ def cell_of(view: View, cascade: Cascade | None, stages: StageMap) -> Cell | Non
     return None
 
 
-def _missing(record: Record) -> dict[int, str]:
+def _missing(record: Record, stages: StageMap) -> dict[int, str]:
+    if not len(stages.layers):
+        nothing = "The table layers has no rows here: call geodiag.attach before the first step."
+        return dict.fromkeys(STAGES, nothing)
+    if not np.isfinite(stages.scores).any():
+        return dict.fromkeys(STAGES, "Too few samples so far to know what is usual.")
     found = record.said("found")
     out = {}
     if "experts" in found and not found["experts"]:

@@ -44,9 +44,9 @@ def strip(record: Record, view: View) -> Any:
 def card_of(record: Record, view: View, found: Cascade | str | None) -> Any:
     """The answer in words, with what would have stopped it."""
     if found is None:
-        return html.Section([html.H1("No spike so far"), html.P(_calm(record))], className="card verdict")
+        return html.Section(html.Div([html.H1("No spike so far"), html.P(_calm(record))]), className="card verdict")
     if isinstance(found, str):
-        return html.Section([html.H1("Nothing to explain"), notice(found)], className="card verdict")
+        return html.Section(html.Div([html.H1("Nothing to explain"), notice(found)]), className="card verdict")
     caveats = [notice(c, "warn") for c in found.caveats]
     return html.Section(
         [

@@ -128,7 +128,7 @@ def _loss(fig: go.Figure, scene: Scene, near: np.ndarray, place: Place, look: Lo
 
 
 def _map(fig: go.Figure, scene: Scene, stage: int, place: Place, look: Look) -> None:
-    n, names = f"y{stage + 1}", [str(k) for k in place.layers]
+    n, names = f"y{stage + 1}", [str(k) for k in place.layers] or [""]
     name, what = STAGES[stage]
     ticks = names[:: max(1, -(-len(names) // 8))]
     fig.update_layout({
@@ -151,7 +151,7 @@ def _map(fig: go.Figure, scene: Scene, stage: int, place: Place, look: Look) -> 
     left = float(columns.left_B[0]) if len(columns.left_B) else 0.0
     fig.add_heatmap(
         z=z_shade(columns.values_RB), customdata=columns.values_RB, x0=left + (columns.width - 1) / 2, dx=columns.width,
-        y=names, yaxis=n, coloraxis="coloraxis", hoverongaps=False, name=f"stage {stage}",
+        y=names[: len(rows)], yaxis=n, coloraxis="coloraxis", hoverongaps=False, name=f"stage {stage}",
         hovertemplate=f"<b>layer %{{y}}</b> · step %{{x:,.0f}}<br>{name} %{{customdata:.1f}} robust z<extra></extra>",
     )  # fmt: skip
 
@@ -179,7 +179,8 @@ def _frame(fig: go.Figure, cell: tuple[int, int, int], scene: Scene, look: Look)
     if layer not in layers or not scene.window[0] <= step <= scene.window[1]:
         return
     at, half = layers.index(layer), max(0.5, (scene.window[1] - scene.window[0]) / 220)
-    fig.add_shape(
-        type="rect", x0=step - half, x1=step + half, y0=at - 0.5, y1=at + 0.5, yref=f"y{stage + 1}",
-        line={"color": look.ink, "width": 1.8},
-    )  # fmt: skip
+    for colour, width in ((look.paper, 4.5), (look.ink, 1.8)):  # to be seen on the palest and on the deepest cell
+        fig.add_shape(
+            type="rect", x0=step - half, x1=step + half, y0=at - 0.5, y1=at + 0.5, yref=f"y{stage + 1}",
+            line={"color": colour, "width": width},
+        )  # fmt: skip

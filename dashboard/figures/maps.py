@@ -23,27 +23,27 @@ class Tile(NamedTuple):
         return float(np.abs(self.cell_NN.sum(1)).max())
 
 
-_TITLE_PX, _GAP = 19, 0.06
+_TITLE_PX, _GAP, _APART, _FEW = 19, 0.02, 0.05, 6
 
 
-def maps(rows: Sequence[tuple[str, Sequence[Tile]]], look: Look, nothing: str, tile_px: int = 118) -> go.Figure:
-    """Rows of (when, tiles). Rows of a matrix are streams out, columns streams in; 0 is the middle of the colours."""
-    rows = [(when, tiles) for when, tiles in rows if tiles]
-    if not rows:
+def maps(groups: Sequence[tuple[str, Sequence[Tile]]], look: Look, nothing: str, tile_px: int = 132) -> go.Figure:
+    """Groups of (when, tiles), side by side. Rows of a matrix are streams out, columns streams in; 0 has no colour."""
+    groups = [(when, tiles) for when, tiles in groups if tiles]
+    if not groups:
         return empty(nothing, look, 120)
-    inner = len(rows) * (tile_px + 3 * _TITLE_PX)
+    inner = tile_px + 3 * _TITLE_PX
     fig = base(look, inner + 10)
-    reach = max(1.0, *(float(np.nanmax(np.abs(t.cell_NN))) for _, tiles in rows for t in tiles))
-    top, i = 1.0, 0
-    for when, tiles in rows:
-        _say(fig, when, 0, top - _TITLE_PX / inner, look.soft, 11.5)
-        top -= 3 * _TITLE_PX / inner
-        wide = (1 - _GAP * (len(tiles) - 1)) / len(tiles)
-        for k, tile in enumerate(tiles):
+    count = max(_FEW, sum(len(tiles) for _, tiles in groups))
+    wide = (1 - _APART * (len(groups) - 1) - _GAP * (count - len(groups))) / count
+    reach = max(1.0, *(float(np.nanmax(np.abs(t.cell_NN))) for _, tiles in groups for t in tiles))
+    left, i, high = 0.0, 0, tile_px / inner
+    for when, tiles in groups:
+        _say(fig, when, left, high + 2 * _TITLE_PX / inner, look.soft, 11.5)
+        for tile in tiles:
             i += 1
-            x = (k * (wide + _GAP), min(1.0, k * (wide + _GAP) + wide))
-            _tile(fig, tile, i, x, (max(0.0, top - tile_px / inner), top), look)
-        top -= tile_px / inner
+            _tile(fig, tile, i, (left, min(1.0, left + wide)), (0, high), look)
+            left += wide + _GAP
+        left += _APART - _GAP
     fig.update_layout(
         coloraxis={"colorscale": look.gain, "cmin": -reach, "cmax": reach, "showscale": False},
         margin={"l": 4, "r": 4, "t": 0, "b": 10},

@@ -47,7 +47,7 @@ def shade(metric: Metric, values: np.ndarray, look: Look, centre: float | None =
     return Shade(_axis(scale, low, high, metric.unit, None), False)
 
 
-Z_MIN, Z_MAX = 3.0, 48.0
+Z_MIN, Z_MAX = 3.0, 60.0
 """The colours of robust z: below the first it is the noise of a worst-of-many. Logarithmic: what began as a whisper
 and what is far out of range are both there to be seen."""
 
@@ -61,8 +61,8 @@ def robust_z(look: Look, length: float) -> dict[str, Any]:
     """The colour axis of stage scores; `length` is its bar's share of the height, from the bottom."""
     bar = {
         "len": length, "y": 0, "yanchor": "bottom", "thickness": 10, "outlinewidth": 0, "x": 1.01,
-        "title": {"text": "robust z<br> ", "font": {"size": 11}}, "tickfont": {"size": 11},
-        "tickvals": np.log10([3, 6, 12, 24, 48]).tolist(), "ticktext": ["≤ 3", "6", "12", "24", "≥ 48"],
+        "title": {"text": "robust z", "font": {"size": 11}}, "tickfont": {"size": 11},
+        "tickvals": np.log10([3, 6, 12, 24, 48]).tolist(), "ticktext": ["≤ 3", "6", "12", "24", "48"],
     }  # fmt: skip
     return {"colorscale": look.heat, "cmin": float(np.log10(Z_MIN)), "cmax": float(np.log10(Z_MAX)), "colorbar": bar}
 

@@ -27,37 +27,37 @@ class Trajectory:
     text: str = ""
 
 
-_PANEL_PX, _TITLE_PX = 118, 22
+_PANEL_PX, _TITLE_PX, _APART = 168, 22, 0.06
 
 
 def trajectories(now: Sequence[Trajectory], usual: Sequence[Trajectory], look: Look, nothing: str) -> go.Figure:
-    """`usual` are the same tokens at a sample from before, drawn faintly."""
+    """One panel a projection; `usual` are the same tokens at a sample from before, drawn faintly."""
     if not now:
         return empty(nothing, look, 120)
     names = max((list(t.place_P) for t in now), key=len)
-    inner = 2 * (_PANEL_PX + _TITLE_PX)
+    inner = _PANEL_PX + _TITLE_PX
     fig = base(look, inner + 40, hovermode="closest")
     count = 1 + max((int(t.expert_P.max()) for t in now if len(t.expert_P)), default=0)
     palette = hues(max(count, 1), look.name == "dark")
-    for k in (0, 1):
-        n, top = "" if k == 0 else "2", 1 - (k * (_PANEL_PX + _TITLE_PX) + _TITLE_PX) / inner
-        domain = (max(0.0, top - _PANEL_PX / inner), top)
-        fig.update_layout({f"yaxis{n}": axis(look, domain=domain, anchor="x", nticks=4, tickformat=".2~g")})
-        fig.add_annotation(
-            text=f"<b>projection {k + 1}</b>", x=0, y=top, xref="paper", yref="paper", xanchor="left",
-            yanchor="bottom", showarrow=False, font={"size": 11.5, "color": look.ink}, xshift=-34,
-        )  # fmt: skip
-        _threads(fig, usual, k, n, faded(look.soft, 0.3))
-        _threads(fig, now, k, n, faded(look.ink, 0.4))
-        _beads(fig, now, k, n, palette, look)
     ticks = names[:: max(1, -(-len(names) // 8))]
-    fig.update_layout(
-        xaxis=axis(
-            look, "layer", type="category", categoryorder="array", categoryarray=names, anchor="y2", tickvals=ticks,
-            ticktext=[t.split(".")[0] for t in ticks], showgrid=False, ticks="",
-        ),
-        margin={"l": 42, "r": 10, "t": 0, "b": 36},
-    )  # fmt: skip
+    depth = {
+        "type": "category", "categoryorder": "array", "categoryarray": names, "tickvals": ticks,
+        "ticktext": [t.split(".")[0] for t in ticks], "showgrid": False, "ticks": "",
+    }  # fmt: skip
+    for k, n in enumerate(("", "2")):
+        left, right = ((1 + _APART) / 2, 1) if k else (0, (1 - _APART) / 2)
+        fig.update_layout({
+            f"yaxis{n}": axis(look, domain=(0, _PANEL_PX / inner), anchor=f"x{n}", nticks=5, tickformat=".2~g"),
+            f"xaxis{n}": axis(look, "layer", domain=(left, right), anchor=f"y{n}", **depth),
+        })  # fmt: skip
+        fig.add_annotation(
+            text=f"<b>projection {k + 1}</b>", x=left, y=_PANEL_PX / inner, xref="paper", yref="paper", xanchor="left",
+            yanchor="bottom", showarrow=False, font={"size": 11.5, "color": look.ink}, yshift=3,
+        )  # fmt: skip
+        _threads(fig, usual, k, n, faded(look.soft, 0.35))
+        _threads(fig, now, k, n, faded(look.ink, 0.45))
+        _beads(fig, now, k, n, palette, look)
+    fig.update_layout(margin={"l": 42, "r": 10, "t": 0, "b": 38})
     return fig
 
 
@@ -68,7 +68,8 @@ def _threads(fig: go.Figure, tokens: Sequence[Trajectory], k: int, n: str, colou
     x = [place for t in tokens for place in (*t.place_P, None)]
     y = np.concatenate([np.append(t.projection_P2[:, k], np.nan) for t in tokens])
     fig.add_scatter(
-        x=x, y=y, yaxis=f"y{n}", mode="lines", line={"color": colour, "width": 1.1}, hoverinfo="skip", connectgaps=False
+        x=x, y=y, xaxis=f"x{n}", yaxis=f"y{n}", mode="lines", line={"color": colour, "width": 1.1},
+        hoverinfo="skip", connectgaps=False,
     )  # fmt: skip
 
 
@@ -79,7 +80,8 @@ def _beads(fig: go.Figure, tokens: Sequence[Trajectory], k: int, n: str, palette
         for i in np.flatnonzero(t.expert_P >= 0).tolist()
     ]
     fig.add_scatter(
-        x=[t.place_P[i] for t, i, _ in beads], y=[t.projection_P2[i, k] for t, i, _ in beads], yaxis=f"y{n}",
+        x=[t.place_P[i] for t, i, _ in beads], y=[t.projection_P2[i, k] for t, i, _ in beads],
+        xaxis=f"x{n}", yaxis=f"y{n}",
         mode="markers", name="tokens", hovertemplate="%{text}<br>%{y:.4g}<extra></extra>",
         marker={
             "size": [10 if flipped else 6 for *_, flipped in beads], "opacity": 1,

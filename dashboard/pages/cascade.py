@@ -49,26 +49,26 @@ def layout(record: Record, view: View) -> html.Div:
         style=_only_with_rows(_evidence(record, view)),
     )
     side = [
-        card("In this cell", html.Div(id="cascade-where", className="where"), graph("cascade-series", 300),
+        card("In this cell", html.Div(id="cascade-where", className="where"), graph("cascade-series", 430),
              tip="The quantities behind the stage in this layer; the band is where each lay before."),
-        card("Its experts", graph("cascade-experts", 180)),
-        card("Its residual maps", graph("cascade-maps", 250),
-             tip="Token means of H_res, alone and multiplied from the first site to this layer. Rows are streams out, "
-             "columns streams in. Above: before the cascade; below: at the cell."),
-        card("Traced tokens", graph("cascade-tokens", 300),
+        card("Its experts", graph("cascade-experts", 250), tip="Every expert of the layer; the frame is the origin's."),
+    ]  # fmt: skip
+    below = [
+        card("Its residual maps", graph("cascade-maps", 200),
+             tip="Token means of H_res, alone and multiplied from the first site to this layer; before the cascade and "
+             "at the cell. Rows are streams out, columns streams in; the gain is the largest absolute row sum."),
+        card("Traced tokens", graph("cascade-tokens", 230),
              tip="The same few tokens, followed down the layers in two fixed random projections. Colour is the expert, "
              "a ring a changed choice; faint lines are the same tokens before the cascade."),
     ]  # fmt: skip
+    columns = [html.Div([main, proof], className="column"), html.Div(side, className="side")]
     return html.Div(
         [
             html.Div(verdict.strip(record, view), id="cascade-choices"),
             html.Div(_verdict(record, view), id="cascade-verdict"),
-            html.Div(
-                [html.Div([main, proof], className="column"), html.Div(side, className="side")],
-                className="split wide-side",
-            ),
-        ],
-        className="cascade",
+            html.Div(columns, className="split wide-side"),
+            html.Div(below, className="pair"),
+        ]
     )
 
 
@@ -139,7 +139,7 @@ def _where(record: Record, view: View) -> Any:
     cell, _, found = _at(record, view)
     if cell is None:
         return "Nothing is measured yet."
-    origin = found is not None and view.stage is None and found.onset is not None
+    origin = found is not None and view.stage is None and found.cause == "layer"
     name = f"layer {cell.layer} · {STAGES[cell.stage][0]} · step {whole(cell.step)}"
     return [html.B(name), ", the origin" if origin else ""]
 

@@ -53,6 +53,8 @@ class Story:
     routing_on: tuple[tuple[int, int], ...] = ()
     """Spans of anticipatory routing, warm-up to the end of drain."""
     delay: int = 8
+    traced: int = 6
+    """Tokens that are followed down the layers."""
     seed: int = 0
 
     def rng(self, table: str, first: int) -> np.random.Generator:
@@ -214,16 +216,56 @@ class Story:
         value = np.where(np.array(kind) == "post", 1.0 + rng.normal(0, 0.1, len(rows)), value)
         return {"step": step, "layer": layer, "site": site, "map": kind, "i": i, "j": j, "value": value}
 
+    def tokens_columns(self, step_S: np.ndarray) -> dict | None:
+        sampled = step_S[step_S % self.probe_every == 0]
+        if not self.traced or not len(sampled):
+            return None
+        fixed = np.random.default_rng([self.seed, 7])
+        rows = 2 * self.layers
+        drift_TR2 = np.cumsum(fixed.normal(0.02, 0.1, (self.traced, rows, 2)), 1)
+        home_TR = fixed.integers(0, self.experts, (self.traced, rows))
+        step, token, row = (
+            k.reshape(-1) for k in np.meshgrid(sampled, np.arange(self.traced), range(rows), indexing="ij")
+        )
+        layer, ffn = row // 2, row % 2 == 1
+        stale = np.zeros(len(step))
+        for tear in self.tears:
+            near = (layer >= tear.layer) & (layer <= tear.layer + 2)
+            stale += near * tear.pulse(step, 2)
+        stale *= ffn & (layer > 0)
+        moved = stale > 0.15
+        expert = (home_TR[token, row] + 3 * moved) % self.experts
+        place = drift_TR2[token, row] * (1 + 0.6 * stale[:, None])
+        rng = self.rng("tokens", int(step_S[0]))
+        return {
+            "step": step, "token": token * 17, "token_id": 100 + token, "layer": layer,
+            "site": [SITES[int(f)] for f in ffn],
+            "experts": [[int(e), int((e + 1) % self.experts)] if f else None for e, f in zip(expert, ffn, strict=True)],
+            "norm": 1 + 0.1 * row + np.abs(rng.normal(0, 0.01, len(step))),
+            "projection_1": place[:, 0] + rng.normal(0, 0.003, len(step)), "projection_2": place[:, 1],
+            "margin": _only(ffn, 0.05 * (1 - stale)), "flipped": _only(ffn, 0.5 * moved),
+        }  # fmt: skip
+
     def events(self) -> list[Event]:
         out = [Event(step=0, kind="attempt", message="training began", time=1.7e9)]
         for tear in self.tears:
             where = {"layer": tear.layer, "site": "ffn", "expert": tear.expert}
             message = f"planted expert-scale in layer {tear.layer}, expert {tear.expert}: weights × 6"
             out.append(Event(step=tear.onset - tear.leads[0], kind="fault", message=message, time=1.7e9, **where))
-            data = {"kind": "spike", "onset": tear.onset, "detected": tear.onset + 2, "peak": None, "end": None, "score": 8.4}
+            data = {
+                "kind": "spike",
+                "onset": tear.onset,
+                "detected": tear.onset + 2,
+                "peak": None,
+                "end": None,
+                "score": 8.4,
+            }
             message = f"loss left its trend at step {tear.onset}: 8.4 robust σ"
             out.append(Event(step=tear.onset + 2, kind="spike", message=message, data=data, time=1.7e9 + tear.onset))
             data = data | {"peak": tear.peak, "end": tear.end, "score": 14.1}
+            warned = tear.onset - 9
+            message = f"layer {tear.layer} left its range at step {warned - 2}: stage 1"
+            out.append(Event(step=warned, kind="early_warning", message=message, time=1.7e9 + warned, **where))
             message = f"spike of step {tear.onset} is over; it peaked at step {tear.peak}"
             out.append(Event(step=tear.end, kind="recovered", message=message, data=data, time=1.7e9 + tear.end))
         for a, b in self.routing_on:

@@ -19,9 +19,10 @@ def write_rows(run: Run, story: Story, first: int, last: int, chunk: int = 200) 
         run.append("steps", story.steps_columns(step_S))
         run.append("layers", story.layers_columns(step_S))
         run.append("experts", story.experts_columns(step_S))
-        matrices = story.matrices_columns(step_S)
-        if matrices:
-            run.append("matrices", matrices)
+        for table, columns in (("matrices", story.matrices_columns), ("tokens", story.tokens_columns)):
+            rows = columns(step_S)
+            if rows:
+                run.append(table, rows)
 
 
 def create(folder: Path, story: Story) -> Run:
