@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geodiag.cli.ranks import Place
 from geodiag.errors import GeodiagError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Options:
     """None for what the size does by itself."""
     probe_every: int = 10
     every: int = 1
+    parallel: str = "ddp"
 
 
 class Training:
@@ -68,6 +70,8 @@ class Training:
         from geodiag.reference_models.train import Trainer
         from geodiag.run import looks_like_a_run
 
+        self.place = Place(options.device)
+        options = replace(options, device=self.place.device_name, run=Path(self.place.same(str(options.run))))
         self.options = options
         planned = [Fault.parse(text) for text in options.inject]
         late = [f for f in planned if f.step >= options.steps]
@@ -75,13 +79,16 @@ class Training:
             raise GeodiagError(
                 f"{late[0].kind}@{late[0].step} comes after the last step; pass --steps {late[0].step + 50}"
             )
+        if self.place.world > 1 and options.parallel == "fsdp" and any(f.kind == "grad-scale" for f in planned):
+            raise GeodiagError("grad-scale cannot be planted in sharded weights; pass --parallel ddp")
         if looks_like_a_run(Folder.of(options.run)):
             raise GeodiagError(f"{options.run} already holds a run; pass another --run, or move it away")
         self.device = _device(options.device)
-        model_config, train_config, corpus = _plan(options, self.device)
+        share = self.place.share(options.sequences, options.micro_batches)
+        model_config, train_config, corpus = _plan(replace(options, sequences=share), self.device)
         torch.manual_seed(options.seed)
         self.model = _model(model_config, self.device)
-        self.trainer = Trainer(self.model, train_config)
+        self.trainer = Trainer(self.model, train_config, self.place.spread(self.model, options.parallel))
         self.loader = _loader(corpus, options, model_config.sequence)
         # Before the run directory is made: a fault that cannot be planted leaves nothing behind.
         self.faults = Faults(planned, find_layout(self.model), self._tell)
@@ -97,7 +104,7 @@ class Training:
             options.run,
             routing=self.routing,
             policy=Policy(mode=options.routing, period=options.period, cooldown=options.cooldown),  # type: ignore[arg-type]
-            probe=(self._to_device(self.loader.batch(PROBE_STEP)).token_ids_BS,),
+            probe=(self._to_device(self.place.mine(self.loader.batch(PROBE_STEP))).token_ids_BS,),
             probe_every=options.probe_every,
             every=options.every,
             micro_batches=options.micro_batches,
@@ -135,6 +142,7 @@ class Training:
         self.monitor.close(status)
         self.routing.remove()
         self.faults.remove()
+        self.place.leave()
 
     def _tell(self, kind: str, message: str, **more: Any) -> None:
         self.monitor.event(kind, message, **more)
@@ -143,7 +151,7 @@ class Training:
         for batch in self.loader:
             # Before routing sees them: ids are captured for the tokens that will be trained on.
             tokens = self.faults.batch(batch.step, batch.token_ids_BS, self.model.config.vocab)
-            for part in batch._replace(token_ids_BS=tokens).split(self.options.micro_batches):
+            for part in self.place.mine(batch._replace(token_ids_BS=tokens)).split(self.options.micro_batches):
                 yield self._to_device(part)
 
     def _to_device(self, batch: "Batch") -> "Batch":

@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 def watch(training: "Training") -> None:
     """Runs the training to its end; closes its run whatever happens.
 
-    On a terminal, one live line; elsewhere a line every twentieth of the way.
+    On a terminal, one live line; elsewhere a line every twentieth of the way. Of several ranks the first one speaks.
     """
     status = "failed"
     try:
-        if sys.stderr.isatty():
+        if training.place.rank != 0:
+            for _ in training.steps():
+                pass
+        elif sys.stderr.isatty():
             _live(training)
         else:
             _plain(training)
@@ -26,7 +29,7 @@ def watch(training: "Training") -> None:
         raise
     finally:
         training.close(status)
-        if status == "interrupted":
+        if status == "interrupted" and training.place.rank == 0:
             last, run = training.monitor.last, training.options.run
             kept = f"{last.step + 1} steps, which are kept" if last else "no step"
             print(f"interrupted after {kept}; see geodiag show {run}", file=sys.stderr, flush=True)

@@ -10,11 +10,15 @@ if TYPE_CHECKING:
     from geodiag.cli.loop import Training
 
 Recompute = Literal["none", "mhc", "layers"]
+Parallel = Literal["ddp", "fsdp"]
 Size = Literal["tiny", "small", "3b", "9b", "27b"]
 
 _INJECT = "Plant a fault, KIND@STEP[:LAYER][=MAGNITUDE]; may be given several times. Kinds: docs/faults.md."
 _DATA = "stdlib (the interpreter's own library), a folder, a text file, or a .bin of uint16/uint32 tokens."
 _ROUTING = "Anticipatory routing: off only records what it would do, auto answers spikes, on stays on."
+
+_RUN = "Run directory; torchrun takes --run for its own, so write --run-dir.  [default: runs/SIZE-RESIDUAL-TIME]"
+_PARALLEL = "Under torchrun: ddp (whole weights on each rank) or fsdp (weights spread over the ranks)."
 
 
 def train(
@@ -30,7 +34,7 @@ def train(
     period: Annotated[int, typer.Option(min=1, help="Steps that routing stays on after a spike.")] = 50,
     cooldown: Annotated[int, typer.Option(min=0, help="Steps after that in which no new period begins.")] = 100,
     inject: Annotated[list[str] | None, typer.Option(help=_INJECT, show_default=False)] = None,
-    run: Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/SIZE-RESIDUAL-TIME]")] = None,
+    run: Annotated[Path | None, typer.Option("--run", "--run-dir", help=_RUN)] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.  [default: 0.003]", show_default=False)] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 8,
     micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches that a step is split into.")] = 1,
@@ -38,6 +42,7 @@ def train(
     recompute: Annotated[
         Recompute | None, typer.Option(help="What the backward computes once more.  [default: the size's own]")
     ] = None,
+    parallel: Annotated[Parallel, typer.Option(help=_PARALLEL)] = "ddp",
     every: Annotated[int, typer.Option(min=1, help="Steps between samples of the layers.")] = 1,
     probe_every: Annotated[int, typer.Option(min=1, help="Steps between probes of flips and weight spectra.")] = 10,
 ) -> None:
@@ -64,12 +69,14 @@ def train(
         micro_batches=micro_batches,
         clamp=clamp or None,
         recompute=recompute,
+        parallel=parallel,
         every=every,
         probe_every=probe_every,
     )
     training = Training(options)
     watch(training)
-    _verdict(training)
+    if training.place.rank == 0:
+        _verdict(training)
 
 
 def _verdict(training: "Training") -> None:

@@ -92,9 +92,9 @@ class Health:
 
 def health(run: Run) -> Health:
     """Reads the run's tables once and sums them up."""
-    steps, layers = run.read_arrow("steps"), run.read_arrow("layers")
+    steps, layers, experts = (run.read_arrow(t, ranks="merged") for t in ("steps", "layers", "experts"))
     worst: dict[str, Worst] = {}
-    for table, rows in (("steps", steps), ("layers", layers), ("experts", run.read_arrow("experts"))):
+    for table, rows in (("steps", steps), ("layers", layers), ("experts", experts)):
         for metric in metrics_of(table):
             if metric.worse and metric.name not in worst and (found := worst_of(rows, metric)):
                 worst[metric.name] = found

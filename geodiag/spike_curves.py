@@ -59,11 +59,9 @@ def _read_run(target: str) -> list[Update]:
         run = open_run(target)
     except GeodiagError as error:
         raise GeodiagError(f"{error}, or a CSV with the columns step,loss") from None
-    # All attempts: a spike that was rolled back did happen. One rank: the others saw the same updates.
-    table = run.read_arrow("steps", ["step", "loss", "grad_norm", "rank"], attempt="all")
-    rows = [row for row in table.to_pylist() if row["loss"] is not None]
-    first = rows[0]["rank"] if rows else None
-    return [Update(row["step"], row["loss"], row["grad_norm"]) for row in rows if row["rank"] == first]
+    # All attempts: a spike that was rolled back did happen.
+    table = run.read_arrow("steps", ["step", "loss", "grad_norm"], attempt="all", ranks="merged")
+    return [Update(row["step"], row["loss"], row["grad_norm"]) for row in table.to_pylist() if row["loss"] is not None]
 
 
 def _read_csv(path: Path) -> list[Update]:

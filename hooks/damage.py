@@ -5,6 +5,7 @@ from torch import Tensor
 
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters.base import ExpertSite, RouterSite
+from geodiag.hooks.sharded import edit
 
 
 def bit_of(place: float, dtype: torch.dtype) -> int:
@@ -19,13 +20,17 @@ def bit_of(place: float, dtype: torch.dtype) -> int:
 def to_expert(kind: str, site: ExpertSite, step: int, magnitude: float) -> int:
     """Hurts one expert, which is returned."""
     expert, weights = step % site.experts, site.weights()
-    if kind == "expert-scale":
-        for name in ("gate", "up"):
-            weights[name][expert].mul_(magnitude)
-        return expert
-    weight = weights["gate"][expert]
-    at = torch.unravel_index(weight.abs().argmax(), weight.shape)
-    weight[at] = _flipped(weight[at], bit_of(magnitude, weight.dtype))
+
+    def scale(weight_ERC: Tensor) -> None:
+        weight_ERC[expert].mul_(magnitude)
+
+    def flip(weight_ERC: Tensor) -> None:
+        weight = weight_ERC[expert]
+        at = torch.unravel_index(weight.abs().argmax(), weight.shape)
+        weight[at] = _flipped(weight[at], bit_of(magnitude, weight.dtype))
+
+    for name in ("gate", "up") if kind == "expert-scale" else ("gate",):
+        edit(weights[name], scale if kind == "expert-scale" else flip)
     return expert
 
 
@@ -38,21 +43,26 @@ def _flipped(value: Tensor, bit: int) -> Tensor:
 @torch.no_grad()
 def to_router(kind: str, site: RouterSite, step: int, magnitude: float) -> int | None:
     """Hurts a router; the expert is returned where it is one expert's place in it that is hurt."""
-    weight, expert = site.weight().detach(), step % site.experts
+    expert = step % site.experts
     generator = torch.Generator().manual_seed(step)
-    if kind == "gate-column":
-        weight[expert].mul_(magnitude)
-        return expert
     if kind == "bias-kick":
         bias = site.bias()
         assert bias is not None, "the fault was placed where there is one"
         bias.detach()[expert] += magnitude
         return expert
-    if kind == "router-shift":
-        noise = torch.randn(weight.shape, generator=generator).to(weight)
-        weight.add_(noise * weight.std(), alpha=magnitude)
-    else:
+
+    def scale(weight_EC: Tensor) -> None:
+        weight_EC[expert].mul_(magnitude)
+
+    def shift(weight_EC: Tensor) -> None:
+        noise = torch.randn(weight_EC.shape, generator=generator).to(weight_EC)
+        weight_EC.add_(noise * weight_EC.std(), alpha=magnitude)
+
+    def permute(weight_EC: Tensor) -> None:
         # A cycle through a random order: no row stays where it was.
-        order = torch.randperm(len(weight), generator=generator).to(weight.device)
-        weight[order] = weight[order.roll(1)]
-    return None
+        order = torch.randperm(len(weight_EC), generator=generator).to(weight_EC.device)
+        weight_EC[order] = weight_EC[order.roll(1)]
+
+    change = {"gate-column": scale, "router-shift": shift, "router-permute": permute}[kind]
+    edit(site.weight().detach(), change)
+    return expert if kind == "gate-column" else None

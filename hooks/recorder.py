@@ -249,9 +249,7 @@ def events_of(seen: Observation) -> list[Event]:
         message = f"{ended.kind} since step {ended.onset} is over; its peak was at step {ended.peak}"
         events.append(Event(step=seen.step, kind="recovered", message=message, data=_data(ended)))
     if (w := seen.warning) is not None:
-        said = Event(
-            step=seen.step, kind="early_warning", message=str(w), layer=w.layer, site=w.site, data=w.details()
-        )
+        said = Event(step=seen.step, kind="early_warning", message=str(w), layer=w.layer, site=w.site, data=w.details())
         events.append(said)
     return events
 

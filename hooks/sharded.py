@@ -6,7 +6,7 @@ wherever one of these is.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,18 @@ def whole(value: Any) -> Any:
 def managed(module: nn.Module) -> list[Any]:
     """The modules in `module`, itself included, that `fully_shard` gathers and frees."""
     return [m for m in module.modules() if any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
+
+
+def edit(weight: Any, change: Callable[[Tensor], Any]) -> None:
+    """`change`s the whole of `weight` in place, wherever it lies. Collective where it is spread over ranks."""
+    if not is_spread(weight):
+        change(weight)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    all_of_it = weight.full_tensor()
+    change(all_of_it)
+    weight.to_local().copy_(distribute_tensor(all_of_it, weight.device_mesh, weight.placements).to_local())
 
 
 @contextmanager
