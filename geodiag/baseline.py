@@ -122,7 +122,7 @@ class Baseline:
 
     def _settle(self, few: np.ndarray, x: np.ndarray, surprise: np.ndarray) -> None:
         """What stayed out of range long enough, for its age, is the new normal."""
-        stayed = self._out[few] >= np.clip(self._count[few] // 4, 3, self.patience)
+        stayed = self._out[few] >= np.clip(self._count[few] ** 2 // 160, 3, self.patience)
         if stayed.any():
             mine, was = few[stayed], self.spread[few[stayed]]
             self.level[mine], self.slope[mine] = x[stayed], 0.0

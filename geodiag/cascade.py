@@ -15,8 +15,9 @@ from geodiag.cascade_words import in_words
 from geodiag.defence import Stage, defence_for
 from geodiag.errors import GeodiagError
 from geodiag.evidence import Evidence, rows_of
+from geodiag.experts import expert_of
 from geodiag.files import plain
-from geodiag.origin import Candidate, candidates, expert_of, origins
+from geodiag.origin import Candidate, candidates, origins
 from geodiag.run import Run, open_run
 from geodiag.run_spikes import Seen, spikes_of
 from geodiag.spike_event import Spike

@@ -27,28 +27,27 @@ def excursions(score_S: np.ndarray, allowed: float = ALLOWED, alarm: float = ALA
     """Every excursion in a series of scores, as places in it; NaN is not sampled and decides nothing."""
     known = np.flatnonzero(~np.isnan(score_S))
     found: list[Excursion] = []
-    total, start, raised = 0.0, -1, -1
-    excess = np.minimum(score_S[known], _LARGEST) - allowed
-    if not (excess > 0).any():
-        return found
-    for i, more in zip(known.tolist(), excess.tolist(), strict=True):
-        if total == 0.0:
-            if more <= 0:
-                continue
-            start = i
+    if not (score_S[known] > allowed).any():
+        return found  # nearly every place of nearly every window
+    total, start, raised = 0.0, 0, -1
+    excess = (np.minimum(score_S[known], _LARGEST) - allowed).tolist()
+    for i, more in enumerate(excess):
+        if more > 0 and (i == 0 or excess[i - 1] <= 0) and raised < 0:
+            start = i  # what rose before this and fell back is noise, whatever it left in the sum
         total = min(total + more, _MEMORY)
         if total <= 0:
             if raised >= 0:
-                found.append(_excursion(score_S, start, raised, i))
+                found.append(_excursion(score_S, known[start], known[raised], known[i]))
             total, raised = 0.0, -1
         elif raised < 0 and total >= alarm:
             raised = i
     if raised >= 0:
-        found.append(_excursion(score_S, start, raised, len(score_S)))
+        found.append(_excursion(score_S, known[start], known[raised], len(score_S)))
     return found
 
 
 def _excursion(score_S: np.ndarray, start: int, raised: int, end: int) -> Excursion:
+    start, raised, end = int(start), int(raised), int(end)
     rows = score_S[start : max(end, raised + 1)]
     rows = rows[~np.isnan(rows)][:_JUDGED]
     padded = np.minimum(np.append(rows, np.zeros(max(0, 2 - len(rows)))), 3 * _LARGEST)

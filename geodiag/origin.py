@@ -56,31 +56,3 @@ def origins(found: list[Candidate]) -> list[Candidate]:
         explained = any(d.before(c) and d.weight >= EXPLAINS * c.weight for d in may)
         judged.append(Candidate(place=c.place, start=c.start, strength=c.strength, explained=explained))
     return sorted(judged, key=lambda c: (c.explained, -c.weight, c.start, c.place.order))
-
-
-def expert_of(window: Judged, origin: Candidate) -> int | None:
-    """The expert that stands out among its siblings at an origin, if one does."""
-    rows = slice(origin.start, origin.start + 5)
-    best: dict[int, float] = {}
-    for j, s in enumerate(window.series):
-        if s.expert is None or window.places[window.place_P[j]] != origin.place:
-            continue
-        scores = window.score_SP[rows, j]
-        if origin.place.part == "router" and not _rose(window.tracks.values_SP[:, j], origin.start):
-            continue
-        if not np.isnan(scores).all():
-            best[s.expert] = max(best.get(s.expert, 0.0), float(np.nanmean(np.minimum(scores, 100))))
-    ranked = sorted(best.items(), key=lambda item: -item[1])
-    if not ranked or ranked[0][1] < LEAST:
-        return None
-    if len(ranked) > 1 and ranked[1][1] > 0.8 * ranked[0][1]:
-        return None
-    return ranked[0][0]
-
-
-def _rose(values: np.ndarray, start: int) -> bool:
-    """An expert that gets more than it did: the others only lose what it takes."""
-    before, after = values[max(0, start - 32) : start], values[start : start + 5]
-    if np.isnan(before).all() or np.isnan(after).all():
-        return False
-    return bool(np.nanmedian(after) > np.nanmedian(before))

@@ -11,11 +11,13 @@ from geodiag.signals import SIGNALS, Series, place_of, rescaled
 class Scores:
     """Judges a list of series, one step after another; the same code while training and afterwards."""
 
-    def __init__(self, series: Sequence[Series] = (), hashed: Collection[int] = ()) -> None:
-        """hashed: layers whose router is a hash, so that their loads speak for the batch."""
+    def __init__(self, series: Sequence[Series] = (), hashed: Collection[int] = (), patience: int = 64) -> None:
+        """hashed: layers whose router is a hash, so that their loads speak for the batch.
+        patience: samples out of range that make a new normal.
+        """
         self.series: list[Series] = []
         self._hashed = hashed
-        self.baseline = Baseline(np.zeros(0))
+        self.baseline = Baseline(np.zeros(0), patience=patience)
         self.extend(series)
 
     def extend(self, series: Sequence[Series]) -> None:

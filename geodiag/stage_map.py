@@ -11,6 +11,8 @@ from geodiag.tracks import Tracks, read_tracks
 
 HISTORY = 192
 """Samples before a window from which its baselines are learned."""
+PATIENCE = 256
+"""Afterwards nothing need be learned anew: what broke and stayed broken must not look normal when the loss follows."""
 _LONGEST = 1 << 14
 
 
@@ -52,7 +54,7 @@ def judged(run: Run, first: int, last: int, attempt: int | None = None) -> Judge
     while reach < min(_LONGEST, first) and (tracks.sampled_S & (tracks.step_S < first)).sum() < HISTORY // 2:
         reach *= 4
         tracks = read_tracks(run, max(0, first - reach), last, attempt)
-    scores = Scores(tracks.series, tracks.hashed)
+    scores = Scores(tracks.series, tracks.hashed, PATIENCE)
     score_SP = np.full(tracks.values_SP.shape, np.nan)
     at_place = np.full((len(tracks.step_S), len(scores.places)), np.nan)
     for i, values in enumerate(tracks.values_SP):
