@@ -24,37 +24,37 @@ def sampled_at(record: Record, table: str, step: int) -> int | None:
     return None
 
 
+def sampled_near(record: Record, table: str, step: int) -> int | None:
+    """The first step from `step` on at which the table has rows, so that what happened at it shows; else the newest."""
+    after = record.run.read_arrow(table, ["step"], steps=(step, step + _NEAR))["step"]
+    return int(after[0].as_py()) if len(after) else sampled_at(record, table, step)
+
+
 def matrices(record: Record, layer: int, site: str, step: int) -> tuple[int, dict[str, np.ndarray]] | None:
     """(step, map → token-mean matrix) of one site."""
-    found = _maps_at(record, step)
-    if found is None:
+    at = record.memo(("matrices at", step), lambda: sampled_at(record, "matrices", step))
+    if at is None:
         return None
-    at, maps = found
+    maps = _maps_at(record, at)
     mine = {name: m for (where, name), m in maps.items() if where == (layer, SITES.index(site))}
     return (at, mine) if mine else None
 
 
-def composites(record: Record, layer: int, step: int) -> tuple[int, list[tuple[str, np.ndarray]]] | None:
-    """(step, [(name, N×N)]): the maps of a layer's sites, and the product of all maps from the first site to it."""
-    found = _maps_at(record, step)
-    if found is None:
-        return None
-    at, maps = found
+def composites(record: Record, layer: int, at: int) -> list[tuple[str, np.ndarray]]:
+    """(name, N×N) at a sampled step: the maps of a layer's sites, and the product of all from the first site to it."""
+    maps = _maps_at(record, at)
     sites = sorted(where for where, name in maps if name == "res" and where[0] <= layer)
     own = [(row_name(s), maps[s, "res"]) for s in sites if s[0] == layer]
     if not own:
-        return None
+        return []
     product = reduce(lambda so_far, s: maps[s, "res"] @ so_far, sites[1:], maps[sites[0], "res"])
-    return at, [*own, (f"{row_name(sites[0])} → {row_name(sites[-1])}", product)]
+    return [*own, (f"{row_name(sites[0])} → {row_name(sites[-1])}", product)]
 
 
-def traced(record: Record, step: int) -> tuple[int, list[Trajectory]] | None:
-    """(step, the traced tokens), each with its way through the sites in static order."""
-    at = record.memo(("tokens at", step), lambda: sampled_at(record, "tokens", step))
-    if at is None:
-        return None
+def traced(record: Record, at: int) -> list[Trajectory]:
+    """The traced tokens at a sampled step, each with its way through the sites in static order."""
     rows = record.memo(("tokens", at), lambda: record.run.read_arrow("tokens", steps=(at, at + 1)))
-    return at, _trajectories(rows)
+    return _trajectories(rows)
 
 
 def _trajectories(rows: pa.Table) -> list[Trajectory]:
@@ -77,12 +77,18 @@ def _trajectories(rows: pa.Table) -> list[Trajectory]:
     return out
 
 
-def _maps_at(record: Record, step: int) -> tuple[int, dict[tuple[tuple[int, int], str], np.ndarray]] | None:
-    """(step, ((layer, site index), map) → matrix), ranks averaged."""
-    at = record.memo(("matrices at", step), lambda: sampled_at(record, "matrices", step))
-    if at is None:
-        return None
-    return record.memo(("maps", at), lambda: (at, _all_maps(record, at)))
+def before_and_near(record: Record, table: str, before: int, step: int) -> list[tuple[str, int]]:
+    """(what to call it, sampled step): the newest sample before `before`, where there is one, and one near `step`."""
+    key = ("around", table, before, step)
+    near = record.memo((*key, "near"), lambda: sampled_near(record, table, step))
+    past = record.memo((*key, "past"), lambda: sampled_at(record, table, before - 1) if before > 0 else None)
+    out = [("before", past)] if past is not None and near is not None and past < near else []
+    return [*out, ("at the cell", near)] if near is not None else []
+
+
+def _maps_at(record: Record, at: int) -> dict[tuple[tuple[int, int], str], np.ndarray]:
+    """((layer, site index), map) → matrix at a sampled step, ranks averaged."""
+    return record.memo(("maps", at), lambda: _all_maps(record, at))
 
 
 def _all_maps(record: Record, at: int) -> dict[tuple[tuple[int, int], str], np.ndarray]:

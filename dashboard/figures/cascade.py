@@ -128,30 +128,29 @@ def _loss(fig: go.Figure, scene: Scene, near: np.ndarray, place: Place, look: Lo
 
 
 def _map(fig: go.Figure, scene: Scene, stage: int, place: Place, look: Look) -> None:
-    n, names = f"y{stage + 1}", [str(k) for k in place.layers] or [""]
     name, what = STAGES[stage]
-    ticks = names[:: max(1, -(-len(names) // 8))]
-    fig.update_layout({
-        f"yaxis{stage + 1}": axis(
-            look, "layer", domain=place.domains[stage], type="category", autorange=False, anchor="x", showgrid=False,
-            range=[len(names) - 0.5, -0.5], tickvals=ticks, ticks="", categoryorder="array", categoryarray=names,
-        )
-    })  # fmt: skip
     _title(fig, place, stage, f"<b>{stage} · {name}</b>  {_soft(what, look)}", look)
-    score_LS = scene.stages.scores[stage - 1]
-    if not np.isfinite(score_LS).any():
-        middle = sum(place.domains[stage]) / 2
-        fig.add_annotation(
-            text=scene.missing.get(stage, "Nothing of this stage was recorded here."), x=0.5, y=middle, xref="paper",
-            yref="paper", showarrow=False, font={"size": 13, "color": look.soft},
-        )  # fmt: skip
+    names = [str(k) for k in place.layers]
     rows = tuple((int(k), 1) for k in place.layers)
-    grid = Grid(METRICS["steps", f"stage{stage}_score"], rows, scene.stages.steps, score_LS)
-    columns = binned(grid)
-    left = float(columns.left_B[0]) if len(columns.left_B) else 0.0
+    score_LS = scene.stages.scores[stage - 1]
+    columns = binned(Grid(METRICS["steps", f"stage{stage}_score"], rows, scene.stages.steps, score_LS))
+    seen = len(columns.left_B) > 0
+    kind: dict[str, Any] = {"range": [0, 1], "tickvals": []}  # categories that nothing is drawn at would be none
+    if seen:
+        kind = {"type": "category", "categoryorder": "array", "categoryarray": names}
+        kind |= {"range": [len(names) - 0.5, -0.5], "tickvals": names[:: max(1, -(-len(names) // 8))]}
+    shape = {"domain": place.domains[stage], "autorange": False, "anchor": "x", "showgrid": False, "ticks": ""}
+    fig.update_layout({f"yaxis{stage + 1}": axis(look, "layer", **shape, **kind)})
+    if not seen:
+        fig.add_annotation(
+            text=scene.missing.get(stage, "Nothing of this stage was recorded here."), x=0.5, xref="paper",
+            y=sum(place.domains[stage]) / 2, yref="paper", showarrow=False, font={"size": 13, "color": look.soft},
+        )  # fmt: skip
+        fig.add_scatter(x=[None], y=[None], yaxis=f"y{stage + 1}", hoverinfo="skip")  # keeps the axis, and its turn
+        return
     fig.add_heatmap(
-        z=z_shade(columns.values_RB), customdata=columns.values_RB, x0=left + (columns.width - 1) / 2, dx=columns.width,
-        y=names[: len(rows)], yaxis=n, coloraxis="coloraxis", hoverongaps=False, name=f"stage {stage}",
+        z=z_shade(columns.values_RB), customdata=columns.values_RB, x0=float(columns.left_B[0]) + (columns.width - 1) / 2, dx=columns.width,
+        y=names, yaxis=f"y{stage + 1}", coloraxis="coloraxis", hoverongaps=False, name=f"stage {stage}",
         hovertemplate=f"<b>layer %{{y}}</b> · step %{{x:,.0f}}<br>{name} %{{customdata:.1f}} robust z<extra></extra>",
     )  # fmt: skip
 

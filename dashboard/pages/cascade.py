@@ -22,7 +22,7 @@ from geodiag.dashboard.figures.trajectory import trajectories
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import card, graph
 from geodiag.dashboard.record import Record
-from geodiag.dashboard.samples import composites, traced
+from geodiag.dashboard.samples import before_and_near, composites, traced
 from geodiag.dashboard.steer import steer
 from geodiag.dashboard.table import table
 from geodiag.dashboard.view import View
@@ -30,8 +30,8 @@ from geodiag.dashboard.words import number, percent, whole
 
 NAME, TITLE = "cascade", "Cascade"
 
-_HOW_MAPS = "No residual maps on record up to this step."
-_HOW_TOKENS = "No traced tokens on record up to this step."
+_NO_MAPS = "No residual maps on record here."
+_NO_TOKENS = "No traced tokens on record here."
 _PICTURE = (
     "Each map is one stage: a row is a layer, the first on top; a column is a step; the colour says how far the layer "
     "stands from its own past. Rings mark where a stage left its range, the line leads from the origin to the loss. "
@@ -189,25 +189,20 @@ def _experts(record: Record, view: View, look: Look) -> go.Figure:
 
 def _maps(record: Record, view: View, look: Look) -> go.Figure:
     cell, _, found = _at(record, view)
-    rows = []
-    if cell is not None:
-        now = composites(record, cell.layer, cell.step)
-        before = composites(record, cell.layer, max(0, _before(found, cell) - 1))
-        if before and now and before[0] < now[0]:
-            rows.append((f"before, at step {whole(before[0])}", [Tile(*t) for t in before[1]]))
-        if now:
-            rows.append((f"at step {whole(now[0])}", [Tile(*t) for t in now[1]]))
-    return maps(rows, look, _HOW_MAPS)
+    if cell is None:
+        return empty(_NO_MAPS, look, 120)
+    there = before_and_near(record, "matrices", _before(found, cell), cell.step)
+    groups = [(f"{n}, step {whole(at)}", [Tile(*t) for t in composites(record, cell.layer, at)]) for n, at in there]
+    return maps(groups, look, _NO_MAPS)
 
 
 def _tokens(record: Record, view: View, look: Look) -> go.Figure:
     cell, _, found = _at(record, view)
     if cell is None:
-        return empty(_HOW_TOKENS, look, 120)
-    now = traced(record, cell.step)
-    before = traced(record, max(0, _before(found, cell) - 1))
-    usual = before[1] if before and now and before[0] < now[0] else []
-    return trajectories(now[1] if now else [], usual, look, _HOW_TOKENS)
+        return empty(_NO_TOKENS, look, 120)
+    there = before_and_near(record, "tokens", _before(found, cell), cell.step)
+    usual = traced(record, there[0][1]) if len(there) == 2 else []
+    return trajectories(traced(record, there[-1][1]) if there else [], usual, look, _NO_TOKENS)
 
 
 def _before(found: Cascade | None, cell: Cell) -> int:
