@@ -1,12 +1,13 @@
 """One instrumented training of a reference model: what `geodiag train` and `geodiag demo` run."""
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geodiag.cli.options import Options
 from geodiag.cli.ranks import Place
 from geodiag.errors import GeodiagError
 
@@ -15,40 +16,13 @@ if TYPE_CHECKING:
 
     from geodiag.hooks.monitor import Monitor
     from geodiag.hooks.observer import Observation
-    from geodiag.reference_models.data import Batch
+    from geodiag.hooks.snapshots import Snapshots
+    from geodiag.reference_models.data import Batch, Loader
 
 PROBE_STEP = 1 << 30
 """The probe batch is the batch of a step that no training reaches."""
 _STATES = 3
 """A weight, its gradient and its momentum: the least that a parameter takes while it trains."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a training is asked to be; recorded in the run's manifest."""
-
-    residual: str = "mhc"
-    size: str = "tiny"
-    data: str = "stdlib"
-    steps: int = 300
-    seed: int = 0
-    device: str = "auto"
-    kernels: str = "auto"
-    routing: str = "off"
-    delay: int = 8
-    period: int = 50
-    cooldown: int = 100
-    inject: tuple[str, ...] = ()
-    run: Path = field(default_factory=lambda: Path("runs/run"))
-    lr: float | None = None
-    sequences: int = 8
-    micro_batches: int = 1
-    clamp: float | None = 10.0
-    recompute: str | None = None
-    """None for what the size does by itself."""
-    probe_every: int = 10
-    every: int = 1
-    parallel: str = "ddp"
 
 
 class Training:
@@ -63,10 +37,9 @@ class Training:
 
         from geodiag.files import Folder
         from geodiag.hooks.adapters import find_layout
-        from geodiag.hooks.anticipatory import AnticipatoryRouting
         from geodiag.hooks.attach import attach
         from geodiag.hooks.faults import Fault, Faults
-        from geodiag.hooks.policy import Policy
+        from geodiag.hooks.rerouting import rerouting
         from geodiag.reference_models.train import Trainer
         from geodiag.run import looks_like_a_run
 
@@ -81,7 +54,8 @@ class Training:
             )
         if self.place.world > 1 and options.parallel == "fsdp" and any(f.kind == "grad-scale" for f in planned):
             raise GeodiagError("grad-scale cannot be planted in sharded weights; pass --parallel ddp")
-        if looks_like_a_run(Folder.of(options.run)):
+        policy = options.policy()
+        if not options.resume and looks_like_a_run(Folder.of(options.run)):
             raise GeodiagError(f"{options.run} already holds a run; pass another --run, or move it away")
         self.device = _device(options.device)
         share = self.place.share(options.sequences, options.micro_batches)
@@ -92,18 +66,24 @@ class Training:
         self.loader = _loader(corpus, options, model_config.sequence)
         # Before the run directory is made: a fault that cannot be planted leaves nothing behind.
         self.faults = Faults(planned, find_layout(self.model), self._tell)
-        self.routing = AnticipatoryRouting(
+        self.routing = rerouting(
+            options.routing_mode,
             self.model,
             options.delay,
-            forward=lambda model, batch: model(batch.token_ids_BS),
+            forward=lambda model, batch: model(self._to_device(batch).token_ids_BS),
             micro_batches=options.micro_batches,
         )
+        self.snapshots = _snapshots(options, self.model, self.trainer)
+        if self.snapshots is not None:
+            self.snapshots.lasting["faults"] = self.faults
         self.monitor: Monitor = attach(
             self.model,
             self.trainer.optimizers,
             options.run,
             routing=self.routing,
-            policy=Policy(mode=options.routing, period=options.period, cooldown=options.cooldown),  # type: ignore[arg-type]
+            policy=policy,
+            snapshots=self.snapshots,
+            resume=options.resume,
             probe=(self._to_device(self.place.mine(self.loader.batch(PROBE_STEP))).token_ids_BS,),
             probe_every=options.probe_every,
             every=options.every,
@@ -117,18 +97,17 @@ class Training:
         import torch
 
         try:
-            with closing(self._micro_batches()) as data:
+            with closing(_Data(self.loader, self._parts)) as data:
                 yield from self._trained(data)
         except torch.OutOfMemoryError:
             fix = "pass fewer --sequences, or more --micro-batches"
             raise GeodiagError(f"out of memory on {self.device} at step {self.trainer.steps_done}; {fix}") from None
 
-    def _trained(self, data: Iterator["Batch"]) -> Iterator["Observation | None"]:
-        for batch in self.routing.batches(data):
+    def _trained(self, data: "_Data") -> Iterator["Observation | None"]:
+        for batch in self.monitor.batches(data):
             if self.trainer.first:
-                self.faults.before_step(self.trainer.steps_done)
-                self.trainer.lr_scale = self.faults.lr_scale
-            self.trainer.accumulate(batch)
+                self._plant(self.trainer.steps_done)
+            self.trainer.accumulate(self._to_device(batch))
             if not self.trainer.ready:
                 continue
             done = self.trainer.update()
@@ -147,15 +126,45 @@ class Training:
     def _tell(self, kind: str, message: str, **more: Any) -> None:
         self.monitor.event(kind, message, **more)
 
-    def _micro_batches(self) -> Generator["Batch"]:
-        for batch in self.loader:
-            # Before routing sees them: ids are captured for the tokens that will be trained on.
-            tokens = self.faults.batch(batch.step, batch.token_ids_BS, self.model.config.vocab)
-            for part in self.place.mine(batch._replace(token_ids_BS=tokens)).split(self.options.micro_batches):
-                yield self._to_device(part)
+    def _plant(self, step: int) -> None:
+        if self.snapshots is not None and any(f.step == step for f in self.faults.faults):
+            self.snapshots.settle()  # a fault changes weights that may still be being copied
+        self.faults.before_step(step)
+        self.trainer.lr_scale = self.faults.lr_scale
+
+    def _parts(self, batch: "Batch") -> list["Batch"]:
+        """A step's micro-batches, as they are before routing sees them: ids are captured for what is trained on."""
+        tokens = self.faults.batch(batch.step, batch.token_ids_BS, self.model.config.vocab)
+        return self.place.mine(batch._replace(token_ids_BS=tokens)).split(self.options.micro_batches)
 
     def _to_device(self, batch: "Batch") -> "Batch":
         return batch if self.device.type == "cpu" else batch.to(self.device)
+
+
+class _Data:
+    """The loader's batches in micro-batches; where it stands is where the loader does, between steps."""
+
+    def __init__(self, loader: "Loader", parts: Callable[["Batch"], list["Batch"]]) -> None:
+        self._loader, self._parts = loader, parts
+        self._making: Generator[Batch] | None = None
+
+    def __iter__(self) -> Iterator["Batch"]:
+        self._making = self._micro_batches()
+        return self._making
+
+    def _micro_batches(self) -> Generator["Batch"]:
+        for batch in self._loader:
+            yield from self._parts(batch)
+
+    def close(self) -> None:
+        if self._making is not None:
+            self._making.close()
+
+    def state_dict(self) -> dict[str, int]:
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._loader.load_state_dict(state)
 
 
 def _device(name: str) -> "torch.device":
@@ -240,9 +249,24 @@ def _loader(corpus: Any, options: Options, sequence: int) -> Any:
         raise GeodiagError(f"{options.data}: {e}") from None
 
 
+def _snapshots(options: Options, model: Any, trainer: Any) -> "Snapshots | None":
+    """What a rollback or a resume needs, if the options ask for either."""
+    from geodiag.hooks.snapshots import Snapshots
+
+    if options.rollback == "none":
+        return None
+    budget = None if options.snapshot_bytes is None else int(options.snapshot_bytes)
+    where: Any = options.rollback
+    try:
+        things = (model, trainer.optimizers, trainer.progress)
+        return Snapshots(*things, every=options.snapshot_every, where=where, max_bytes=budget)
+    except ValueError as e:
+        raise GeodiagError(str(e)) from None
+
+
 def _recorded(options: Options, model: Any, train: Any, corpus: Any) -> dict[str, Any]:
     return {
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
+        "options": options.recorded(),
         "model": asdict(model),
         "train": asdict(train),
         "data": {"domains": {d: len(t) for d, t in corpus.domains.items()}, "vocab": corpus.vocab},

@@ -69,11 +69,13 @@ def _live(training: "Training") -> None:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("starting", total=training.options.steps)
         for seen in training.steps():
-            progress.update(task, advance=1, description=in_words(seen, training.routing.mode))
+            done = training.trainer.steps_done  # which a rollback sets back
+            progress.update(task, completed=done, description=in_words(seen, training.routing.mode))
 
 
 def _plain(training: "Training") -> None:
     total = training.options.steps
-    for done, seen in enumerate(training.steps(), 1):
+    for seen in training.steps():
+        done = training.trainer.steps_done
         if done == total or done % max(total // 20, 1) == 0:
             print(f"step {done}/{total}  {in_words(seen, training.routing.mode)}", file=sys.stderr, flush=True)

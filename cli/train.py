@@ -15,13 +15,23 @@ Size = Literal["tiny", "small", "3b", "9b", "27b"]
 
 _INJECT = "Plant a fault, KIND@STEP[:LAYER][=MAGNITUDE]; may be given several times. Kinds: docs/faults.md."
 _DATA = "stdlib (the interpreter's own library), a folder, a text file, or a .bin of uint16/uint32 tokens."
-_ROUTING = "Anticipatory routing: off only records what it would do, auto answers spikes, on stays on."
+_ROUTING = "off only records what would be done, auto intervenes, on keeps anticipatory routing on."
+_MODE = "anticipatory: all weights of Δ steps ago choose the experts; router-lag: only the router's, which is cheap."
+_ON = "What auto answers, with commas: spike, warning, schedule:START-END."
+_ACTIONS = (
+    "What auto does, with commas: rollback, skip-batch, route, lower-lr=FACTOR, clamp=LIMIT.  "
+    "[default: route, and rollback with --rollback]"
+)
+_ROLLBACK = "Where snapshots are kept to go back to; from disk, a killed training can also be resumed."
+_BYTES = "Budget of all snapshots in bytes, e.g. 64e9.  [default: half of what is free]"
+_RESUME = "Go on with a training that ended or was killed, from its newest snapshot on disk."
 
 _RUN = "Run directory; torchrun takes --run for its own, so write --run-dir.  [default: runs/SIZE-RESIDUAL-TIME]"
 _PARALLEL = "Under torchrun: ddp (whole weights on each rank) or fsdp (weights spread over the ranks)."
 
 
 def train(
+    ctx: typer.Context,
     residual: Annotated[Literal["plain", "hc", "mhc"], typer.Option(help="Residual connections.")] = "mhc",
     size: Annotated[Size, typer.Option(help="Model size.")] = "tiny",
     data: Annotated[str, typer.Option(help=_DATA)] = "stdlib",
@@ -31,8 +41,15 @@ def train(
     kernels: Annotated[Literal["auto", "reference", "triton"], typer.Option(help="Which kernels run.")] = "auto",
     routing: Annotated[Literal["off", "auto", "on"], typer.Option(help=_ROUTING)] = "off",
     delay: Annotated[int, typer.Option(min=0, max=64, help="Δ of anticipatory routing, in steps.")] = 8,
-    period: Annotated[int, typer.Option(min=1, help="Steps that routing stays on after a spike.")] = 50,
-    cooldown: Annotated[int, typer.Option(min=0, help="Steps after that in which no new period begins.")] = 100,
+    routing_mode: Annotated[Literal["anticipatory", "router-lag"], typer.Option(help=_MODE)] = "anticipatory",
+    on: Annotated[str, typer.Option(help=_ON)] = "spike",
+    actions: Annotated[str | None, typer.Option(help=_ACTIONS, show_default=False)] = None,
+    period: Annotated[int, typer.Option(min=1, help="Steps that an intervention lasts, after the warm-up.")] = 50,
+    cooldown: Annotated[int, typer.Option(min=0, help="Steps after that in which no new one begins.")] = 100,
+    budget: Annotated[int, typer.Option(min=0, help="Interventions allowed in a run.")] = 8,
+    rollback: Annotated[Literal["none", "memory", "disk"], typer.Option(help=_ROLLBACK)] = "none",
+    snapshot_every: Annotated[int, typer.Option(min=1, help="Steps between snapshots.")] = 25,
+    snapshot_bytes: Annotated[float | None, typer.Option(min=1, help=_BYTES, show_default=False)] = None,
     inject: Annotated[list[str] | None, typer.Option(help=_INJECT, show_default=False)] = None,
     run: Annotated[Path | None, typer.Option("--run", "--run-dir", help=_RUN)] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.  [default: 0.003]", show_default=False)] = None,
@@ -45,38 +62,31 @@ def train(
     parallel: Annotated[Parallel, typer.Option(help=_PARALLEL)] = "ddp",
     every: Annotated[int, typer.Option(min=1, help="Steps between samples of the layers.")] = 1,
     probe_every: Annotated[int, typer.Option(min=1, help="Steps between probes of flips and weight spectra.")] = 10,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help=_RESUME, show_default=False)] = None,
 ) -> None:
     """Train a reference model, instrumented: every step is recorded in the run directory."""
-    from geodiag.cli.loop import Options, Training
+    from geodiag.cli.loop import Training
+    from geodiag.cli.options import Options, resumed
     from geodiag.cli.progress import watch
 
-    options = Options(
-        residual=residual,
-        size=size,
-        data=data,
-        steps=steps,
-        seed=seed,
-        device=device,
-        kernels=kernels,
-        routing=routing,
-        delay=delay,
-        period=period,
-        cooldown=cooldown,
-        inject=tuple(inject or ()),
-        run=run or Path("runs") / f"{size}-{residual}-{datetime.now():%Y%m%d-%H%M%S}",
-        lr=lr,
-        sequences=sequences,
-        micro_batches=micro_batches,
-        clamp=clamp or None,
-        recompute=recompute,
-        parallel=parallel,
-        every=every,
-        probe_every=probe_every,
-    )
+    asked = {k: v for k, v in ctx.params.items() if k != "resume"}
+    asked |= {"inject": tuple(inject or ()), "clamp": clamp or None}
+    if resume is None:
+        asked["run"] = run or Path("runs") / f"{size}-{residual}-{datetime.now():%Y%m%d-%H%M%S}"
+        options = Options(**asked)
+    else:
+        given = {k: v for k, v in asked.items() if _said(ctx, k)}
+        options = resumed(resume, given)
     training = Training(options)
     watch(training)
     if training.place.rank == 0:
         _verdict(training)
+
+
+def _said(ctx: typer.Context, name: str) -> bool:
+    """Whether somebody wrote the option, even if with its default."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _verdict(training: "Training") -> None:

@@ -138,7 +138,8 @@ class Controller:
 
     def _at_the_end(self, step: int, active: bool) -> Decision | None:
         policy = self.policy
-        if self.until is None or step < self.until:
+        back = self.lingering and not active
+        if self.until is None or (step < self.until and not back):
             return None
         if active and not self.lingering:
             over = f"the period of {policy.period} steps is over, but the loss is not back in its range"

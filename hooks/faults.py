@@ -150,6 +150,15 @@ class Faults:
         generator = torch.Generator().manual_seed(step)
         return torch.randint(vocab, token_ids.shape, generator=generator).to(token_ids)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Which faults are still to come, or to go on."""
+        left = [*self._coming, *(fault for fault, _ in self._under_way)]
+        return {"left": [self.faults.index(f) for f in left]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """For a training that goes on in another process, with the same faults."""
+        self._coming = [f for i, f in enumerate(self.faults) if i in state["left"]]
+
     def remove(self) -> None:
         """Takes back what would still last; what was done to a weight stays."""
         for _, handles in self._under_way:

@@ -2,7 +2,9 @@
 
 import re
 import shutil
+import warnings
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,18 @@ from geodiag.hooks.arena import Arena
 from geodiag.hooks.worker import Worker
 
 _REST = "geodiag"
-"""The entry beside the tensors: the tree that they belong in, and what was put aside."""
+_NO_DIST = "torch.distributed is disabled, unavailable or uninitialized"
+"""A warning of torch's about just what is wanted: one process reads and writes its own snapshots."""
 _NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What is kept beside the tensors, whose `names` are in their order."""
+
+    tree: Any
+    aside: dict[str, Any]
+    names: list[str]
 
 
 def snapshots_in(run: Path, rank: int = 0) -> list[int]:
@@ -36,6 +48,7 @@ class Shelf:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        warnings.filterwarnings("ignore", _NO_DIST)
         folder.mkdir(parents=True, exist_ok=True)
         for half in folder.glob(".step-*"):
             shutil.rmtree(half)  # a process was killed while it wrote
@@ -59,7 +72,7 @@ class Shelf:
     def _busy(self) -> bool:
         return self._under_way is not None and not self._under_way.done()
 
-    def put(self, step: int, rest: dict[str, Any], tensors: dict[str, Tensor], arena: Arena) -> None:
+    def put(self, step: int, tree: Any, aside: dict[str, Any], tensors: dict[str, Tensor], arena: Arena) -> None:
         """Writes in a thread. `tensors` are the arena's, which is left alone until the shelf is `free` again."""
 
         def write() -> None:
@@ -68,7 +81,8 @@ class Shelf:
             shutil.rmtree(half, ignore_errors=True)
             try:
                 writer = FileSystemWriter(half, thread_count=4)
-                dcp.save({**tensors, _REST: rest | {"names": list(tensors)}}, storage_writer=writer, no_dist=True)
+                state = {**tensors, _REST: Rest(tree, aside, list(tensors))}
+                dcp.save(state, storage_writer=writer, no_dist=True)
                 half.rename(self.folder / f"step-{step:08d}")
             except BaseException:
                 shutil.rmtree(half, ignore_errors=True)  # half a snapshot would hold the space that is missing
@@ -76,7 +90,7 @@ class Shelf:
 
         self._last, self._under_way = step, self._writer.submit(write)
 
-    def take(self, step: int) -> tuple[dict[str, Any], list[Tensor]]:
+    def take(self, step: int) -> tuple[Rest, list[Tensor]]:
         """What was put there, tensors in host memory."""
         self.wait()
         reader = FileSystemReader(self.folder / f"step-{step:08d}")
@@ -87,7 +101,7 @@ class Shelf:
         }
         dcp.load(state, storage_reader=reader, no_dist=True)
         rest = state.pop(_REST)
-        return rest, [state[name] for name in rest["names"]]
+        return rest, [state[name] for name in rest.names]
 
     def room_for(self, left: int) -> None:
         """Only the newest `left` stay."""

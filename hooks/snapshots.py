@@ -113,7 +113,7 @@ class Snapshots:
         taken = _Snapshot(step, tree, arena, aside)
         self._taken.append(taken)
         if self._shelf is not None:
-            self._shelf.put(step, {"tree": tree, "aside": aside}, dict(zip(names, arena.tensors, strict=True)), arena)
+            self._shelf.put(step, tree, aside, dict(zip(names, arena.tensors, strict=True)), arena)
         return True
 
     def _buffers(self) -> set[str]:
@@ -164,7 +164,7 @@ class Snapshots:
             tree, tensors, aside = taken.tree, taken.arena.tensors, taken.aside
         elif self._shelf is not None and step in self._shelf.steps():
             kept, tensors = self._shelf.take(step)
-            tree, aside = kept["tree"], kept["aside"]
+            tree, aside = kept.tree, kept.aside
         else:
             raise KeyError(f"no snapshot of step {step}; there are {', '.join(map(str, self.steps)) or 'none'}")
         saved = put_together(tree, tensors)

@@ -82,7 +82,7 @@ def put_back(thing: Any, saved: Any) -> None:
             for name, value in values.items():
                 group[name] = _in_place(group.get(name), value)
     else:
-        thing.load_state_dict(copy.deepcopy(saved))
+        thing.load_state_dict(_owned(saved))
 
 
 def _put_back_state(optimizer: Optimizer, parameter: Tensor, saved: dict[str, Any]) -> None:
@@ -157,6 +157,17 @@ def _apart(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {k: _apart(v, f"{path}.{k}" if path else str(k), tensors) for k, v in node.items()}
     if type(node) in (list, tuple):
         return type(node)(_apart(v, f"{path}.{i}", tensors) for i, v in enumerate(node))
+    return copy.deepcopy(node)
+
+
+def _owned(node: Any) -> Any:
+    """A copy that shares nothing. `deepcopy` would copy all the memory that a tensor is a view of."""
+    if isinstance(node, Tensor):
+        return node.clone()
+    if isinstance(node, dict):
+        return {k: _owned(v) for k, v in node.items()}
+    if type(node) in (list, tuple):
+        return type(node)(_owned(v) for v in node)
     return copy.deepcopy(node)
 
 

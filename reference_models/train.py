@@ -78,6 +78,19 @@ def optimizers_of(model: Transformer, config: TrainConfig) -> list[torch.optim.O
     ]
 
 
+class Progress:
+    """How far a training is: beside weights and optimizers, all that a resume needs."""
+
+    def __init__(self) -> None:
+        self.steps_done = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps_done": self.steps_done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.steps_done = state["steps_done"]
+
+
 class Trainer:
     """Owns the optimizers. A step is `accumulate` of every micro-batch, then `update`.
 
@@ -91,7 +104,7 @@ class Trainer:
         self.model, self.config = model, config
         self.forward = forward or model
         self.optimizers = optimizers_of(model, config)
-        self.steps_done = 0
+        self.progress = Progress()
         self.lr_scale = 1.0
         """Factor on the schedule's learning rate."""
         self._losses: list[Tensor] = []
@@ -108,6 +121,10 @@ class Trainer:
             self._load_LE = load_LE if self._load_LE is None else self._load_LE + load_LE
         self._losses.append(loss.token)
         self._tokens += batch.token_ids_BS.numel()
+
+    @property
+    def steps_done(self) -> int:
+        return self.progress.steps_done
 
     @property
     def ready(self) -> bool:
@@ -133,7 +150,7 @@ class Trainer:
             optimizer.zero_grad()
         self._balance()
         result = StepResult(torch.stack(self._losses).mean(), norm, lr, self._tokens)
-        self.steps_done += 1
+        self.progress.steps_done += 1
         self._losses, self._load_LE, self._tokens = [], None, 0
         return result
 
@@ -156,11 +173,11 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
-            "steps_done": self.steps_done,
+            "progress": self.progress.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.steps_done = state["steps_done"]
+        self.progress.load_state_dict(state["progress"])

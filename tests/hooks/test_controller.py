@@ -166,3 +166,159 @@ def test_wrong_settings_are_refused(wrong: dict) -> None:
         Policy(**wrong)
     with pytest.raises(ValueError, match="not 'maybe'"):
         Controller().ask("maybe", 0)
+
+
+# -- going back ----------------------------------------------------------------------------
+
+
+def back(**changes: Any) -> Controller:
+    return auto(**({"actions": "rollback,route"} | changes))
+
+
+def at(controller: Controller, step: int, verdict: Verdict, *snapshots: int) -> Decision:
+    decision = controller.decide(step, verdict, None, snapshots)
+    assert decision is not None
+    return decision
+
+
+def test_training_goes_back_to_the_newest_snapshot_from_strictly_before_the_onset() -> None:
+    """The onset is 48: the state before step 48 would only see it again."""
+    only = {"actions": "rollback"}
+    assert at(back(**only), 50, raised(50), 30, 40).restore == 40
+    assert at(back(**only), 50, raised(50), 30, 40, 48).restore == 40
+    assert at(back(**only), 50, raised(50), 30, 40, 47, 50).restore == 47
+
+
+def test_with_routing_the_snapshot_is_old_enough_for_the_warm_up_where_one_is() -> None:
+    assert at(back(), 50, raised(50), 30, 45, 47).restore == 45, "the warm-up of 3 steps ends with the onset"
+    assert at(back(), 50, raised(50), 47).restore == 47
+
+
+def test_a_period_after_going_back_counts_from_there() -> None:
+    controller = back()
+    decision = at(controller, 50, raised(50), 40)
+    assert decision.reason == (
+        "spike raised at step 50 (onset 48, 9.0 σ): back to the snapshot of step 40, on for 10 steps after 3 of warm-up"
+    )
+    assert (decision.action, decision.actions, decision.acted) == ("enable", ("route",), True)
+    assert short(drive(controller, 90, {}, start=40)) == {52: "disable"}
+
+
+def test_without_a_snapshot_from_before_it_the_rest_is_done() -> None:
+    decision = at(back(), 50, raised(50), 48, 50)
+    assert decision.restore is None
+    assert "no snapshot from before it is kept, so no way back, on for 10 steps" in decision.reason
+    assert decision.actions == ("route",)
+
+
+def test_rollback_alone_goes_back_once_and_then_lets_the_cooldown_pass() -> None:
+    """The same batches lead to the same place: going there for ever would help nobody."""
+    controller = back(actions="rollback")
+    first = at(controller, 50, raised(50), 40)
+    assert (first.restore, first.actions, first.action) == (40, (), "none")
+    again = at(controller, 50, raised(50), 30, 40)
+    assert again.restore is None
+    assert "rests until step 59 (cooldown)" in again.reason
+    assert at(controller, 80, raised(80), 70).restore == 70
+
+
+def test_where_going_back_did_not_help_it_goes_to_the_snapshot_before() -> None:
+    controller = back(actions="rollback", cooldown=0)
+    assert at(controller, 50, raised(50), 30, 40).restore == 40
+    assert at(controller, 50, raised(50), 30, 40).restore == 30
+    assert at(controller, 50, raised(50), 30).restore == 30, "there is none before that"
+    assert at(controller, 90, raised(90), 30, 80).restore == 80, "another place"
+
+
+def test_an_outlier_never_goes_back() -> None:
+    assert back(cooldown=0).decide(50, raised(50, "outlier"), None, [40]) is None
+
+
+def test_a_loss_that_is_not_finite_goes_back_even_while_resting() -> None:
+    controller = back()
+    controller.resting_until = 1000
+    decision = at(controller, 50, raised(50, "nonfinite"), 40)
+    assert decision.restore == 40
+    assert decision.reason.startswith("the loss is not finite since step 48: back to the snapshot of step 40")
+    spent = back(budget=0)
+    assert "the budget of 0 activations is used up" in at(spent, 50, raised(50, "nonfinite"), 40).reason
+    nothing = at(back(), 50, raised(50, "nonfinite"))
+    assert not nothing.acted
+    assert "no snapshot from before it is kept; restart from a checkpoint" in nothing.reason
+
+
+def test_on_goes_back_too_and_routing_stays() -> None:
+    controller = back(mode="on")
+    decision = at(controller, 50, raised(50), 40)
+    assert (decision.restore, decision.actions) == (40, ())
+    assert drive(controller, 200, {}, start=40) == {}
+
+
+def test_off_says_where_it_would_have_gone_back_to_and_counts_from_where_it_is() -> None:
+    controller = back(mode="off")
+    decision = at(controller, 50, raised(50), 40)
+    assert decision.reason.startswith("would have acted: spike raised at step 50")
+    assert not decision.acted
+    assert short(drive(controller, 90, {}, start=51)) == {63: "disable"}
+
+
+def test_one_period_goes_back_once_unless_it_began_otherwise() -> None:
+    controller = back(on="spike,warning")
+    assert at_warning(controller, 45).actions == ("route",)
+    assert at(controller, 50, raised(50), 40).restore == 40, "the warning had nothing to undo"
+    decision = at(controller, 51, raised(51), 40)
+    assert decision.restore is None
+    assert "while the period was running" in decision.reason
+
+
+def test_a_rollback_that_failed_leaves_a_whole_period() -> None:
+    controller = back()
+    at(controller, 50, raised(50), 40)
+    controller.stay(50)
+    assert short(drive(controller, 90, {}, start=51)) == {63: "disable"}
+
+
+# -- warnings, schedules, and the end of a period ------------------------------------------
+
+
+def at_warning(controller: Controller, step: int) -> Decision:
+    decision = controller.decide(step, CALM, "flips in layer 3", [step - 5])
+    assert decision is not None
+    return decision
+
+
+def test_a_warning_starts_a_period_and_never_goes_back() -> None:
+    controller = back(on="warning")
+    decision = at_warning(controller, 50)
+    assert (decision.action, decision.restore) == ("enable", None)
+    assert decision.reason == "early warning at step 50 (flips in layer 3): on for 10 steps after 3 of warm-up"
+    assert short(drive(controller, 90, {60: raised(60)}, start=51)) == {63: "disable"}, "spikes are not acted on"
+    assert back().decide(50, CALM, "flips in layer 3", [45]) is None, "the twin: nobody asked for warnings"
+
+
+def test_a_schedule_is_kept_to_the_step() -> None:
+    controller = auto(on="schedule:10-20,schedule:40-45")
+    said = drive(controller, 60, {12: raised(12)})
+    assert short(said) == {9: "enable", 19: "disable", 39: "enable", 44: "disable"}
+    assert said[9].reason == "schedule: from step 10 until step 20"
+    assert controller.activations == 0
+    first = auto(on="schedule:0-5").begin(0)
+    assert first is not None
+    assert first.action == "enable"
+
+
+def test_a_period_goes_on_while_the_loss_is_not_back_but_not_for_ever() -> None:
+    away = {s: Verdict(9.0, None, None, True) for s in range(6, 100)}
+    said = drive(auto(), 60, {5: raised(5)} | {s: v for s, v in away.items() if s < 22})
+    assert short(said) == {5: "enable", 18: "none", 22: "disable"}
+    assert "not back in its range: on until it is, at most until step 28" in said[18].reason
+    assert short(drive(auto(), 60, {5: raised(5)} | away)) == {5: "enable", 18: "none", 28: "disable"}
+
+
+def test_a_decision_says_when_the_next_is_possible() -> None:
+    controller = auto(budget=2)
+    first = at(controller, 5, raised(5))
+    assert first.possible == 18 + 1 + 20
+    said = drive(controller, 60, {}, start=6)
+    assert said[18].possible == 38
+    assert at(controller, 60, raised(60)).possible is None, "the budget is used up"

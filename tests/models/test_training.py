@@ -180,7 +180,7 @@ def test_a_training_resumed_from_its_saved_state_goes_on_bit_for_bit(residual: s
     assert all(map(torch.equal, state_of(second), state_of(whole)))
 
 
-@pytest.mark.parametrize("lost", ["optimizers", "steps_done", "model"])
+@pytest.mark.parametrize("lost", ["optimizers", "progress", "model"])
 def test_a_resume_that_forgets_something_would_be_seen(lost: str) -> None:
     losses = train(trainer(), 9)
     first = trainer()
