@@ -9,7 +9,7 @@ from geodiag.cli.output import number, place, print_json, screen
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from geodiag.cascade import Cascade, Onset
+    from geodiag.cascade_parts import Cascade, Onset
     from geodiag.evidence import Evidence
 
 _STYLE = {1: "magenta", 2: "cyan", 3: "yellow", "data": "green", None: "red"}
@@ -77,10 +77,10 @@ def _path(c: "Cascade") -> "RenderableType":
         table.add_row(f"step {c.onset:,}", "[bold red]●[/]", "learning rate", "", "")
     knots = [*c.path[:-1][:_KNOTS], c.path[-1]]
     for i, knot in enumerate(knots):
+        if knot is c.path[-1] and len(c.path) - 1 > _KNOTS:
+            table.add_row("", "", f"[dim]and {len(c.path) - 1 - _KNOTS} more places[/]", "", "")
         mark = "●" if i == 0 and c.cause != "lr" else "◆" if knot is c.path[-1] else "│"
         table.add_row(*_knot(c, knot, mark))
-    if len(c.path) - 1 > _KNOTS:
-        table.add_row("", "", f"[dim]and {len(c.path) - 1 - _KNOTS} more places[/]", "", "")
     return table
 
 
@@ -90,10 +90,12 @@ def _knot(c: "Cascade", knot: "Onset", mark: str) -> tuple[str, ...]:
     style = _STYLE[knot.stage]
     early = c.spike_onset - knot.step
     when = f"{early} before" if early > 0 else "with the loss" if early == 0 else f"{-early} after"
+    if knot.metric == "loss" and c.spike is None:
+        return f"step {knot.step:,}", f"[{style}]{mark}[/]", "[bold]asked about[/]", "", ""
     if knot.stage is None:
         return f"step {knot.step:,}", f"[{style}]{mark}[/]", "[bold]loss[/]", "", ""
-    where = place(knot.layer, knot.site, knot.expert) or "every layer"
-    name = f"[{style}]{'' if knot.stage == 'data' else f'{knot.stage} '}{NAMES[knot.stage]}[/]"
+    where = place(knot.layer, knot.site, knot.expert) or "the batch"
+    name = "" if knot.stage == "data" else f"[{style}]{knot.stage} {NAMES[knot.stage]}[/]"
     return f"step {knot.step:,}", f"[{style}]{mark}[/]", where, name, f"[dim]{when}[/]"
 
 

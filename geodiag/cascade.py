@@ -4,15 +4,18 @@ Reads what a run records and nothing else: the tables `steps`, `layers` and `exp
 detector said of the loss. Never what was planted.
 """
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from geodiag import causes
+from geodiag.cascade_parts import Alternative, Cascade, Onset
 from geodiag.cascade_words import in_words
-from geodiag.defence import Stage, defence_for
+from geodiag.caveats import caveats
+from geodiag.defence import Stage, defence_for, is_mhc
 from geodiag.errors import GeodiagError
 from geodiag.evidence import Evidence, rows_of
 from geodiag.experts import expert_of
@@ -31,69 +34,6 @@ AFTER = 8
 """Steps after it that are looked at, for how far it reached."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Onset:
-    """A place that left its range: one knot of the path from the origin to the loss."""
-
-    stage: Stage
-    """None for the loss itself."""
-    layer: int | None
-    site: str | None
-    expert: int | None
-    step: int
-    score: float
-    metric: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Alternative:
-    """Another origin that the record allows, less likely."""
-
-    stage: Stage
-    layer: int | None
-    site: str | None
-    expert: int | None
-    onset: int
-    confidence: float
-    why: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cascade:
-    """The answer to "where did it start, and what would have stopped it?"."""
-
-    spike: dict[str, Any] | None
-    """kind, onset, detected, peak, end; None where a step was asked about at which the loss did not spike."""
-    spike_onset: int
-    """The step at which the loss left its trend, or that was asked about."""
-    stage: Stage
-    """1 curvature, 2 chart, 3 amplification, "data" the batch; None where no layer began it."""
-    layer: int | None
-    site: str | None
-    expert: int | None
-    domain: str | None
-    onset: int | None
-    """The step at which the origin left its range; None where there is no internal precursor."""
-    lead: int | None
-    """Steps from there to the loss."""
-    cause: Literal["layer", "lr", "data"] | None
-    confidence: float
-    """How much better this answer is than the next, 0 to 1."""
-    defence: str | None
-    evidence: tuple[Evidence, ...]
-    alternatives: tuple[Alternative, ...]
-    path: tuple[Onset, ...]
-    """How it spread, in time: the origin first, the loss last."""
-    words: str
-    caveats: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything as plain data, null where nothing is known."""
-        said = plain(asdict(self))
-        said["evidence"] = [e.as_json() for e in self.evidence]
-        return said
-
-
 def explain(run: Run | str | Path, spike: int | Spike | None = None) -> Cascade:
     """The cascade behind a spike of a run, which may still be training.
 
@@ -101,19 +41,20 @@ def explain(run: Run | str | Path, spike: int | Spike | None = None) -> Cascade:
     worst. GeodiagError where there is no such step, or no spike and none was named.
     """
     run = run if isinstance(run, Run) else open_run(run)
-    return _explained(run, _chosen(run, spike))
+    known = spikes_of(run)
+    return _explained(run, _chosen(run, known, spike), known)
 
 
 def cascades(run: Run | str | Path) -> list[Cascade]:
     """The cascade behind each spike of a run, in the order in which they began."""
     run = run if isinstance(run, Run) else open_run(run)
-    return [_explained(run, seen) for seen in spikes_of(run)]
-
-
-def _chosen(run: Run, spike: int | Spike | None) -> Seen:
-    if isinstance(spike, Spike):
-        return Seen(spike=spike, onset=spike.onset, attempt=None)
     known = spikes_of(run)
+    return [_explained(run, seen, known) for seen in known]
+
+
+def _chosen(run: Run, known: Sequence[Seen], spike: int | Spike | None) -> Seen:
+    if isinstance(spike, Spike):
+        return next((s for s in known if s.spike == spike), Seen(spike=spike, onset=spike.onset, attempt=None))
     if spike is None:
         if not known:
             raise GeodiagError(f"{run.url} has no spike; pass a step to explain, e.g. --spike 120")
@@ -131,13 +72,16 @@ def _chosen(run: Run, spike: int | Spike | None) -> Seen:
     return Seen(spike=None, onset=spike, attempt=None)
 
 
-def _explained(run: Run, seen: Seen) -> Cascade:
+def _explained(run: Run, seen: Seen, known: Sequence[Seen]) -> Cascade:
     window = judged(run, max(0, seen.onset - LOOKBACK), seen.onset + AFTER, seen.attempt)
     row = int(np.searchsorted(window.step_S, seen.onset))
     last = row + (1 if seen.spike is not None else AFTER)
     found = candidates(window, row, len(window.step_S) - 1)
     likely = origins([c for c in found if c.start <= last])
-    return _told(run, window, seen, found, likely)
+    told = _told(run, window, seen, found, likely)
+    but = caveats(run, window, seen, known)
+    trust = float(np.prod([c.trust for c in but]))
+    return replace(told, confidence=round(told.confidence * trust, 3), caveats=tuple(c.words for c in but))
 
 
 def _told(run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: list[Candidate]) -> Cascade:
@@ -152,7 +96,7 @@ def _told(run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: 
             stage, layer, site, expert, cause, start = None, None, None, None, "lr", kink.row
             rows = [_lr_evidence(window, kink), *rows]
     onset = None if start is None else int(window.step_S[start])
-    part, metric = (origin.place.part, rows[0].metric) if origin and rows else (None, "")
+    onset_row = len(window.step_S) if start is None else start
     draft = Cascade(
         spike=spike,
         spike_onset=seen.onset,
@@ -160,17 +104,17 @@ def _told(run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: 
         layer=layer,
         site=site,
         expert=expert,
-        domain=None,
+        domain=causes.domain_of(run, window, onset_row) if cause == "data" else None,
         onset=onset,
         lead=None if onset is None else seen.onset - onset,
         cause=cause,
         confidence=_confidence(likely),
-        defence=defence_for(stage, cause=cause, part=part, metric=metric),
+        defence=defence_for(stage, cause, origin.place.part if origin else None, is_mhc(run)),
         evidence=tuple(rows),
         alternatives=_alternatives(window, likely),
         path=_path(window, origin, found, seen),
         words="",
-        caveats=_caveats(run, window, seen),
+        caveats=(),
     )
     return replace(draft, words=in_words(draft))
 
@@ -205,7 +149,7 @@ def _confidence(likely: list[Candidate]) -> float:
     best = likely[0]
     rival = next((c for c in likely[1:] if not c.explained and c.place.layer != best.place.layer), None)
     margin = 1 - 0.6 * (rival.weight / best.weight if rival else 0.0)
-    return round(float(margin * (1 - np.exp(-best.weight / 6))), 3)
+    return round(float(0.99 * margin * (1 - np.exp(-best.weight / 6))), 3)
 
 
 def _alternatives(window: Judged, likely: list[Candidate], most: int = 4) -> tuple[Alternative, ...]:
@@ -234,18 +178,18 @@ def _alternatives(window: Judged, likely: list[Candidate], most: int = 4) -> tup
 
 def _path(window: Judged, origin: Candidate | None, found: list[Candidate], seen: Seen) -> tuple[Onset, ...]:
     """The first onset of each stage and layer from the origin on, then the loss."""
-    knots: dict[tuple[Stage, int], Onset] = {}
+    knots: dict[tuple[Stage, int | None], Onset] = {}
     if origin is not None:
         for c in [origin, *(c for c in found if origin.before(c))]:
             stage, layer, site, _, _ = _verdict(window, c)
             row = rows_of(window, c, stage, most=1)
-            if layer is None or not row or (stage, layer) in knots:
+            if not row or (stage, layer) in knots or (layer is None and c is not origin):
                 continue
             knots[stage, layer] = Onset(
                 stage=stage,
                 layer=layer,
                 site=site,
-                expert=row[0].expert,
+                expert=None if layer is None else row[0].expert,
                 step=int(window.step_S[c.start]),
                 score=row[0].score,
                 metric=row[0].metric,
@@ -253,11 +197,3 @@ def _path(window: Judged, origin: Candidate | None, found: list[Candidate], seen
     score = seen.spike.score if seen.spike is not None else float("nan")
     loss = Onset(stage=None, layer=None, site=None, expert=None, step=seen.onset, score=score, metric="loss")
     return (*knots.values(), loss)
-
-
-def _caveats(run: Run, window: Judged, seen: Seen) -> tuple[str, ...]:
-    said = [f"table {t} has no rows here" for t in window.tracks.missing]
-    before = (window.tracks.sampled_S & (window.step_S < seen.onset)).sum()
-    if before < 2 * 12:
-        said.append(f"only {before} samples before the loss: too little to know what is usual")
-    return tuple(said)

@@ -6,38 +6,36 @@ from typing import TYPE_CHECKING
 from geodiag.defence import NAMES, Stage
 
 if TYPE_CHECKING:
-    from geodiag.cascade import Cascade
+    from geodiag.cascade_parts import Cascade
     from geodiag.evidence import Evidence
 
 
 def in_words(c: "Cascade") -> str:
     """One to three sentences: where and when it began, how it went on, what would have stopped it."""
     if c.onset is None:
-        return f"Step {c.spike_onset}: no internal precursor found. Nothing that was recorded left its range before."
+        return "No internal precursor found: nothing that was recorded left its range before the loss did."
     return " ".join(s for s in (_began(c), _went_on(c), _fits(c)) if s)
 
 
 def _began(c: "Cascade") -> str:
+    """Where, when, and the two loudest measurements."""
     assert c.onset is not None
-    when = (
-        f"at step {c.onset}"
-        if c.lead is None or c.lead <= 0
-        else f"{_steps(c.lead)} before the loss, at step {c.onset}"
-    )
+    what = "the loss" if c.spike else f"step {c.spike_onset}"
+    ahead = f"{_steps(c.lead)} before {what}, at step {c.onset}" if c.lead and c.lead > 0 else f"at step {c.onset}"
     if c.cause == "lr":
         e = c.evidence[0]
-        return (
-            f"The learning rate caused it: {e.value:.3g} at step {e.step}, {e.value / e.usual:.3g} times its schedule. "
-            f"Every layer moves {when}; no single layer is to blame."
-        )
+        rate = f"{e.value:.3g} where its schedule led to {e.usual:.3g}"
+        return f"The learning rate began it, {ahead}: {rate}. All layers follow, so none is blamed."
+    seen = "; ".join(measured(e) for e in c.evidence[:2])
     if c.stage == "data":
-        return f"The batch caused it: the data itself is out of range {when}, before any weight could matter."
-    what = f"Began {when} in {where(c.layer, c.site, c.expert)}: {NAMES[c.stage or 1]} (stage {c.stage})"
-    return f"{what}, {'; '.join(measured(e) for e in c.evidence[:2])}." if c.evidence else f"{what}."
+        domain = f" ({c.domain})" if c.domain else ""
+        return f"The batch began it{domain}, {ahead}: the data left its range before any layer did, {seen}."
+    place = where(c.layer, c.site, c.expert)
+    return f"Began {ahead}, in {place}: {NAMES[c.stage or 1]} (stage {c.stage}), {seen}."
 
 
 def _went_on(c: "Cascade") -> str:
-    later = [o for o in c.path[1:] if o.layer is not None]
+    later = [o for o in c.path if o.layer is not None and (o.stage, o.layer) != (c.stage, c.layer)]
     if not later:
         return ""
     by_stage: dict[Stage, list[int]] = {}

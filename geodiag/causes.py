@@ -4,10 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from geodiag.run import Run
 from geodiag.stage_map import Judged
 
 KINK = 1.3
 """A learning rate this many times what its schedule leads to is a kink."""
+_FULL = 0.3
+"""Rise of a domain's share of the tokens that is no chance."""
 OWN = 20.0
 """Strength from which a layer that moved before the learning rate did is the origin all the same."""
 
@@ -36,3 +39,23 @@ def lr_kink(window: Judged, first: int, last: int) -> Kink | None:
         if now > KINK * led_to:
             return Kink(row=i, value=float(now), usual=float(last_lr))
     return None
+
+
+def domain_of(run: Run, window: Judged, row: int, after: int = 5) -> str | None:
+    """The domain that the batches from row `row` on are suddenly full of; None where none is, or none were named."""
+    if row >= len(window.step_S):
+        return None
+    at, last = int(window.step_S[row]), int(window.step_S[min(row + after, len(window.step_S) - 1)])
+    rows = run.read_arrow("domains", ["step", "domain", "tokens"], (max(0, at - 64), last + 1))
+    step, tokens = rows["step"].to_numpy(), rows["tokens"].to_numpy()
+    names = np.array(rows["domain"].to_pylist(), object)
+    now, before = step >= at, step < at
+    if not now.any() or not before.any():
+        return None
+
+    def share(of: np.ndarray, name: str) -> float:
+        return float(np.nansum(tokens[of & (names == name)]) / max(np.nansum(tokens[of]), 1.0))
+
+    rise = {n: share(now, n) - share(before, n) for n in set(names[now])}
+    most = max(rise, key=lambda n: rise[n])
+    return str(most) if rise[most] > _FULL else None
