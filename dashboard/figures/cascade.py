@@ -149,8 +149,9 @@ def _map(fig: go.Figure, scene: Scene, stage: int, place: Place, look: Look) -> 
         fig.add_scatter(x=[None], y=[None], yaxis=f"y{stage + 1}", hoverinfo="skip")  # keeps the axis, and its turn
         return
     fig.add_heatmap(
-        z=z_shade(columns.values_RB), customdata=columns.values_RB, x0=float(columns.left_B[0]) + (columns.width - 1) / 2, dx=columns.width,
-        y=names, yaxis=f"y{stage + 1}", coloraxis="coloraxis", hoverongaps=False, name=f"stage {stage}",
+        z=z_shade(columns.values_RB), customdata=columns.values_RB, dx=columns.width,
+        x0=float(columns.left_B[0]) + (columns.width - 1) / 2, y=names, yaxis=f"y{stage + 1}", coloraxis="coloraxis",
+        hoverongaps=False, name=f"stage {stage}",
         hovertemplate=f"<b>layer %{{y}}</b> · step %{{x:,.0f}}<br>{name} %{{customdata:.1f}} robust z<extra></extra>",
     )  # fmt: skip
 

@@ -75,6 +75,7 @@ def test_the_list_shows_every_run_and_opens_one(page):
 def test_every_page_opens_in_both_schemes(page):
     for name, shown in (
         ("overview", "overview-timeline"),
+        ("cascade", "cascade-picture"),
         ("gain", "gain-heat"),
         ("routing", "routing-flips"),
         ("activations", "activations-heat"),
@@ -159,19 +160,22 @@ def test_a_run_without_hyper_connections_says_so_and_shows_the_rest(page):
 
 
 def test_an_empty_run_waits_calmly_on_every_page(page):
-    for name in ("overview", "gain", "routing", "activations", "events"):
+    for name in ("overview", "cascade", "gain", "routing", "activations", "events"):
         page.goto(f"{page.home}run/empty/{name}")
         page.locator(".card").first.wait_for()
         said = "No events yet." if name == "events" else "Waiting for the first step."
         page.get_by_text(said).first.wait_for()
 
 
-def test_an_event_leads_to_its_step(page):
+def test_a_spike_leads_to_its_cascade_and_another_event_to_its_step(page):
     page.goto(f"{page.home}run/mhc-tear/events")
     page.locator(".ag-cell", has_text="loss left its trend").click()
-    page.wait_for_url("**/run/mhc-tear/overview?steps=302-422&step=362")
+    page.wait_for_url("**/run/mhc-tear/cascade?spike=360")
+    page.go_back()
+    page.locator(".ag-cell", has_text="off → warmup").click()
+    page.wait_for_url("**/run/mhc-tear/overview?steps=303-423&step=363")
     chart(page, "overview-timeline")
-    assert layout(page, "overview-timeline", "xaxis.range") == [302, 422]
+    assert layout(page, "overview-timeline", "xaxis.range") == [303, 423]
 
 
 def test_a_finished_run_cannot_be_steered_and_the_page_says_why(page):
