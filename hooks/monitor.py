@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from geodiag.control import RequestWatch
-from geodiag.errors import GeodiagError
 from geodiag.events import Event
 from geodiag.hooks.actions import Dials
 from geodiag.hooks.adapters import Layout
@@ -82,7 +81,7 @@ class Monitor:
             controller,
             self.event,
             Dials(optimizers, layout, controller.policy),
-            snapshots=lambda: self._rollback.steps,
+            snapshots=lambda: self._concert.common(self._rollback.steps),
             go_back=self._go_back,
         )
         self._concert = Concert(self._ranks, self.steering, RequestWatch(Path(run.url)))
@@ -126,29 +125,20 @@ class Monitor:
             self._steer()
         except Exception as e:
             self._complain("steering", e)
-        self._mind_the_others()
+        lost = self._concert.torn(f"steps up to {step} are on record in {self.run.url}")
+        if lost is not None:
+            self._complain("what the other ranks saw", RuntimeError(lost))
         self._ended_at = time.perf_counter()
         self._record_seconds = self._ended_at - began
 
     def _steer(self) -> None:
         """What the steps that are through call for."""
-        self.steering.strangers = self._ranks.strangers
         for seen in self._recorder.observed():
-            if seen.heard is not None and not self._ranks.alone:
-                self._concert.follow(seen.heard, self.next_step)
+            self._concert.follow(seen.heard, self.next_step)
             if self.steering.judge(seen):
                 break  # whatever else is known is of a past that was given up
-        if self._ranks.alone:
-            self._concert.alone(self.next_step)
+        self._concert.ask_around(self.next_step)
         self._try("a snapshot", self._keep)
-
-    def _mind_the_others(self) -> None:
-        """Ranks that steer together cannot go on without each other; ranks that only record can."""
-        if self._ranks.lost is None:
-            return
-        if self.steering.acts:
-            raise GeodiagError(f"{self._ranks.lost}; steps up to {self.next_step - 1} are on record in {self.run.url}")
-        self._complain("what the other ranks saw", RuntimeError(self._ranks.lost))
 
     def _record(
         self, step: int, loss: Tensor | float, grad_norm: Tensor | float | None, lr: float | None, began: float
@@ -181,7 +171,7 @@ class Monitor:
             sampled=sampled,
             with_matrices=step % self._probe_every == 0,
             absent=tuple(absent),
-            said=self._concert.said(),
+            said=self._concert.said(self._rollback.steps),
         )
         self._recorder.push(values, facts)
 

@@ -1,7 +1,8 @@
 """What one step means, told from its host values and what all ranks say: spike verdict, stage scores, worst."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -40,14 +41,17 @@ class Observer:
         self._places = places
         self._keys: dict[str, int] = {}
         """Group of host values → how many series it is; in the order of the scores."""
+        self._moving = False
 
-    def say(self, host: Host) -> dict[str, float]:
-        """This rank's numbers of a step, for all ranks."""
+    def say(self, step: int, host: Host) -> tuple[dict[str, float], dict[str, Any]]:
+        """This rank's numbers of a step, and the early warning it would give, for all ranks."""
         self._meet(host)
-        stages = self.scores.by_stage(self.scores.by_place(self.scores.update(self._values(host))))
-        said = {f"stage{s}": z for s, z in stages.items()}
+        at_place = self.scores.by_place(self.scores.update(self._values(host)))
+        said = {f"stage{s}": z for s, z in self.scores.by_stage(at_place).items()}
         names = {"loss": "loss", "tokens": "tokens", "grad_norm": "grad_total"}
-        return said | {name: float(host[key][0]) for name, key in names.items() if key in host}
+        said |= {name: float(host[key][0]) for name, key in names.items() if key in host}
+        warning = self.early.update(step, self.scores.places, at_place, loss_moves=self._moving)
+        return said, {"warning": asdict(warning)} if warning else {}
 
     def observe(self, step: int, host: Host, heard: Heard) -> Observation | None:
         """What all ranks together saw; the same on every rank, but for `worst`. None where none saw anything."""
@@ -57,6 +61,8 @@ class Observer:
         if grad_norm is None and "grad_norm" in host:  # a sum over ranks, so the same on all of them
             grad_norm = _number(float(host["grad_norm"][0]))
         verdict = self.detector.update(step, heard.loss, grad_norm)
+        self._moving = verdict.active or verdict.score > self.detector.normal
+        warning = None if self._moving else heard.note.get("warning")
         layers = _layers(host)
         worst = {n: float(np.nanmax(layers[n])) for n in WATCHED if n in layers and not np.isnan(layers[n]).all()}
         return Observation(
@@ -65,6 +71,7 @@ class Observer:
             grad_norm=grad_norm,
             verdict=verdict,
             stages={s: heard.largest(f"stage{s}") for s in (1, 2, 3)},
+            warning=Warning(**warning) if warning else None,
             worst=worst,
             heard=heard,
         )

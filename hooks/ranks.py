@@ -5,6 +5,7 @@ and waits for no device. Every rank enters it once a step, whatever failed befor
 All ranks then hold the same numbers and the same request, and what is decided from them is decided alike everywhere.
 """
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,9 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)
 """So long a rank may take for one step more than the others before they go on without it."""
 NOTE_BYTES = 1024
-FIELDS = ("loss", "tokens", "grad_norm", "stage1", "stage2", "stage3", "gave_up", "mind")
+KEPT = tuple(f"kept{i}" for i in range(8))
+"""The newest snapshots."""
+FIELDS = ("loss", "tokens", "grad_norm", "stage1", "stage2", "stage3", "gave_up", "mind", *KEPT)
 """What each rank says of a step: numbers, NaN where it has nothing to say."""
 
 
@@ -33,8 +36,8 @@ class Said:
     """Of `FIELDS`."""
     sums: np.ndarray | None = None
     """To be added up over ranks; `Ranks.sums` long."""
-    note: bytes = b""
-    """Read from rank 0 only."""
+    note: dict[str, Any] = field(default_factory=dict)
+    """Plain data that only rank 0's is heard of; a request, an early warning."""
 
 
 class Heard(NamedTuple):
@@ -42,7 +45,7 @@ class Heard(NamedTuple):
 
     by_rank: dict[str, np.ndarray]
     sums: np.ndarray
-    note: bytes
+    note: dict[str, Any]
 
     def largest(self, name: str) -> float:
         """NaN where nobody said anything."""
@@ -72,7 +75,7 @@ class Ranks:
         """Why the others are no longer heard, once they are not."""
 
     @classmethod
-    def join(cls, patience: timedelta = PATIENCE) -> "Ranks":
+    def join(cls) -> "Ranks":
         """The ranks of this process's training. Collective where there is a process group: every rank calls it."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
@@ -81,7 +84,7 @@ class Ranks:
             return cls()
         if not dist.is_gloo_available():
             raise GeodiagError("ranks talk over gloo, which this torch was built without; install one that has it")
-        return cls(rank, world, dist.new_group(backend="gloo", timeout=patience))
+        return cls(rank, world, dist.new_group(backend="gloo", timeout=PATIENCE))
 
     @property
     def alone(self) -> bool:
@@ -119,7 +122,8 @@ class Ranks:
         mine = [said.numbers.get(name, np.nan) for name in FIELDS]
         message[self.rank * n : (self.rank + 1) * n] = mine
         if self.rank == 0:
-            written = np.frombuffer(said.note[:NOTE_BYTES], np.uint8)
+            text = json.dumps(said.note).encode() if said.note else b""
+            written = np.frombuffer(text if len(text) <= NOTE_BYTES else b"", np.uint8)
             message[columns : columns + len(written)] = written
         message[columns + NOTE_BYTES :] = self._own_sums(said)
         wire = torch.from_numpy(message)
@@ -129,7 +133,8 @@ class Ranks:
             self._lose(e)
             return None
         by_rank = message[:columns].reshape(self.world, n)
-        note = message[columns : columns + NOTE_BYTES].astype(np.uint8).tobytes().rstrip(b"\0")
+        text = message[columns : columns + NOTE_BYTES].astype(np.uint8).tobytes().rstrip(b"\0")
+        note = json.loads(text) if text else {}
         return Heard(dict(zip(FIELDS, by_rank.T, strict=True)), message[columns + NOTE_BYTES :], note)
 
     def _lose(self, error: Exception) -> None:

@@ -172,9 +172,10 @@ class Recorder:
     def _write(self, facts: Facts, step: _Step | None) -> Observation | None:
         host: Host = self._guarded("a step's values", lambda: _unpacked(step)) or {}
         sums = self._guarded("sums over ranks", lambda: self._sums.estimated(host, self._world))
-        numbers = self._guarded("stage scores", lambda: self.observer.say(host)) or {}
+        numbers, note = self._guarded("stage scores", lambda: self.observer.say(facts.step, host)) or ({}, {})
         # Outside of any guard: whatever failed on this rank, the others wait for its word.
-        heard = self.ranks.exchange(Said(numbers=numbers | facts.said.numbers, sums=sums, note=facts.said.note))
+        said = Said(numbers=numbers | facts.said.numbers, sums=sums, note=facts.said.note | note)
+        heard = self.ranks.exchange(said)
         ranks = 0 if self.ranks.lost else self._world
         self._guarded("sums over ranks", lambda: self._sums.into(host, heard.sums, ranks))
         seen = self._guarded("the detector", lambda: self.observer.observe(facts.step, host, heard))

@@ -93,11 +93,6 @@ class Steering:
             self.routing.disable()
             self._tell("problem", f"anticipatory routing ends: {why}")
 
-    def let_go(self, why: str, step: int) -> None:
-        """Steers no more."""
-        self._tell("problem", f"steering ends: {why}")
-        self._carry_out(self.controller.ask("off", step), step)
-
     def obey(self, request: Request, step: int) -> None:
         """Carries out what somebody asked for, or refuses with the reason; either is acknowledged."""
         asked = f"{request.routing} (by {request.by})"
