@@ -45,7 +45,6 @@ ARMS: dict[str, tuple[Make, bool]] = {
     "anticipatory, off, controller watching": (_ahead(), False),
     "anticipatory, on": (_ahead(), True),
     "anticipatory, on, ids in pinned host memory": (_ahead(device_bytes=0), True),
-    "anticipatory, on, capture on a stream of its own": (_ahead(overlap=True), True),
     "router-lag, off, controller watching": (lambda b: RouterLag(b.trainer.model, DELAY), False),
     "router-lag, on": (lambda b: RouterLag(b.trainer.model, DELAY), True),
 }
@@ -61,7 +60,7 @@ class Bench:
         shape = sized(size)
         with self.device:
             model = Transformer(shape)
-        self.trainer = Trainer(model, TrainConfig(steps=10_000, sequences=sequences))
+        self.trainer: Trainer = Trainer(model, TrainConfig(steps=10_000, sequences=sequences))
         loader = Loader(open_corpus(data), sequences, shape.sequence)
         self.batches = cycle([loader.batch(s).to(self.device) for s in range(16)])
         self.detector, self.controller, self._steps = SpikeDetector(), Controller(), 0

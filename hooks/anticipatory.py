@@ -19,7 +19,6 @@ from geodiag.hooks.adapters.base import RouterSite
 from geodiag.hooks.aside import Aside
 from geodiag.hooks.capture import Choices, traceless
 from geodiag.hooks.rerouting import Mode, Rerouting
-from geodiag.hooks.side_stream import SideStream
 
 Forward = Callable[[nn.Module, Any], Any]
 DEVICE_BYTES = 256 << 20
@@ -59,7 +58,6 @@ class AnticipatoryRouting(Rerouting):
         forward: Forward = call,
         micro_batches: int = 1,
         device_bytes: int = DEVICE_BYTES,
-        overlap: bool = False,
     ) -> None:
         super().__init__(model, delay_steps, micro_batches)
         self._forward, self._device_bytes = forward, device_bytes
@@ -70,12 +68,10 @@ class AnticipatoryRouting(Rerouting):
         self._data_ended = False
         self._autocast: tuple[bool, torch.dtype] | None = None
         self._device = self._where()
-        self._side = SideStream(self._device if overlap else torch.device("cpu"))
         self._choices = Choices(self.routers, model, self._layout.watch_end)
         # First in line, so that whoever watches the router sees the choice that is used.
         self._handles += [
             self._choices,
-            self._side,
             *(r.module.register_forward_hook(self._replay(i, r), prepend=True) for i, r in enumerate(self.routers)),
         ]
 
@@ -111,8 +107,6 @@ class AnticipatoryRouting(Rerouting):
                     return
                 if micro == 0:
                     self._settle(self._mode_of(waiting))
-                if waiting.ids is not None and not self.delay_steps:
-                    self._side.join()
                 self._current = None if waiting.ids is None else waiting.ids.take()
                 try:
                     yield waiting.batch
@@ -149,10 +143,9 @@ class AnticipatoryRouting(Rerouting):
 
     def _capture(self, batch: Any) -> Aside | None:
         try:
-            with self._side.opened():
-                with self._as_in_training(), traceless(self.model, evaluate=False), self._choices.kept() as choices:
-                    self._forward(self.model, batch)
-                return self._put([c.expert_ids_TK.to(torch.int16) for c in choices])
+            with self._as_in_training(), traceless(self.model, evaluate=False), self._choices.kept() as choices:
+                self._forward(self.model, batch)
+            return self._put([c.expert_ids_TK.to(torch.int16) for c in choices])
         except Exception as e:  # whatever the user's forward raises: `on_failure` says it, or raises it again
             self._give_up(e)
             return None

@@ -40,7 +40,7 @@ class RouterLag(Rerouting):
         self._lagged: list[Tensor] = []
         """The ones that choose now, always in the same place: a compiled model does not look elsewhere."""
         self._shards: list[Shard] = []
-        self._on = False
+        self._on = self._failed = False
         self._views: list[Callable[[], RouterView] | None] = [None] * len(self.routers)
         for place, site in enumerate(self.routers):
             self._handles += site.watch(self._keep_view(place))
@@ -80,13 +80,15 @@ class RouterLag(Rerouting):
     # -- once a step -------------------------------------------------------------------------
 
     def _begin_step(self) -> None:
+        if self._failed and not self._wanted:
+            return
         try:
             self._remember()
             self._on = self._wanted and len(self._past) > self.delay_steps
             if self._on:
                 self._make_lagged()
         except Exception as e:  # a training must not end because its routing cannot look back
-            self._wanted = self._on = False
+            self._failed, self._wanted, self._on = True, False, False
             self._past.clear()
             self.on_failure(e)
         self._settle("on" if self._on else "warmup" if self._wanted else "off")

@@ -1,0 +1,143 @@
+"""What a spike cost, from the executed steps alone; and intervals over seeds."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+CAP = 12.0
+"""Nats that a loss counts at most, infinite ones too: about twice what guessing bytes costs."""
+NEAR = 0.05
+"""Nats within which the loss is back at its twin's, as the median of `WINDOW` steps."""
+WINDOW = 5
+LAST = 20
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds and its 95 % interval, by the bootstrap."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float], draws: int = 4000) -> "Mean":
+        known = np.array([v for v in values if v is not None and np.isfinite(v)])
+        if not len(known):
+            return cls(np.nan, np.nan, np.nan, 0)
+        picks = np.random.default_rng(0).integers(0, len(known), (draws, len(known)))
+        low, high = np.quantile(known[picks].mean(1), [0.025, 0.975])
+        return cls(float(known.mean()), float(low), float(high), len(known))
+
+
+def losses(trial: Mapping[str, Any]) -> np.ndarray:
+    """The executed losses, capped; a loss that is not finite counts as `CAP`."""
+    return np.array([CAP if x is None else min(x, CAP) for x in trial["losses"]])
+
+
+def kept(trial: Mapping[str, Any]) -> dict[int, float]:
+    """Step → loss of its last execution: what is left when rolled-back steps are forgotten."""
+    return dict(zip(trial["steps"], losses(trial).tolist(), strict=True))
+
+
+def against_twin(trial: Mapping[str, Any], twin: Mapping[str, Any], onset: int) -> dict[str, float]:
+    """What a planted fault cost, against the training of the same seed in which nothing was planted."""
+    healthy, seen, steps = kept(twin), losses(trial), trial["steps"]
+    excess = np.array([x - healthy[s] for s, x in zip(steps, seen, strict=True)])
+    first = next((i for i, s in enumerate(steps) if s >= onset), len(steps))
+    after = excess[first:]
+    back = _back(after)
+    end = [s for s in sorted(healthy) if s >= max(healthy) - LAST + 1]
+    left = kept(trial)
+    return {
+        "peak": float(after.max(initial=0.0)),
+        "excess": float(np.maximum(after, 0).sum()),
+        "recovery_steps": float(len(after) if back is None else back),
+        "never_recovered": float(back is None),
+        "final_loss": statistics.fmean(left[s] - healthy[s] for s in end if s in left),
+        "steps_lost": float(len(steps) - len(set(steps))),
+    }
+
+
+def _back(excess: np.ndarray) -> int | None:
+    """Executed steps until the loss is back near the twin's and stays there; None where it never is."""
+    if len(excess) < WINDOW:
+        return None
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(excess, WINDOW), axis=1)
+    out = np.flatnonzero(medians > NEAR)
+    if not len(out):
+        return 0
+    back = int(out[-1]) + WINDOW
+    return back if back < len(excess) else None
+
+
+def by_itself(trial: Mapping[str, Any], steps: int) -> dict[str, float]:
+    """What went wrong in a training that has no healthy twin: against the lowest that its own trend has been."""
+    seen = losses(trial)
+    trend = np.array([np.median(seen[max(0, i - 8) : i + 1]) for i in range(len(seen))])
+    above = np.maximum(seen - np.minimum.accumulate(trend), 0)
+    left = kept(trial)
+    end = [s for s in sorted(left) if s >= steps - LAST]
+    return {
+        "peak": float(above[20:].max(initial=0.0)),
+        "excess": float(np.maximum(above[20:] - 0.3, 0).sum()),
+        "final_loss": statistics.fmean(left[s] for s in end) if end else float("nan"),
+        "steps_lost": float(len(seen) - len(set(trial["steps"]))),
+        "reached": float(max(left) + 1 >= steps),
+    }
+
+
+def common(trial: Mapping[str, Any]) -> dict[str, float | None]:
+    """What is counted alike everywhere: spikes by 10 000 executed steps, flips, steps that were routed."""
+    spikes = sum(e["kind"] in ("spike", "divergence", "nonfinite") for e in trial["events"])
+    flips = trial["flips"]
+    return {
+        "spikes_per_10k": 1e4 * spikes / len(trial["steps"]),
+        "flips_anticipatory": flips["flip_rate_anticipatory"],
+        "flips_router": flips["flip_rate_router"],
+    }
+
+
+def summarise(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row a scenario and arm: every measure's mean over seeds, and its difference from no intervention."""
+    by_key = {(t["scenario"]["name"], t["arm"]["name"], t["seed"]): t for t in trials}
+    measured = {key: measure(t, by_key) for key, t in by_key.items()}
+    rows = []
+    for scenario, arm in dict.fromkeys((s, a) for s, a, _ in by_key):
+        found = {seed: m for (s, a, seed), m in measured.items() if (s, a) == (scenario, arm) and m}
+        if not found:
+            continue
+        names = list(next(iter(found.values())))
+        plain = {seed: measured.get((scenario, "none", seed)) for seed in found}
+        rows.append(
+            {
+                "scenario": scenario,
+                "arm": arm,
+                "seeds": sorted(found),
+                "measures": {n: vars(Mean.of([m[n] for m in found.values()])) for n in names},
+                "against_none": {
+                    n: vars(
+                        Mean.of([m[n] - p[n] for seed, m in found.items() if (p := plain[seed]) and _both(m, p, n)])
+                    )
+                    for n in names
+                },
+            }
+        )
+    return rows
+
+
+def _both(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
+    return one.get(name) is not None and other.get(name) is not None
+
+
+def measure(trial: Mapping[str, Any], by_key: Mapping[tuple[str, str, int], Mapping[str, Any]]) -> dict[str, Any]:
+    """A trial's measures; none where its healthy twin is missing."""
+    scenario = trial["scenario"]
+    if not scenario["fault"]:
+        return by_itself(trial, scenario["steps"]) | common(trial)
+    twin = by_key.get((trial["twin"], "none", trial["seed"]))
+    return against_twin(trial, twin, trial["onset"]) | common(trial) if twin else {}

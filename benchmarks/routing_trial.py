@@ -1,0 +1,187 @@
+"""One training of the routing bench: a scenario, an arm that answers it, a seed; every step that was executed."""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import geodiag
+from geodiag.events import details
+from geodiag.hooks.adapters import find_layout
+from geodiag.hooks.attach import attach
+from geodiag.hooks.faults import Fault, Faults
+from geodiag.hooks.policy import Policy
+from geodiag.hooks.rerouting import rerouting
+from geodiag.hooks.snapshots import Snapshots
+from geodiag.reference_models.config import sized
+from geodiag.reference_models.data import Batch, Loader
+from geodiag.reference_models.text import Corpus, open_corpus
+from geodiag.reference_models.train import TrainConfig, Trainer
+from geodiag.reference_models.transformer import Transformer
+
+DELAY = 8
+PERIOD = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What may be done about a spike."""
+
+    name: str
+    mode: str = "auto"
+    actions: str = "route"
+    variant: str = "anticipatory"
+    delay: int = DELAY
+
+
+ARMS = {
+    a.name: a
+    for a in (
+        Arm(name="none", mode="off"),
+        Arm(name="rollback", actions="rollback"),
+        Arm(name="rollback + anticipatory", actions="rollback,route"),
+        Arm(name="anticipatory", actions="route"),
+        Arm(name="router-lag", actions="route", variant="router-lag"),
+        Arm(name="rollback + router-lag", actions="rollback,route", variant="router-lag"),
+        Arm(name="rollback + skip-batch", actions="rollback,skip-batch"),
+        Arm(name="rollback + lower-lr", actions="rollback,lower-lr=0.5"),
+        Arm(name="always anticipatory", mode="on"),
+        Arm(name="always anticipatory, Δ = 1", mode="on", delay=1),
+        Arm(name="always anticipatory, Δ = 32", mode="on", delay=32),
+        Arm(name="always router-lag", mode="on", variant="router-lag"),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """What is trained, and what goes wrong in it."""
+
+    name: str
+    steps: int
+    residual: str = "mhc"
+    size: str = "tiny"
+    lr: float = 3e-3
+    clamp: float | None = 10.0
+    fault: str | None = None
+    turn: int = 0
+    """Steps after which the data changes to the next domain, abruptly; 0 for all of them mixed."""
+    sequences: int = 4
+
+    @property
+    def twin(self) -> "Scenario":
+        """The same with nothing planted."""
+        clamp = "clamp" if self.clamp else "no clamp"
+        return replace(self, name=f"nothing planted, {self.residual}, {clamp}", fault=None)
+
+    @property
+    def onset(self) -> int:
+        """The first step that can go wrong."""
+        return Fault.parse(self.fault).step if self.fault else 0
+
+
+class Domains(Loader):
+    """One domain after the other, each for so many steps: the batches of a step are a function of the step."""
+
+    def __init__(self, corpus: Corpus, scenario: Scenario, sequence: int, seed: int) -> None:
+        super().__init__(corpus, scenario.sequences, sequence, seed)
+        self._turn = scenario.turn
+        alone = [Corpus({name: tokens}, corpus.vocab) for name, tokens in sorted(corpus.domains.items())]
+        self._each = [Loader(c, scenario.sequences, sequence, seed) for c in alone]
+
+    def batch(self, step: int) -> Batch:
+        return self._each[step // self._turn % len(self._each)].batch(step)
+
+
+@cache
+def _corpus() -> Corpus:
+    return open_corpus("stdlib")
+
+
+def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[str, Any]:
+    """Trains; returns every executed step with its loss, what was recorded of it, and all settings."""
+    where = torch.device(device)
+    torch.manual_seed(seed)
+    shape = sized(scenario.size, scenario.residual, swiglu_limit=scenario.clamp)  # type: ignore[arg-type]
+    if where.type == "cpu":
+        shape = replace(shape, dtype="float32")
+    with where:
+        model = Transformer(shape)
+    trainer = Trainer(
+        model, TrainConfig(steps=4 * scenario.steps, sequences=scenario.sequences, lr=scenario.lr)
+    )  # the learning rate hardly decays: what goes wrong should not heal by itself
+    corpus = _corpus()
+    loader: Loader = (
+        Domains(corpus, scenario, shape.sequence, seed)
+        if scenario.turn
+        else Loader(corpus, scenario.sequences, shape.sequence, seed)
+    )
+    faults = Faults([Fault.parse(scenario.fault)] if scenario.fault else [], find_layout(model))
+    options = {"forward": lambda m, b: m(b.token_ids_BS)}
+    with tempfile.TemporaryDirectory() as folder:
+        routing = rerouting(arm.variant, model, arm.delay, **options)
+        monitor = attach(
+            model,
+            trainer.optimizers,
+            Path(folder) / "run",
+            routing=routing,
+            policy=Policy(mode=arm.mode, actions=arm.actions, period=PERIOD, cooldown=20, budget=6),  # type: ignore[arg-type]
+            snapshots=Snapshots(model, trainer.optimizers, trainer.progress, every=20)
+            if "rollback" in arm.actions
+            else None,
+            probe=(loader.batch(1 << 30).token_ids_BS.to(where),),
+            probe_every=arm.delay,
+            every=4,
+            quiet=True,
+        )
+        executed: list[tuple[int, torch.Tensor]] = []
+
+        def data() -> Iterator[Batch]:
+            for batch in loader:
+                tokens = faults.batch(batch.step, batch.token_ids_BS, shape.vocab)
+                yield batch._replace(token_ids_BS=tokens).to(where)
+
+        with monitor:
+            for batch in monitor.batches(data()):
+                step = trainer.steps_done
+                faults.before_step(step)
+                trainer.lr_scale = faults.lr_scale
+                done = trainer.step(batch)
+                executed.append((step, done.loss.detach()))
+                monitor.step(done.loss, grad_norm=done.grad_norm, lr=done.lr)
+                if monitor.next_step >= scenario.steps or len(executed) >= 3 * scenario.steps:
+                    break
+        routing.remove()
+        faults.remove()
+        seen = _recorded(Path(folder) / "run")
+    losses = torch.stack([loss for _, loss in executed]).tolist()
+    return {
+        "scenario": asdict(scenario),
+        "onset": scenario.onset,
+        "twin": scenario.twin.name,
+        "arm": asdict(arm),
+        "seed": seed,
+        "steps": [step for step, _ in executed],
+        "losses": [x if math.isfinite(x) else None for x in losses],
+        **seen,
+    }
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """Events and flip rates from the run directory."""
+    run = geodiag.open_run(path)
+    events = run.read("events", attempt="all")
+    kinds = ("spike", "divergence", "nonfinite", "outlier", "routing", "decision", "attempt", "problem")
+    told = [
+        {"step": int(e["step"]), "kind": e["kind"], "message": e["message"], "data": details(e["data"])}
+        for e in events.to_dict("records")
+        if e["kind"] in kinds
+    ]
+    layers = run.read("layers", ["step", "layer", "site", "flip_rate_anticipatory", "flip_rate_router"], attempt="all")
+    means = {n: layers[n].mean() for n in ("flip_rate_anticipatory", "flip_rate_router")}
+    return {"events": told, "flips": {n: None if math.isnan(v) else float(v) for n, v in means.items()}}
