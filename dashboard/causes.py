@@ -5,14 +5,13 @@ from typing import NamedTuple
 import numpy as np
 
 from geodiag.cascade import Cascade, StageMap, explain, stage_map
-from geodiag.dashboard.draw import happened, raised
+from geodiag.dashboard.draw import happened
 from geodiag.dashboard.figures.cascade import STAGES, Scene
 from geodiag.dashboard.marks import spans
-from geodiag.dashboard.record import Record
+from geodiag.dashboard.record import Record, Undone
 from geodiag.dashboard.view import View
 from geodiag.errors import GeodiagError
-from geodiag.health import SPIKES
-from geodiag.run_spikes import spikes_of
+from geodiag.run_spikes import Seen, spikes_of
 
 LONGEST = 1500
 """Steps that a stage map shows at most: each of its columns is judged against the steps before it."""
@@ -26,7 +25,8 @@ class Choice(NamedTuple):
 
     step: int
     kind: str
-    message: str
+    attempt: int | None = None
+    """The attempt that lived it; None for the newest."""
 
 
 class Cell(NamedTuple):
@@ -39,9 +39,9 @@ class Cell(NamedTuple):
 
 def choices(record: Record) -> list[Choice]:
     """Spikes and early warnings, in time."""
-    found = [Choice(s.onset, s.kind, s.message) for s in raised(record) if s.kind in SPIKES]
-    found += [Choice(m.step, m.kind, m.message) for m in happened(record) if m.kind == "early_warning"]
-    return sorted(set(found))
+    found = [Choice(s.onset, s.spike.kind, s.attempt) for s in _spikes(record) if s.spike is not None]
+    warned = [Choice(m.step, m.kind) for m in happened(record) if m.kind == "early_warning"]
+    return sorted([*found, *warned], key=lambda c: (c.step, c.kind))
 
 
 def chosen(record: Record, view: View) -> int | None:
@@ -50,6 +50,16 @@ def chosen(record: Record, view: View) -> int | None:
         return view.spike
     there = choices(record)
     return next((c.step for c in reversed(there) if c.kind != "early_warning"), there[-1].step if there else None)
+
+
+def as_lived(record: Record, step: int | None) -> Record:
+    """The run as the attempt lived it in which the loss spiked at `step`."""
+    attempts = [s.attempt for s in _spikes(record) if s.onset == step]
+    return record.lived(attempts[-1] if attempts else None)
+
+
+def _spikes(record: Record) -> list[Seen]:
+    return record.memo("known spikes", lambda: spikes_of(record.run))
 
 
 def most_unusual(record: Record) -> tuple[int, int, float] | None:
@@ -68,7 +78,7 @@ def cascade_of(record: Record, step: int | None) -> Cascade | str | None:
     """The cascade behind a step, or one line that says why there is none."""
     if step is None or not len(record.steps()["step"]):
         return None
-    known = record.memo("known spikes", lambda: spikes_of(record.run))
+    known = _spikes(record)
     mine = [i for i, seen in enumerate(known) if seen.onset == step]
     newest = int(record.steps()["step"][-1])
     said = known[mine[-1]] if mine else step
@@ -99,16 +109,17 @@ def window_of(record: Record, view: View, cascade: Cascade | None) -> tuple[int,
     return max(first, low), max(first + 1, min(last, high))
 
 
-def scene_of(record: Record, window: tuple[int, int]) -> Scene:
-    """What was recorded in the window."""
-    steps, stages = record.steps(), stages_of(record, window)
+def scene_of(record: Record, window: tuple[int, int], newest: Record) -> Scene:
+    """What was recorded in the window, as `record` lived it; `newest` is the run as it stands now."""
+    steps, stages, now = record.steps(), stages_of(record, window), newest.steps()
+    later = [Undone(max(newest.said_attempts(), default=0), now["step"], now["loss"], now["grad_norm"])]
     return Scene(
         window=window,
         steps=steps,
         stages=stages,
         marks=happened(record),
         spans=spans(steps["step"], steps["routing_mode"]),
-        undone=record.undone(),
+        undone=record.undone() if record is newest else later,
         missing=_missing(record, stages),
     )
 

@@ -74,8 +74,3 @@ def _one_a_metric(ranked: list[Series]) -> list[Series]:
     for s in ranked:
         seen.setdefault(s.metric.name, s)
     return list(seen.values())
-
-
-def experts_metric(stage: int) -> str:
-    """What the experts of a layer are shown by: how strongly they fire, or how much they get."""
-    return "act_rms" if stage == 1 else "load"

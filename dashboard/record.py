@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from geodiag.dashboard.grid import SECOND_KEY, Grid, joined, merge_ranks, to_grids, values_of
+from geodiag.dashboard.past import PastRun
 from geodiag.errors import GeodiagError
 from geodiag.files import Folder
 from geodiag.manifest import known_starts
@@ -69,6 +70,13 @@ class Record:
     def undone(self) -> list[Undone]:
         """What was rolled back, or lost to a resume: one entry an attempt, oldest first."""
         return self.memo("undone", lambda: _undone(self.run))
+
+    def lived(self, attempt: int | None) -> "Record":
+        """The run as it stood when `attempt` was its newest; itself for None and for the newest attempt."""
+        starts = self.said_attempts()
+        if attempt is None or attempt not in starts or attempt == max(starts):
+            return self
+        return self.kept(("lived", attempt), lambda: Record(PastRun.of(self.run, attempt)))
 
     def grids(self, table: str, *names: str) -> list[Grid]:
         """The named metrics of `layers` or `experts`, in the order asked for."""

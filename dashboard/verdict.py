@@ -7,7 +7,7 @@ from dash import dcc, html
 
 from geodiag.cascade import Cascade
 from geodiag.cascade_words import where
-from geodiag.dashboard.causes import choices, chosen, most_unusual
+from geodiag.dashboard.causes import Choice, choices, chosen, most_unusual
 from geodiag.dashboard.figures.cascade import STAGES
 from geodiag.dashboard.parts import aria, notice, tip
 from geodiag.dashboard.record import Record
@@ -32,12 +32,12 @@ COLUMNS: list[dict[str, Any]] = [
 def strip(record: Record, view: View) -> Any:
     """The spikes and warnings of the run as links, the chosen one marked."""
     there, now = choices(record), chosen(record, view)
-    links = [_link(record, view, c.step, _KINDS.get(c.kind, c.kind), c.kind, c.step == now) for c in there]
+    links = [_link(record, c.step, _name(record, c), c.kind, c.step == now) for c in there]
     if now is not None and now not in [c.step for c in there]:
-        links.append(_link(record, view, now, "step", "step", True))
+        links.append(_link(record, now, "step", "step", True))
     odd = most_unusual(record) if not there else None
     if odd is not None and odd[0] != now:
-        links.append(_link(record, view, odd[0], "most unusual step", "step", False))
+        links.append(_link(record, odd[0], "most unusual step", "step", False))
     return html.Nav(links, className="choices", **aria("spikes and warnings of this run")) if links else None
 
 
@@ -137,7 +137,13 @@ def _others(view: View, found: Cascade) -> list:
     return [html.Details([html.Summary(count), html.Ul(items)], className="others")]
 
 
-def _link(record: Record, view: View, step: int, label: str, kind: str, here: bool) -> Any:
+def _name(record: Record, choice: Choice) -> str:
+    name = _KINDS.get(choice.kind, choice.kind)
+    rolled_back = choice.attempt is not None and record.lived(choice.attempt) is not record
+    return f"{name}, attempt {choice.attempt}," if rolled_back else name
+
+
+def _link(record: Record, step: int, label: str, kind: str, here: bool) -> Any:
     target = f"/run/{quote(record.run.name)}/cascade{View(spike=step).search()}"
     mark: Any = {"aria-current": "true"} if here else {}
     inside: list[Any] = [html.Span(className=f"dot choice-{kind}"), f"{label} {whole(step)}"]

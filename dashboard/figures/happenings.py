@@ -40,5 +40,5 @@ def draw_undone(
             points = thinned(old.step_S[inside], getattr(old, f"{name}_S")[inside])
             fig.add_scatter(
                 x=points.x, y=points.y, yaxis=y, mode="lines", line={"color": faded(look.soft, 0.45), "width": 1.2},
-                name=f"{name.replace('_', ' ')}, attempt {old.attempt}, undone", hovertemplate="%{y:.4g}",
+                name=f"{name.replace('_', ' ')}, attempt {old.attempt}", hovertemplate="%{y:.4g}",
             )  # fmt: skip

@@ -3,15 +3,15 @@
 url.search ─► spike ─► verdict, picture ─► cell (the origin, until another is clicked) ─► the four cards beside it
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from dash import Dash, Input, Output, State, html, no_update
 
 from geodiag.cascade import Cascade
 from geodiag.dashboard import verdict
-from geodiag.dashboard.causes import Cell, cascade_of, cell_of, chosen, scene_of, stages_of, window_of
-from geodiag.dashboard.cell import experts_metric, series_of
+from geodiag.dashboard.causes import Cell, as_lived, cascade_of, cell_of, chosen, scene_of, stages_of, window_of
+from geodiag.dashboard.cell import series_of
 from geodiag.dashboard.draw import draws, happened
 from geodiag.dashboard.figures.cascade import STAGES, picture
 from geodiag.dashboard.figures.heat import Panel, heat_map
@@ -30,6 +30,7 @@ from geodiag.dashboard.words import number, percent, whole
 
 NAME, TITLE = "cascade", "Cascade"
 
+_EXPERTS = {"load": "share of the layer's assignments", "act_rms": "RMS of the activations"}
 _NO_MAPS = "No residual maps on record here."
 _NO_TOKENS = "No traced tokens on record here."
 _PICTURE = (
@@ -120,23 +121,36 @@ def _only_with_rows(rows: list[dict]) -> dict:
 def _picture(record: Record, view: View, look: Look) -> go.Figure:
     if not len(record.steps()["step"]):
         return empty("Waiting for the first step.", look, 420)
-    found = _found(record, view)
-    window = window_of(record, view, found)
-    scene = scene_of(record, window)
+    found, lived = _found(record, view), as_lived(record, chosen(record, view))
+    scene = scene_of(lived, window_of(lived, view, found), record)
     return picture(scene, look, found, cell_of(view, found, scene.stages))
 
 
-def _at(record: Record, view: View) -> tuple[Cell | None, tuple[int, int], Cascade | None]:
-    """The cell, the window around it, and the cascade that it belongs to."""
-    found = _found(record, view)
-    window = window_of(record, view, found)
-    if not len(record.steps()["step"]):
-        return None, window, found
-    return cell_of(view, found, stages_of(record, window)), window, found
+class _Place(NamedTuple):
+    """What the cards beside the picture speak of."""
+
+    record: Record
+    """The run, as the attempt lived it that the cascade belongs to."""
+    cell: Cell | None
+    window: tuple[int, int]
+    found: Cascade | None
+
+    @property
+    def before(self) -> int:
+        """The step up to which things were usual."""
+        step = self.cell.step if self.cell else 0
+        return step if self.found is None or self.found.onset is None else min(self.found.onset, step)
+
+
+def _place(record: Record, view: View) -> _Place:
+    found, lived = _found(record, view), as_lived(record, chosen(record, view))
+    window = window_of(lived, view, found)
+    some = len(lived.steps()["step"]) > 0
+    return _Place(lived, cell_of(view, found, stages_of(lived, window)) if some else None, window, found)
 
 
 def _where(record: Record, view: View) -> Any:
-    cell, _, found = _at(record, view)
+    _, cell, _, found = _place(record, view)
     if cell is None:
         return "Nothing is measured yet."
     origin = found is not None and view.stage is None and found.cause == "layer"
@@ -145,41 +159,39 @@ def _where(record: Record, view: View) -> Any:
 
 
 def _series(record: Record, view: View, look: Look) -> go.Figure:
-    cell, window, found = _at(record, view)
+    at = _place(record, view)
+    cell, found = at.cell, at.found
     if cell is None:
         return empty("Nothing is measured yet.", look, 120)
-    before = _before(found, cell)
-    strips = []
     here = found is not None and (found.stage, found.layer) == (cell.stage, cell.layer)
     told = [e.metric for e in found.evidence] if found is not None and here else []
-    for s in series_of(record, cell, window, before, told):
+    strips = []
+    for s in series_of(at.record, cell, at.window, at.before, told):
         share = s.metric.unit == "share"
-        say = percent if share else lambda v: number(v, 3)
-        usual = f"usually {say(s.usual[0])} to {say(s.usual[1])}" if s.usual else ""
-        strips.append(Strip(f"{s.metric.name} · {s.site}", usual, s.step_S, s.value_S, s.usual))
+        usual = " to ".join(percent(v) if share else number(v, 3) for v in s.usual or ())
+        said = f"usually {usual}" if usual else ""
+        strips.append(Strip(f"{s.metric.name} · {s.site}", said, s.step_S, s.value_S, s.usual))
     nothing = f"Layer {cell.layer} has nothing of stage {cell.stage} on record."
-    return multiples(strips, look, window, cell.step, nothing)
+    return multiples(strips, look, at.window, cell.step, nothing)
 
 
 def _experts(record: Record, view: View, look: Look) -> go.Figure:
-    cell, window, found = _at(record, view)
+    lived, cell, window, found = _place(record, view)
     if cell is None:
         return empty("Nothing is measured yet.", look, 120)
-    name = experts_metric(cell.stage)
-    say = {"load": "share of the layer's assignments", "act_rms": "RMS of the activations"}[name]
-    key = ("experts", name, window)
-    (grid,) = record.memo(key, lambda: record.stretch("experts", [name], *window))
+    name = "act_rms" if cell.stage == 1 else "load"
+    (grid,) = lived.memo(("experts", name, window), lambda: lived.stretch("experts", [name], *window))
     grid = grid.of_layer(cell.layer)
-    even = 1 / max(1, len(grid.rows)) if name == "load" else None
+    mine = found is not None and found.expert is not None and cell.layer == found.layer
     fig = heat_map(
-        [Panel(grid, f'<span style="color:{look.soft}">{say}</span>')],
+        [Panel(grid, f'<span style="color:{look.soft}">{_EXPERTS[name]}</span>')],
         look,
         window,
         marks=[m for m in happened(record) if m.kind == "spike"],
         step=cell.step,
-        row=str(found.expert) if found and found.expert is not None and cell.layer == found.layer else None,
+        row=str(found.expert) if found is not None and mine else None,
         experts=True,
-        centre=even,
+        centre=1 / max(1, len(grid.rows)) if name == "load" else None,  # an even share
         title="",
         nothing=f"No experts on record in layer {cell.layer}.",
     )
@@ -188,26 +200,22 @@ def _experts(record: Record, view: View, look: Look) -> go.Figure:
 
 
 def _maps(record: Record, view: View, look: Look) -> go.Figure:
-    cell, _, found = _at(record, view)
-    if cell is None:
+    at = _place(record, view)
+    if at.cell is None:
         return empty(_NO_MAPS, look, 120)
-    there = before_and_near(record, "matrices", _before(found, cell), cell.step)
-    groups = [(f"{n}, step {whole(at)}", [Tile(*t) for t in composites(record, cell.layer, at)]) for n, at in there]
+    layer, run = at.cell.layer, at.record
+    there = before_and_near(run, "matrices", at.before, at.cell.step)
+    groups = [(f"{name}, step {whole(s)}", [Tile(*t) for t in composites(run, layer, s)]) for name, s in there]
     return maps(groups, look, _NO_MAPS)
 
 
 def _tokens(record: Record, view: View, look: Look) -> go.Figure:
-    cell, _, found = _at(record, view)
-    if cell is None:
+    at = _place(record, view)
+    if at.cell is None:
         return empty(_NO_TOKENS, look, 120)
-    there = before_and_near(record, "tokens", _before(found, cell), cell.step)
-    usual = traced(record, there[0][1]) if len(there) == 2 else []
-    return trajectories(traced(record, there[-1][1]) if there else [], usual, look, _NO_TOKENS)
-
-
-def _before(found: Cascade | None, cell: Cell) -> int:
-    """The step up to which things were usual."""
-    return cell.step if found is None or found.onset is None else min(found.onset, cell.step)
+    there = before_and_near(at.record, "tokens", at.before, at.cell.step)
+    usual = traced(at.record, there[0][1]) if len(there) == 2 else []
+    return trajectories(traced(at.record, there[-1][1]) if there else [], usual, look, _NO_TOKENS)
 
 
 def _clicked(pathname: str, view: View, name: str, point: dict) -> View:

@@ -196,7 +196,7 @@ def test_routing_and_what_was_undone_are_there_too():
     old = Undone(0, np.arange(150, 170), np.full(20, 5.0), np.ones(20))
     fig = picture(scene(spans=[Span(mode="on", start=170, end=190)], undone=[old]), DARK, cascade())
     assert any(s.type == "rect" and (s.x0, s.x1) == (169.5, 190.5) for s in fig.layout.shapes)
-    (faint,) = named(fig, "loss, attempt 0, undone")
+    (faint,) = named(fig, "loss, attempt 0")
     assert list(faint.x) == list(range(150, 170))
 
 
