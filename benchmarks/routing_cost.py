@@ -122,12 +122,13 @@ class Bench:
         return self.forward(self.trainer.model, batch)
 
 
-def run(size: str, sequences: int, seconds: float, steps: int, device: str) -> dict[str, Any]:
+def run(size: str, sequences: int, seconds: float, steps: int, device: str, but: Sequence[str] = ()) -> dict[str, Any]:
     """Every arm's time over the bare one's, and the parts by themselves; as many rounds as `seconds` allow."""
-    bench, times = Bench(size, sequences, device), {name: list[float]() for name in ARMS}
+    chosen = [name for name in ARMS if name == "bare" or not any(word in name for word in but)]
+    bench, times = Bench(size, sequences, device), {name: list[float]() for name in chosen}
     bench.turn(*ARMS["bare"], steps)
     alone = bench.alone(3)
-    names, rounds, began = list(ARMS), 0, time.perf_counter()
+    names, rounds, began = chosen, 0, time.perf_counter()
     while rounds < 2 or time.perf_counter() - began < seconds * rounds / (rounds + 1):
         start = rounds % len(names)
         for name in names[start:] + names[:start]:
@@ -184,13 +185,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=[8], help="one a size, or one for all")
     parser.add_argument("--seconds", type=float, default=60.0, help="for the rounds of a size")
     parser.add_argument("--steps", type=int, default=2, help="timed steps a turn")
+    parser.add_argument("--but", nargs="*", default=[], help="leave out arms whose name has one of these words")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
     sequences = options.sequences * len(options.size) if len(options.sequences) == 1 else options.sequences
     result = setting("routing-cost", argv, options.device)
     result["runs"] = []
     for size, count in zip(options.size, sequences, strict=True):
-        result["runs"].append(run(size, count, options.seconds, options.steps, options.device))
+        result["runs"].append(run(size, count, options.seconds, options.steps, options.device, options.but))
         save("routing_cost", result, markdown(result), options.out)  # a later size that fails loses nothing
     say(result, markdown(result), options.json)
 
