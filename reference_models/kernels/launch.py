@@ -1,7 +1,10 @@
 """What every kernel's launch needs: tile sizes, the machine's width, and argument checks that name the fix."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Streams the kernels are compiled for; their loops over N are unrolled, and tiles need powers of two.
 STREAMS = (1, 2, 4, 8)
@@ -33,6 +36,21 @@ def two_parts(x: Tensor) -> bool:
     Triton's interpreter multiplies the bit patterns of bfloat16, so there the product is taken in float32.
     """
     return x.dtype == torch.bfloat16 and x.is_cuda
+
+
+def copies_tiles(*tensors: Tensor | None) -> bool:
+    """Whether the device's engine for tiles (TMA) can copy those of these contiguous tensors: Hopper or later."""
+    given = [t for t in tensors if t is not None]
+    return all(t.is_cuda and t.data_ptr() % 16 == 0 and t.shape[-1] * t.itemsize % 16 == 0 for t in given) and (
+        torch.cuda.get_device_capability(given[0].device) >= (9, 0)
+    )
+
+
+def tiles(tensor: Tensor | None, block: tuple[int, int] | None) -> Any:
+    """What a kernel takes: a descriptor of (T, the rest) by blocks, or without a block the tensor as it is."""
+    if tensor is None or block is None:
+        return tensor
+    return TensorDescriptor.from_tensor(tensor.view(tensor.shape[0], -1), list(block))
 
 
 def floats(like: Tensor, *shape: int) -> Tensor:

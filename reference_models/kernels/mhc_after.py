@@ -1,133 +1,25 @@
 """X' = H_res X + H_postᵀ f in one pass, and its gradients in one pass."""
 
-# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from geodiag.reference_models.kernels import mhc_stats
 from geodiag.reference_models.kernels.launch import cdiv, check_shape, check_streams, power_of_two
+from geodiag.reference_models.kernels.mhc_after_device import after_backward, after_forward
 
 # T tokens, N streams, C channels
 
 
-@triton.jit
-def _after_fwd(
-    x_ptr,
-    branch_ptr,
-    post_ptr,
-    res_ptr,
-    out_ptr,
-    flag_ptr,
-    stats_ptr,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    BL: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    """One token's block of channels: BL lanes of VEC numbers."""
-    t = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * (BL * VEC) + (tl.arange(0, BL) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-    inside = c < C
-    branch = tl.load(branch_ptr + t * C + c, inside, 0.0).to(tl.float32)
-    streams = ()
-    for j in tl.static_range(N):
-        streams = streams + (tl.load(x_ptr + (t * N + j) * C + c, inside, 0.0).to(tl.float32),)
-    # Sums for the statistics stay within a thread until the end: one register each.
-    amax = tl.zeros((BL,), tl.float32)
-    after = tl.zeros((BL,), tl.float32)
-    kept = tl.zeros((BL,), tl.float32)
-    before = tl.zeros((BL,), tl.float32)
-    gain = 0.0
-    if flag_ptr is not None:
-        for j in tl.static_range(N):
-            before += tl.sum(streams[j] * streams[j], 1)
-    for i in tl.static_range(N):
-        post = tl.load(post_ptr + t * N + i)
-        mixed = tl.zeros((BL, VEC), tl.float32)
-        for j in tl.static_range(N):
-            mixed += tl.load(res_ptr + (t * N + i) * N + j) * streams[j]
-        out = (mixed + post * branch).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + (t * N + i) * C + c, out, inside)
-        if flag_ptr is not None:
-            rounded = out.to(tl.float32)
-            amax = tl.maximum(amax, tl.max(tl.abs(rounded), 1))
-            after += tl.sum(rounded * rounded, 1)
-            kept += tl.sum(mixed * mixed, 1)
-            gain += post * post
-    if flag_ptr is not None:
-        wrote = gain * tl.sum(branch * branch, 1)
-        mhc_stats.store_streams(stats_ptr, tl.load(flag_ptr) != 0, amax, after, wrote, kept, before)
-
-
-@triton.jit
-def _after_bwd(
-    x_ptr,
-    branch_ptr,
-    post_ptr,
-    res_ptr,
-    grad_ptr,
-    dx_ptr,
-    d_branch_ptr,
-    d_post_ptr,
-    d_res_ptr,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    BL: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    """One token a program: d_branch, and d_post and d_res summed over the channels; dx."""
-    t = tl.program_id(0).to(tl.int64)
-    d_post = ()
-    for _ in tl.static_range(N):
-        d_post = d_post + (tl.zeros((BL,), tl.float32),)
-    d_res = ()
-    for _ in tl.static_range(N * N):
-        d_res = d_res + (tl.zeros((BL,), tl.float32),)
-    for c0 in range(0, C, BL * VEC):
-        # Sums stay within a thread's own 16 bytes until the loop is over.
-        c = c0 + (tl.arange(0, BL) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-        inside = c < C
-        branch = tl.load(branch_ptr + t * C + c, inside, 0.0).to(tl.float32)
-        streams = ()
-        grads = ()
-        for j in tl.static_range(N):
-            grads = grads + (tl.load(grad_ptr + (t * N + j) * C + c, inside, 0.0).to(tl.float32),)
-            streams = streams + (tl.load(x_ptr + (t * N + j) * C + c, inside, 0.0).to(tl.float32),)
-        d_branch = tl.zeros((BL, VEC), tl.float32)
-        added_post = ()
-        added_res = ()
-        for i in tl.static_range(N):
-            d_branch += tl.load(post_ptr + t * N + i) * grads[i]
-            added_post = added_post + (d_post[i] + tl.sum(grads[i] * branch, 1),)
-            for j in tl.static_range(N):
-                added_res = added_res + (d_res[i * N + j] + tl.sum(grads[i] * streams[j], 1),)
-        d_post = added_post
-        d_res = added_res
-        tl.store(d_branch_ptr + t * C + c, d_branch, inside)
-        for j in tl.static_range(N):
-            dx = tl.zeros((BL, VEC), tl.float32)
-            for i in tl.static_range(N):
-                dx += tl.load(res_ptr + (t * N + i) * N + j) * grads[i]
-            tl.store(dx_ptr + (t * N + j) * C + c, dx, inside)
-    for i in tl.static_range(N):
-        tl.store(d_post_ptr + t * N + i, tl.sum(d_post[i], 0))
-        for j in tl.static_range(N):
-            tl.store(d_res_ptr + (t * N + i) * N + j, tl.sum(d_res[i * N + j], 0))
-
-
-def channel_block(c: int) -> int:
-    """Channels a program takes: the largest block that divides C, so that no lane idles."""
-    return next((b for b in (512, 256) if c % b == 0), min(512, power_of_two(c)))
-
-
 def _outputs(x: Tensor, measured: bool) -> tuple[Tensor, Tensor]:
-    t, _, c = x.shape
-    shape = mhc_stats.streams_shape(t if measured else 0, cdiv(c, channel_block(c)))
+    shape = mhc_stats.streams_shape(x.shape[0] if measured else 0, 1)
     return torch.empty_like(x), torch.empty(shape, dtype=torch.float32, device=x.device)
+
+
+def _lanes(x: Tensor, most: int) -> dict[str, int]:
+    """At most `most` lanes of 16 bytes for a token's channels."""
+    vec = 16 // x.itemsize
+    lanes = min(most, power_of_two(cdiv(x.shape[-1], vec)))
+    return {"BL": lanes, "VEC": vec, "num_warps": max(lanes // 32, 1)}
 
 
 @torch.library.custom_op("geodiag::mhc_after", mutates_args=())
@@ -137,70 +29,42 @@ def _mhc_after(
     post: Tensor,
     res: Tensor,
     link: Tensor | None,
+    link_res: Tensor | None,
     flag: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     t, n, c = x.shape
     out, stats = _outputs(x, flag is not None)
     if t:
-        # Measuring takes registers: half as many numbers a thread then keep as many programs in flight.
-        block, vec = channel_block(c), (16 if flag is None else 8) // x.itemsize
-        lanes = max(block // vec, 1)
-        _after_fwd[(t, cdiv(c, block))](
-            x,
-            branch,
-            post,
-            res,
-            out,
-            flag,
-            stats,
-            N=n,
-            C=c,
-            BL=lanes,
-            VEC=vec,
-            num_warps=max(lanes // 32, 1),
-        )
+        after_forward[(t,)](x, branch, post, res, out, flag, stats, N=n, C=c, **_lanes(x, 64))
     return out, stats
 
 
 @torch.library.custom_op("geodiag::mhc_after_backward", mutates_args=())
 def _mhc_after_backward(
-    x: Tensor, branch: Tensor, post: Tensor, res: Tensor, grad: Tensor
+    x: Tensor, branch: Tensor, post: Tensor, res: Tensor, grad: Tensor, wants_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t, n, c = x.shape
-    dx, d_branch, d_post, d_res = (torch.empty_like(v) for v in (x, branch, post, res))
+    dx = torch.empty_like(x) if wants_dx else x.new_empty(0)
+    d_branch, d_post, d_res = (torch.empty_like(v) for v in (branch, post, res))
     if t:
-        vec = 16 // x.itemsize
-        _after_bwd[(t,)](
-            x,
-            branch,
-            post,
-            res,
-            grad,
-            dx,
-            d_branch,
-            d_post,
-            d_res,
-            N=n,
-            C=c,
-            BL=min(32, power_of_two(cdiv(c, vec))),
-            VEC=vec,
-            num_warps=1,
-        )
+        dx_ptr = dx if wants_dx else None
+        after_backward[(t,)](x, branch, post, res, grad, dx_ptr, d_branch, d_post, d_res, N=n, C=c, **_lanes(x, 32))
     return dx, d_branch, d_post, d_res
 
 
 @_mhc_after.register_fake
-def _(x, branch, post, res, link, flag):
+def _(x, branch, post, res, link, link_res, flag):
     return _outputs(x, flag is not None)
 
 
 @_mhc_after_backward.register_fake
-def _(x, branch, post, res, grad):
-    return torch.empty_like(x), torch.empty_like(branch), torch.empty_like(post), torch.empty_like(res)
+def _(x, branch, post, res, grad, wants_dx):
+    dx = torch.empty_like(x) if wants_dx else x.new_empty(0)
+    return dx, torch.empty_like(branch), torch.empty_like(post), torch.empty_like(res)
 
 
 def _keep(ctx, inputs, output):
-    x, branch, post, res, link, _ = inputs
+    x, branch, post, res, link, *_ = inputs
     ctx.save_for_backward(x, branch, post, res)
     ctx.linked = link is not None
     ctx.set_materialize_grads(False)
@@ -208,9 +72,11 @@ def _keep(ctx, inputs, output):
 
 def _grad(ctx, grad, _stats):
     if grad is None:
-        return (None,) * 6
-    dx, *rest = _mhc_after_backward(*ctx.saved_tensors, grad.contiguous())
-    return (None, *rest, dx, None) if ctx.linked else (dx, *rest, None, None)
+        return (None,) * 7
+    grad = grad.contiguous()
+    dx, *rest = _mhc_after_backward(*ctx.saved_tensors, grad, not ctx.linked)
+    # Through the link go the gradient of the streams after the site, as it is, and the map that mixed them.
+    return (None, *rest, grad, ctx.saved_tensors[3], None) if ctx.linked else (dx, *rest, None, None, None)
 
 
 _mhc_after.register_autograd(_grad, setup_context=_keep)
@@ -221,11 +87,12 @@ def mhc_after_linked(
     branch_TC: Tensor,
     post_TN: Tensor,
     res_TNN: Tensor,
-    link_TNC: Tensor | None,
+    link: tuple[Tensor, Tensor] | None,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`mhc_after` of a site that began with `mhc_before_linked`: its gradient of the stream goes there,
-    through the link, to be added while that one writes its own; autograd would read and write it once more.
+    """`mhc_after` of a site that began with `mhc_before_linked`, whose x this is: the gradient of the new streams goes
+    there, through the link, to be mixed while that one writes its own dx; here it would be written, and
+    read once more.
 
     Also returns the rows for `mhc_stats.summarise_streams`, measured while the device-side `flag` is not 0.
     """
@@ -236,11 +103,11 @@ def mhc_after_linked(
     check_shape("res", res_TNN, (*lead, n, n))
     x = x_TNC.contiguous().view(tokens, n, c)
     out, stats = _mhc_after(
-        x if link_TNC is None else x.detach(),
+        x if link is None else x.detach(),
         branch_TC.to(x.dtype).contiguous().view(tokens, c),
         post_TN.float().contiguous().view(tokens, n),
         res_TNN.float().contiguous().view(tokens, n, n),
-        link_TNC,
+        *(link or (None, None)),
         flag,
     )
     return out.view_as(x_TNC), stats

@@ -24,11 +24,11 @@ from geodiag.reference_models.kernels.sinkhorn import check_sinkhorn
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients
 
-Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _outputs(x: Tensor, measured: bool) -> Nine:
-    """inner, pre, post, res, logits, h, rms, stats, link."""
+def _outputs(x: Tensor, measured: bool) -> Ten:
+    """inner, pre, post, res, logits, h, rms, stats, and the link's two ends."""
     t, n, c = x.shape
     return (
         x.new_empty(t, c),
@@ -39,8 +39,9 @@ def _outputs(x: Tensor, measured: bool) -> Nine:
         floats(x, t, n * n + 2 * n),
         floats(x, t),
         floats(x, *mhc_stats.maps_shape(t if measured else 0)),
-        # A gradient's path without values: one element, seen as the whole stream.
-        x.new_zeros(1).expand(x.shape),
+        # Paths of gradients, without values: one element, seen as the whole.
+        x.new_empty(1).expand(x.shape),
+        floats(x, 1).expand(t, n, n),
     )
 
 
@@ -55,7 +56,7 @@ def _mhc_before(
     norm_eps: float,
     order: str,
     flag: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     t, n, c = x.shape
     k = n * n + 2 * n
     out = _outputs(x, flag is not None)
@@ -123,11 +124,10 @@ def _keep(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _grad(ctx, d_inner, d_pre, d_post, d_res, d_logits, _h, _rms, _stats, d_link):
+def _grad(ctx, d_inner, d_pre, d_post, d_res, d_logits, _h, _rms, _stats, d_next, res):
     iterations, eps, _, order, *_ = ctx.rest
-    given = [None if d is None else d.contiguous() for d in (d_inner, d_pre, d_post, d_res, d_logits, d_link)]
-    dx, *rest = mhc_before_backward.backward(*ctx.saved_tensors, *given, iterations, eps, order)
-    return (dx if d_link is None else given[-1]), *rest, None, None, None, None, None
+    given = [None if d is None else d.contiguous() for d in (d_inner, d_pre, d_post, d_res, d_logits, d_next, res)]
+    return *mhc_before_backward.backward(*ctx.saved_tensors, *given, iterations, eps, order), *(None,) * 5
 
 
 _mhc_before.register_autograd(_grad, setup_context=_keep)
@@ -137,8 +137,9 @@ class Linked(NamedTuple):
     """A site's `Mix`, and what its `mhc_after` and its monitor take from it."""
 
     mix: Mix
-    link_TNC: Tensor
-    """Has the stream's shape and no values: the path by which `mhc_after`'s gradient of the stream comes back."""
+    link: tuple[Tensor, Tensor]
+    """Have the shapes of the stream and of `res`, and no values: the paths by which `mhc_after` hands back the gradient
+    of the streams after the site, and the `res` that mixed them."""
     stats_PW: Tensor
     """Rows for `mhc_stats.summarise_maps`: NaN while the flag is 0, and no rows without a flag."""
 
@@ -154,7 +155,7 @@ def mhc_before_linked(
     order: str = "columns-first",
     flag: Tensor | None = None,
 ) -> Linked:
-    """`mhc_before` for a site whose `mhc_after_linked` follows: its gradient of the stream is added in here.
+    """`mhc_before` for a site whose `mhc_after_linked` follows: all of the stream's gradient is written in here.
 
     `flag` is an integer on the device; while it is not 0, the geometry of the maps is measured on the way.
     """
@@ -168,7 +169,7 @@ def mhc_before_linked(
     parameters = (phi.contiguous(), alpha.contiguous(), bias.contiguous())
     out = _mhc_before(flat, *parameters, iterations, eps, norm_eps, order, flag)
     lead = x_TNC.shape[:-2]
-    return Linked(Mix(*(o.view(*lead, *o.shape[1:]) for o in out[:5])), out[8], out[7])
+    return Linked(Mix(*(o.view(*lead, *o.shape[1:]) for o in out[:5])), (out[8], out[9]), out[7])
 
 
 def mhc_before(

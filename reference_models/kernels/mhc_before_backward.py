@@ -3,19 +3,25 @@
 Deterministic: partial sums are written per program and added in a fixed order.
 """
 
-# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
-
 import torch
 from torch import Tensor
 
-from geodiag.reference_models.kernels.launch import cdiv, floats, padded, power_of_two, processors, two_parts
+from geodiag.reference_models.kernels.launch import (
+    cdiv,
+    copies_tiles,
+    floats,
+    padded,
+    power_of_two,
+    processors,
+    tiles,
+    two_parts,
+)
 from geodiag.reference_models.kernels.mhc_before_backward_device import add_up, coefficients, dx_dphi, inner_to_pre
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
 
 
-@torch.library.custom_op("geodiag::mhc_before_backward", mutates_args=("d_link",))
+@torch.library.custom_op("geodiag::mhc_before_backward", mutates_args=())
 def backward(
     x: Tensor,
     phi: Tensor,
@@ -29,26 +35,28 @@ def backward(
     d_post: Tensor | None,
     d_res: Tensor | None,
     d_logits: Tensor | None,
-    d_link: Tensor | None,
+    d_next: Tensor | None,
+    res: Tensor | None,
     iterations: int,
     eps: float,
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, phi, alpha, bias; that of x is added to `d_link` in place where there is one, and empty here."""
+    """Gradients of x, phi, alpha, bias. `d_next` is that of the streams after the site, which `res` mixed."""
     t, n, c = x.shape
     k = n * n + 2 * n
-    dx = torch.empty_like(x) if d_link is None else x.new_empty(0)
-    dphi, dalpha, dbias = torch.zeros_like(phi), torch.zeros_like(alpha), torch.zeros_like(bias)
+    dx, dphi, dalpha, dbias = (torch.empty_like(v) for v in (x, phi, alpha, bias))
     if not t:
-        return dx, dphi, dalpha, dbias
-    w, kp, two = n * c, padded(k), two_parts(x)
-    coef = floats(x, t, kp)
+        return dx, dphi.zero_(), dalpha.zero_(), dbias.zero_()
+    w, kp, wide = n * c, padded(k), not two_parts(x)
     inner_d_pre = None
     if d_inner is not None:
         inner_d_pre = floats(x, t, n)
         vec = 16 // x.itemsize
         lanes = min(32, power_of_two(cdiv(c, vec)))
         inner_to_pre[(t,)](x, d_inner, inner_d_pre, N=n, C=c, BL=lanes, VEC=vec, num_warps=1)
+    coef = torch.empty(t, kp, dtype=torch.float32 if wide else torch.bfloat16, device=x.device)
+    pairs = power_of_two(2 + n + n % 2 + n * n) // 2
+    scalars = floats(x, t, 2 * pairs)
     bt = 16 if n <= 4 else 4
     small = floats(x, cdiv(t, bt), 2, kp)
     coefficients[(cdiv(t, bt),)](
@@ -61,7 +69,10 @@ def backward(
         d_post,
         d_res,
         d_logits,
+        pre,
+        res,
         coef,
+        scalars,
         small,
         t,
         eps,
@@ -70,43 +81,51 @@ def backward(
         N=n,
         C=c,
         KP=kp,
+        S=pairs,
         BT=bt,
         num_warps=1,
     )
-    bt, bc = (64, 64) if x.is_cuda and n <= 4 else (16, 32)
-    blocks = n * cdiv(c, bc)
-    # Eight programs a multiprocessor, three of them at a time.
-    chunks = max(min(8 * processors(x.device) // blocks, cdiv(t, bt)), 1)
+    bt, bc = (32, 64) if x.is_cuda and n <= 4 and not wide else (16, 32)
+    tma = n <= 4 and not wide and c % bc == 0 and copies_tiles(x, d_inner, d_next)
+    # All streams at once read d_next once, where registers and the copy engine allow it.
+    together = n if tma or not x.is_cuda else 1
+    blocks = cdiv(c, bc) * (n // together)
+    # Four programs a multiprocessor, two of them at a time.
+    chunks = max(min(4 * processors(x.device) // blocks, cdiv(t, bt)), 1)
     chunk = cdiv(cdiv(t, chunks), bt) * bt
+    chunks = cdiv(t, chunk)
     part = floats(x, chunks, w, k)
+    block = (bt, bc) if tma else None
     dx_dphi[(blocks, chunks)](
-        x,
+        tiles(x, block),
         phi,
-        pre,
-        coef,
-        d_inner,
-        d_link,
-        dx if d_link is None else d_link,
+        tiles(coef, (bt, kp) if tma else None),
+        scalars.view(torch.int64),
+        tiles(d_inner, block),
+        tiles(d_next, block),
+        tiles(dx, block),
         part,
         t,
         chunk,
         N=n,
+        J=together,
         C=c,
         KP=kp,
+        S=pairs,
         BT=bt,
         BC=bc,
-        TWO_PARTS=two,
+        WIDE=wide,
+        TMA=tma,
+        STAGES=3 if tma else 1,
         num_warps=4,
     )
-    block = 1024
-    add_up[(cdiv(w * k, block) + 1,)](
-        part, small, dphi, dalpha, dbias, w * k, chunks, small.shape[0], N=n, KP=kp, BLOCK=block, num_warps=8
+    size = 1024
+    add_up[(cdiv(w * k, size) + 2,)](
+        part, small, dphi, dalpha, dbias, w * k, chunks, small.shape[0], N=n, KP=kp, BLOCK=size, num_warps=8
     )
     return dx, dphi, dalpha, dbias
 
 
 @backward.register_fake
 def _(x, phi, alpha, bias, *rest):
-    d_link = rest[8]
-    dx = torch.empty_like(x) if d_link is None else x.new_empty(0)
-    return dx, torch.empty_like(phi), torch.empty_like(alpha), torch.empty_like(bias)
+    return torch.empty_like(x), torch.empty_like(phi), torch.empty_like(alpha), torch.empty_like(bias)

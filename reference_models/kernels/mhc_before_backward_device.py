@@ -42,7 +42,10 @@ def coefficients(
     d_post_ptr,
     d_res_ptr,
     d_logits_ptr,
+    pre_ptr,
+    res_ptr,
     coef_ptr,
+    scalars_ptr,
     small_ptr,
     T,
     eps,
@@ -51,9 +54,13 @@ def coefficients(
     N: tl.constexpr,
     C: tl.constexpr,
     KP: tl.constexpr,
+    S: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """coef[t] = [∂L/∂(x·φ) | ∂L/∂(Σx²)·2 | 0 …]; small[p] = this program's share of ∂L/∂bias and ∂L/∂alpha·."""
+    """coef[t] = [∂L/∂(x·φ) | 0 …]; scalars[t] = [∂L/∂(Σx²)·2, 0 | pre | resᵀ]: all that dx takes of a token.
+
+    small[p] = this program's share of ∂L/∂bias and ∂L/∂alpha·.
+    """
     K: tl.constexpr = N * N + 2 * N
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     n = tl.arange(0, N)
@@ -63,6 +70,12 @@ def coefficients(
     tn = t[:, None] * N + n[None, :]
     tnn = tn[:, :, None] * N + n[None, None, :]
     nn = 2 * N + n[None, :, None] * N + n[None, None, :]
+
+    scalars = scalars_ptr + t * 2 * S
+    tl.store(scalars[:, None] + 2 + n[None, :], tl.load(pre_ptr + tn, live_TN, 0.0), live_TN)
+    if res_ptr is not None:
+        transposed = 2 + N + N % 2 + n[None, None, :] * N + n[None, :, None]
+        tl.store(scalars[:, None, None] + transposed, tl.load(res_ptr + tnn, live_TNN, 0.0), live_TNN)
 
     d_pre = tl.zeros((BT, N), tl.float32)
     if inner_d_pre_ptr is not None:
@@ -111,73 +124,128 @@ def coefficients(
     tl.store(coef[:, None] + N + n[None, :], d_post * rms[:, None], live_TN)
     tl.store(coef[:, None, None] + nn, d_res * rms[:, None, None], live_TNN)
     k = tl.arange(0, KP)
-    rest = tl.where(k[None, :] == K, along[:, None], 0.0)
-    tl.store(coef[:, None] + k[None, :], rest, live[:, None] & (k >= K)[None, :])
+    tl.store(coef[:, None] + k[None, :], tl.zeros((BT, KP), tl.float32), live[:, None] & (k >= K)[None, :])
+    tl.store(scalars, along, live)
+
+
+@triton.jit
+def tile(ptr, t0, j, c0, t, c, inside, N: tl.constexpr, C: tl.constexpr, TMA: tl.constexpr):
+    """Tokens t of stream j, channels c: through a descriptor of (T, N·C), or by addresses."""
+    if TMA:
+        return ptr.load([t0, j * C + c0])
+    else:
+        return tl.load(ptr + (t[:, None] * N + j) * C + c[None, :], inside, 0.0)
+
+
+@triton.jit
+def first(pair):
+    return (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def second(pair):
+    return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["T", "CHUNK"])
 def dx_dphi(
     x_ptr,
     phi_ptr,
-    pre_ptr,
     coef_ptr,
+    pairs_ptr,
     d_inner_ptr,
-    d_link_ptr,
+    d_next_ptr,
     dx_ptr,
     dphi_ptr,
     T,
     CHUNK,
     N: tl.constexpr,
+    J: tl.constexpr,
     C: tl.constexpr,
     KP: tl.constexpr,
+    S: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
-    TWO_PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
+    TMA: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """dx of a block of one stream's channels for a chunk of tokens, and the chunk's share of dφ: one read of x."""
+    """dx of J streams' block of channels for a chunk of tokens, and the chunk's share of dφ: one read of x.
+
+    dx = coef·φᵀ + along·x + preᵀ d_inner + H_resᵀ d_next. The last three take 2 + 2N numbers a token and stream, and
+    each load of a column of them costs as much as a tile's: two float32 travel as one 64-bit integer.
+    """
     K: tl.constexpr = N * N + 2 * N
     W: tl.constexpr = N * C
-    # Neighbouring programs are the N streams of the same channels: they share d_inner through the cache.
-    j = tl.program_id(0) % N
-    c = (tl.program_id(0) // N) * BC + tl.arange(0, BC)
+    # Neighbouring programs are the streams of the same channels: they share d_inner and d_next through the cache.
+    j0 = (tl.program_id(0) % (N // J)) * J
+    c0 = (tl.program_id(0) // (N // J)) * BC
+    c = c0 + tl.arange(0, BC)
     k = tl.arange(0, KP)
-    w = j * C + c
-    start = tl.program_id(1).to(tl.int64) * CHUNK
+    chunk = tl.program_id(1)
+    start = chunk * CHUNK
     stop = tl.minimum(start + CHUNK, T)
-    phi = tl.load(phi_ptr + w[:, None] * K + k[None, :], (c < C)[:, None] & (k < K)[None, :], 0.0).to(tl.float32)
-    dphi = tl.zeros((BC, KP), tl.float32)
-    # Not pipelined: copies ahead through shared memory were measured slower than three programs taking turns.
-    for t0 in tl.range(start, stop, BT, num_stages=1):
-        t = t0 + tl.arange(0, BT)
+    phis = ()
+    dphis = ()
+    for j in tl.static_range(J):
+        offsets = ((j0 + j) * C + c)[:, None] * K + k[None, :]
+        phi = tl.load(phi_ptr + offsets, (c < C)[:, None] & (k < K)[None, :], 0.0)
+        phis = phis + (phi.to(tl.float32 if WIDE else tl.bfloat16),)
+        dphis = dphis + (tl.zeros((BC, KP), tl.float32),)
+    for t0 in tl.range(start, stop, BT, num_stages=STAGES):
+        t = t0 + tl.arange(0, BT).to(tl.int64)
         live = (t < stop)[:, None]
         inside = live & (c < C)[None, :]
-        coef = tl.load(coef_ptr + t[:, None] * KP + k[None, :], live, 0.0)
-        along = tl.load(coef_ptr + t[:, None] * KP + K, live, 0.0)
-        x = tl.load(x_ptr + t[:, None] * W + w[None, :], inside, 0.0)
-        # All loads stand before the products: none would be moved above them.
-        if d_inner_ptr is not None:
-            pre = tl.load(pre_ptr + t[:, None] * N + j, live, 0.0)
-            d_inner = tl.load(d_inner_ptr + t[:, None] * C + c[None, :], inside, 0.0)
-        if d_link_ptr is not None:
-            d_link = tl.load(d_link_ptr + t[:, None] * W + w[None, :], inside, 0.0)
-        wide = x.to(tl.float32)
-        if TWO_PARTS:
-            dx = tl.dot(coef, tl.trans(phi), input_precision="tf32")
-            high = coef.to(tl.bfloat16)
-            low = (coef - high.to(tl.float32)).to(tl.bfloat16)
-            dphi = tl.dot(tl.trans(x), low, dphi)
-            dphi = tl.dot(tl.trans(x), high, dphi)
+        row = pairs_ptr + t[:, None] * S
+        if TMA:
+            coef = coef_ptr.load([t0, 0])
         else:
-            dx = tl.dot(coef, tl.trans(phi), input_precision="tf32x3")
-            dphi = tl.dot(tl.trans(wide), coef, dphi, input_precision="tf32x3")
-        dx += along * wide
+            coef = tl.load(coef_ptr + t[:, None] * KP + k[None, :], live, 0.0)
+        xs = ()
+        for j in tl.static_range(J):
+            xs = xs + (tile(x_ptr, t0, j0 + j, c0, t, c, inside, N, C, TMA),)
         if d_inner_ptr is not None:
-            dx += pre * d_inner.to(tl.float32)
-        if d_link_ptr is not None:
-            dx += d_link.to(tl.float32)
-        tl.store(dx_ptr + t[:, None] * W + w[None, :], dx, inside)
-    out = dphi_ptr + tl.program_id(1).to(tl.int64) * W * K
-    tl.store(out + w[:, None] * K + k[None, :], dphi, (c < C)[:, None] & (k < K)[None, :])
+            d_inner = tile(d_inner_ptr, t0, 0, c0, t, c, inside, 1, C, TMA)
+        nexts = ()
+        if d_next_ptr is not None:
+            for i in tl.static_range(N):
+                nexts = nexts + (tile(d_next_ptr, t0, i, c0, t, c, inside, N, C, TMA),)
+        along = first(tl.load(row, live, 0))
+        pres = ()
+        if d_inner_ptr is not None:
+            if J == 1:
+                pair = tl.load(row + 1 + j0 // 2, live, 0)
+                pres = pres + (tl.where(j0 % 2 == 0, first(pair), second(pair)),)
+            else:
+                for j in tl.static_range(0, J, 2):
+                    pair = tl.load(row + 1 + (j0 + j) // 2, live, 0)
+                    pres = pres + (first(pair), second(pair))
+        added = ()
+        for j in tl.static_range(J):
+            if WIDE:
+                wide = xs[j].to(tl.float32)
+                added = added + (tl.dot(tl.trans(wide), coef, dphis[j], input_precision="tf32x3"),)
+                dx = tl.dot(coef, tl.trans(phis[j]), input_precision="tf32x3")
+            else:
+                added = added + (tl.dot(tl.trans(xs[j]), coef, dphis[j]),)
+                dx = tl.dot(coef, tl.trans(phis[j]))
+            dx += along * xs[j].to(tl.float32)
+            if d_inner_ptr is not None:
+                dx += pres[j] * d_inner.to(tl.float32)
+            if d_next_ptr is not None:
+                for i in tl.static_range(0, N, 2):
+                    pair = tl.load(row + (2 + N + N % 2 + (j0 + j) * N + i) // 2, live, 0)
+                    dx += first(pair) * nexts[i].to(tl.float32)
+                    if i + 1 < N:
+                        dx += second(pair) * nexts[i + 1].to(tl.float32)
+            if TMA:
+                dx_ptr.store([t0, (j0 + j) * C + c0], dx.to(xs[j].dtype))
+            else:
+                tl.store(dx_ptr + (t[:, None] * N + j0 + j) * C + c[None, :], dx, inside)
+        dphis = added
+    for j in tl.static_range(J):
+        out = dphi_ptr + chunk.to(tl.int64) * W * K + ((j0 + j) * C + c)[:, None] * K + k[None, :]
+        tl.store(out, dphis[j], (c < C)[:, None] & (k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["SIZE", "P", "Q"])
@@ -194,9 +262,10 @@ def add_up(
     KP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Partial sums in order: dφ over P chunks, by all programs but the last; dα and dbias over Q, by the last."""
+    """Partial sums in order: dφ over P chunks, by all programs but two; dbias and dα over Q, by one each."""
     pid = tl.program_id(0)
-    if pid < tl.num_programs(0) - 1:
+    last = tl.num_programs(0) - 1
+    if pid < last - 1:
         i = pid * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), tl.float32)
         part = dphi_part_ptr + i
@@ -206,18 +275,18 @@ def add_up(
         tl.store(dphi_ptr + i, total, i < SIZE)
     else:
         K: tl.constexpr = N * N + 2 * N
-        ROWS: tl.constexpr = 128
+        ROWS: tl.constexpr = 8192 // KP
         k = tl.arange(0, KP)
-        dbias = tl.zeros((ROWS, KP), tl.float32)
-        dalpha = tl.zeros((ROWS, KP), tl.float32)
+        wants_alpha = last - pid == 0
+        sums = tl.zeros((ROWS, KP), tl.float32)
+        row = small_ptr + wants_alpha.to(tl.int32) * KP + tl.arange(0, ROWS)[:, None] * 2 * KP + k[None, :]
         for q0 in range(0, Q, ROWS):
-            q = q0 + tl.arange(0, ROWS)
-            row = small_ptr + q[:, None] * 2 * KP + k[None, :]
-            inside = (q < Q)[:, None] & (k < K)[None, :]
-            dbias += tl.load(row, inside, 0.0)
-            dalpha += tl.load(row + KP, inside, 0.0)
-        tl.store(dbias_ptr + k, tl.sum(dbias, 0), k < K)
-        along = tl.sum(dalpha, 0)
-        tl.store(dalpha_ptr, tl.sum(tl.where(k < N, along, 0.0), 0))
-        tl.store(dalpha_ptr + 1, tl.sum(tl.where((k >= N) & (k < 2 * N), along, 0.0), 0))
-        tl.store(dalpha_ptr + 2, tl.sum(tl.where(k >= 2 * N, along, 0.0), 0))
+            inside = (q0 + tl.arange(0, ROWS) < Q)[:, None] & (k < K)[None, :]
+            sums += tl.load(row + q0 * 2 * KP, inside, 0.0)
+        along = tl.sum(sums, 0)
+        if wants_alpha:
+            tl.store(dalpha_ptr, tl.sum(tl.where(k < N, along, 0.0), 0))
+            tl.store(dalpha_ptr + 1, tl.sum(tl.where((k >= N) & (k < 2 * N), along, 0.0), 0))
+            tl.store(dalpha_ptr + 2, tl.sum(tl.where(k >= 2 * N, along, 0.0), 0))
+        else:
+            tl.store(dbias_ptr + k, along, k < K)

@@ -107,17 +107,23 @@ def store_maps(stats_ptr, enabled, res, logits, post, t, T, N: tl.constexpr):
 
 
 @triton.jit
+def _together(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    return tl.maximum(a0, b0), a1 + b1, a2 + b2, a3 + b3, a4 + b4
+
+
+@triton.jit
 def store_streams(stats_ptr, enabled, amax, after, branch, mixed, before):
     """One row for a token's block of channels: STREAM_FIELDS; NaN while switched off."""
     i = tl.arange(0, 8)
     row = tl.full((8,), float("nan"), tl.float32)
     if enabled:
-        total = tl.sum(after, 0)
-        row = tl.where(i == 0, tl.max(amax, 0) + 0.0 * total, row)
+        # One reduction for all five: warps meet once.
+        top, total, b, m, e = tl.reduce((amax, after, branch, mixed, before), 0, _together)
+        row = tl.where(i == 0, top + 0.0 * total, row)
         row = tl.where(i == 1, total, row)
-        row = tl.where(i == 2, tl.sum(branch, 0), row)
-        row = tl.where(i == 3, tl.sum(mixed, 0), row)
-        row = tl.where(i == 4, tl.sum(before, 0), row)
+        row = tl.where(i == 2, b, row)
+        row = tl.where(i == 3, m, row)
+        row = tl.where(i == 4, e, row)
     program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(stats_ptr + program * 5 + i, row, i < 5)
 

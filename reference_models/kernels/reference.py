@@ -23,8 +23,8 @@ class Mix(NamedTuple):
     """Applied to the streams as `res @ x`: rows are outputs. None where the residual path is the identity."""
     logits_TNN: Tensor | None
     """`res` before its projection."""
-    link_TNC: Tensor | None = None
-    """Where the gradient of the stream comes back to the site's first kernel, to be added on the way."""
+    link: tuple[Tensor, Tensor] | None = None
+    """Where the gradient of the streams after the site comes back to its first kernel, to be mixed on the way."""
     stats_PW: Tensor | None = None
     """The geometry of the maps, where a kernel measured it on the way: rows as `mhc_stats` has them."""
 

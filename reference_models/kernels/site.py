@@ -21,13 +21,13 @@ def site_before(
     flag: Tensor | None = None,
 ) -> Mix:
     """`reference.site_before`; while the device-side `flag` is not 0, it measures the maps on the way."""
-    mix, link_TNC, stats_PW = mhc_before_linked(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order, flag)
-    return mix._replace(link_TNC=link_TNC, stats_PW=None if flag is None else stats_PW)
+    mix, link, stats_PW = mhc_before_linked(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order, flag)
+    return mix._replace(link=link, stats_PW=None if flag is None else stats_PW)
 
 
 def site_after(x_TNC: Tensor, branch_TC: Tensor, mix: Mix, flag: Tensor | None = None) -> Written:
     """`reference.site_after`; while the device-side `flag` is not 0, it measures the streams on the way."""
     assert mix.post_TN is not None, "only sites with maps come here"
     assert mix.res_TNN is not None
-    out_TNC, stats_TBF = mhc_after_linked(x_TNC, branch_TC, mix.post_TN, mix.res_TNN, mix.link_TNC, flag)
+    out_TNC, stats_TBF = mhc_after_linked(x_TNC, branch_TC, mix.post_TN, mix.res_TNN, mix.link, flag)
     return Written(out_TNC, None if flag is None else stats_TBF)

@@ -13,7 +13,7 @@ def block(x, phi, alpha, bias, weight):
     """A site around a gated block."""
     before = mhc_before_linked(x, phi, alpha, bias)
     branch = clamped_swiglu(before.mix.inner_TC @ weight)
-    out, _ = mhc_after_linked(x, branch, before.mix.post_TN, before.mix.res_TNN, before.link_TNC)
+    out, _ = mhc_after_linked(x, branch, before.mix.post_TN, before.mix.res_TNN, before.link)
     return out, sinkhorn(before.mix.logits_TNN)
 
 

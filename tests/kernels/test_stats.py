@@ -18,7 +18,7 @@ def site(device, n=4, iterations=3, scale=2.0, on=1, x=None):
     flag = torch.tensor(on, dtype=torch.int32, device=device)
     before = mhc_before_linked(x, phi, alpha, bias, iterations, flag=flag)
     branch = torch.randn(TOKENS, CHANNELS, device=device)
-    out, rows = mhc_after_linked(x, branch, before.mix.post_TN, before.mix.res_TNN, before.link_TNC, flag)
+    out, rows = mhc_after_linked(x, branch, before.mix.post_TN, before.mix.res_TNN, before.link, flag)
     return x, branch, before, out, rows
 
 
