@@ -5,6 +5,7 @@ from typing import Any
 
 from geodiag.hooks.rerouting import Rerouting
 from geodiag.hooks.snapshots import Snapshots
+from geodiag.hooks.state import Stateful
 from geodiag.hooks.tape import Tape
 
 
@@ -107,17 +108,24 @@ class Rollback:
         if self.snapshots is None or self._tape is None:
             raise ValueError("nothing is kept to go back to")
         aside = self.snapshots.restore(step)
-        if skip is not None and skip.start in self._first and skip.stop in self._first:
-            self._tape.leave_out(range(self._first[skip.start], self._first[skip.stop]))
+        if skip is not None and skip.start in self._first:
+            after = self._first.get(skip.stop, self._tape.consumed(self._queued))
+            self._tape.leave_out(range(self._first[skip.start], after))
         self._tape.rewind(*self._positions[step])
         self._turn += 1
         if self._routing is not None:
             self._routing.rewind()
             self._put_back_routing(self._routing, aside)
 
-    def resume(self) -> int | None:
-        """The step of the newest snapshot on disk, which the training now stands before; None where there is none."""
-        if self.snapshots is None or not self.snapshots.steps:
+    def resume(self, lasting: dict[str, Stateful], wanted: bool) -> int | None:
+        """The step of the newest snapshot on disk, before which the training now stands; None where there is none.
+
+        `lasting` goes into every snapshot from here on, and comes back with this one.
+        """
+        if self.snapshots is None:
+            return None
+        self.snapshots.lasting |= lasting
+        if not wanted or not self.snapshots.steps:
             return None
         step = self.snapshots.steps[-1]
         aside = self.snapshots.restore(step)

@@ -107,8 +107,8 @@ class Snapshots:
             self._recycle(min(self.keep, max(budget // size, 1)) - 1)
         arena = self._arena(size)
         # Buffers may change in the next forward, weights and optimizer state only when the optimizer steps.
-        names = list(tensors)
-        passing = frozenset(i for i, n in enumerate(names) if n in self._buffers())
+        names, buffers = list(tensors), self._buffers()
+        passing = frozenset(i for i, n in enumerate(names) if n in buffers)
         arena.fill(list(tensors.values()), passing)
         taken = _Snapshot(step, tree, arena, aside)
         self._taken.append(taken)

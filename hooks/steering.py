@@ -80,7 +80,8 @@ class Steering:
 
     def _decide(self, seen: Observation) -> Decision | None:
         """The one place where a training decides for itself."""
-        return self.controller.decide(seen.step, seen.verdict, getattr(seen, "warning", None), self._snapshots())
+        warning = None if seen.warning is None else str(seen.warning)
+        return self.controller.decide(seen.step, seen.verdict, warning, self._snapshots())
 
     @property
     def acts(self) -> bool:
