@@ -16,6 +16,7 @@ from geodiag.dashboard.steer import Control, steer
 from geodiag.dashboard.tiles import tiles
 from geodiag.dashboard.view import View
 from geodiag.dashboard.words import about, metric, whole
+from geodiag.health import SPIKES
 
 NAME, TITLE = "overview", "Overview"
 _RECENT = 7
@@ -66,7 +67,11 @@ def _clicked(pathname: str, view: View, name: str, point: dict) -> View:
 
 def _recent(record: Record, view: View) -> list:
     """The newest events, newest first; each leads to its step, a spike to its cascade."""
-    newest = record.events()[::-1][:_RECENT]
+    trail = record.events()[::-1]
+    newest = trail[:_RECENT]
+    spike = next((e for e in trail if e["kind"] in SPIKES), None)
+    if spike is not None and spike not in newest:
+        newest[-1] = spike  # whatever happened since, the way to its cascade stays
     if not newest:
         return [notice("Nothing yet. Spikes, decisions and requests will be listed here.")]
     return [
