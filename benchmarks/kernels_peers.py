@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,29 @@ from torch import Tensor
 
 def transformer_engine(directory: Path) -> Callable[..., tuple[Tensor, Tensor]]:
     """(x, phi, alpha, bias, f) → the block's input and the new streams. Its streams are innermost: (S, B, C, N)."""
+    mhc = _transformer_engine(directory)
+
+    def site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        inner, post, res = mhc.mhc_generate_mix_and_aggregate(x, phi, alpha, bias)
+        return inner, mhc.mhc_fused_expand_combine(f, None, post, x, res, 4)
+
+    return site
+
+
+def transformer_engine_sinkhorn(directory: Path) -> Callable[[Tensor], Tensor]:
+    """Of logits (S, B, 4, 4), 20 iterations, as its site calls it."""
+    mhc = _transformer_engine(directory)
+
+    def sinkhorn(logits: Tensor) -> Tensor:
+        return mhc.mhc_fused_sinkhorn(logits, 4, recompute_hist=True, iters=20)
+
+    return sinkhorn
+
+
+def _transformer_engine(directory: Path) -> Any:
+    """Its module of mHC operators, with stand-ins for the packages around it that would load compiled code."""
+    if "transformer_engine.pytorch.triton.mhc" in sys.modules:
+        return sys.modules["transformer_engine.pytorch.triton.mhc"]
     sys.path.insert(0, str(directory))
 
     def gemm(a: Tensor, b: Tensor, out_dtype: torch.dtype, layout: str) -> tuple[Tensor]:
@@ -26,12 +50,8 @@ def transformer_engine(directory: Path) -> Callable[..., tuple[Tensor, Tensor]]:
         sys.modules[name] = module
     for name in ("transformer_engine.pytorch.cpp_extensions", "transformer_engine.pytorch.cpp_extensions.gemm"):
         sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].general_gemm = gemm
+    sys.modules[name].general_gemm = gemm  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = True
     from transformer_engine.pytorch.triton import mhc
 
-    def site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-        inner, post, res = mhc.mhc_generate_mix_and_aggregate(x, phi, alpha, bias)
-        return inner, mhc.mhc_fused_expand_combine(f, None, post, x, res, 4)
-
-    return site
+    return mhc

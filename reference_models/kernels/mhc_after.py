@@ -74,9 +74,10 @@ def _grad(ctx, grad, _stats):
     if grad is None:
         return (None,) * 7
     grad = grad.contiguous()
-    dx, *rest = _mhc_after_backward(*ctx.saved_tensors, grad, not ctx.linked)
+    saved = ctx.saved_tensors
+    dx, *rest = _mhc_after_backward(*saved, grad, not ctx.linked)
     # Through the link go the gradient of the streams after the site, as it is, and the map that mixed them.
-    return (None, *rest, grad, ctx.saved_tensors[3], None) if ctx.linked else (dx, *rest, None, None, None)
+    return (None, *rest, grad, saved[3], None) if ctx.linked else (dx, *rest, None, None, None)
 
 
 _mhc_after.register_autograd(_grad, setup_context=_keep)

@@ -223,8 +223,7 @@ def dx_dphi(
         added = ()
         for j in tl.static_range(J):
             if WIDE:
-                wide = xs[j].to(tl.float32)
-                added = added + (tl.dot(tl.trans(wide), coef, dphis[j], input_precision="tf32x3"),)
+                added = added + (tl.dot(tl.trans(xs[j].to(tl.float32)), coef, dphis[j], input_precision="tf32x3"),)
                 dx = tl.dot(coef, tl.trans(phis[j]), input_precision="tf32x3")
             else:
                 added = added + (tl.dot(tl.trans(xs[j]), coef, dphis[j]),)

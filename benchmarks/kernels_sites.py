@@ -1,0 +1,123 @@
+"""One mHC site, before and after its block: ours and others', timed against the bytes it must move."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from geodiag.benchmarks.kernels_clock import Clock, peaks
+from geodiag.reference_models.kernels import reference
+from geodiag.reference_models.kernels.mhc_after import mhc_after_linked
+from geodiag.reference_models.kernels.mhc_before import mhc_before_linked
+
+STREAMS = 4
+SETS = 2
+"""Inputs that take turns."""
+
+Site = Callable[..., tuple[Tensor, Tensor]]
+"""(x, phi, alpha, bias, f) → the block's input and the new streams."""
+
+
+class Contestant(NamedTuple):
+    by: str
+    site: Site
+    innermost: bool = False
+    """Whether its streams are innermost: (S, B, C, N)."""
+
+
+def inputs(tokens: int, channels: int, innermost: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Leaves x, phi, alpha, bias, f and upstream gradients of the block's input and of the new streams."""
+    n, k = STREAMS, STREAMS * STREAMS + 2 * STREAMS
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    shape = (tokens, 1, channels, n) if innermost else (tokens, n, channels)
+    flat = (tokens, 1, channels) if innermost else (tokens, channels)
+    phi = torch.randn(n * channels, k, device="cuda") / (n * channels) ** 0.5
+    leaves = [
+        randn(*shape),
+        phi.T.contiguous() if innermost else phi,
+        torch.ones(3, device="cuda"),
+        torch.randn((1, k) if innermost else (k,), device="cuda"),
+        randn(*flat),
+    ]
+    return [v.requires_grad_() for v in leaves], [randn(*flat), randn(*shape)]
+
+
+def geodiag_site(flag: Tensor | None = None) -> Site:
+    def site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        mix, link, _ = mhc_before_linked(x, phi, alpha, bias, flag=flag)
+        assert mix.post_TN is not None
+        assert mix.res_TNN is not None
+        return mix.inner_TC, mhc_after_linked(x, f, mix.post_TN, mix.res_TNN, link, flag)[0]
+
+    return site
+
+
+def reference_site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    mix = reference.mhc_before(x, phi, alpha, bias)
+    assert mix.post_TN is not None
+    assert mix.res_TNN is not None
+    return mix.inner_TC, reference.mhc_after(x, f, mix.post_TN, mix.res_TNN)
+
+
+def contestants(peers: Path | None, others: bool) -> Iterator[Contestant]:
+    on = torch.ones((), dtype=torch.int32, device="cuda")
+    yield Contestant("geodiag", geodiag_site())
+    yield Contestant("geodiag, diagnostics off", geodiag_site(torch.zeros_like(on)))
+    yield Contestant("geodiag, diagnostics on", geodiag_site(on))
+    if peers is not None:
+        from geodiag.benchmarks.kernels_peers import transformer_engine
+
+        yield Contestant("transformer-engine", transformer_engine(peers), innermost=True)
+    if others:
+        yield Contestant("torch.compile", torch.compile(reference_site))
+        yield Contestant("eager", reference_site)
+
+
+def floors(clock: Clock, tokens: int, channels: int) -> tuple[float, float]:
+    """Microseconds: x twice (the block stands between), f, y, x' forward; x, f, dy, dx', dx, df more backward."""
+    stream = tokens * channels * torch.bfloat16.itemsize
+    return clock.floor((3 * STREAMS + 2) * stream), clock.floor((6 * STREAMS + 5) * stream)
+
+
+def measure(clock: Clock, contestant: Contestant, tokens: int, channels: int) -> dict[str, object]:
+    by, site, innermost = contestant
+    sets = [inputs(tokens, channels, innermost) for _ in range(SETS)]
+
+    def both(leaves: list[Tensor], ups: list[Tensor]) -> object:
+        new = site(*leaves)
+        return new, torch.autograd.grad(new, leaves, ups)
+
+    with torch.no_grad():
+        forward = clock.median([lambda s=s: site(*s[0]) for s in sets])  # type: ignore[misc]
+    memory = peaks(lambda: both(*sets[0]))
+    each = clock.median([lambda s=s: both(*s) for s in sets])  # type: ignore[misc]
+    floor, floor_both = floors(clock, tokens, channels)
+    row = {"by": by, "tokens": tokens, "channels": channels, "forward_us": forward, "both_us": each}
+    return row | {"floor_us": floor, "floor_both_us": floor_both} | memory
+
+
+def sites(clock: Clock, sizes: list[tuple[int, int]], peers: Path | None, others: bool) -> Iterator[dict[str, object]]:
+    """One row a size and contestant."""
+    for tokens, channels in sizes:
+        for contestant in contestants(peers, others):
+            yield measure(clock, contestant, tokens, channels)
+            torch.cuda.empty_cache()
+
+
+def markdown(rows: list[dict]) -> list[str]:
+    lines = [
+        "| tokens × C | by | forward, µs | × floor | both, µs | × floor | peak, MB | in excess of results, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['tokens']} × {r['channels']} | {r['by']} | {r['forward_us']:.0f} | "
+            f"{r['forward_us'] / r['floor_us']:.2f} | {r['both_us']:.0f} | {r['both_us'] / r['floor_both_us']:.2f} | "
+            f"{r['peak_mb']:.0f} | {r['excess_mb']:.0f} |"
+        )
+    return lines
