@@ -13,6 +13,7 @@ from geodiag.reference_models.kernels.reference import Routing
 from geodiag.reference_models.mhc import HyperConnection, PlainResidual, ReadOut
 from geodiag.reference_models.moe import MoE, sequence_balance_loss
 from geodiag.reference_models.norm import RMSNorm
+from geodiag.reference_models.recompute import KEPT, Kept, Recomputed, block_length
 
 
 class Output(NamedTuple):
@@ -41,12 +42,13 @@ class Layer(nn.Module):
         self.ffn_norm = RMSNorm(config.channels, eps=config.norm_eps)
         self.moe = MoE(config, layer)
 
-    def forward(self, x_BSNC: Tensor, token_ids_BS: Tensor, rotary: Tensor) -> tuple[Tensor, Routing]:
-        mix = self.attn_hc(x_BSNC)
-        x_BSNC, _ = self.attn_hc.write(x_BSNC, self.attn(self.attn_norm(mix.inner_TC), rotary), mix)
-        mix = self.ffn_hc(x_BSNC)
-        out = self.moe(self.ffn_norm(mix.inner_TC), token_ids_BS)
-        return self.ffn_hc.write(x_BSNC, out.hidden_BSC, mix).streams_TNC, out.routing
+    def forward(self, x_BSNC: Tensor, token_ids_BS: Tensor, rotary: Tensor, run: Kept = KEPT) -> tuple[Tensor, Routing]:
+        """`run` says what the backward will find, and what it will make anew."""
+        mix, hidden = run.before(self.attn_hc, self.attn_norm, x_BSNC)
+        x_BSNC = run.after(self.attn_hc, x_BSNC, run.inside(self.attn, hidden, rotary), mix)
+        mix, hidden = run.before(self.ffn_hc, self.ffn_norm, x_BSNC)
+        out = run.inside(self.moe, hidden, token_ids_BS)
+        return run.after(self.ffn_hc, x_BSNC, out.hidden_BSC, mix), out.routing
 
 
 def _connection(config: ModelConfig, site: int) -> HyperConnection | PlainResidual:
@@ -100,11 +102,16 @@ class Transformer(nn.Module):
             raise ValueError(f"sequence {token_ids_BS.shape[1]} is longer than config.sequence {self.config.sequence}")
         x = self.embed(token_ids_BS).unsqueeze(-2).expand(-1, -1, self.config.streams, -1)
         routings = []
-        for layer in self.layers:
-            if self.config.recompute == "layers" and torch.is_grad_enabled():
+        # Compiled, the partitioner decides what is kept: the light parts are what it makes anew by itself.
+        differentiated = torch.is_grad_enabled()
+        forgets = self.config.recompute == "mhc" and differentiated and not torch.compiler.is_compiling()
+        length, run = block_length(self.config.streams, len(self.layers)), KEPT
+        for i, layer in enumerate(self.layers):
+            if self.config.recompute == "layers" and differentiated:
                 x, routing = checkpoint(layer, x, token_ids_BS, self.rotary, use_reentrant=False)
             else:
-                x, routing = layer(x, token_ids_BS, self.rotary)
+                run = Recomputed(x) if forgets and i % length == 0 else run
+                x, routing = layer(x, token_ids_BS, self.rotary, run)
             routings.append(routing)
         return Output(self.head(self.norm(self.read_out(x))), tuple(routings))
 

@@ -1,0 +1,142 @@
+"""Hyper-connections that are computed again in the backward, instead of kept (arXiv 2512.24880 §4.3.2).
+
+Of a block of layers, the first stream and what each site's attention or experts gave are kept. Everything else that the
+connections and norms need in the backward follows from these by running the light parts alone once more.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from geodiag.reference_models.kernels.reference import Mix
+
+
+def block_length(streams: int, layers: int) -> int:
+    """Layers a kept stream: √(nL/(n+2)) balances what is kept against what one block's backward makes anew."""
+    return max(1, round((streams * layers / (streams + 2)) ** 0.5))
+
+
+class Kept:
+    """A site's light parts, run as they are."""
+
+    def before(self, connection: nn.Module, norm: nn.Module, x_BSNC: Tensor) -> tuple[Mix, Tensor]:
+        """The maps, and the normalised input of the site's attention or experts."""
+        mix = connection(x_BSNC)
+        return mix, norm(mix.inner_TC)
+
+    def inside(self, heavy: Callable[..., Any], hidden_BSC: Tensor, *more: Tensor) -> Any:
+        """The attention or the experts."""
+        return heavy(hidden_BSC, *more)
+
+    def after(self, connection: nn.Module, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix) -> Tensor:
+        """The streams after the site."""
+        return connection.write(x_BSNC, branch_BSC, mix).streams_TNC  # type: ignore[operator]
+
+
+KEPT = Kept()
+
+
+class _Site(NamedTuple):
+    connection: nn.Module
+    norm: nn.Module
+
+
+class _Saved(NamedTuple):
+    """Stands in the graph for a tensor that was not kept."""
+
+    site: int
+    number: int
+
+
+class _Hidden(NamedTuple):
+    """Stands in the graph for a view of a site's normalised input."""
+
+    site: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Recomputed(Kept):
+    """One block of layers in one forward. Its tensors come back, all at once, when the backward asks for the first."""
+
+    def __init__(self, x_BSNC: Tensor) -> None:
+        self._first = x_BSNC.detach()
+        self._sites: list[_Site] = []
+        self._branches: list[Tensor] = []
+        self._numbers: list[int] = []
+        """Tensors that each site has saved so far."""
+        self._before: list[int] = []
+        """How many of them before its attention or experts."""
+        self._again: dict[tuple[int, int], Tensor] = {}
+        self._hidden: dict[int, Tensor] = {}
+
+    def before(self, connection: nn.Module, norm: nn.Module, x_BSNC: Tensor) -> tuple[Mix, Tensor]:
+        self._sites.append(_Site(connection, norm))
+        self._numbers.append(0)
+        with saved_tensors_hooks(self._forget, self._recall):
+            made = super().before(connection, norm, x_BSNC)
+        self._before.append(self._numbers[-1])
+        return made
+
+    def inside(self, heavy: Callable[..., Any], hidden_BSC: Tensor, *more: Tensor) -> Any:
+        site, where, dtype = len(self._sites) - 1, hidden_BSC.untyped_storage().data_ptr(), hidden_BSC.dtype
+
+        def forget(saved: Tensor) -> Tensor | _Hidden:
+            if saved.dtype != dtype or saved.untyped_storage().data_ptr() != where:
+                return saved
+            return _Hidden(site, saved.shape, saved.stride(), int(saved.storage_offset()))
+
+        with saved_tensors_hooks(forget, self._recall_hidden):
+            return super().inside(heavy, hidden_BSC, *more)
+
+    def after(self, connection: nn.Module, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix) -> Tensor:
+        self._branches.append(branch_BSC.detach())
+        with saved_tensors_hooks(self._forget, self._recall):
+            return super().after(connection, x_BSNC, branch_BSC, mix)
+
+    def _forget(self, _: Tensor) -> _Saved:
+        site = len(self._sites) - 1
+        self._numbers[site] += 1
+        return _Saved(site, self._numbers[site])
+
+    def _recall(self, saved: _Saved) -> Tensor:
+        if saved not in self._again:
+            self._replay()
+        if saved.number <= self._before[saved.site]:
+            # Whoever used the site's normalised input is through: its gradient is what this was waiting for.
+            self._hidden.pop(saved.site, None)
+        return self._again.pop(saved)
+
+    def _recall_hidden(self, saved: Tensor | _Hidden) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        if saved.site not in self._hidden:
+            self._replay()
+        return self._hidden[saved.site].as_strided(saved.size, saved.stride, saved.offset)
+
+    def _replay(self) -> None:
+        """Runs the light parts of all sites once more; what they save now is what they saved then, in that order."""
+        again: dict[tuple[int, int], Tensor] = {}
+        x = self._first
+        for i, (connection, norm) in enumerate(self._sites):
+            number = 0
+
+            def keep(saved: Tensor, site: int = i) -> None:
+                nonlocal number
+                number += 1
+                again[site, number] = saved.detach()
+
+            x, branch = x.requires_grad_(), self._branches[i].requires_grad_()
+            with torch.enable_grad(), saved_tensors_hooks(keep, _gone):
+                mix, hidden = Kept.before(self, connection, norm, x)
+                self._hidden[i] = hidden.detach()
+                x = Kept.after(self, connection, x, branch, mix).detach()
+        self._again = again
+
+
+def _gone(_: object) -> Tensor:
+    raise RuntimeError("a replayed graph is not differentiated")
