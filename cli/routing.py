@@ -102,14 +102,42 @@ def _status(run: "Run") -> dict[str, Any]:
         "lag": last.get("routing_lag"),
         "step": last.get("step"),
         "pending": pending.routing if pending else None,
-        "last_decision": _last(trail, "decision"),
+        "last_decision": _decision(trail),
         "last_change": _last(trail, "routing"),
+        "last_rollback": _last(trail, "rollback"),
     }
 
 
 def _last(trail: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
     found = [e for e in trail if e["kind"] == kind]
     return {"step": found[-1]["step"], "reason": found[-1]["message"]} if found else None
+
+
+def _decision(trail: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What was decided last, why, what came of it, and when the next could be."""
+    from geodiag.events import details
+
+    last = _last(trail, "decision")
+    if last is None:
+        return None
+    data = details(next(e for e in reversed(trail) if e["kind"] == "decision")["data"])
+    names = ("acted", "actions", "restore", "until", "possible", "budget_left")
+    return last | {name: data.get(name) for name in names}
+
+
+def _next(decision: dict[str, Any]) -> list[str]:
+    """What follows from the last decision, as far as it says."""
+    lines = []
+    if decision["acted"] is False:
+        lines.append("that was only put on record; geodiag routing RUN auto lets the controller act")
+    if decision["until"] is not None:
+        lines.append(f"the period it began lasts until step {decision['until']}")
+    left, possible = decision["budget_left"], decision["possible"]
+    if left == 0:
+        lines.append("no other intervention: the budget is used up; asking for auto gives a new one")
+    elif possible is not None:
+        lines.append(f"another intervention is possible from step {possible} on ({left} left)")
+    return lines
 
 
 def _policy(run: "Run", trail: list[dict[str, Any]]) -> str | None:
@@ -137,6 +165,9 @@ def _print_status(said: dict[str, Any]) -> None:
     if said["last_change"]:
         lines.append(f"last change, step {said['last_change']['step']}: {said['last_change']['reason']}")
     decision = said["last_decision"]
+    if said["last_rollback"]:
+        lines.append(f"last rollback: {said['last_rollback']['reason']}")
     lines.append(f"last decision, step {decision['step']}: {decision['reason']}" if decision else "no decision so far")
+    lines += _next(decision) if decision else []
     for line in lines:
         screen().print(line, markup=False)

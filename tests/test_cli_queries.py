@@ -199,6 +199,27 @@ def test_routing_status_explains_the_last_decision(make_run, cli, tmp_path: Path
     assert "last decision, step 7: spike raised at step 7: on for 50 steps" in out
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, ["the period it began lasts until step 65", "possible from step 166 on (7 left)"]),
+        ({"possible": None, "budget_left": 0}, ["no other intervention: the budget is used up"]),
+        ({"acted": False}, ["only put on record; geodiag routing RUN auto lets the controller act"]),
+    ],
+)
+def test_routing_status_says_what_follows_and_when_more_is_possible(make_run, cli, tmp_path, more, words) -> None:
+    run = make_run(close=False)
+    data = {"acted": True, "actions": ["route"], "restore": 3, "until": 65, "possible": 166, "budget_left": 7} | more
+    run.event(Event(step=7, kind="decision", message="spike: back to the snapshot of step 3", data=data))
+    run.event(Event(step=3, kind="rollback", message="back from step 7 to step 3 in 0.10 s"))
+    run.close()
+    out = " ".join(cli("routing", tmp_path / "run", "status").output.split())
+    assert "last rollback: back from step 7 to step 3 in 0.10 s" in out
+    assert all(word in out for word in words)
+    said = json.loads(cli("routing", tmp_path / "run", "status", "--json").output)["last_decision"]
+    assert said == {"step": 7, "reason": "spike: back to the snapshot of step 3"} | data
+
+
 def test_a_training_that_ended_cannot_be_asked(make_run, cli, tmp_path: Path) -> None:
     make_run()
     out = cli("routing", tmp_path / "run", "on")

@@ -157,6 +157,79 @@ def test_five_trainings_killed_at_random_moments_lose_no_step_that_was_done(text
     assert sum(k.said for k in found) > 10
 
 
+# -- rollback and resume -------------------------------------------------------------------
+
+
+def test_a_killed_training_is_resumed_from_disk_and_ends_as_if_nothing_had_been(
+    cli, train, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from geodiag.reference_models.train import Trainer
+
+    options = ["--steps", 7, "--rollback", "disk", "--snapshot-every", 2, "--inject", "expert-scale@5"]
+    assert train(*options, "--run", tmp_path / "whole").exit_code == 0
+    update = Trainer.update
+
+    def stop(self: Trainer) -> Any:
+        if self.steps_done == 5:
+            raise KeyboardInterrupt
+        return update(self)
+
+    monkeypatch.setattr(Trainer, "update", stop)
+    assert train(*options).exit_code == 130
+    monkeypatch.setattr(Trainer, "update", update)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")[:5]
+    done = cli("train", "--resume", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    run = open_run(tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert run.read("steps")["attempt"].tolist() == [0] * 4 + [1] * 3
+    faults = run.read("events").query("kind == 'fault'")
+    assert faults["attempt"].tolist() == [0, 1], "what comes after the snapshot comes again"
+
+
+def test_a_training_that_ended_can_be_made_longer(cli, train, tmp_path: Path) -> None:
+    train("--rollback", "disk")
+    done = cli("train", "--resume", tmp_path / "run", "--steps", 6)
+    assert done.exit_code == 0, done.output
+    steps = open_run(tmp_path / "run").read("steps")
+    assert steps["step"].tolist() == list(range(6))
+    assert steps["attempt"].tolist() == [0] * 4 + [1] * 2, "the end of a training is kept whenever it comes"
+
+
+def test_what_cannot_be_resumed_is_refused_with_the_fix(cli, train, make_run, tmp_path: Path) -> None:
+    assert train().exit_code == 0
+    make_run("other")
+    (tmp_path / "run/snapshots/rank-0").mkdir(parents=True)
+    for args, words in {
+        ("--resume", tmp_path / "absent"): "pass a run directory",
+        ("--resume", tmp_path / "other"): "is no run of geodiag train",
+        ("--resume", tmp_path / "run"): "holds no snapshots; only a training with --rollback disk can be resumed",
+        ("--resume", tmp_path / "run", "--seed", 3): "holds no snapshots",
+    }.items():
+        out = cli("train", *args)
+        assert (out.exit_code, out.stderr.count("\n")) == (1, 1)
+        assert words in out.stderr
+    (tmp_path / "run/snapshots/rank-0/step-00000002").mkdir()
+    out = cli("train", "--resume", tmp_path / "run", "--seed", 3)
+    assert "a resumed training keeps its --seed; leave that out" in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--actions", "rollback"], "the action rollback needs snapshots; pass --rollback memory, or disk"),
+        (["--actions", "pray"], "there is no action 'pray'"),
+        (["--on", "monday"], "cannot act on 'monday'"),
+        (["--rollback", "memory", "--snapshot-bytes", "1000"], "the budget in memory is 0.001 MB"),
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_one_line(train, tmp_path: Path, options: list, words: str) -> None:
+    out = train(*options)
+    assert (out.exit_code, out.stderr.count("\n")) == (1, 1)
+    assert words in out.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_lost_a_doubled_or_an_incomplete_step_would_be_seen(make_run, tmp_path: Path) -> None:
     make_run("whole", steps=6, layers=6)
     assert kills.judge(tmp_path / "whole", 6).wrong is None

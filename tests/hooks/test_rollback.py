@@ -13,6 +13,7 @@ from torch import Tensor
 import geodiag
 from geodiag.hooks.anticipatory import AnticipatoryRouting
 from geodiag.hooks.router_lag import RouterLag
+from geodiag.reference_models.moe import ClampedSwiGLU
 from tests.hooks import small
 
 FAULT, STEPS = 43, 70
@@ -27,7 +28,7 @@ class Live:
         *,
         policy: geodiag.Policy,
         routing: Callable[[Any], Any] | None = None,
-        where: str = "memory",
+        where: Any = "memory",
         faults: tuple[int, ...] = (FAULT,),
         every: int = 10,
         keep: int = 4,
@@ -39,7 +40,7 @@ class Live:
         self.routing = routing(self.t.model) if routing else None
         snapshots = geodiag.Snapshots(
             self.t.model, self.t.optimizers, self.t.progress, every=every, keep=keep, where=where
-        )  # type: ignore[arg-type]
+        )
         self.monitor = small.watch(
             self.t, path, routing=self.routing, snapshots=snapshots, policy=policy, resume=resume
         )
@@ -71,7 +72,7 @@ class Live:
         return self
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
-        rows = geodiag.open_run(self.path).read("events").to_dict("records")
+        rows = geodiag.open_run(self.path).read_arrow("events").to_pylist()
         return [r | {"data": json.loads(r["data"])} for r in rows if r["kind"] in kinds]
 
 
@@ -286,7 +287,7 @@ def test_a_clamp_for_a_period_is_the_clamped_model_and_ends(tmp_path: Path) -> N
     t, expected = small.trainer("plain"), []
     for step in range(12):
         for block in t.model.blocks:
-            for act in (block.moe.experts.act, block.moe.shared.act):
+            for act in (m for m in block.moe.modules() if isinstance(m, ClampedSwiGLU)):
                 act.limit = 0.01 if 5 <= step < 9 else t.model.config.swiglu_limit
         expected.append(small.one_step(t, small.tokens(step)))
     assert [live.losses[s] for s in range(12)] == expected

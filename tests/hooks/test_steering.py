@@ -43,7 +43,7 @@ class Live:
         return geodiag.open_run(self.path).read("steps")["routing_mode"].tolist()
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
-        rows = geodiag.open_run(self.path).read("events").to_dict("records")
+        rows = geodiag.open_run(self.path).read_arrow("events").to_pylist()
         return [r | {"data": json.loads(r["data"])} for r in rows if r["kind"] in kinds]
 
 
