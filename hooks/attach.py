@@ -2,23 +2,27 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from geodiag.cadence import PROBE_EVERY, Cadence, Every, parse_layers
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters import Layout, find_layout
 from geodiag.hooks.controller import Controller
 from geodiag.hooks.gradients import optimizers_in
+from geodiag.hooks.measurement import Plan
 from geodiag.hooks.monitor import Monitor
 from geodiag.hooks.policy import Policy, as_policy
 from geodiag.hooks.ranks import Ranks
 from geodiag.hooks.rerouting import Rerouting
 from geodiag.hooks.shelf import snapshots_in
 from geodiag.hooks.snapshots import Snapshots
+from geodiag.hooks.traced import Trace
 from geodiag.run import Run
 
 _COUNTERFACTUAL = ("clamp_gate_rate", "clamp_up_high_rate", "clamp_up_low_rate")
@@ -35,8 +39,11 @@ def attach(
     snapshots: Snapshots | None = None,
     resume: bool = False,
     probe: tuple | Mapping[str, Any] | None = None,
-    probe_every: int = 10,
-    every: int = 1,
+    probe_every: int = PROBE_EVERY,
+    probe_domains: Sequence[str] | None = None,
+    trace: Trace = "flipped",
+    every: Every = 1,
+    layers: str | Iterable[int] | None = None,
     sample: int = 1024,
     micro_batches: int = 1,
     first_step: int = 0,
@@ -52,18 +59,31 @@ def attach(
     routing: an AnticipatoryRouting or RouterLag that may be switched. snapshots: what a rollback can go back to.
     policy: a `Policy`, or the mode of one: `off` (only record what would be done), `auto` or `on`.
     resume: go on from the newest snapshot that an earlier training left on disk in `path`, if it left one.
-    probe: arguments of a fixed batch for flip rates; without it, the first batch. probe_every: steps between probes.
-    every: steps between samples of the layers. sample: tokens a micro-batch for per-token products.
+    probe: arguments of a fixed batch for the probes; without it, the first batch. probe_every: steps between probes;
+    slow ones (curvature, perturbation growth) keep their ratio. probe_domains: the domain of each of its sequences.
+    trace: which tokens of it are followed: `flipped`, `margin`, or their places.
+    every: steps between samples, for all metrics or by the beginning of their names: {"": 10, "amax_gain": 1}.
+    layers: those that are recorded, e.g. "0-7,30-". sample: tokens a micro-batch for per-token products.
     micro_batches: of a step. More are found by themselves, except inside a compiled model.
 
     GeodiagError where the model has no blocks to watch, or `path` cannot be written.
     """
-    if min(probe_every, every, sample, micro_batches) < 1:
-        raise ValueError("probe_every, every, sample and micro_batches are at least 1")
+    if min(sample, micro_batches) < 1:
+        raise ValueError("sample and micro_batches are at least 1")
     optimizers = optimizers_in(optimizer)
     layout = find_layout(model)
+    plan = Plan(
+        cadence=Cadence.of(every, probe_every, parse_layers(layers, len(layout.layers))),
+        sample=sample,
+        micro_batches=micro_batches,
+        probe=probe,
+        probe_domains=None if probe_domains is None else tuple(probe_domains),
+        trace=trace,
+    )
+    layout = replace(layout, watched=plan.cadence.layers)
     policy = as_policy(policy)
     ranks = Ranks.join()
+    ranks.same("cadence", plan.cadence.record())
     ranks.same("model", {k: v for k, v in layout.summary().items() if k != "missing"})
     if ranks.strangers and policy.mode != "off":
         raise GeodiagError(
@@ -78,7 +98,7 @@ def attach(
         return Run.create(
             path,
             found=layout.summary(),
-            config={"routing": _planned(policy, routing), **(config or {})},
+            config={"routing": _planned(policy, routing), "cadence": plan.cadence.record(), **(config or {})},
             counterfactual=_COUNTERFACTUAL if unclamped else (),
             rank=ranks.rank,
             world_size=ranks.world,
@@ -100,11 +120,7 @@ def attach(
             controller=Controller(policy=policy, delay_steps=routing.delay_steps if routing else 0),
             snapshots=snapshots,
             resume=resume,
-            probe=probe,
-            probe_every=probe_every,
-            every=every,
-            sample=sample,
-            micro_batches=micro_batches,
+            plan=plan,
             first_step=first_step,
             ranks=ranks,
         )

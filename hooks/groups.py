@@ -2,6 +2,8 @@
 
 from collections.abc import Set
 
+from torch import Tensor
+
 _STREAMS = "stream_amax stream_rms transport_gain_fwd transport_gain_fwd_max transport_gain_bwd branch_share"
 _GAINS = (
     "amax_gain_fwd amax_gain_bwd amax_gain_fwd_max amax_gain_bwd_max gain_fwd_min gain_bwd_min "
@@ -55,3 +57,25 @@ COMPARED = frozenset({"flips", "tear", "tokens", "domains"})
 def needed(groups: dict[str, frozenset[str]], due: Set[str]) -> frozenset[str]:
     """The groups of which some metric is due."""
     return frozenset(name for name, metrics in groups.items() if metrics & due)
+
+
+_SPECIAL = {
+    "maps": "matrices",
+    "load": "experts.load",
+    "gate_mass": "experts.gate_mass",
+    "expert/elements": "experts.act_rms",  # tells which experts saw no token
+}
+_AT_LAYERS = ("site", "router", "act", "attn", "layer")
+
+
+def due_only(values: dict[str, Tensor], due: Set[str]) -> dict[str, Tensor]:
+    """What of a step's values is to be recorded at this step."""
+    return {key: value for key, value in values.items() if _metric(key) is None or _metric(key) in due}
+
+
+def _metric(key: str) -> str | None:
+    """The "table.metric" that a value belongs to; None for what has no cadence of its own."""
+    group, _, name = key.partition("/")
+    if group in _AT_LAYERS:
+        return f"layers.{name}"
+    return _SPECIAL.get(key) or (f"experts.{name}" if group == "expert" else None)

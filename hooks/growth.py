@@ -21,11 +21,11 @@ _SEED = 23
 
 
 class Growth:
-    """Hooks on the layers that `watched` names; at work only inside `run`."""
+    """Hooks on the layers that are recorded; at work only inside `run`."""
 
-    def __init__(self, batch: ProbeBatch, layout: Layout, watched: Callable[[int], bool]) -> None:
+    def __init__(self, batch: ProbeBatch, layout: Layout) -> None:
         self._batch = batch
-        self._layers = [i for i in range(len(layout.layers)) if watched(i)]
+        self._layers = [i for i in range(len(layout.layers)) if layout.watches(i)]
         self._count = len(layout.layers)
         self._on = False
         self._changes: list[Tensor] = []

@@ -54,9 +54,9 @@ class Seen:
 
 
 class Look:
-    """Watches the layers that `watched` names."""
+    """Watches the layers that are recorded."""
 
-    def __init__(self, batch: ProbeBatch, layout: Layout, watched: Callable[[int], bool], report: Report) -> None:
+    def __init__(self, batch: ProbeBatch, layout: Layout, report: Report) -> None:
         self.batch, self._report = batch, report
         self.seen = Seen()
         self._wanted: frozenset[str] = frozenset()
@@ -66,15 +66,15 @@ class Look:
         self._project = Projection()
         self._handles: list[Removable] = []
         for router in layout.routers:
-            if watched(router.layer):
+            if layout.watches(router.layer):
                 self._handles += router.watch(self._sink(f"router {router.layer}", self._keep_view, "router"))
                 self._handles.append(router.module.register_forward_hook(partial(self._chosen, router)))
         for site in layout.attention:
-            if watched(site.layer):
+            if layout.watches(site.layer):
                 sink = self._sink(f"attention {site.layer}", partial(self._attention, site), "attention")
                 self._handles += site.watch_logits(sink)
         for expert in layout.experts:
-            for watch in expert.watch if watched(expert.layer) else ():
+            for watch in expert.watch if layout.watches(expert.layer) else ():
                 sink = self._sink(f"experts {expert.layer}", partial(self._acted, expert), "domains")
                 self._handles += watch(sink)
         # What enters a site is what the one before it left; what entered the first is nobody's.

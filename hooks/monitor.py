@@ -2,7 +2,7 @@
 
 import atexit
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,10 +17,8 @@ from geodiag.hooks.actions import Dials
 from geodiag.hooks.adapters import Layout
 from geodiag.hooks.concert import Concert
 from geodiag.hooks.controller import Controller
-from geodiag.hooks.gradients import GradientNorms
+from geodiag.hooks.measurement import Measurement, Plan
 from geodiag.hooks.observer import Observation
-from geodiag.hooks.past import RouterPast
-from geodiag.hooks.probe import Probe
 from geodiag.hooks.ranks import Ranks
 from geodiag.hooks.recorder import Facts, Recorder
 from geodiag.hooks.rerouting import Rerouting
@@ -28,10 +26,7 @@ from geodiag.hooks.rollback import Rollback
 from geodiag.hooks.sharded import whole
 from geodiag.hooks.slots import Slots
 from geodiag.hooks.snapshots import Snapshots
-from geodiag.hooks.spectra import WeightSpectra
 from geodiag.hooks.steering import Steering
-from geodiag.hooks.summary import summarise
-from geodiag.hooks.taps import Taps
 from geodiag.run import Run, Status
 
 
@@ -49,29 +44,18 @@ class Monitor:
         controller: Controller,
         snapshots: Snapshots | None,
         resume: bool,
-        probe: tuple | Mapping[str, Any] | None,
-        probe_every: int,
-        every: int,
-        sample: int,
-        micro_batches: int,
+        plan: Plan,
         first_step: int,
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks = ranks or Ranks()
         self.model, self.run, self.layout = model, run, layout
         self.next_step = first_step
-        self._every, self._probe_every = every, probe_every
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._recorder = Recorder(run, layout, device, self._ranks)
-        self.slots = Slots(device, micro_batches, sample)
-        self._taps = Taps(model, layout, self.slots, self._complain)
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._recorder = Recorder(run, layout, self._device, self._ranks)
         together = 1 if self._ranks.alone else self._ranks.world
-        self._gradients = GradientNorms(layout, optimizers, device, self._complain, together)
-        self._optimizers = optimizers
-        args, kwargs = ((), dict(probe)) if isinstance(probe, Mapping) else (tuple(probe or ()), {})
-        self._probe = Probe(model, layout.routers, args, kwargs)
-        self._spectra = WeightSpectra(layout)
-        self._adopt_probe = model.register_forward_pre_hook(self._take_probe, with_kwargs=True)
+        self._measured = Measurement(model, optimizers, layout, plan, self._complain, ranks=together)
+        self._plan, self._optimizers = plan, optimizers
         self._ended_at: float | None = None
         self._record_seconds: float | None = None
         self._closed = False
@@ -85,7 +69,7 @@ class Monitor:
             go_back=self._go_back,
         )
         self._concert = Concert(self._ranks, self.steering, RequestWatch(Path(run.url)))
-        self._taps.replaying = lambda: self.steering.replaying
+        self._measured.replaying = lambda: self.steering.replaying
         resumed = self._rollback.resume({"monitor": self}, resume)
         self._stand_before(first_step if resumed is None else resumed)
         self.steering.begin(self.next_step, run.attempt, resumed is not None)
@@ -103,10 +87,13 @@ class Monitor:
         *,
         grad_norm: Tensor | float | None = None,
         lr: float | None = None,
+        domains: Sequence[str] | None = None,
+        sequence_losses: Tensor | None = None,
     ) -> None:
         """Ends one optimizer step: records it, and lets the controller decide about the next.
 
         `grad_norm` is the total before clipping, where the trainer knows it; without it, what the optimizer saw.
+        `domains` names the domain of each of the step's sequences, `sequence_losses` has the mean loss of each.
         A failure in here is reported once and swallowed: monitoring does not end a training. Of several ranks every
         one calls this for every step; GeodiagError where ranks that are steered together lost each other.
         """
@@ -115,9 +102,9 @@ class Monitor:
         loss, grad_norm = whole(loss), whole(grad_norm)
         try:
             try:
-                self._record(step, loss, grad_norm, lr, began)
+                self._record(step, loss, grad_norm, lr, began, domains, sequence_losses)
             finally:  # also where that failed: nothing of this step may be read as the next one's
-                self._turn_over()
+                self._measured.turn_over(self.next_step)
         except Exception as e:  # monitoring must not end a training: said once, and the next step is tried again
             self._complain("the end of a step", e)
         self._recorder.ensure(step)
@@ -141,24 +128,19 @@ class Monitor:
         self._try("a snapshot", self._keep)
 
     def _record(
-        self, step: int, loss: Tensor | float, grad_norm: Tensor | float | None, lr: float | None, began: float
+        self,
+        step: int,
+        loss: Tensor | float,
+        grad_norm: Tensor | float | None,
+        lr: float | None,
+        began: float,
+        domains: Sequence[str] | None,
+        sequence_losses: Tensor | None,
     ) -> None:
-        device = self.slots.device
-        values = {"loss": _scalar(loss, device), "tokens": self.slots.sum("tokens")}
-        total = None if grad_norm is None else _scalar(grad_norm, device)
-        if self._optimizers or total is not None:
-            values |= self._gradients.values(total)
-        sampled = self._taps.recording
-        absent = []
-        if sampled:
-            measured = self._try("layers", lambda: summarise(self._taps))
-            values |= measured
-            sampled = bool(measured)
-            absent = [] if self._past.ready else ["flip_rate_router"]
-            if not self.steering.replaying:
-                absent.append("flip_rate_anticipatory")
-        if step % self._probe_every == 0:
-            values |= self._try("probes", self._probe_now)
+        values, absent = self._measured.values(None if grad_norm is None else _scalar(grad_norm, self._device))
+        values["loss"] = _scalar(loss, self._device)
+        if sequence_losses is not None and self._measured.wants("domains.loss"):
+            values["domain/loss"] = sequence_losses.detach()
         groups = self._optimizers[0].param_groups if self._optimizers else []
         lr = lr if lr is not None else (float(groups[0]["lr"]) if groups else None)
         facts = Facts(
@@ -168,9 +150,10 @@ class Monitor:
             routing_lag=self.steering.lag,
             step_seconds=began - self._ended_at if self._ended_at is not None else None,
             record_seconds=self._record_seconds,
-            sampled=sampled,
-            with_matrices=step % self._probe_every == 0,
-            absent=tuple(absent),
+            absent=absent,
+            probe_seconds=self._measured.probe_seconds,
+            domains=tuple(domains) if domains is not None else None,
+            probe_domains=self._plan.probe_domains,
             said=self._concert.said(self._rollback.steps),
         )
         self._recorder.push(values, facts)
@@ -182,26 +165,6 @@ class Monitor:
         except Exception as e:  # monitoring must not end a training: said once
             self._complain(what, e)
             return {}
-
-    def _turn_over(self) -> None:
-        """Between two steps."""
-        self._adopt_probe.remove()  # here, because a compiled forward cannot take its own hooks off
-        self.slots.clear()
-        self._gradients.clear()
-        self._past.remember(self._taps)
-        self._taps.recording = self.next_step % self._every == 0
-        self._gradients.recording = self._taps.recording
-
-    def _probe_now(self) -> dict[str, Tensor]:
-        values = self._spectra.run()
-        if self.layout.routers and self._probe.ready:
-            values |= self._probe.run()
-        return values
-
-    def _take_probe(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Without a probe batch of the user's, the first batch that is trained on becomes it."""
-        if torch.is_grad_enabled() and not self._probe.ready:
-            self._probe.adopt(args, kwargs)
 
     # -- going back --------------------------------------------------------------------------
 
@@ -221,17 +184,18 @@ class Monitor:
 
     def _stand_before(self, step: int) -> None:
         self.next_step, self._ended_at = step, None
-        self._past = RouterPast(self.layout, lag=self._probe_every)
-        self._taps.past_weights = [None] * len(self.layout.routers)
-        self._taps.past_biases = [None] * len(self.layout.routers)
-        self._probe.forget()
-        self._taps.recording = self._gradients.recording = step % self._every == 0
+        self._measured.stand_before(step)
 
     # -- the rest ----------------------------------------------------------------------------
 
     def event(self, kind: str, message: str, **more: Any) -> None:
         """Records an event at the coming step: a fault, a note of the training script's own."""
         self._recorder.event(Event(step=self.next_step, kind=kind, message=message, **more))
+
+    @property
+    def slots(self) -> Slots:
+        """The device buffers that the hooks write into."""
+        return self._measured.slots
 
     @property
     def last(self) -> Observation | None:
@@ -269,8 +233,7 @@ class Monitor:
             return
         self._closed = True
         atexit.unregister(self.close)
-        for hooked in (self._taps, self._gradients, self._adopt_probe, self._probe):
-            hooked.remove()
+        self._measured.remove()
         self.steering.close()
         last = self.next_step if status == "finished" else None
         self._try("a snapshot", lambda: self._rollback.close(last))

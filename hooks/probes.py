@@ -18,6 +18,7 @@ from geodiag.hooks.groups import COMPARED, PROBED, needed
 from geodiag.hooks.growth import Growth
 from geodiag.hooks.look import Look, Seen
 from geodiag.hooks.probe_batch import ProbeBatch
+from geodiag.hooks.sharded import gathered
 from geodiag.hooks.spectra import WeightSpectra
 from geodiag.hooks.taps import Report
 from geodiag.hooks.tear import tear
@@ -36,16 +37,15 @@ class Probes:
         report: Report,
         *,
         batch: tuple | Mapping[str, Any] | None = None,
-        watched: Callable[[int], bool] = lambda _layer: True,
         trace: Trace = "flipped",
         by_domain: bool = False,
     ) -> None:
         self.layout, self.trace, self._report = layout, trace, report
         self._by_domain = by_domain
         self.batch = ProbeBatch(model, batch)
-        self._look = Look(self.batch, layout, watched, report)
-        self._growth = Growth(self.batch, layout, watched)
-        self._spectra = WeightSpectra(layout, watched)
+        self._look = Look(self.batch, layout, report)
+        self._growth = Growth(self.batch, layout)
+        self._spectra = WeightSpectra(layout)
         self._then: dict[int, Choice] = {}
         self._meeting = model.register_forward_pre_hook(self._meet, with_kwargs=True)
 
@@ -123,7 +123,8 @@ class Probes:
         found: dict[str, dict[int, Tensor]] = {"tear": {}, "tear_flipped": {}}
         for site in self.layout.experts:
             if (torn := seen.torn.get(site.layer)) is not None:
-                found["tear"][site.layer], found["tear_flipped"][site.layer] = tear(site, torn)
+                with gathered(self.layout.layers[site.layer]):
+                    found["tear"][site.layer], found["tear_flipped"][site.layer] = tear(site, torn)
         return self._by_router(found)
 
     def _by_router(self, found: dict[str, dict[int, Tensor]]) -> Values:
@@ -136,7 +137,9 @@ class Probes:
             if site.layer not in seen.curved:
                 continue
             x_TC, gates_TE = seen.curved[site.layer]
-            bent_T = curvature(site, x_TC, gates_TE, directions(len(x_TC), x_TC.shape[1], x_TC.device))
+            v_TC = directions(len(x_TC), x_TC.shape[1], x_TC.device)
+            with gathered(self.layout.layers[site.layer]):
+                bent_T = curvature(site, x_TC, gates_TE, v_TC)
             mean[site.layer], worst[site.layer] = bent_T.mean(), bent_T.amax()
             chose_TE = (gates_TE != 0).float()
             each[site.layer] = (bent_T @ chose_TE) / chose_TE.sum(0)  # 0/0, an expert that no token chose, is NaN

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from geodiag.events import Event
-from geodiag.hooks import rows
+from geodiag.hooks import probe_rows, rows
 from geodiag.hooks.adapters.base import Layout
 from geodiag.hooks.observer import Observation, Observer
 from geodiag.hooks.ranks import Ranks, Said
@@ -40,11 +40,13 @@ class Facts:
     routing_lag: int
     step_seconds: float | None
     record_seconds: float | None
-    sampled: bool = True
-    """Whether this step's layers are on record."""
-    with_matrices: bool = False
     absent: tuple[str, ...] = ()
     """Metrics that this step could not measure."""
+    probe_seconds: Callable[[], float] | None = None
+    """To be asked when the device is through."""
+    domains: tuple[str, ...] | None = None
+    """The domain of each of the step's sequences."""
+    probe_domains: tuple[str, ...] | None = None
     said: Said = field(default_factory=Said)
     """What this rank has to say to the others, beside the step's values."""
 
@@ -97,7 +99,6 @@ class Recorder:
                 routing_lag=0,
                 step_seconds=None,
                 record_seconds=None,
-                sampled=False,
             )
             self._submit(nothing, None)
 
@@ -195,15 +196,19 @@ class Recorder:
         self.run.heartbeat(facts.step)
 
     def _tables(self, facts: Facts, host: Host) -> list[tuple[str, rows.Columns]]:
-        if not facts.sampled:
-            return []
+        """Rows of what the step's values hold; what was not due is not among them."""
         layers = rows.layer_rows(host, self.places)
         rows.hide(layers, *facts.absent)
         rows.hide_inapplicable(layers, self.layout, self.places)
-        found = [("layers", layers), ("experts", rows.expert_rows(host, self.places))]
-        if facts.with_matrices:
-            found.append(("matrices", rows.matrix_rows(host, self.places)))
-        return [(t, c) for t, c in found if c]
+        measured = [
+            ("layers", layers if len(layers) > len(rows.LAYER_KEYS) else None),
+            ("experts", rows.expert_rows(host, self.places)),
+            ("matrices", rows.matrix_rows(host, self.places)),
+            ("tokens", probe_rows.token_rows(host, self.places)),
+        ]
+        found = [(table, self.places.of_watched(columns)) for table, columns in measured if columns]
+        named = self._guarded("domains", lambda: probe_rows.domain_rows(host, facts.domains, facts.probe_domains))
+        return found if named is None else [*found, ("domains", named)]
 
     def _step_row(self, facts: Facts, host: Host, seen: Observation | None) -> rows.Columns:
         row: rows.Columns = {
@@ -214,6 +219,8 @@ class Recorder:
             "tokens": host.get("tokens"),
             "step_seconds": facts.step_seconds,
             "record_seconds": facts.record_seconds,
+            "probe_seconds": facts.probe_seconds() if facts.probe_seconds else None,
+            "data_shift": host.get("data_shift"),
             "routing_mode": facts.routing_mode,
             "routing_lag": facts.routing_lag,
         }

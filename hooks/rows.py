@@ -11,6 +11,7 @@ from geodiag.signals import SIGNALS, Series
 
 Host = dict[str, np.ndarray]
 Columns = dict[str, Any]
+LAYER_KEYS = ("layer", "site")
 
 
 @dataclass(frozen=True)
@@ -23,28 +24,46 @@ class Places:
     """The layer's last site: the row that carries what a layer has once (router, experts, gradient norm)."""
     router_rows: np.ndarray
     expert_rows: np.ndarray
+    attention_rows: np.ndarray
     expert_layers: np.ndarray
     streams: int
+    watched: tuple[int, ...] | None
 
     @classmethod
     def of(cls, layout: Layout) -> "Places":
         row_of_layer = {s.layer: i for i, s in enumerate(layout.sites)}
+        row_of_attention = {s.layer: i for i, s in enumerate(layout.sites) if s.site == "attn"}
         return cls(
             np.array([s.layer for s in layout.sites]),
             [s.site for s in layout.sites],
             row_of_layer,
             np.array([row_of_layer[r.layer] for r in layout.routers], int),
             np.array([row_of_layer[e.layer] for e in layout.experts], int),
+            np.array([row_of_attention[a.layer] for a in layout.attention], int),
             np.array([e.layer for e in layout.experts], int),
             layout.streams,
+            layout.watched,
         )
+
+    def of_watched(self, columns: Columns) -> Columns:
+        """The rows of the layers that are recorded."""
+        if self.watched is None:
+            return columns
+        keep = np.isin(columns["layer"], self.watched)
+        return {name: _kept(value, keep) for name, value in columns.items()}
+
+
+def _kept(values: Any, keep: np.ndarray) -> Any:
+    if isinstance(values, np.ndarray):
+        return values[keep]
+    return values if values is None else [v for v, k in zip(values, keep, strict=True) if k]
 
 
 def layer_rows(host: Host, places: Places) -> Columns:
     """One row a site. A metric that a place does not have is null there."""
     sites = len(places.layer_S)
     columns: Columns = {"layer": places.layer_S, "site": places.site_S}
-    rows_of = {"router": places.router_rows, "act": places.expert_rows}
+    rows_of = {"router": places.router_rows, "act": places.expert_rows, "attn": places.attention_rows}
     for key, value in host.items():
         group, _, name = key.partition("/")
         if ("layers", name) not in METRICS:
@@ -82,12 +101,15 @@ def hide_inapplicable(columns: Columns, layout: Layout, places: Places) -> None:
     for name, values in columns.items():
         if name.startswith("res_logit") and np.isnan(values).all():  # a model that does not show them
             columns[name] = None
+    if "tear_flipped" in columns:  # no token flipped: there is nothing to average over
+        columns["tear_flipped"] = np.ma.masked_where(np.isnan(columns["tear_flipped"]), columns["tear_flipped"])
 
 
 def series_of(key: str, shape: tuple[int, ...], places: Places) -> list[Series]:
     """What the values under a host key are, one by one; nothing where they say nothing about an origin."""
     group, _, name = key.rpartition("/")
     at = {"site": np.arange(len(places.layer_S)), "router": places.router_rows, "act": places.expert_rows}
+    at["attn"] = places.attention_rows
     at["layer"] = np.array(list(places.row_of_layer.values()), int)
     if ("layers", name) in SIGNALS and group in at:
         return [Series(name, int(places.layer_S[i]), places.site_S[i]) for i in at[group]]
@@ -98,20 +120,31 @@ def series_of(key: str, shape: tuple[int, ...], places: Places) -> list[Series]:
     return []
 
 
+_OF_EXPERTS = {
+    "load": "load",
+    "gate_mass": "gate_mass",
+    "expert/act_rms": "act_rms",
+    "expert/act_amax": "act_amax",
+    "expert/clamp_hits": "clamp_hits",
+    "expert/curvature": "curvature",
+}
+
+
 def expert_rows(host: Host, places: Places) -> Columns | None:
-    """One row an expert. An expert that saw no token has no activation."""
-    if "load" not in host or "expert/act_rms" not in host:
+    """One row an expert. An expert that saw no token has no activation, and no curvature."""
+    columns = {name: host[key] for key, name in _OF_EXPERTS.items() if key in host}
+    if not columns:
         return None
-    layers, experts = host["load"].shape
-    idle = host["expert/elements"] == 0
+    layers, experts = next(iter(columns.values())).shape
+    if "expert/elements" in host:
+        idle = host["expert/elements"] == 0
+        columns |= {n: np.ma.masked_array(columns[n], idle) for n in ("act_rms", "act_amax") if n in columns}
+    if "curvature" in columns:
+        columns["curvature"] = np.ma.masked_where(np.isnan(columns["curvature"]), columns["curvature"])
     return {
         "layer": np.repeat(places.expert_layers, experts),
         "expert": np.tile(np.arange(experts), layers),
-        "load": host["load"].ravel(),
-        "gate_mass": host["gate_mass"].ravel(),
-        "act_rms": np.ma.masked_array(host["expert/act_rms"], idle).ravel(),
-        "act_amax": np.ma.masked_array(host["expert/act_amax"], idle).ravel(),
-        "clamp_hits": host["expert/clamp_hits"].ravel(),
+        **{name: values.ravel() for name, values in columns.items()},
     }
 
 

@@ -1,6 +1,5 @@
 """Spectral norms of the weights by power iteration that never starts over: one iteration a sampled step."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,8 +17,8 @@ _FIRST = 8
 class WeightSpectra:
     """Top singular values of routers and experts; worst expert of a layer."""
 
-    def __init__(self, layout: Layout, watched: Callable[[int], bool] = lambda _layer: True) -> None:
-        self.layout, self._watched = layout, watched
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self._vectors: dict[tuple[str, int], Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)  # the training's random state is not ours to use
 
@@ -44,11 +43,11 @@ class WeightSpectra:
             return torch.stack([self._norm(name, site.layer, weights[name]) for name in _NAMES])
 
     def _whole(self, layer: int) -> AbstractContextManager[None]:
-        return gathered(self.layout.layers[layer]) if self._watched(layer) else nullcontext()
+        return gathered(self.layout.layers[layer]) if self.layout.watches(layer) else nullcontext()
 
     def _norm(self, name: str, layer: int, weight_ERC: Tensor) -> Tensor:
         """Of the worst expert; NaN for a layer that is not watched."""
-        if not self._watched(layer):
+        if not self.layout.watches(layer):
             return torch.full((), torch.nan, device=weight_ERC.device)
         key, iterations = (name, layer), 1
         if key not in self._vectors:

@@ -22,7 +22,7 @@ IDENTITY = ("rank", "attempt", "step", "layer", "site", "step_seconds", "record_
 
 def recorded(tmp_path: Path, name: str, steps: int = 3, micro_batches: int = 1, **changes: Any) -> geodiag.Run:
     t = small.trainer(micro_batches=micro_batches, **changes)
-    with small.watch(t, tmp_path / name, probe_every=2) as monitor:
+    with small.watch(t, tmp_path / name, probe_every=2, probe=(small.tokens(999)[:, :-1],)) as monitor:
         small.train(t, steps, monitor)
     return geodiag.open_run(tmp_path / name)
 
@@ -46,7 +46,9 @@ def layers_equal(a: pd.DataFrame, b: pd.DataFrame, tolerance: float) -> None:
         if name in IDENTITY:
             continue
         pd.testing.assert_series_equal(a[name].isna(), b[name].isna(), check_names=False)
-        np.testing.assert_allclose(a[name], b[name], rtol=tolerance, atol=1e-6, err_msg=name)
+        # A second difference has few digits left.
+        rtol = max(tolerance, 5e-3) if name.startswith("curvature") else tolerance
+        np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=1e-6, err_msg=name)
 
 
 def test_activation_checkpointing_records_the_same_values(tmp_path: Path) -> None:
@@ -277,7 +279,7 @@ def test_loads_and_expert_norms_follow_their_definitions(tmp_path: Path) -> None
 def test_evaluation_between_steps_leaves_no_trace(tmp_path: Path) -> None:
     plain = recorded(tmp_path, "a").read("layers")
     t = small.trainer()
-    with small.watch(t, tmp_path / "b", probe_every=2) as monitor:
+    with small.watch(t, tmp_path / "b", probe_every=2, probe=(small.tokens(999)[:, :-1],)) as monitor:
         for step in range(3):
             with torch.no_grad():
                 t.model(small.tokens(500 + step)[:, :-1])
@@ -318,7 +320,7 @@ def test_a_broken_tap_is_reported_once_and_training_goes_on(tmp_path: Path, caps
     assert geodiag.open_run(tmp_path / "run").read("steps")["step"].tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("broken", ["summarise", "Probe.run"])
+@pytest.mark.parametrize("broken", ["measurement.summarise", "probes.Probes.run"])
 def test_a_failure_at_the_end_of_a_step_is_said_once_and_the_loss_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture, broken: str
 ) -> None:
@@ -329,7 +331,7 @@ def test_a_failure_at_the_end_of_a_step_is_said_once_and_the_loss_is_kept(
     t = small.trainer()
     with small.watch(t, tmp_path / "run", probe_every=1) as monitor:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(f"geodiag.hooks.monitor.{broken}", fail)
+            patch.setattr(f"geodiag.hooks.{broken}", fail)
             losses = small.train(t, 4, monitor)
         losses += small.train(t, 2, monitor, start=4)
         assert monitor.slots.slots == 1, "what a failed step left behind must not pile up"

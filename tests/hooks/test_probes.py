@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Subject:
             self.moes = [b.mlp for b in self.blocks]
             self.ids = tiny_v4.tokens(7)
             self.batch = {"input_ids": self.ids}  # type: ignore[assignment]
-        self.layout = find_layout(self.model)
+        self.layout = replace(find_layout(self.model), watched=options.pop("watched", None))
         self.probes = Probes(self.model, self.layout, complain, batch=self.batch, **options)
 
     def __call__(self) -> Any:
@@ -366,7 +367,7 @@ def test_what_is_not_due_is_not_measured() -> None:
 
 
 def test_layers_that_are_not_watched_cost_nothing_and_have_no_value() -> None:
-    subject = Subject("reference", watched=lambda layer: layer == 1)
+    subject = Subject("reference", watched=(1,))
     subject.probes.run(ALL)
     subject.train()
     values = subject.probes.run(ALL)
