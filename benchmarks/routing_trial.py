@@ -182,6 +182,9 @@ def _recorded(path: Path) -> dict[str, Any]:
         for e in events.to_dict("records")
         if e["kind"] in kinds
     ]
+    broken = [e["message"] for e in told if e["kind"] == "problem"]
+    if broken:  # a controller that saw nothing must not pass for one that did nothing
+        raise RuntimeError(broken[0])
     layers = run.read("layers", ["step", "layer", "site", "flip_rate_anticipatory", "flip_rate_router"], attempt="all")
     means = {n: layers[n].mean() for n in ("flip_rate_anticipatory", "flip_rate_router")}
     return {"events": told, "flips": {n: None if math.isnan(v) else float(v) for n, v in means.items()}}

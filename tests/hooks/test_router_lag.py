@@ -150,6 +150,35 @@ def test_recomputation_chooses_the_same_experts() -> None:
     assert watched(3, 8, {0: on}, recompute="layers").losses == watched(3, 8, {0: on}).losses
 
 
+@pytest.mark.slow
+def test_weights_that_are_sharded_are_put_together_again() -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    def losses(delay: int, sharded: bool) -> list[float]:
+        t = trainer("plain")
+        if sharded:
+            for part in (*t.model.layers, t.model):
+                fully_shard(part)
+        optimizer = torch.optim.AdamW(t.model.parameters(), lr=0.03)
+        routing, out = lag_of(t, delay), []
+        routing.enable()
+        for ids in routing.batches(source(t, steps=6)):
+            loss = t.model.loss(t.model(ids[:, :-1]), ids[:, 1:]).total
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            out.append(loss.item())
+        return out
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        assert losses(2, sharded=True) == losses(2, sharded=False)
+        assert losses(2, sharded=True) != losses(0, sharded=True), "the twin: a delay is seen"
+    finally:
+        dist.destroy_process_group()
+
+
 def test_after_a_rewind_it_warms_up_again() -> None:
     t = trainer()
     routing = lag_of(t, 2)
