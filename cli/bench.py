@@ -8,6 +8,7 @@ BENCHES = {
     "kernels": "The Triton kernels of the reference model against the byte floor and their peers; needs a GPU.",
     "overhead": "What recording costs a training step.",
     "cascade": "What the cascade says of planted faults: stage, layer, lead, and false alarms.",
+    "dashboard": "How fast the page is on a long run, in a real browser.",
     "spikes": "The spike detector and the public rules on labelled loss curves.",
 }
 """Bench → what it measures; each is a module of benchmarks/ with a `main(argv)`."""
