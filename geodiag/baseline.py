@@ -12,13 +12,18 @@ CEILING = 1e3
 """The largest score; what is not finite has it."""
 _MEAN_TO_SIGMA = 1.29  # σ over the mean of |x| clipped at 3 σ, for normal noise, with a margin for its own error
 _CLIP = 3.0
-_YOUNG = 100
+_YOUNG = 160
 """Samples up to which a baseline follows faster than later."""
 _LONG_GONE = 5
 """Usual gaps after which a series that comes back is young again."""
+_SETTLED = 128
 _STALE = 0.2  # how much a σ grows for each usual gap that a value is overdue
 _ODD = 6.0
 """σ from which a value is not learned at all."""
+
+
+_LEARNED = ("floor", "level", "slope", "spread", "odd")
+_COUNTED = ("_count", "_out", "_pending", "_lean", "_gap", "_usual_gap")
 
 
 class Baseline:
@@ -29,7 +34,7 @@ class Baseline:
         floor: np.ndarray,
         *,
         first: int = 12,
-        level: float = 0.08,
+        level: float = 0.05,
         slope: float = 0.003,
         spread: float = 0.03,
         patience: int = 64,
@@ -49,14 +54,14 @@ class Baseline:
         self.spread, self.odd = np.zeros(n), np.ones(n)
         self._count = np.zeros(n, int)
         self._out = np.zeros(n, int)
-        self._pending = np.zeros(n)
+        self._pending, self._lean = np.zeros(n), np.zeros(n)
         self._early = np.full((first, n), np.nan)
         self._gap, self._usual_gap = np.ones(n), np.ones(n)
 
     def extend(self, floor: np.ndarray) -> None:
         """More series from here on, each with a past of its own still to come."""
         new = Baseline(floor, first=self.first)
-        for name in ("floor", "level", "slope", "spread", "odd", "_count", "_out", "_pending", "_gap", "_usual_gap"):
+        for name in _LEARNED + _COUNTED:
             setattr(self, name, np.concatenate([getattr(self, name), getattr(new, name)]))
         self._early = np.concatenate([self._early, new._early], 1)
 
@@ -97,14 +102,18 @@ class Baseline:
         rates: tuple = self._rates
         if (age := self._count.min(initial=0)) < _YOUNG:
             age = np.maximum(self._count, 1)
-            rates = tuple(map(np.maximum, rates, (2 / age, 4 / age**2, 3 / age, 2 / age)))
+            rates = tuple(map(np.maximum, rates, (8 / age, 4 / age**2, 3 / age, 2 / age)))
         size = np.abs(z)
         normal = now & (size <= _ODD * self.odd)
         most = _CLIP * base
         clipped = np.minimum(np.maximum(surprise, -most), most) * normal
         self.level += self.slope * now + rates[0] * clipped
         self.slope += rates[1] * clipped - 0.02 * self.slope * (now & ~normal)
-        self.spread += rates[2] * (_MEAN_TO_SIGMA * np.abs(clipped) - self.spread) * normal
+        # Once a training is settled, a drift is not noise: surprises that all point one way widen the spread little.
+        self._lean += 0.2 * (np.minimum(np.maximum(z / _CLIP, -1), 1) - self._lean) * now
+        settled = np.minimum(np.maximum(self._count / _SETTLED - 0.5, 0), 1)
+        steady = normal * (1 - settled * np.minimum(1.5 * np.abs(self._lean), 1))
+        self.spread += rates[2] * (_MEAN_TO_SIGMA * np.abs(clipped) - self.spread) * steady
         self.odd -= rates[3] * (self.odd - 1) * now
         outside = size > _CLIP
         few = np.flatnonzero(now & (outside | (self._out > 0)))

@@ -1,5 +1,6 @@
 """Stage scores: how far each part of each layer stands from its own past, in robust standard deviations."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -38,12 +39,27 @@ class Scores:
         """The place that each series speaks for."""
         self._order = np.argsort(self.place_P, kind="stable")
         self._starts = np.flatnonzero(np.diff(self.place_P[self._order], prepend=-1))
+        self._few, self._load_of, self._experts = self._rarely_used()
         self._stages = np.array([p.stage or 0 for p in self.places], int)
 
     def update(self, values: np.ndarray) -> np.ndarray:
         """One step's values of all series → how far each is out of range on a side that matters, NaN if unknown."""
         z = self.baseline.update(rescaled(values, self._log, self._root))
-        return np.maximum(z * self._high, -z * self._low)
+        score = np.maximum(z * self._high, -z * self._low)
+        if len(self._few):  # the activations of an expert with few tokens are noise
+            share = values[self._load_of] * self._experts
+            score[self._few] *= np.sqrt(np.minimum(np.where(np.isfinite(share), share, 1.0), 1.0))
+        return score
+
+    def _rarely_used(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Series of an expert's activations, the series of its load, and how many experts its layer has."""
+        at = {(s.layer, s.expert): i for i, s in enumerate(self.series) if s.metric == "load"}
+        count = Counter(layer for layer, _ in at)
+        few = [
+            i for i, s in enumerate(self.series) if s.metric in ("act_rms", "act_amax") and (s.layer, s.expert) in at
+        ]
+        load_of = [at[self.series[i].layer, self.series[i].expert] for i in few]
+        return np.array(few, int), np.array(load_of, int), np.array([count[self.series[i].layer] for i in few], float)
 
     def by_place(self, scores: np.ndarray) -> np.ndarray:
         """The worst score of every place; NaN where nothing is known."""

@@ -133,6 +133,8 @@ class Signal:
 HASHED = ("load", "max_vio", "load_cv")
 """Where experts are chosen by a hash of the token, these depend on the batch alone."""
 _FLOORS = {"log": 0.01, "root": 0.01, "plain": 0.003}
+_MAP_FLOOR = 0.02
+"""Two per cent more or less gain of one map is nothing to act on, however quiet it was."""
 
 
 def _signal(name: str, table: str, part: Part) -> Signal | None:
@@ -141,8 +143,10 @@ def _signal(name: str, table: str, part: Part) -> Signal | None:
         return None
     positive, counted = metric.unit in ("×", "1", "logit"), metric.unit in ("share", "hits")
     scale: Literal["log", "root", "plain"] = "log" if positive else "root" if counted else "plain"
+    if name == "sinkhorn_residual":
+        scale = "plain"  # a residual that grows from 1e-6 to 1e-5 is still none
     sides = "both" if name in _TWO_SIDED or metric.worse is None else metric.worse
-    return Signal(part=part, scale=scale, sides=sides, floor=_FLOORS[scale])
+    return Signal(part=part, scale=scale, sides=sides, floor=_MAP_FLOOR if part == "map" else _FLOORS[scale])
 
 
 SIGNALS: dict[tuple[str, str], Signal] = {
