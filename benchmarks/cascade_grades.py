@@ -17,6 +17,8 @@ REACH = 30
 """A spike or a warning so many steps after a fault's last step is still that fault's."""
 NOISE = 4.0
 """A fault that moves the loss by less than so many σ of batch noise, and is neither spike nor warning, is excluded."""
+EXPERTS = ("expert-scale", "bit-flip", "gate-column", "bias-kick")
+"""Kinds that hurt one expert."""
 WHOLE = ("spike", "divergence", "nonfinite")
 
 
@@ -66,7 +68,7 @@ class Grade:
         found = self.cascade
         return {
             "name": self.trial.name,
-            "fault": self.trial.fault,
+            "faults": " ".join(self.trial.faults),
             "seed": self.trial.seed,
             "effect_sigma": round(self.effect, 2),
             "seen": self.seen,
@@ -168,7 +170,7 @@ def summary(grades: Sequence[Grade]) -> dict[str, Any]:
 
 def _expert(grade: Grade) -> bool | None:
     """Whether the origin's expert is right; None where the fault has none. The fault's expert is STEP modulo 8."""
-    if grade.trial.kind not in ("expert-scale", "bit-flip", "gate-column", "bias-kick") or grade.cascade is None:
+    if (grade.trial.kind or "").removeprefix("creeping ") not in EXPERTS or grade.cascade is None:
         return None
     from geodiag.reference_models.config import SIZES
 

@@ -26,6 +26,9 @@ class Truth:
     weakest: float | None = None
     strongest: float | None = None
     layered: bool = True
+    every: int = 1
+    times: int = 1
+    """A fault that creeps is planted so many times, `every` steps apart, each on top of the last."""
 
 
 TRUTHS = {
@@ -40,7 +43,12 @@ TRUTHS = {
     "grad-scale": Truth(3, 30, 3000),
     "far-batch": Truth("data", layered=False),
     "lr-shock": Truth(None, 10, 50, layered=False),
+    # Every 8th step it is the same one of the 8 experts; what lasts ten steps adds up to the fifth power.
+    "creeping expert-scale": Truth(1, 2, 4, every=8, times=5),
+    "creeping block-scale": Truth(3, 1.6, 2.4, every=2, times=15),
+    "creeping lr-shock": Truth(None, 1.4, 2.0, layered=False, every=2, times=15),
 }
+"""Every kind of fault, abrupt; and some that grow over time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +66,8 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return f"{self.residual}-{self.seed}-{self.kind or ('clean' if self.steps == STEPS else 'long')}"
+        what = self.kind or ("clean" if self.steps == STEPS else "long")
+        return f"{self.residual}-{self.seed}-{what.replace(' ', '-')}"
 
     @property
     def twin(self) -> str:
@@ -66,13 +75,14 @@ class Trial:
         return f"{self.residual}-{self.seed}-clean"
 
     @property
-    def fault(self) -> str | None:
-        """As `--inject` takes it."""
-        if self.kind is None:
-            return None
+    def faults(self) -> tuple[str, ...]:
+        """As `--inject` takes them."""
+        if self.kind is None or self.step is None:
+            return ()
+        truth, kind = TRUTHS[self.kind], self.kind.removeprefix("creeping ")
         where = "" if self.layer is None else f":{self.layer}"
         size = "" if self.magnitude is None else f"={self.magnitude:g}"
-        return f"{self.kind}@{self.step}{where}{size}"
+        return tuple(f"{kind}@{self.step + i * truth.every}{where}{size}" for i in range(truth.times))
 
 
 def plan(seeds: Sequence[int], residuals: Sequence[str], size: str, kinds: Sequence[str], clean: int) -> list[Trial]:
@@ -127,7 +137,7 @@ def train(trial: Trial, folder: Path, sequences: int, device: str) -> str:
         seed=trial.seed,
         device=device,
         sequences=sequences,
-        inject=(trial.fault,) if trial.fault else (),
+        inject=trial.faults,
         run=rough,
     )
     training = Training(options, quiet=True)

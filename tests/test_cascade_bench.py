@@ -15,7 +15,7 @@ from geodiag.reference_models.config import TINY
 
 
 def test_every_kind_of_fault_has_a_truth_and_is_planted_once_a_seed_and_residual() -> None:
-    assert set(TRUTHS) == set(KINDS)
+    assert {k for k in TRUTHS if not k.startswith("creeping")} == set(KINDS)
     trials = plan([3, 4], ["hc", "mhc"], "tiny", list(TRUTHS), clean=3)
     faults = [t for t in trials if t.kind]
     assert len(faults) == 2 * 2 * len(TRUTHS)
@@ -27,12 +27,13 @@ def test_every_kind_of_fault_has_a_truth_and_is_planted_once_a_seed_and_residual
 def test_faults_are_drawn_from_the_seed_alone_and_can_be_planted() -> None:
     first, again = (plan(range(20), ["mhc"], "tiny", list(TRUTHS), 0) for _ in range(2))
     assert first == again
-    faults = [t for t in first if t.fault]
+    faults = [t for t in first if t.faults]
     for t in faults:
-        fault = Fault.parse(t.fault or "")
+        fault = Fault.parse(t.faults[0])
         assert EARLIEST <= fault.step <= LATEST
+        assert Fault.parse(t.faults[-1]).step < STEPS - 10
         assert fault.layer is None or fault.layer < TINY.layers
-        assert TRUTHS[fault.kind].stage != 2 or (fault.layer or 0) >= TINY.hash_layers
+        assert TRUTHS[t.kind].stage != 2 or (fault.layer or 0) >= TINY.hash_layers
     for kind, truth in TRUTHS.items():
         drawn = [t.magnitude for t in faults if t.kind == kind]
         if truth.weakest is not None and truth.weakest != truth.strongest:
@@ -41,9 +42,16 @@ def test_faults_are_drawn_from_the_seed_alone_and_can_be_planted() -> None:
         assert len({t.layer for t in faults if t.kind == kind}) > 3 or not truth.layered
 
 
+def test_a_fault_that_creeps_is_planted_again_in_the_same_place() -> None:
+    (t,) = [t for t in plan([1], ["mhc"], "tiny", ["creeping expert-scale"], 0) if t.kind]
+    parsed = [Fault.parse(f) for f in t.faults]
+    assert len(parsed) == 5
+    assert len({(f.layer, f.magnitude, f.step % TINY.experts) for f in parsed}) == 1
+
+
 def test_a_seed_that_is_held_out_has_other_faults() -> None:
     seen, held_out = (plan(seeds, ["mhc"], "tiny", ["expert-scale"], 0) for seeds in (range(10), range(1000, 1010)))
-    assert not {t.fault for t in seen} & {t.fault for t in held_out} - {None}
+    assert not {t.faults for t in seen} & {t.faults for t in held_out} - {()}
 
 
 # -- grading ---------------------------------------------------------------------------------
