@@ -9,6 +9,7 @@ BENCHES = {
     "overhead": "What recording costs a training step.",
     "cascade": "What the cascade says of planted faults: stage, layer, lead, and false alarms.",
     "dashboard": "How fast the page is on a long run, in a real browser.",
+    "probes": "What the probes cost: each alone, and at their default cadence as a share of a step.",
     "spikes": "The spike detector and the public rules on labelled loss curves.",
 }
 """Bench → what it measures; each is a module of benchmarks/ with a `main(argv)`."""
