@@ -10,7 +10,8 @@ from torch import Tensor
 from geodiag.benchmarks.kernels_clock import Clock, peaks
 from geodiag.reference_models.kernels import reference
 from geodiag.reference_models.kernels.mhc_after import mhc_after_linked
-from geodiag.reference_models.kernels.mhc_before import mhc_before_linked
+from geodiag.reference_models.kernels.mhc_after_project import mhc_after_project
+from geodiag.reference_models.kernels.mhc_before import mhc_before_linked, project
 
 STREAMS = 4
 SETS = 2
@@ -57,6 +58,21 @@ def geodiag_site(flag: Tensor | None = None) -> Site:
     return site
 
 
+def chained_site() -> Site:
+    """As sites follow one another: the projection comes from the site before, and the next one's is made here."""
+    given: dict[int, Tensor] = {}
+
+    def site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        if x.data_ptr() not in given:
+            given[x.data_ptr()] = project(x.detach(), phi.detach())
+        mix, link, _ = mhc_before_linked(x, phi, alpha, bias, projected=given[x.data_ptr()])
+        assert mix.post_TN is not None
+        assert mix.res_TNN is not None
+        return mix.inner_TC, mhc_after_project(x, f, mix.post_TN, mix.res_TNN, link, phi).streams_TNC
+
+    return site
+
+
 def reference_site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
     mix = reference.mhc_before(x, phi, alpha, bias)
     assert mix.post_TN is not None
@@ -67,6 +83,7 @@ def reference_site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tenso
 def contestants(peers: Path | None, others: bool) -> Iterator[Contestant]:
     on = torch.ones((), dtype=torch.int32, device="cuda")
     yield Contestant("geodiag", geodiag_site())
+    yield Contestant("geodiag, in a chain of sites", chained_site())
     yield Contestant("geodiag, diagnostics off", geodiag_site(torch.zeros_like(on)))
     yield Contestant("geodiag, diagnostics on", geodiag_site(on))
     if peers is not None:

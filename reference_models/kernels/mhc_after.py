@@ -63,14 +63,14 @@ def _(x, branch, post, res, grad, wants_dx):
     return dx, torch.empty_like(branch), torch.empty_like(post), torch.empty_like(res)
 
 
-def _keep(ctx, inputs, output):
+def keep(ctx, inputs, output):
     x, branch, post, res, link, *_ = inputs
     ctx.save_for_backward(x, branch, post, res)
     ctx.linked = link is not None
     ctx.set_materialize_grads(False)
 
 
-def _grad(ctx, grad, _stats):
+def after_grad(ctx, grad, _stats):
     if grad is None:
         return (None,) * 7
     grad = grad.contiguous()
@@ -80,7 +80,7 @@ def _grad(ctx, grad, _stats):
     return (None, *rest, grad, saved[3], None) if ctx.linked else (dx, *rest, None, None, None)
 
 
-_mhc_after.register_autograd(_grad, setup_context=_keep)
+_mhc_after.register_autograd(after_grad, setup_context=keep)
 
 
 def mhc_after_linked(

@@ -45,25 +45,11 @@ def _outputs(x: Tensor, measured: bool) -> Ten:
     )
 
 
-@torch.library.custom_op("geodiag::mhc_before", mutates_args=())
-def _mhc_before(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    iterations: int,
-    eps: float,
-    norm_eps: float,
-    order: str,
-    flag: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def project(x: Tensor, phi: Tensor) -> Tensor:
+    """[x·φ | Σx²] in slices' partial sums (S, T, KP): what `mhc_after_project` gives of its streams on the way."""
     t, n, c = x.shape
     k = n * n + 2 * n
-    out = _outputs(x, flag is not None)
-    if not t:
-        return out
-    w, two = n * c, two_parts(x)
-    kp = padded(k)
+    w, kp, two = n * c, padded(k), two_parts(x)
     parts = torch.empty(w, 2 * kp if two else kp, dtype=torch.bfloat16 if two else torch.float32, device=x.device)
     mhc_before_forward.split[(cdiv(w, 64),)](phi, parts, w, K=k, KP=kp, BW=64, TWO_PARTS=two, num_warps=4)
     bt, bw = (128, 64) if two and n <= 4 else (64 if x.is_cuda else 16, 32)
@@ -85,8 +71,29 @@ def _mhc_before(
         STAGES=4 if two else 2,
         num_warps=8 if two else 4,
     )
-    bt, bm = 2, mhc_stats.BLOCK
-    mhc_before_forward.mix[(cdiv(t, bm) + cdiv(t, bt),)](
+    return part
+
+
+@torch.library.custom_op("geodiag::mhc_before", mutates_args=())
+def _mhc_before(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    order: str,
+    flag: Tensor | None,
+    projected: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    t, n, c = x.shape
+    out = _outputs(x, flag is not None)
+    if not t:
+        return out
+    part = project(x, phi) if projected is None else projected
+    bm = mhc_stats.BLOCK
+    mhc_before_forward.mix[(cdiv(t, bm) + t,)](
         x,
         part,
         alpha,
@@ -95,39 +102,39 @@ def _mhc_before(
         flag,
         out[7],
         t,
-        slices,
+        part.shape[0],
         eps,
         norm_eps,
         ITERATIONS=iterations,
         ROWS_FIRST=order == "rows-first",
         N=n,
         C=c,
-        KP=kp,
+        KP=part.shape[2],
         BM=bm,
-        BT=bt,
-        BC=min(256, power_of_two(c)),
+        BT=1,
+        BC=min(512, power_of_two(c)),
         STAGES=1,
-        num_warps=2,
+        num_warps=1,
     )
     return out
 
 
 @_mhc_before.register_fake
-def _(x, phi, alpha, bias, iterations, eps, norm_eps, order, flag):
+def _(x, phi, alpha, bias, iterations, eps, norm_eps, order, flag, projected):
     return _outputs(x, flag is not None)
 
 
 def _keep(ctx, inputs, output):
-    x, phi, alpha, bias, *ctx.rest = inputs
+    x, phi, alpha, bias, iterations, eps, _, order, *_ = inputs
+    ctx.rest = iterations, eps, order
     _, pre, _, _, _, h, rms, *_ = output
     ctx.save_for_backward(x, phi, alpha, bias, pre, h, rms)
     ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, d_inner, d_pre, d_post, d_res, d_logits, _h, _rms, _stats, d_next, res):
-    iterations, eps, _, order, *_ = ctx.rest
     given = [None if d is None else d.contiguous() for d in (d_inner, d_pre, d_post, d_res, d_logits, d_next, res)]
-    return *mhc_before_backward.backward(*ctx.saved_tensors, *given, iterations, eps, order), *(None,) * 5
+    return *mhc_before_backward.backward(*ctx.saved_tensors, *given, *ctx.rest), *(None,) * 6
 
 
 _mhc_before.register_autograd(_grad, setup_context=_keep)
@@ -154,10 +161,12 @@ def mhc_before_linked(
     norm_eps: float = 1e-6,
     order: str = "columns-first",
     flag: Tensor | None = None,
+    projected: Tensor | None = None,
 ) -> Linked:
     """`mhc_before` for a site whose `mhc_after_linked` follows: all of the stream's gradient is written in here.
 
-    `flag` is an integer on the device; while it is not 0, the geometry of the maps is measured on the way.
+    `flag` is an integer on the device; while it is not 0, the geometry of the maps is measured on the way. `projected`
+    is what `mhc_after_project` of the site before gave with this stream and this φ: it is not projected again.
     """
     tokens, n, c = check_streams(x_TNC)
     k = n * n + 2 * n
@@ -167,7 +176,7 @@ def mhc_before_linked(
     check_sinkhorn(iterations, order)
     flat = x_TNC.contiguous().view(tokens, n, c)
     parameters = (phi.contiguous(), alpha.contiguous(), bias.contiguous())
-    out = _mhc_before(flat, *parameters, iterations, eps, norm_eps, order, flag)
+    out = _mhc_before(flat, *parameters, iterations, eps, norm_eps, order, flag, projected)
     lead = x_TNC.shape[:-2]
     return Linked(Mix(*(o.view(*lead, *o.shape[1:]) for o in out[:5])), (out[8], out[9]), out[7])
 

@@ -45,7 +45,7 @@ def test_torch_s_own_checks_of_the_operators_pass(device):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.geodiag.sinkhorn.default, (logits, 5, 0.0, "columns-first"), test_utils=checks)
     x, phi, alpha, bias, _ = leaves(device)
-    arguments = (x, phi, alpha, bias, 5, 1e-6, 1e-6, "columns-first", None)
+    arguments = (x, phi, alpha, bias, 5, 1e-6, 1e-6, "columns-first", None, None)
     torch.library.opcheck(torch.ops.geodiag.mhc_before.default, arguments, test_utils=checks)
 
 

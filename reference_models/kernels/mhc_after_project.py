@@ -1,0 +1,133 @@
+"""The streams after a site, and in the same pass their projection for the next site: the stream is read once less."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from geodiag.reference_models.kernels import mhc_stats
+from geodiag.reference_models.kernels.launch import cdiv, check_shape, check_streams, floats, padded, tiles, two_parts
+from geodiag.reference_models.kernels.mhc_after import after_grad, keep, mhc_after_linked
+from geodiag.reference_models.kernels.mhc_after_project_device import after_project, split_rows
+
+# T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number
+
+SLICES = 2
+"""Partial sums of the projection: a constant, so that no shape depends on the number of tokens but by itself."""
+
+
+def fuses(x_TNC: Tensor) -> bool:
+    """Whether the fused kernel serves these streams: four of bfloat16 on a Hopper GPU (and Triton's interpreter)."""
+    n, c = x_TNC.shape[-2:]
+    if not x_TNC.is_cuda:
+        return True
+    hopper = torch.cuda.get_device_capability(x_TNC.device) >= (9, 0)
+    return hopper and x_TNC.dtype == torch.bfloat16 and n == 4 and c % (32 * SLICES) == 0
+
+
+def _outputs(x: Tensor, measured: bool) -> tuple[Tensor, Tensor, Tensor]:
+    t, n, _ = x.shape
+    shape = mhc_stats.streams_shape(t if measured else 0, SLICES)
+    return torch.empty_like(x), floats(x, *shape), floats(x, SLICES, t, padded(n * n + 2 * n))
+
+
+@torch.library.custom_op("geodiag::mhc_after_project", mutates_args=())
+def _mhc_after_project(
+    x: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    link: Tensor | None,
+    link_res: Tensor | None,
+    flag: Tensor | None,
+    phi: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    t, n, c = x.shape
+    out, stats, part = _outputs(x, flag is not None)
+    if not t:
+        return out, stats, part
+    k, w, two = n * n + 2 * n, n * c, two_parts(x)
+    kp = padded(k)
+    parts = torch.empty(2 * kp if two else kp, w, dtype=torch.bfloat16 if two else torch.float32, device=x.device)
+    split_rows[(cdiv(w, 64),)](phi, parts, w, K=k, KP=kp, BW=64, P=2 if two else 1, num_warps=4)
+    # The copy engine wants 16-byte addresses, which only a view into the middle of something lacks.
+    x, branch = (v if v.data_ptr() % 16 == 0 else v.clone() for v in (x, branch))
+    bt, bc = (64, 32) if two else (16, 32)
+    block = (bt, bc) if two else None
+    after_project[(cdiv(t, bt), SLICES)](
+        tiles(x, block),
+        tiles(branch, block),
+        post,
+        res,
+        tiles(parts, (2 * kp, bc) if two else None),
+        out,
+        part,
+        flag,
+        stats,
+        t,
+        N=n,
+        C=c,
+        KP=kp,
+        P=2 if two else 1,
+        SLICE=cdiv(cdiv(c, SLICES), bc) * bc,
+        BT=bt,
+        BC=bc,
+        TMA=two,
+        STAGES=3 if two else 1,
+        num_warps=4,
+    )
+    return out, stats, part
+
+
+@_mhc_after_project.register_fake
+def _(x, branch, post, res, link, link_res, flag, phi):
+    return _outputs(x, flag is not None)
+
+
+def _grad(ctx, grad, _stats, _part):
+    # φ has its gradient from the site that takes the projection.
+    return *after_grad(ctx, grad, _stats), None
+
+
+_mhc_after_project.register_autograd(_grad, setup_context=keep)
+
+
+class Projected(NamedTuple):
+    """The streams after a site."""
+
+    streams_TNC: Tensor
+    rows_TBF: Tensor
+    """As `mhc_after_linked` has them."""
+    projected: Tensor | None
+    """What the next site's `mhc_before_linked` takes with these streams and the same φ; None where nothing is fused."""
+
+
+def mhc_after_project(
+    x_TNC: Tensor,
+    branch_TC: Tensor,
+    post_TN: Tensor,
+    res_TNN: Tensor,
+    link: tuple[Tensor, Tensor] | None,
+    next_phi: Tensor,
+    flag: Tensor | None = None,
+) -> Projected:
+    """`mhc_after_linked`, and the projection of its streams by the next site's φ where the fused kernel serves them."""
+    if not fuses(x_TNC):
+        return Projected(*mhc_after_linked(x_TNC, branch_TC, post_TN, res_TNN, link, flag), None)
+    tokens, n, c = check_streams(x_TNC)
+    lead = x_TNC.shape[:-2]
+    check_shape("branch", branch_TC, (*lead, c))
+    check_shape("post", post_TN, (*lead, n))
+    check_shape("res", res_TNN, (*lead, n, n))
+    check_shape("phi", next_phi, (n * c, n * n + 2 * n))
+    x = x_TNC.contiguous().view(tokens, n, c)
+    out, rows, part = _mhc_after_project(
+        x if link is None else x.detach(),
+        branch_TC.to(x.dtype).contiguous().view(tokens, c),
+        post_TN.float().contiguous().view(tokens, n),
+        res_TNN.float().contiguous().view(tokens, n, n),
+        *(link or (None, None)),
+        flag,
+        next_phi.detach().contiguous(),
+    )
+    return Projected(out.view_as(x_TNC), rows, part)

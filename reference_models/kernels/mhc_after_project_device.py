@@ -1,0 +1,129 @@
+"""What of `mhc_after_project` runs on the device: the streams after a site, and their projection for the next one."""
+
+# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
+
+import triton
+import triton.language as tl
+
+from geodiag.reference_models.kernels.mhc_before_backward_device import tile
+
+# T tokens, N streams, C channels, W = N·C, K = N² + 2N coefficients, KP their padded number, P parts of φ
+
+
+@triton.jit
+def split_rows(phi_ptr, parts_ptr, W, K: tl.constexpr, KP: tl.constexpr, BW: tl.constexpr, P: tl.constexpr):
+    """parts = [high; low], (2·KP, W): φ transposed, in two bfloat16 parts, or in float32 as it is where P is 1."""
+    w = tl.program_id(0) * BW + tl.arange(0, BW)
+    k = tl.arange(0, KP)
+    live = (w < W)[None, :]
+    phi = tl.load(phi_ptr + w[None, :] * K + k[:, None], live & (k < K)[:, None], 0.0).to(tl.float32)
+    out = parts_ptr + k[:, None] * W + w[None, :]
+    high = phi.to(parts_ptr.dtype.element_ty)
+    tl.store(out, high, live)
+    if P == 2:
+        tl.store(out + KP * W, phi - high.to(tl.float32), live)
+
+
+@triton.jit(do_not_specialize=["T"])
+def after_project(
+    x_ptr,
+    branch_ptr,
+    post_ptr,
+    res_ptr,
+    parts_ptr,
+    out_ptr,
+    part_ptr,
+    flag_ptr,
+    stats_ptr,
+    T,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    KP: tl.constexpr,
+    P: tl.constexpr,
+    SLICE: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    TMA: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """out = the new streams of BT tokens and a slice of C; part[s, t] = the slice's share of [out·φ | Σout²]."""
+    K: tl.constexpr = N * N + 2 * N
+    t0 = tl.program_id(0) * BT
+    t = t0.to(tl.int64) + tl.arange(0, BT)
+    s = tl.program_id(1)
+    k = tl.arange(0, KP)
+    rows = tl.arange(0, P * KP)
+    live = (t < T)[:, None]
+    post = ()
+    res = ()
+    for i in tl.static_range(N):
+        post = post + (tl.load(post_ptr + t[:, None] * N + i, live, 0.0),)
+        for j in tl.static_range(N):
+            res = res + (tl.load(res_ptr + (t[:, None] * N + i) * N + j, live, 0.0),)
+    # Transposed: the new streams are then the factor that tensor cores read from shared memory, and are made once, in
+    # the layout in which they are stored.
+    acc = tl.zeros((P * KP, BT), tl.float32)
+    after = tl.zeros((BT,), tl.float32)
+    amax = tl.zeros((BT,), tl.float32)
+    wrote = tl.zeros((BT,), tl.float32)
+    kept = tl.zeros((BT,), tl.float32)
+    before = tl.zeros((BT,), tl.float32)
+    for b0 in tl.range(0, SLICE, BC, num_stages=STAGES):
+        c0 = s * SLICE + b0
+        c = c0 + tl.arange(0, BC)
+        inside = live & (c < C)[None, :]
+        branch = tile(branch_ptr, t0, 0, c0, t, c, inside, 1, C, TMA)
+        xs = ()
+        phis = ()
+        for j in tl.static_range(N):
+            xs = xs + (tile(x_ptr, t0, j, c0, t, c, inside, N, C, TMA),)
+            if TMA:
+                phis = phis + (parts_ptr.load([0, j * C + c0]),)
+            else:
+                phi = tl.load(parts_ptr + rows[:, None] * (N * C) + (j * C + c)[None, :], (c < C)[None, :], 0.0)
+                phis = phis + (phi,)
+        squares = tl.zeros((BT, BC), tl.float32)
+        mixed_squares = tl.zeros((BT, BC), tl.float32)
+        read_squares = tl.zeros((BT, BC), tl.float32)
+        most = tl.zeros((BT, BC), tl.float32)
+        for i in tl.static_range(N):
+            mixed = tl.zeros((BT, BC), tl.float32)
+            for j in tl.static_range(N):
+                mixed += res[i * N + j] * xs[j].to(tl.float32)
+            new = mixed + post[i] * branch.to(tl.float32)
+            rounded = new.to(branch.dtype)
+            tl.store(out_ptr + (t[:, None] * N + i) * C + c[None, :], rounded, inside)
+            # Of the number before rounding: rounding it back would cost more than all else here, and is noise in a sum.
+            squares += new * new
+            if flag_ptr is not None:
+                most = tl.maximum(most, tl.abs(new))
+                mixed_squares += mixed * mixed
+                read_squares += xs[i].to(tl.float32) * xs[i].to(tl.float32)
+            if P == 2:
+                acc = tl.dot(phis[i], tl.trans(rounded), acc)
+            else:
+                acc = tl.dot(phis[i], tl.trans(rounded.to(tl.float32)), acc, input_precision="tf32x3")
+        after += tl.sum(squares, 1)
+        if flag_ptr is not None:
+            amax = tl.maximum(amax, tl.max(most, 1))
+            kept += tl.sum(mixed_squares, 1)
+            before += tl.sum(read_squares, 1)
+            wrote += tl.sum(branch.to(tl.float32) * branch.to(tl.float32), 1)
+    u = tl.trans(tl.sum(tl.reshape(acc, (P, KP, BT)), 0))
+    u = tl.where(k[None, :] == K, after[:, None], u)
+    tl.store(part_ptr + (s * T.to(tl.int64) + t[:, None]) * KP + k[None, :], u, live)
+    if flag_ptr is not None:
+        row = stats_ptr + (t * tl.num_programs(1) + s) * 5
+        off = tl.where(tl.load(flag_ptr) != 0, 0.0, float("nan"))
+        gain = tl.zeros((BT,), tl.float32)
+        for i in tl.static_range(N):
+            p = tl.load(post_ptr + t * N + i, t < T, 0.0)
+            gain += p * p
+        # Rounding is monotonic: the largest rounded number is the largest, rounded.
+        amax = amax.to(branch_ptr.dtype.element_ty if not TMA else tl.bfloat16).to(tl.float32)
+        tl.store(row, amax + 0.0 * after + off, t < T)
+        tl.store(row + 1, after + off, t < T)
+        tl.store(row + 2, gain * wrote + off, t < T)
+        tl.store(row + 3, kept + off, t < T)
+        tl.store(row + 4, before + off, t < T)

@@ -1,0 +1,105 @@
+"""The fused kernel between two sites: the streams after one, and their projection for the next."""
+
+import pytest
+import torch
+
+from geodiag.reference_models.kernels import mhc_stats, reference
+from geodiag.reference_models.kernels.mhc_after import mhc_after_linked
+from geodiag.reference_models.kernels.mhc_after_project import fuses, mhc_after_project
+from geodiag.reference_models.kernels.mhc_before import mhc_before_linked
+
+NAMES = ("inner", "streams", "dx", "dphi", "dalpha", "dbias", "df", "dphi of the next")
+
+
+def inputs(device, dtype, n, c, tokens):
+    k = n * n + 2 * n
+
+    def phi():
+        return torch.randn(n * c, k, device=device) / (n * c) ** 0.5
+
+    return (
+        torch.randn(tokens, n, c, device=device).to(dtype),
+        phi(),
+        torch.randn(3, device=device),
+        torch.randn(k, device=device),
+        torch.randn(tokens, c, device=device).to(dtype),
+        phi(),
+    )
+
+
+def fused(x, phi, alpha, bias, f, next_phi, flag=None):
+    """Two sites, each around a block; the second one's maps are made of the fused projection."""
+    first, link, _ = mhc_before_linked(x, phi, alpha, bias)
+    between = mhc_after_project(x, f + first.inner_TC, first.post_TN, first.res_TNN, link, next_phi, flag)
+    assert between.projected is not None
+    x = between.streams_TNC
+    second, link, _ = mhc_before_linked(x, next_phi, alpha, bias, projected=between.projected)
+    return second.inner_TC, mhc_after_linked(x, second.inner_TC, second.post_TN, second.res_TNN, link)[0]
+
+
+def truth(x, phi, alpha, bias, f, next_phi):
+    first = reference.mhc_before(x, phi, alpha, bias)
+    x = reference.mhc_after(x, f + first.inner_TC, first.post_TN, first.res_TNN)
+    second = reference.mhc_before(x, next_phi, alpha, bias)
+    return second.inner_TC, reference.mhc_after(x, second.inner_TC, second.post_TN, second.res_TNN)
+
+
+def run(sites, leaves):
+    leaves = [v.clone().requires_grad_() for v in leaves]
+    out = sites(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    ups = [torch.randn(o.shape, generator=generator).to(o) for o in out]
+    return dict(zip(NAMES, [*(o.detach() for o in out), *torch.autograd.grad(out, leaves, ups)], strict=True))
+
+
+def shape(device):
+    return ("cuda", torch.bfloat16, 4, 256, 777) if device == "cuda" else ("cpu", torch.float32, 4, 72, 21)
+
+
+def test_two_sites_are_the_definition_s(device, error, tolerance):
+    leaves = inputs(*shape(device))
+    ours, want = run(fused, leaves), run(truth, [v.double() for v in leaves])
+    for name in NAMES:
+        # Two sites, two roundings of the stream between them.
+        assert error(ours[name], want[name]) < 2 * tolerance[leaves[0].dtype], name
+
+
+@pytest.mark.parametrize("twin", ["another site's φ", "the streams before"])
+def test_a_projection_of_something_else_is_seen(device, error, tolerance, twin):
+    x, phi, alpha, bias, f, next_phi = inputs(*shape(device))
+    want, _ = truth(*(v.double() for v in (x, phi, alpha, bias, f, next_phi)))
+    first = mhc_before_linked(x, phi, alpha, bias).mix
+    arguments = (x, f + first.inner_TC, first.post_TN, first.res_TNN, None)
+    between = mhc_after_project(*arguments, phi if twin == "another site's φ" else next_phi)
+    stream = x if twin == "the streams before" else between.streams_TNC
+    wrong = mhc_before_linked(stream, next_phi, alpha, bias, projected=between.projected).mix.inner_TC
+    assert error(wrong, want) > 5 * tolerance[x.dtype]
+
+
+def test_the_fused_kernel_measures_what_the_single_one_does(device):
+    x, phi, alpha, bias, f, next_phi = inputs(*shape(device))
+    mix = mhc_before_linked(x, phi, alpha, bias).mix
+    on = torch.ones((), dtype=torch.int32, device=device)
+    arguments = (x, f, mix.post_TN, mix.res_TNN, None)
+    _, ours, _ = mhc_after_project(*arguments, next_phi, on)
+    _, theirs = mhc_after_linked(*arguments, on)
+    elements = x.shape[1] * x.shape[2]
+    a, b = mhc_stats.summarise_streams(ours, elements), mhc_stats.summarise_streams(theirs, elements)
+    assert a["stream_amax"] == b["stream_amax"]
+    for name in b:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=0)
+    _, off, _ = mhc_after_project(*arguments, next_phi, torch.zeros_like(on))
+    assert off.isnan().all()
+
+
+def test_it_serves_what_it_is_made_for_and_says_so(device):
+    assert fuses(torch.empty(1, 4, 2560, dtype=torch.bfloat16, device=device))
+    if device == "cuda":
+        for odd in (torch.empty(1, 2, 2560), torch.empty(1, 4, 2560), torch.empty(1, 4, 2500).bfloat16()):
+            assert not fuses(odd.cuda())
+
+
+def test_no_tokens_are_no_trouble(device):
+    x, phi, alpha, bias, f, next_phi = inputs(*shape(device))
+    none = run(fused, (x[:0], phi, alpha, bias, f[:0], next_phi))
+    assert none["streams"].shape[0] == 0
