@@ -11,14 +11,15 @@ if TYPE_CHECKING:
 
 FAULT_STEP = 150
 FAULT = f"lr-shock@{FAULT_STEP}=30"
-STEPS = 270
+STEPS = 240
 
 _INTRODUCTION = f"""\
 [bold]geodiag demo[/]: {STEPS} steps of a small mixture-of-experts model with hyper-connections on real text: the
 source of this Python's own library. At step {FAULT_STEP} the learning rate becomes 30 times too large for ten
-steps, a real fault in a real training. Nobody tells the detector or the controller.
+steps, a real fault in a real training. Nobody tells the detector or the controller. When they find it, training goes
+back to a snapshot from before it and takes the same batches again, routed by older weights for a while.
 """
-_LINES = ("fault", "spike", "divergence", "nonfinite", "decision", "routing", "recovered")
+_LINES = ("fault", "spike", "divergence", "nonfinite", "decision", "rollback", "routing", "recovered")
 
 
 def demo(
@@ -34,7 +35,7 @@ def demo(
 
     path = run or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     screen().print(_INTRODUCTION)
-    watch(Training(Options(steps=STEPS, routing="auto", period=40, inject=(FAULT,), run=path)))
+    watch(Training(Options(steps=STEPS, routing="auto", rollback="memory", period=40, inject=(FAULT,), run=path)))
     _tell(open_run(path))
     if serve:
         from geodiag.cli.dashboard import dashboard
@@ -54,10 +55,10 @@ def _tell(run: "Run") -> None:
     table = Table(title="\nWhat the run directory says", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("step", "what", "why"):
         table.add_column(name, justify="right" if name == "step" else "left", overflow="fold")
-    for event in events[events["kind"].isin(_LINES)].sort_values("step", kind="stable").to_dict("records"):
+    for event in events[events["kind"].isin(_LINES)].sort_values(["attempt", "step"], kind="stable").to_dict("records"):
         table.add_row(str(event["step"]), str(event["kind"]), str(event["message"]))
     screen().print(table)
     loss = run.read("steps", ["step", "loss"]).set_index("step")["loss"]
     before, after = loss.loc[FAULT_STEP - 30 : FAULT_STEP - 1].mean(), loss.iloc[-20:].mean()
-    peak = loss.loc[FAULT_STEP:].max()
+    peak = run.read("steps", ["step", "loss"], steps=(FAULT_STEP, None), attempt="all")["loss"].max()
     screen().print(f"\nloss before the fault {before:.2f}, at its peak {peak:.2f}, at the end {after:.2f} nats/token")

@@ -21,13 +21,17 @@ def test_the_demo_tells_a_true_story(tmp_path: Path) -> None:
     first = events.groupby("kind")["step"].min()
     assert first["fault"] == FAULT_STEP
     assert FAULT_STEP < first["spike"] <= FAULT_STEP + 10
-    assert first["routing"] == first["spike"] + 1
+    (back,) = events[events["kind"] == "rollback"]["step"].tolist()
+    assert back < FAULT_STEP
+    assert first["routing"] == back
+    assert first["recovered"] == back, "what was rolled back is over"
     routing = events[events["kind"] == "routing"]["message"].tolist()
     assert routing[0].endswith("off to warmup")
     assert routing[-1].endswith("drain to off")
+    torn = run.read("steps", attempt=0)["loss"]
     loss = run.read("steps").set_index("step")["loss"]
     before = loss.loc[FAULT_STEP - 30 : FAULT_STEP - 1].mean()
-    assert loss.max() > before + 1
+    assert torn.iloc[-1] > before + 1
     assert loss.iloc[-20:].mean() < before + 0.5
-    for said in ("planted lr-shock", "spike", "on for 40 steps", "warmup to on"):
+    for said in ("planted lr-shock", "spike", "back to the snapshot", "on for 40 steps", "warmup to on"):
         assert said in done.stdout
