@@ -75,8 +75,8 @@ class EarlyWarning:
         self._known += known
         excess = np.where(known, np.minimum(at_place, self.most) - self.allowed, 0.0)
         self._since[(self._sum <= 0) & (excess > 0)] = step
-        self._sum = np.minimum(np.maximum(self._sum + excess, 0.0), 2 * self.alarm)
-        alarms = (self._sum >= self.alarm) & (self._known > SETTLING)
+        self._sum = np.minimum(np.maximum(self._sum + excess, 0.0), 2 * self.alarm) * (self._known > SETTLING)
+        alarms = self._sum >= self.alarm
         news = alarms & ~self._told
         self._told = (self._told | alarms) & (self._sum > 0)
         spreading, self._spreading = self._spreading > 0, self._spreading - 1
@@ -90,9 +90,8 @@ class EarlyWarning:
 
     def _said(self, step: int, at_place: np.ndarray, alarms: np.ndarray) -> Warning:
         """Of what is out of range, the first in time and then in the order of the step that stands out enough."""
-        rising = np.flatnonzero((self._sum > 0) & (self._known > SETTLING))
-        enough = EXPLAINS * self._sum[alarms].max()
-        k = min((int(k) for k in rising if self._sum[k] >= enough), key=lambda k: (self._since[k], k))
+        rising = np.flatnonzero(self._sum >= EXPLAINS * self._sum[alarms].max())
+        k = min((int(k) for k in rising), key=lambda k: (self._since[k], k))
         place = self._places[k]
         whole = place.part == "data"
         return Warning(
