@@ -185,8 +185,8 @@ def page(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} | {ways['first']['bytes'] / 1e3:,.0f} |")
     lines += [
         "",
-        f"A new step of a living run is on the page {live['seconds']:.1f} s after it is on disk (it looks every 1.5 s),",
-        f"which costs the server {live['cpu_seconds']:.2f} s.",
+        f"A new step of a living run is on the page {live['seconds']:.1f} s after it is on disk (it looks every 1.5 s)",
+        f"and costs the server {live['cpu_seconds']:.2f} s.",
         "",
         where(result),
         "",
