@@ -34,13 +34,16 @@ class Rest:
 
 def snapshots_in(run: Path, rank: int = 0) -> list[int]:
     """The steps of which a run holds whole snapshots."""
-    folder = folder_of(run, rank)
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(m[1]) for n in names if (m := _NAME.fullmatch(n)))
+    return _steps_in(folder_of(run, rank))
 
 
 def folder_of(run: Path, rank: int) -> Path:
     return run / "snapshots" / f"rank-{rank}"
+
+
+def _steps_in(folder: Path) -> list[int]:
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(m[1]) for n in names if (m := _NAME.fullmatch(n)))
 
 
 class Shelf:
@@ -52,14 +55,14 @@ class Shelf:
         folder.mkdir(parents=True, exist_ok=True)
         for half in folder.glob(".step-*"):
             shutil.rmtree(half)  # a process was killed while it wrote
+        self._there = set(_steps_in(folder))
         self._writer = Worker("geodiag-snapshots")
         self._under_way: Future[None] | None = None
         self._last: int | None = None
 
     def steps(self) -> list[int]:
-        """What lies there, whole, and what is being written."""
-        found = {int(m[1]) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name))}
-        return sorted(found | ({self._last} if self._busy and self._last is not None else set()))
+        """What lies there, whole, and what is being written. Does not look at the disk: it is asked every step."""
+        return sorted(self._there | ({self._last} if self._busy and self._last is not None else set()))
 
     def free(self) -> bool:
         """Whether the last write is through. OSError, once, where the disk refused it."""
@@ -84,6 +87,7 @@ class Shelf:
                 state = {**tensors, _REST: Rest(tree, aside, list(tensors))}
                 dcp.save(state, storage_writer=writer, no_dist=True)
                 half.rename(self.folder / f"step-{step:08d}")
+                self._there.add(step)
             except BaseException:
                 shutil.rmtree(half, ignore_errors=True)  # half a snapshot would hold the space that is missing
                 raise
@@ -116,6 +120,7 @@ class Shelf:
             self._remove(later)
 
     def _remove(self, step: int) -> None:
+        self._there.discard(step)
         shutil.rmtree(self.folder / f"step-{step:08d}", ignore_errors=True)
 
     def wait(self) -> None:

@@ -185,6 +185,44 @@ def test_a_tree_is_put_together_as_it_was_taken_apart() -> None:
     assert again[3][1][1] is not tree[3][1][1]  # type: ignore[index]
 
 
+def test_sharded_weights_and_their_optimizer_state_come_back(tmp_path: Path) -> None:
+    """Of a sharded weight each rank keeps its own part, and never gathers the whole."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = nn.Linear(6, 4)
+        fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        snapshots = shots("disk", tmp_path, model, optimizer)
+
+        def step() -> float:
+            loss = model(torch.ones(2, 6)).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()
+
+        step()
+        snapshots.take(1, {})
+        losses = [step(), step()]
+        snapshots.restore(1)
+        assert [step(), step()] == losses
+        snapshots.close()
+        again = nn.Linear(6, 4)
+        fully_shard(again, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        fresh = torch.optim.AdamW(again.parameters(), lr=0.5)
+        resumed = shots("disk", tmp_path, again, fresh)
+        resumed.restore(1)
+        assert all(hasattr(s["exp_avg"], "to_local") for s in fresh.state.values()), "sharded like its weight"
+        model, optimizer = again, fresh
+        assert [step(), step()] == losses
+        resumed.close()
+    finally:
+        dist.destroy_process_group()
+
+
 # -- on disk -------------------------------------------------------------------------------
 
 
