@@ -1,12 +1,13 @@
 """What rolling back and routing by older weights buys: arms that answer spikes, on the same seeds and the same data.
 
-    geodiag bench routing [--seeds 4] [--workers 2] [--minutes 10] [--only WORD …] [--add FOLDER …]
+    geodiag bench routing [--seeds 4] [--workers 2] [--minutes 10] [--only WORD …] [--add TRIALS …]
 
 Planted faults are measured against the training of the same seed in which nothing was planted, natural spikes against
 the training's own trend. Trials run side by side, seed by seed, until the time is up; each is kept as it ends, and
 `--add` joins the trials of earlier sessions. Results: benchmarks/results/routing.json and routing.md.
 """
 
+import gzip
 import json
 import multiprocessing
 import time
@@ -115,11 +116,12 @@ def run(
     return found
 
 
-def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
+def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Trials of earlier sessions; of one that was cut off in the middle of a line, all but that line."""
     found = []
-    for folder in folders:
-        for line in (folder / "trials.jsonl").read_text().splitlines():
+    for path in paths:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        for line in data.decode().splitlines():
             try:
                 found.append(json.loads(line))
             except ValueError:
@@ -134,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--only", nargs="*", default=[], help="scenarios whose name has one of these words")
-    parser.add_argument("--add", type=Path, nargs="*", default=[], help="folders with trials.jsonl of earlier sessions")
+    parser.add_argument(
+        "--add", type=Path, nargs="*", default=[], help="trials of earlier sessions, .jsonl or .jsonl.gz"
+    )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
     result: dict[str, Any] = setting("routing", argv, options.device)

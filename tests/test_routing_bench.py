@@ -1,0 +1,141 @@
+"""The routing bench: what a spike cost is counted by hand here, and one small plan is really trained."""
+
+import gzip
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from geodiag.benchmarks import routing, routing_cost
+from geodiag.benchmarks.routing_measures import CAP, WINDOW, Mean, against_twin, by_itself, summarise
+from geodiag.benchmarks.routing_page import page
+
+
+def trial(losses: list[float | None], steps: list[int] | None = None, arm: str = "none", seed: int = 0, **more: Any):
+    return {
+        "scenario": {"name": "s", "fault": more.get("fault", "lr-shock@5"), "steps": len(losses)},
+        "arm": {"name": arm},
+        "seed": seed,
+        "twin": "healthy",
+        "onset": 5,
+        "steps": steps or list(range(len(losses))),
+        "losses": losses,
+        "events": more.get("events", []),
+        "flips": {"flip_rate_anticipatory": None, "flip_rate_router": 0.25},
+    }
+
+
+def twin(steps: int = 30, seed: int = 0) -> dict[str, Any]:
+    return trial([2.0] * steps, seed=seed, fault=None) | {
+        "scenario": {"name": "healthy", "fault": None, "steps": steps}
+    }
+
+
+def test_a_spike_costs_its_area_above_the_twin_until_it_is_back() -> None:
+    seen = trial([2.0] * 5 + [5.0, 4.0, 3.0] + [2.0] * 22)
+    found = against_twin(seen, twin(), onset=5)
+    assert (found["peak"], found["excess"]) == (3.0, 6.0)
+    assert found["recovery_steps"] == WINDOW, "only the first window's median is out"
+    assert (found["never_recovered"], found["steps_lost"], found["final_loss"]) == (0, 0, 0)
+
+
+def test_what_was_rolled_back_counts_and_is_lost() -> None:
+    steps = [*range(8), *range(4, 30)]
+    seen = trial([2.0] * 5 + [5.0, 5.0, 5.0] + [2.0] * 26, steps)
+    found = against_twin(seen, twin(), onset=5)
+    assert (found["excess"], found["steps_lost"], found["final_loss"]) == (9.0, 4, 0)
+
+
+def test_a_loss_that_stays_up_never_recovers() -> None:
+    found = against_twin(trial([2.0] * 5 + [3.0] * 25), twin(), onset=5)
+    assert (found["never_recovered"], found["recovery_steps"]) == (1, 25)
+    assert found["final_loss"] == 1.0
+
+
+def test_a_loss_that_is_not_finite_counts_as_the_cap() -> None:
+    found = against_twin(trial([2.0] * 5 + [None, 1e30] + [2.0] * 23), twin(), onset=5)
+    assert (found["peak"], found["excess"]) == (CAP - 2, 2 * (CAP - 2))
+
+
+def test_without_a_twin_the_trend_is_its_own() -> None:
+    falling = [3 - 0.01 * i for i in range(100)]
+    calm = by_itself(trial(falling), 100)
+    spiky = by_itself(trial([x + 2 * (50 <= i < 55) for i, x in enumerate(falling)]), 100)
+    assert calm["excess"] == 0
+    assert spiky["excess"] == pytest.approx(5 * (2 - 0.3), abs=1)
+    assert spiky["final_loss"] == pytest.approx(calm["final_loss"])
+
+
+def test_arms_are_compared_seed_by_seed() -> None:
+    trials = []
+    for seed in range(4):
+        high = 3.0 + seed  # seeds differ far more than arms do
+        trials += [twin(seed=seed), trial([2.0] * 5 + [high] + [2.0] * 24, seed=seed)]
+        trials += [trial([2.0] * 5 + [high - 0.5] + [2.0] * 24, arm="rollback", seed=seed)]
+    row = next(r for r in summarise(trials) if r["arm"] == "rollback")
+    assert row["seeds"] == [0, 1, 2, 3]
+    assert row["against_none"]["excess"]["mean"] == -0.5
+    assert row["against_none"]["excess"]["high"] == -0.5
+    assert row["measures"]["excess"]["low"] < row["measures"]["excess"]["mean"] < row["measures"]["excess"]["high"]
+
+
+def test_an_interval_narrows_with_seeds_and_leaves_out_what_is_unknown() -> None:
+    few, many = Mean.of([0.0, 1.0] * 3), Mean.of([0.0, 1.0] * 50)
+    assert few.high - few.low > 2 * (many.high - many.low) > 0
+    assert Mean.of([1.0, None, math.nan]).n == 1  # type: ignore[list-item]
+    assert Mean.of([]).n == 0
+
+
+def test_spikes_are_counted_by_executed_steps() -> None:
+    events = [{"kind": k, "step": 1} for k in ("spike", "outlier", "divergence", "decision")]
+    row = next(r for r in summarise([trial([2.0] * 100, fault=None, events=events)]) if r["arm"] == "none")
+    assert row["measures"]["spikes_per_10k"]["mean"] == 200
+
+
+def test_trials_are_read_again_whole_lines_only(tmp_path: Path) -> None:
+    one = json.dumps({"seed": 1})
+    (tmp_path / "a.jsonl").write_text(f"{one}\n{one[:-3]}")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(f"{one}\n".encode()))
+    assert routing.read([tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"]) == [{"seed": 1}] * 2
+
+
+def test_every_scenario_has_its_healthy_twin_and_no_job_comes_twice() -> None:
+    planned = [(s, a.name, seed) for s, a, seed, _ in routing.jobs(range(4), "cpu")]
+    assert len(planned) == len(set(planned))
+    for scenario, _, seed in planned:
+        if scenario.fault:
+            assert (scenario.twin, "none", seed) in planned
+
+
+@pytest.mark.slow
+def test_a_small_plan_is_trained_measured_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = replace(routing.NATURAL, lr=1e-3, steps=12, sequences=1)
+    faulty = replace(calm, name="far", fault="far-batch@4", steps=12)
+    monkeypatch.setattr(routing, "MAIN", [(calm, ("none", "always router-lag")), (faulty, ("none",))])
+    monkeypatch.setattr(routing, "MORE", [])
+    trials = [routing.work(job) for job in routing.jobs([0], "cpu")]
+    assert [t.get("failed") for t in trials] == [None] * 4
+    assert all(t["steps"] == list(range(12)) for t in trials)
+    lagged = next(t for t in trials if t["arm"]["name"] == "always router-lag")
+    plain = next(t for t in trials if t["arm"]["name"] == "none" and t["scenario"]["name"] == calm.name)
+    assert lagged["losses"][:8] == plain["losses"][:8], "the same seed and data; until the warm-up is over"
+    assert lagged["losses"][9:] != plain["losses"][9:]
+    rows = summarise(trials)
+    far = next(r for r in rows if r["scenario"] == "far")
+    assert far["measures"]["excess"]["mean"] > 0
+    result = {"rows": rows, "trials": 4, "steps": 48, "command": "c", "versions": {}}
+    said = page(result | {"machine": {"cpu": "a", "cores": 1, "system": "s"}})
+    assert "| always router-lag | 1 |" in said
+
+
+@pytest.mark.slow
+def test_the_cost_bench_times_every_arm_and_writes_its_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    routing_cost.main(["--sequences", "1", "--seconds", "0", "--steps", "1", "--but", "pinned", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "routing_cost.json").read_text())["runs"][0]
+    assert set(found["arms"]) == {a for a in routing_cost.ARMS if "pinned" not in a}
+    assert found["arms"]["bare"]["median"] == 1
+    assert found["alone"]["capture"] > 0
+    assert "router-lag, on" in capsys.readouterr().out
