@@ -61,12 +61,15 @@ class Concert:
             if request is not None:
                 self._steering.obey(request, step)
 
-    def torn(self, where: str) -> str | None:
-        """Why the other ranks are no longer heard, if so. GeodiagError where training must not go on without them."""
-        why = self._ranks.lost or self._apart
-        if why is not None and self._steering.acts:
-            raise GeodiagError(f"{why}; {where}")
-        return self._ranks.lost
+    @property
+    def torn(self) -> str | None:
+        """Why the ranks no longer go together, if so."""
+        return self._ranks.lost or self._apart
+
+    def end_if_torn(self, where: str) -> None:
+        """GeodiagError where the ranks are steered and no longer go together; ranks that only record can go on."""
+        if self.torn is not None and self._steering.acts:
+            raise GeodiagError(f"{self.torn}; {where}")
 
 
 def _in_all(kept_RK: np.ndarray) -> set[int]:

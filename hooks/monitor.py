@@ -112,9 +112,9 @@ class Monitor:
             self._steer()
         except Exception as e:
             self._complain("steering", e)
-        lost = self._concert.torn(f"steps up to {step} are on record in {self.run.url}")
-        if lost is not None:
-            self._complain("what the other ranks saw", RuntimeError(lost))
+        if self._concert.torn is not None:
+            self._complain("what the other ranks saw", RuntimeError(self._concert.torn))
+            self._concert.end_if_torn(f"steps up to {step} are on record in {self.run.url}")
         self._ended_at = time.perf_counter()
         self._record_seconds = self._ended_at - began
 

@@ -141,8 +141,10 @@ class Ranks:
         if self._group is None:  # it is this rank that left
             return
         self._group = None
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        self.lost = f"rank {self.rank} no longer hears the other {self.world - 1} ({type(error).__name__}: {why})"
+        # gloo says where in its own source it noticed; what it noticed comes behind that, and advice after it.
+        why = (str(error).splitlines() or [type(error).__name__])[0].rpartition("] ")[2].partition(". ")[0]
+        others = "the other rank" if self.world == 2 else f"the other {self.world - 1} ranks"
+        self.lost = f"rank {self.rank} no longer hears {others} ({why})"
 
     # -- before the first step, on the training thread -----------------------------------------
 

@@ -1,0 +1,252 @@
+"""What the ranks of the two-rank tests do. `launch.ranks` starts this module once a rank.
+
+What the scenarios return is written to said-RANK.json.
+"""
+
+import json
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import geodiag
+from geodiag.errors import GeodiagError
+from geodiag.hooks import monitor as monitor_module
+from geodiag.hooks import ranks as ranks_module
+from geodiag.hooks.monitor import Monitor
+from geodiag.hooks.policy import Policy
+from geodiag.reference_models.data import Batch
+from geodiag.reference_models.train import TrainConfig, Trainer
+from geodiag.reference_models.transformer import Transformer
+from tests.hooks.small import SEQUENCES, config, tokens
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+BREAKOUT = 24
+"""The step at which a scenario's loss goes up, if it does."""
+
+
+def made(parallel: str, **changes: Any) -> Trainer:
+    """The same small model on every rank, spread as asked for; `apart`: nothing but geodiag links the ranks."""
+    torch.manual_seed(0)
+    model = Transformer(config(**changes))
+    forward: nn.Module | None = None
+    if parallel == "ddp" and WORLD > 1:
+        forward = DistributedDataParallel(model)
+    elif parallel == "fsdp" and WORLD > 1:
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+    train = TrainConfig(steps=50, sequences=SEQUENCES, warmup=5, lr=1e-2)
+    trainer = Trainer(model, train, forward)
+    if parallel == "apart":
+        trainer._balance = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
+def share(step: int) -> Batch:
+    """This rank's half of the step's batch."""
+    ids = tokens(step)[RANK::WORLD]
+    return Batch(step, ids[:, :-1], ids[:, 1:], ("x",) * len(ids))
+
+
+def train(t: Trainer, run: Monitor, steps: range) -> list[float]:
+    """Trains on this rank's shares; the losses bit for bit."""
+    losses = []
+    for step in steps:
+        t.accumulate(share(step))
+        done = t.update()
+        losses.append(float(done.loss))
+        run.step(done.loss, grad_norm=done.grad_norm, lr=done.lr)
+    return losses
+
+
+# -- scenarios -----------------------------------------------------------------------------------
+
+
+def record(folder: Path, parallel: str) -> dict[str, Any]:
+    """A training of a few steps, watched."""
+    t = made(parallel)
+    with geodiag.attach(t.model, t.optimizers, folder / "run", probe=(tokens(999)[:, :-1],), probe_every=2) as run:
+        losses = train(t, run, range(6))
+    return {"losses": losses, "seen": run.last.loss if run.last else None}
+
+
+def unwatched(folder: Path, parallel: str) -> dict[str, Any]:
+    """The same without geodiag."""
+    t, losses = made(parallel), []
+    for step in range(6):
+        t.accumulate(share(step))
+        losses.append(float(t.update().loss))
+    return {"losses": losses}
+
+
+def steer(folder: Path, parallel: str) -> dict[str, Any]:
+    """Routing auto, and back to a snapshot: only rank 0's loss goes up, and all must do the same."""
+    t = made(parallel)
+    routing = geodiag.AnticipatoryRouting(
+        t.model, 2, forward=lambda model, batch: (t.forward if parallel == "ddp" else model)(batch.token_ids_BS)
+    )
+    snapshots = geodiag.Snapshots(t.model, t.optimizers, t.progress, every=4)
+    policy = Policy(mode="auto", actions="rollback,route", period=5, cooldown=5)
+    run = geodiag.attach(
+        t.model, t.optimizers, folder / "run", routing=routing, snapshots=snapshots, policy=policy, probe_every=4
+    )
+    modes, seen, raised = [], [], False
+    with run:
+        for batch in run.batches(share(step) for step in range(60)):
+            step = run.next_step
+            t.accumulate(batch)
+            done = t.update()
+            spikes = RANK == 0 and not raised and step >= BREAKOUT
+            modes.append((step, routing.mode, routing.lag, batch.step))
+            run.step(done.loss + 8.0 * spikes, grad_norm=done.grad_norm, lr=done.lr)
+            seen.append(float(done.loss))
+            raised = raised or run.next_step <= step
+            if run.next_step >= 40:
+                break
+    weights = sum(
+        float(p.detach().to_local().sum() if parallel == "fsdp" else p.detach().sum()) for p in t.model.parameters()
+    )
+    return {"modes": modes, "losses": seen, "weights": weights}
+
+
+def asked(folder: Path, parallel: str) -> dict[str, Any]:
+    """Somebody asks rank 0's folder for routing on, and later off."""
+    t = made(parallel)
+    routing = geodiag.AnticipatoryRouting(t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS))
+    modes = []
+    with geodiag.attach(t.model, t.optimizers, folder / "run", routing=routing) as run:
+        for batch in routing.batches(share(step) for step in range(16)):
+            if RANK == 0 and batch.step in (2, 9):
+                geodiag.open_run(folder / "run").request("on" if batch.step == 2 else "off", by="test")
+            t.accumulate(batch)
+            done = t.update()
+            modes.append((batch.step, routing.mode))
+            run.step(done.loss)
+    return {"modes": modes}
+
+
+def broken_inside(folder: Path, parallel: str) -> dict[str, Any]:
+    """On rank 1 everything in geodiag fails at the steps 3 to 5, and the probe on no rank."""
+    t = made(parallel)
+    run = geodiag.attach(t.model, t.optimizers, folder / "run", probe_every=50)
+    record = Monitor._record
+
+    def fails(self: Monitor, step: int, *rest: Any) -> None:
+        if RANK == 1 and 3 <= step <= 5:
+            raise ZeroDivisionError("on purpose")
+        record(self, step, *rest)
+
+    monitor_module.Monitor._record = fails  # type: ignore[method-assign]
+    with run:
+        losses = train(t, run, range(10))
+    monitor_module.Monitor._record = record  # type: ignore[method-assign]
+    return {"losses": losses}
+
+
+def one_nan(folder: Path, parallel: str) -> dict[str, Any]:
+    """Rank 1 alone has a loss that is not finite."""
+    t = made(parallel)
+    active = []
+    with geodiag.attach(t.model, t.optimizers, folder / "run") as run:
+        for step in range(6):
+            t.accumulate(share(step))
+            done = t.update()
+            run.step(done.loss * (float("nan") if RANK == 1 and step == 4 else 1.0))
+            active.append(bool(run.last and run.last.verdict.active))
+    return {"active": active}
+
+
+def killed(folder: Path, policy: str) -> dict[str, Any]:
+    """Rank 1 is killed with kill -9 in the middle of a step."""
+    t = made("apart")
+    routing = geodiag.AnticipatoryRouting(t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS))
+    run = geodiag.attach(t.model, t.optimizers, folder / "run", routing=routing, policy=policy)
+    done = []
+    with run:
+        for step in range(12):
+            t.accumulate(share(step))
+            if RANK == 1 and step == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+            run.step(t.update().loss)
+            done.append(step)
+            (folder / f"done-{RANK}").write_text(str(step))
+    return {"done": done}
+
+
+def silent(folder: Path, policy: str) -> dict[str, Any]:
+    """Rank 1 takes part in the training and forgets to call `step` from step 4 on."""
+    patience, ranks_module.PATIENCE = ranks_module.PATIENCE, timedelta(seconds=4)
+    t = made("apart")
+    routing = geodiag.AnticipatoryRouting(t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS))
+    run = geodiag.attach(t.model, t.optimizers, folder / "run", routing=routing, policy=policy)
+    error = None
+    try:
+        for step in range(8):
+            t.accumulate(share(step))
+            loss = t.update().loss
+            if RANK == 0 or step < 4:
+                run.step(loss)
+    except GeodiagError as e:
+        error = str(e)
+    ranks_module.PATIENCE = patience
+    dist.barrier()
+    run.close()
+    return {"error": error}
+
+
+def refused(folder: Path, what: str) -> dict[str, Any]:
+    """Rank 1 cannot begin: its folder is taken, or its model is another."""
+    if what == "folder" and RANK == 1:
+        (folder / "run").mkdir(parents=True, exist_ok=True)
+        (folder / "run" / "journal").write_text("no folder")
+    dist.barrier()
+    t = made("apart", **({"experts": 6} if what == "model" and RANK == 1 else {}))
+    try:
+        geodiag.attach(t.model, t.optimizers, folder / "run")
+    except GeodiagError as e:
+        return {"error": str(e)}
+    return {}
+
+
+def apart(folder: Path, parallel: str) -> dict[str, Any]:
+    """Only rank 1 is given a controller's state."""
+    t = made(parallel)
+    routing = geodiag.AnticipatoryRouting(t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS))
+    run = geodiag.attach(t.model, t.optimizers, folder / "run", routing=routing, policy="auto")
+    if RANK == 1:
+        state = run.state_dict()
+        run.load_state_dict(state | {"controller": state["controller"] | {"activations": 3}})
+    try:
+        train(t, run, range(4))
+    except GeodiagError as e:
+        return {"error": str(e), "step": run.next_step}
+    finally:
+        run.close()
+    return {}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    if WORLD > 1:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    said = {}
+    for scenario in sys.argv[2:]:
+        name, _, option = scenario.partition(":")
+        (folder / scenario).mkdir(exist_ok=True)
+        said[scenario] = globals()[name](folder / scenario, option)
+        (folder / f"said-{RANK}.json").write_text(json.dumps(said))
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
