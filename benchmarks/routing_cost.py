@@ -1,6 +1,6 @@
 """What routing by older weights costs a training step: off, on, and where the time goes.
 
-    python -m geodiag.benchmarks.routing_cost [--size 3b] [--sequences 4] [--seconds 60] [--steps 2] [--device cuda]
+    geodiag bench routing_cost [--size 3b] [--sequences 4] [--seconds 60] [--steps 2] [--device cuda]
 
 One model is trained on and on; the arms take turns on it, the arm that begins changing from round to round. Each turn
 puts its hooks on, warms up, and times so many steps; a step's time over the bare steps' of the same round is one
@@ -180,7 +180,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("routing-cost", __doc__)
+    parser = Parser("routing_cost", __doc__)
     parser.add_argument("--size", nargs="+", default=["tiny"])
     parser.add_argument("--sequences", type=int, nargs="+", default=[8], help="one a size, or one for all")
     parser.add_argument("--seconds", type=float, default=60.0, help="for the rounds of a size")
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
     sequences = options.sequences * len(options.size) if len(options.sequences) == 1 else options.sequences
-    result = setting("routing-cost", argv, options.device)
+    result = setting("routing_cost", argv, options.device)
     result["runs"] = []
     for size, count in zip(options.size, sequences, strict=True):
         result["runs"].append(run(size, count, options.seconds, options.steps, options.device, options.but))

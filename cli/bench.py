@@ -10,6 +10,8 @@ BENCHES = {
     "cascade": "What the cascade says of planted faults: stage, layer, lead, and false alarms.",
     "dashboard": "How fast the page is on a long run, in a real browser.",
     "probes": "What the probes cost: each alone, and at their default cadence as a share of a step.",
+    "routing": "What rolling back and routing by older weights buys, on the same seeds and data.",
+    "routing_cost": "What routing by older weights costs a training step: off, on, and where the time goes.",
     "spikes": "The spike detector and the public rules on labelled loss curves.",
 }
 """Bench → what it measures; each is a module of benchmarks/ with a `main(argv)`."""

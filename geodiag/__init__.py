@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from geodiag.hooks.anticipatory import AnticipatoryRouting
     from geodiag.hooks.attach import attach
     from geodiag.hooks.policy import Policy
+    from geodiag.hooks.router_lag import RouterLag
     from geodiag.hooks.snapshots import Snapshots
     from geodiag.run import Run, open_run
     from geodiag.spikes import SpikeDetector
@@ -24,6 +25,7 @@ __all__ = [
     "AnticipatoryRouting",
     "GeodiagError",
     "Policy",
+    "RouterLag",
     "Run",
     "Snapshots",
     "SpikeDetector",
@@ -37,6 +39,7 @@ __all__ = [
 _HOMES = {
     "AnticipatoryRouting": "geodiag.hooks.anticipatory",
     "Policy": "geodiag.hooks.policy",
+    "RouterLag": "geodiag.hooks.router_lag",
     "Run": "geodiag.run",
     "Snapshots": "geodiag.hooks.snapshots",
     "SpikeDetector": "geodiag.spikes",

@@ -135,6 +135,7 @@ def test_the_public_names_are_these_and_each_can_be_had() -> None:
         "AnticipatoryRouting",
         "GeodiagError",
         "Policy",
+        "RouterLag",
         "Run",
         "Snapshots",
         "SpikeDetector",
