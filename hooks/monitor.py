@@ -205,16 +205,17 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs to go on judging as before. The routing has a `state_dict` of its own:
         its queue holds batches."""
+        self._recorder.wait()
         return {
             "next_step": self.next_step,
-            "detector": self._recorder.observer.detector.state_dict(),
+            **self._recorder.observer.state_dict(),
             "controller": self.steering.controller.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The controller goes on with the policy that it has now."""
         self.next_step = state["next_step"]
-        self._recorder.observer.detector.load_state_dict(state["detector"])
+        self._recorder.observer.load_state_dict(state)
         policy = self.steering.controller.policy
         self.steering.controller.load_state_dict(state["controller"])
         self.steering.controller.policy = policy

@@ -1,11 +1,13 @@
 """What one step means, told from its host values and what all ranks say: spike verdict, stage scores, worst."""
 
 import math
+import pickle
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from geodiag import __version__
 from geodiag.hooks.ranks import Heard
 from geodiag.hooks.rows import Host, Places, series_of
 from geodiag.scores import Scores
@@ -75,6 +77,23 @@ class Observer:
             worst=worst,
             heard=heard,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned so far; the scores as bytes, which the same version of geodiag reads."""
+        return {
+            "detector": self.detector.state_dict(),
+            "scores": pickle.dumps((__version__, self.scores, self.early, self._keys)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`. The scores of another version are learned anew."""
+        self.detector.load_state_dict(state["detector"])
+        try:
+            version, *learned = pickle.loads(state["scores"])
+        except (AttributeError, ImportError, TypeError):  # its classes have changed
+            return
+        if version == __version__:
+            self.scores, self.early, self._keys = learned
 
     def _meet(self, host: Host) -> None:
         """Takes up what is seen for the first time: a probe's values come later than the rest."""

@@ -115,10 +115,14 @@ class Recorder:
                 through.append(seen)
         return through
 
-    def settle(self) -> None:
-        """Waits until everything under way is on record; what it showed is not handed out any more."""
+    def wait(self) -> None:
+        """Waits until everything under way is on record."""
         for future in self._under_way:
             future.result()
+
+    def settle(self) -> None:
+        """`wait`; and what that showed is not handed out any more."""
+        self.wait()
         self._under_way.clear()
 
     def next_attempt(self) -> int:

@@ -331,6 +331,7 @@ def test_a_resumed_training_equals_one_that_was_never_stopped(tmp_path: Path, ro
     assert second.seen[0] == (20, 20)
     rows = geodiag.open_run(tmp_path / "run").read("steps")
     assert rows["attempt"].tolist() == [0] * 20 + [1] * 20
+    assert rows["stage1_score"][21:].notna().all(), "what was learned of every layer is not learned anew"
     assert "resumed from the snapshot of step 20: attempt 1" in [e["message"] for e in second.events("attempt")]
 
 
