@@ -14,6 +14,7 @@ from geodiag.stage_map import Judged
 
 _USUAL = 64
 _AFTER = 6
+_LEAST = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,10 @@ class Evidence:
 def rows_of(window: Judged, origin: Candidate, stage: Stage, most: int = 6) -> list[Evidence]:
     """What speaks for an origin, the loudest first; of an expert's series, the loudest expert only."""
     found: dict[str, Evidence] = {}
-    for j, series in enumerate(window.series):
-        if window.places[window.place_P[j]] != origin.place:
-            continue
+    for j in np.flatnonzero(window.place_P == window.places.index(origin.place)).tolist():
+        series = window.series[j]
         row = evidence(window, j, origin.start, stage)
-        if row is not None and row.score >= 3 and row.score > found.get(series.metric, row).score - 1e-9:
+        if row is not None and row.score > found.get(series.metric, row).score - 1e-9:
             found[series.metric] = row
     return sorted(found.values(), key=lambda e: -e.score)[:most]
 
@@ -53,7 +53,7 @@ def rows_of(window: Judged, origin: Candidate, stage: Stage, most: int = 6) -> l
 def evidence(window: Judged, j: int, start: int, stage: Stage) -> Evidence | None:
     """The worst moment of series `j` in the samples from row `start` on."""
     series, scores = window.series[j], window.score_SP[start : start + _AFTER, j]
-    if np.isnan(scores).all():
+    if not (scores >= _LEAST).any():
         return None
     worst = start + int(np.nanargmax(scores))
     values = window.tracks.values_SP[:, j]

@@ -16,6 +16,8 @@ UNREADABLE = (pa.ArrowException, OSError, ValueError, TypeError, MemoryError)
 """What a part that is no Parquet file, or was cut or overwritten, makes Arrow raise."""
 MERGE = 10
 """So many parts of one size class become one."""
+GROUP_ROWS = 1 << 15
+"""Rows of a row group: who reads a few steps of a large part reads little more than these."""
 MERGE_BYTES = 128 << 20
 """A merge holds its parts in memory, beside the training: never more than this."""
 
@@ -51,7 +53,7 @@ def write_part(folder: Path, table: pa.Table, journals: list[str]) -> Path:
     table = table.replace_schema_metadata({_JOURNALS: json.dumps(journals).encode()})
     try:
         with tmp.open("wb") as f:
-            pq.write_table(table, f, compression="zstd")
+            pq.write_table(table, f, compression="zstd", row_group_size=GROUP_ROWS)
             f.flush()
             os.fsync(f.fileno())  # the journal goes next: a machine that dies must not take both
         os.replace(tmp, path)

@@ -119,7 +119,7 @@ def _read_once(
     journal = f"journal/{rank}-{table}.arrows"
     raw = store.read(journal)
     parts = list_parts(store, f"{table}/{rank}", problems)
-    pieces = [t for p in parts if _overlaps(p, steps) and (t := _read_part(store, p, schema, problems))]
+    pieces = [t for p in parts if _overlaps(p, steps) and (t := _read_part(store, p, schema, steps, problems))]
     if raw is None:
         return pieces
     name, batches = read_journal(raw)
@@ -139,13 +139,15 @@ def _overlaps(part: Part, steps: Steps | None) -> bool:
     return (low is None or part.last >= low) and (high is None or part.first < high)
 
 
-def _read_part(store: Folder, part: Part, schema: pa.Schema, problems: dict[str, str]) -> pa.Table | None:
+def _read_part(
+    store: Folder, part: Part, schema: pa.Schema, steps: Steps | None, problems: dict[str, str]
+) -> pa.Table | None:
     name = part.path.removeprefix(store.root + "/")
     try:
         with store.fs.open(part.path, "rb") as f:
             file = pq.ParquetFile(f)
             have = set(file.schema_arrow.names)
-            read = file.read([n for n in schema.names if n in have])
+            read = file.read_row_groups(_groups(file.metadata, steps), [n for n in schema.names if n in have])
     except FileNotFoundError:
         raise
     except UNREADABLE as e:
@@ -156,6 +158,19 @@ def _read_part(store: Folder, part: Part, schema: pa.Schema, problems: dict[str,
         problems[name] = fitted
         return None
     return fitted
+
+
+def _groups(footer: pq.FileMetaData, steps: Steps | None) -> list[int]:
+    """The row groups of a part that may hold these steps, as far as the footer tells."""
+    low, high = steps or (None, None)
+    column = footer.schema.names.index("step") if "step" in footer.schema.names else None
+    wanted = []
+    for i in range(footer.num_row_groups):
+        seen = None if column is None else footer.row_group(i).column(column).statistics
+        ends = (seen.min, seen.max) if seen is not None and seen.has_min_max else None
+        if ends is None or ((low is None or ends[1] >= low) and (high is None or ends[0] < high)):
+            wanted.append(i)
+    return wanted
 
 
 def fit(rows: pa.Table, schema: pa.Schema) -> pa.Table | str:

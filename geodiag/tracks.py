@@ -74,12 +74,13 @@ def read_tracks(run: Run, first: int, last: int, attempt: int | None = None) -> 
 def _rows(run: Run, table: str, names: list[str], first: int, last: int, attempt: int | None) -> pa.Table:
     keys = ["rank", "attempt", "step"]
     names = [n for n in names if (table, n) in METRICS or n in ("layer", "site", "expert")]
-    if attempt is None:
+    starts = known_starts(run.manifest)
+    if attempt is None or not any(later > attempt for later in starts):
         return run.read_arrow(table, keys + names, (first, last + 1))
     rows = run.read_arrow(table, keys + names, (first, last + 1), attempt="all")
     mine, step = rows["attempt"].to_numpy(), rows["step"].to_numpy()
     keep = mine <= attempt
-    for later, start in known_starts(run.manifest).items():
+    for later, start in starts.items():
         if later <= attempt:
             keep &= (mine >= later) | (step < start)
     return rows.filter(pa.array(keep))
