@@ -14,10 +14,9 @@ def layers_of(record: Record) -> list[int]:
     """The layers that have experts; where none has, every layer on record."""
 
     def look() -> list[int]:
-        for table, name in (("experts", "load"), ("layers", "stream_rms")):
-            grids = record.recent(table, name, back=20)
-            if grids and grids[0].rows:
-                return sorted({r[0] for r in grids[0].rows})
+        for grid in record.recent("layers", "max_vio", "stream_rms", back=20):
+            if rows := grid.measured().rows:
+                return sorted({layer for layer, _ in rows})
         return []
 
     return record.memo("layers", look)

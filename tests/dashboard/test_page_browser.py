@@ -138,8 +138,8 @@ def test_switching_quantity_and_layer_changes_the_charts_and_the_address(page):
     page.wait_for_url(re.compile("metric=sinkhorn"))
     until(page, "document.querySelector('#gain-heat .js-plotly-plot').layout.annotations[0].text.includes('Sinkhorn')")
     page.goto(f"{page.home}run/mhc-tear/routing")
-    chart(page, "routing-load")
-    title = "document.querySelector('#routing-load .js-plotly-plot').layout.annotations[0].text"
+    chart(page, "routing-experts")
+    title = "document.querySelector('#routing-experts .js-plotly-plot').layout.annotations[0].text"
     assert "layer 3" in page.evaluate(title)  # the planted fault's
     page.locator("#routing-layer").click()
     page.get_by_role("option", name="layer 2").click()
@@ -147,7 +147,7 @@ def test_switching_quantity_and_layer_changes_the_charts_and_the_address(page):
     until(page, f"{title}.includes('layer 2')")
     page.locator(".g-tab a", has_text="Activations").click()
     chart(page, "activations-experts")
-    assert "layer 2" in page.evaluate(title.replace("routing-load", "activations-experts"))
+    assert "layer 2" in page.evaluate(title.replace("routing-experts", "activations-experts"))
 
 
 def test_a_run_without_hyper_connections_says_so_and_shows_the_rest(page):

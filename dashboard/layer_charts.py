@@ -1,0 +1,94 @@
+"""What the pages of routers and of activations have in common: all layers over steps, and one layer in detail."""
+
+from collections.abc import Mapping, Sequence
+
+import plotly.graph_objects as go
+from dash import html
+
+from geodiag.dashboard.draw import extent, happened
+from geodiag.dashboard.figures.heat import Panel, heat_map
+from geodiag.dashboard.figures.lines import Strip, over_steps
+from geodiag.dashboard.figures.style import Look, titled
+from geodiag.dashboard.layers import layer_of, layer_options, layer_shown, series
+from geodiag.dashboard.library import Library
+from geodiag.dashboard.parts import card, graph, options, segments, select
+from geodiag.dashboard.record import Record
+from geodiag.dashboard.steer import Control
+from geodiag.dashboard.view import View
+from geodiag.dashboard.words import metric
+
+Lines = Sequence[tuple[str, Mapping[str, str]]]
+"""Strips from top to bottom: title, and metric → label."""
+
+
+def one_layer(
+    page: str, record: Record, view: View, over: Mapping[str, str], first: str, label: str, tip: str
+) -> html.Section:
+    """The card of one layer: its experts by one of `over`, `first` at first, and lines below."""
+    shown = view.over if view.over is not None and view.over in over else first
+    return card(
+        "One layer",
+        graph(f"{page}-experts", 220),
+        graph(f"{page}-lines", 400),
+        tip=tip,
+        controls=[
+            segments(f"{page}-over", shown, options(over), label),
+            select(f"{page}-layer", str(layer_of(record, view)), layer_options(record), "layer", 120),
+        ],
+    )  # fmt: skip
+
+
+def layer_controls(page: str, library: Library, first: str) -> dict[str, Control]:
+    """What `one_layer` is steered by."""
+    return {
+        f"{page}-over": Control("over", first),
+        f"{page}-layer": Control("layer", lambda pathname, view: layer_shown(library, pathname, view)),
+    }
+
+
+def all_layers(record: Record, view: View, look: Look, name: str, title: str, nothing: str) -> go.Figure:
+    """One metric of every layer; the chosen layer has a frame."""
+    (grid,) = record.grids("layers", name)
+    return heat_map(
+        [Panel(grid, title)],
+        look,
+        view.steps,
+        marks=happened(record),
+        extent=extent(record),
+        row=f"{layer_of(record, view)}.ffn",
+        nothing=nothing,
+    )
+
+
+def experts(record: Record, view: View, look: Look, name: str, shares: bool = False) -> go.Figure:
+    """One metric of every expert of the chosen layer; `shares` are drawn around an even share."""
+    layer, (grid,) = layer_of(record, view), record.grids("experts", name)
+    mine = grid.of_layer(layer)
+    return heat_map(
+        [Panel(mine, f"<b>layer {layer}</b>  {metric('experts', name).help}")],
+        look,
+        view.steps,
+        marks=happened(record),
+        extent=extent(record),
+        experts=True,
+        centre=1 / max(1, len(mine.rows)) if shares else None,
+        title="",
+        nothing="No experts recorded in this layer.",
+    )
+
+
+def lines(record: Record, view: View, look: Look, strips: Lines, lacks: str) -> go.Figure:
+    """Series of the chosen layer; `lacks` says what a layer without any has not."""
+    layer = layer_of(record, view)
+    shown = [
+        Strip(titled(title, metric("layers", next(iter(names))).unit), series(record, layer, names))
+        for title, names in strips
+    ]
+    return over_steps(
+        shown,
+        look,
+        view.steps,
+        marks=happened(record),
+        extent=extent(record),
+        nothing=f"Layer {layer} has no {lacks}.",
+    )
