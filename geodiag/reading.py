@@ -32,15 +32,17 @@ def read_table(
 ) -> pa.Table:
     """Rows of `table` in (rank, attempt, step) order; see `Run.read_arrow` for the arguments."""
     schema = _select(table, columns)
+    attempt = attempt if attempt in ("newest", "all") else _number(attempt)
     needed = list(dict.fromkeys([*schema.names, "rank", "attempt", "step"]))
     full = pa.schema([SCHEMAS[table].field(n) for n in needed])
     pieces = []
     for rank in sorted({*_part_ranks(store, table), *_journal_ranks(store, table)}):
         pieces += _read_rank(store, table, rank, full, steps, problems)
+    if attempt == "newest" and pieces:
+        starts = all_starts(pa.concat_tables([p.select(["attempt", "step"]) for p in pieces]), starts)
+    # Piece by piece: most are wanted whole, and filtering copies.
+    pieces = [p if (keep := _wanted(p, steps, starts, attempt)) is None else p.filter(keep) for p in pieces]
     rows = pa.concat_tables(pieces).unify_dictionaries() if pieces else full.empty_table()
-    keep = _wanted(rows, steps, starts, attempt)
-    if keep is not None:
-        rows = rows.filter(keep)
     return _in_order(rows).select(schema.names)
 
 
@@ -198,21 +200,24 @@ def fit(rows: pa.Table, schema: pa.Schema) -> pa.Table | str:
 
 
 def _wanted(rows: pa.Table, steps: Steps | None, starts: dict[int, int], attempt: int | str) -> Any:
+    """Which of a piece's rows are asked for; None for all of them."""
+    if not len(rows):
+        return None
     step, tests = rows["step"], []
     low, high = steps or (None, None)
-    if low is not None:
+    first, last = pc.min_max(step).as_py().values()
+    if low is not None and first < low:
         tests.append(pc.greater_equal(step, low))
-    if high is not None:
+    if high is not None and last >= high:
         tests.append(pc.less(step, high))
     if attempt == "newest":
         # An attempt's rows end where a later attempt began.
         oldest = pc.min(rows["attempt"]).as_py()
-        for later, first in all_starts(rows, starts).items():
-            if oldest is None or later <= oldest:
-                continue  # nothing older to end
-            tests.append(pc.or_(pc.greater_equal(rows["attempt"], later), pc.less(step, first)))
+        for later, start in starts.items():
+            if later > oldest and last >= start:
+                tests.append(pc.or_(pc.greater_equal(rows["attempt"], later), pc.less(step, start)))
     elif attempt != "all":
-        tests.append(pc.equal(rows["attempt"], _number(attempt)))
+        tests.append(pc.equal(rows["attempt"], attempt))
     keep = None
     for test in tests:
         keep = test if keep is None else pc.and_(keep, test)
