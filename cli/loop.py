@@ -43,6 +43,8 @@ class Training:
         from geodiag.reference_models.train import Trainer
         from geodiag.run import looks_like_a_run
 
+        if options.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for
         self.place = Place(options.device)
         options = replace(options, device=self.place.device_name, run=Path(self.place.same(str(options.run))))
         self.options = options
@@ -200,6 +202,7 @@ def _plan(options: Options, device: "torch.device") -> tuple[Any, Any, Any]:
             sequences=options.sequences,
             micro_batches=options.micro_batches,
             lr=TrainConfig.lr if options.lr is None else options.lr,
+            deterministic=options.deterministic,
         )
     except FileNotFoundError as e:
         raise GeodiagError(str(e)) from None

@@ -49,6 +49,7 @@ class Options:
     clamp: float | None = 10.0
     recompute: str | None = None
     """None for what the size does by itself."""
+    deterministic: bool = False
     probe_every: int = 10
     every: int = 1
     parallel: str = "ddp"

@@ -24,6 +24,7 @@ _ACTIONS = (
 )
 _ROLLBACK = "Where snapshots are kept to go back to; from disk, a killed training can also be resumed."
 _BYTES = "Budget of all snapshots in bytes, e.g. 64e9.  [default: half of what is free]"
+_DETERMINISTIC = "The same bits every time on a GPU too, whose attention is otherwise free to add up in any order."
 _RESUME = "Go on with a training that ended or was killed, from its newest snapshot on disk."
 
 _RUN = "Run directory; torchrun takes --run for its own, so write --run-dir.  [default: runs/SIZE-RESIDUAL-TIME]"
@@ -59,6 +60,7 @@ def train(
     recompute: Annotated[
         Recompute | None, typer.Option(help="What the backward computes once more.  [default: the size's own]")
     ] = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help=_DETERMINISTIC)] = False,
     parallel: Annotated[Parallel, typer.Option(help=_PARALLEL)] = "ddp",
     every: Annotated[int, typer.Option(min=1, help="Steps between samples of the layers.")] = 1,
     probe_every: Annotated[int, typer.Option(min=1, help="Steps between probes of flips and weight spectra.")] = 10,

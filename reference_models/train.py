@@ -1,7 +1,8 @@
 """The training step of a reference model: Muon + AdamW, warm-up and decay, clipping, balancing."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     """Largest gradient norm; infinity to leave gradients alone."""
+    deterministic: bool = False
+    """Whether a GPU computes the same gradients every time; attention's backward does not by itself."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "micro_batches"):
@@ -78,6 +81,20 @@ def optimizers_of(model: Transformer, config: TrainConfig) -> list[torch.optim.O
     ]
 
 
+@contextmanager
+def _repeatable(wanted: bool) -> Iterator[None]:
+    """Inside, no operation may add up in an order of its own. Forwards are repeatable as they are."""
+    if not wanted:
+        yield
+        return
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
 class Progress:
     """How far a training is: beside weights and optimizers, all that a resume needs."""
 
@@ -115,7 +132,8 @@ class Trainer:
         """Forward and backward on one micro-batch."""
         output = self.forward(batch.token_ids_BS)
         loss = self.model.loss(output, batch.targets_BS)
-        (loss.total / self.config.micro_batches).backward()
+        with _repeatable(self.config.deterministic):
+            (loss.total / self.config.micro_batches).backward()
         with torch.no_grad():
             load_LE = torch.stack([loads(r) for r in output.routings])
             self._load_LE = load_LE if self._load_LE is None else self._load_LE + load_LE
