@@ -35,11 +35,14 @@ class Training:
     def __init__(self, options: Options, quiet: bool = False) -> None:
         import torch
 
+        from geodiag.cadence import parse_every
         from geodiag.files import Folder
         from geodiag.hooks.adapters import find_layout
         from geodiag.hooks.attach import attach
         from geodiag.hooks.faults import Fault, Faults
+        from geodiag.hooks.probe_batch import PROBE_TOKENS
         from geodiag.hooks.rerouting import rerouting
+        from geodiag.hooks.traced import parse_trace
         from geodiag.reference_models.train import Trainer
         from geodiag.run import looks_like_a_run
 
@@ -78,6 +81,7 @@ class Training:
         self.snapshots = _snapshots(options, self.model, self.trainer)
         if self.snapshots is not None:
             self.snapshots.lasting["faults"] = self.faults
+        probe = self._to_device(self.place.mine(self.loader.batch(PROBE_STEP)))
         self.monitor: Monitor = attach(
             self.model,
             self.trainer.optimizers,
@@ -86,9 +90,12 @@ class Training:
             policy=policy,
             snapshots=self.snapshots,
             resume=options.resume,
-            probe=(self._to_device(self.place.mine(self.loader.batch(PROBE_STEP))).token_ids_BS,),
+            probe=(probe.token_ids_BS[:, : max(1, PROBE_TOKENS // len(probe.domain_B))],),
+            probe_domains=probe.domain_B,
             probe_every=options.probe_every,
-            every=options.every,
+            every=parse_every(options.every),
+            layers=options.layers,
+            trace=parse_trace(options.trace),
             micro_batches=options.micro_batches,
             config=_recorded(options, model_config, train_config, corpus),
             quiet=quiet,
@@ -113,7 +120,13 @@ class Training:
             if not self.trainer.ready:
                 continue
             done = self.trainer.update()
-            self.monitor.step(done.loss, grad_norm=done.grad_norm, lr=done.lr)
+            self.monitor.step(
+                done.loss,
+                grad_norm=done.grad_norm,
+                lr=done.lr,
+                domains=done.domain_B,
+                sequence_losses=done.sequence_losses_B,
+            )
             yield self.monitor.last
             if self.trainer.steps_done >= self.options.steps:
                 return

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 CHANGEABLE = {
     "steps", "device", "routing", "routing_mode", "delay", "period", "cooldown", "budget", "on", "actions", "rollback",
-    "snapshot_every", "snapshot_bytes", "every", "probe_every",
+    "snapshot_every", "snapshot_bytes", "every", "probe_every", "layers", "trace",
 }  # fmt: skip
 """What a resumed training may have otherwise than the one that it goes on with."""
 
@@ -51,7 +51,10 @@ class Options:
     """None for what the size does by itself."""
     deterministic: bool = False
     probe_every: int = 10
-    every: int = 1
+    every: tuple[str, ...] = ()
+    """Steps between samples, and METRIC=STEPS."""
+    layers: str | None = None
+    trace: str = "flipped"
     parallel: str = "ddp"
 
     def policy(self) -> "Policy":
@@ -101,5 +104,6 @@ def resumed(path: Path, given: Mapping[str, Any]) -> Options:
         raise GeodiagError(f"a resumed training keeps its --{fixed[0].replace('_', '-')}; leave that out")
     known = {f.name for f in fields(Options)}
     began = Options(**{k: v for k, v in said.items() if k in known})
-    began = replace(began, inject=tuple(began.inject), run=path, resume=True, rollback="disk")
+    every = tuple(began.every) if isinstance(began.every, list) else (str(began.every),)  # a number, once
+    began = replace(began, inject=tuple(began.inject), every=every, run=path, resume=True, rollback="disk")
     return replace(began, **{k: v for k, v in given.items() if k != "rollback"})

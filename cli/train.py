@@ -24,6 +24,9 @@ _ACTIONS = (
 )
 _ROLLBACK = "Where snapshots are kept to go back to; from disk, a killed training can also be resumed."
 _BYTES = "Budget of all snapshots in bytes, e.g. 64e9.  [default: half of what is free]"
+_EVERY = "Steps between samples, of everything or of metrics by the beginning of their names; repeatable.  [default: 1]"
+_LAYERS = "Layers that are recorded, e.g. 0-7,30-.  [default: all]"
+_TRACE = "Tokens of the probe batch that are followed: flipped, margin, or their places with commas."
 _DETERMINISTIC = "The same bits every time on a GPU too, whose attention is otherwise free to add up in any order."
 _RESUME = "Go on with a training that ended or was killed, from its newest snapshot on disk."
 
@@ -62,8 +65,10 @@ def train(
     ] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help=_DETERMINISTIC)] = False,
     parallel: Annotated[Parallel, typer.Option(help=_PARALLEL)] = "ddp",
-    every: Annotated[int, typer.Option(min=1, help="Steps between samples of the layers.")] = 1,
-    probe_every: Annotated[int, typer.Option(min=1, help="Steps between probes of flips and weight spectra.")] = 10,
+    every: Annotated[list[str] | None, typer.Option(metavar="N|METRIC=N", help=_EVERY, show_default=False)] = None,
+    probe_every: Annotated[int, typer.Option(min=1, help="Steps between probes; slow ones keep their ratio.")] = 10,
+    layers: Annotated[str | None, typer.Option(help=_LAYERS, show_default=False)] = None,
+    trace: Annotated[str, typer.Option(help=_TRACE)] = "flipped",
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help=_RESUME, show_default=False)] = None,
 ) -> None:
     """Train a reference model, instrumented: every step is recorded in the run directory."""
@@ -72,7 +77,7 @@ def train(
     from geodiag.cli.progress import watch
 
     asked = {k: v for k, v in ctx.params.items() if k != "resume"}
-    asked |= {"inject": tuple(inject or ()), "clamp": clamp or None}
+    asked |= {"inject": tuple(inject or ()), "every": tuple(every or ()), "clamp": clamp or None}
     if resume is None:
         asked["run"] = run or Path("runs") / f"{size}-{residual}-{datetime.now():%Y%m%d-%H%M%S}"
         options = Options(**asked)

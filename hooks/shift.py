@@ -13,7 +13,7 @@ from geodiag.hooks.adapters.base import Layout, Removable
 from geodiag.hooks.slots import Slots
 from geodiag.hooks.taps import Report
 
-REMEMBERED = 100
+REMEMBERED = 20
 """Steps over which the running mean forgets: the embedding itself moves while it is trained."""
 
 

@@ -20,7 +20,6 @@ class WeightSpectra:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._vectors: dict[tuple[str, int], Tensor] = {}
-        self._generator = torch.Generator().manual_seed(0)  # the training's random state is not ours to use
 
     @torch.no_grad()
     def run(self) -> dict[str, Tensor]:
@@ -51,7 +50,9 @@ class WeightSpectra:
             return torch.full((), torch.nan, device=weight_ERC.device)
         key, iterations = (name, layer), 1
         if key not in self._vectors:
-            start = torch.randn(weight_ERC.shape[0], weight_ERC.shape[-1], generator=self._generator)
+            # The training's random state is not ours to use; and a layer's start is its own, whatever else is watched.
+            generator = torch.Generator().manual_seed(layer)
+            start = torch.randn(weight_ERC.shape[0], weight_ERC.shape[-1], generator=generator)
             self._vectors[key] = torch.nn.functional.normalize(start, dim=-1).to(weight_ERC.device)
             iterations = _FIRST
         for _ in range(iterations):

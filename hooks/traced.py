@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from geodiag.errors import GeodiagError
+
 # T tokens of the probe, M traced tokens, R routers, D the size of a token's stream
 
 TRACED = 8
@@ -31,6 +33,16 @@ def choose(
     # Flips first; among equals, whose choice is nearest to flipping.
     near = 1e-2 / (1 + worst.clamp_min(0))
     return (flips_RT.sum(0) + near).topk(few).indices.sort().values
+
+
+def parse_trace(text: str) -> Trace:
+    """`flipped`, `margin` or places like `0,5,9`. GeodiagError for anything else."""
+    if text in ("flipped", "margin"):
+        return "flipped" if text == "flipped" else "margin"
+    places = text.split(",")
+    if not all(p.strip().isdecimal() for p in places):
+        raise GeodiagError(f"--trace {text} names no tokens; pass flipped, margin, or places in the probe, e.g. 0,5,9")
+    return [int(p) for p in places]
 
 
 class Projection:

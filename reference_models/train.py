@@ -64,6 +64,9 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
     lr: float
     tokens: int
+    domain_B: tuple[str, ...]
+    sequence_losses_B: Tensor
+    """Mean loss of each of the step's sequences."""
 
 
 def optimizers_of(model: Transformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -125,6 +128,8 @@ class Trainer:
         self.lr_scale = 1.0
         """Factor on the schedule's learning rate."""
         self._losses: list[Tensor] = []
+        self._sequence_losses: list[Tensor] = []
+        self._domains: tuple[str, ...] = ()
         self._load_LE: Tensor | None = None
         self._tokens = 0
 
@@ -138,6 +143,8 @@ class Trainer:
             load_LE = torch.stack([loads(r) for r in output.routings])
             self._load_LE = load_LE if self._load_LE is None else self._load_LE + load_LE
         self._losses.append(loss.token)
+        self._sequence_losses.append(loss.per_sequence_B)
+        self._domains += batch.domain_B
         self._tokens += batch.token_ids_BS.numel()
 
     @property
@@ -167,9 +174,11 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         self._balance()
-        result = StepResult(torch.stack(self._losses).mean(), norm, lr, self._tokens)
+        losses, each = torch.stack(self._losses).mean(), torch.cat(self._sequence_losses)
+        result = StepResult(losses, norm, lr, self._tokens, self._domains, each)
         self.progress.steps_done += 1
-        self._losses, self._load_LE, self._tokens = [], None, 0
+        self._losses, self._sequence_losses, self._domains = [], [], ()
+        self._load_LE, self._tokens = None, 0
         return result
 
     def step(self, batch: Batch) -> StepResult:
