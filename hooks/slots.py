@@ -5,17 +5,23 @@ value to the same place, and torch.compile and CUDA graphs see plain copies. The
 on the device too, so moving on to the next micro-batch asks nothing of the host.
 """
 
+from math import prod
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # M slots (micro-batches), P places (sites, layers, …), T sampled tokens a slot
 
+Kind = Literal["sum", "max", "sample"]
+"""Added up over micro-batches, the largest of them, or one value a sampled token, side by side."""
+
 
 class Slots:
     """Named float32 buffers of shape (M, P, …), and how they become one step's values.
 
-    Two kinds: one value (or a few) a place, and one value a sampled token and place. A NaN that was
+    Buffers of one kind lie in one storage, so that clearing and reducing them is one operation. A NaN that was
     measured stays a NaN in every reduction; slots and tokens that were not used take no part.
     """
 
@@ -24,14 +30,32 @@ class Slots:
         self.current = torch.full((1,), -1, dtype=torch.int64, device=device)
         """The slot in use; -1 before the step's first forward."""
         self._begun = 0
+        self._shapes: dict[str, tuple[Kind, tuple[int, ...]]] = {}
+        self._storages: dict[Kind, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         self._indices: dict[int, Tensor] = {}
         self.add("tokens", 1)
         self.add("sampled", 1)
 
-    def add(self, name: str, places: int, *shape: int) -> None:
-        """Declares a buffer before the first step."""
-        self._buffers[name] = torch.full((self.slots, places, *shape), torch.nan, device=self.device)
+    def add(self, name: str, places: int, *shape: int, kind: Kind = "sum") -> None:
+        """Declares a buffer, before the first is written; kind "sample" has a value a sampled token, place by place."""
+        self._shapes[name] = (kind, (places, self.sample_size, *shape) if kind == "sample" else (places, *shape))
+        self._lay_out()
+
+    def _lay_out(self, kept: dict[Kind, Tensor] | None = None) -> None:
+        widths: dict[Kind, int] = {"sum": 0, "max": 0, "sample": 0}
+        starts = {}
+        for name, (kind, shape) in self._shapes.items():
+            starts[name] = widths[kind]
+            widths[kind] += prod(shape)
+        for kind, width in widths.items():
+            storage = torch.full((self.slots, width), torch.nan, device=self.device)
+            if kept:
+                storage[: len(kept[kind])] = kept[kind]
+            self._storages[kind] = storage
+        for name, (kind, shape) in self._shapes.items():
+            part = self._storages[kind][:, starts[name] : starts[name] + prod(shape)]
+            self._buffers[name] = part.unflatten(1, shape)
 
     # -- writing, from hooks -----------------------------------------------------------------
 
@@ -45,59 +69,86 @@ class Slots:
 
     def _grow(self) -> None:
         """Twice the slots. In a compiled forward, which cannot grow, later micro-batches replace the oldest."""
-        for name, buffer in self._buffers.items():
-            self._buffers[name] = torch.cat([buffer, torch.full_like(buffer, torch.nan)])
         self.slots *= 2
+        self._lay_out(self._storages.copy())
 
     def put(self, name: str, place: int, value: Tensor) -> None:
         """Assigns `value` to this micro-batch's slot of a place."""
-        target = self._buffers[name].select(1, place)
+        target = self._buffers[name][:, place]
         value = value.detach().to(torch.float32).reshape(1, *target.shape[1:])
         target.index_copy_(0, self.current.remainder(self.slots), value)
 
-    def put_sample(self, name: str, place: int, value_T: Tensor) -> None:
-        """`put` of one value a sampled token; short samples leave the rest unused."""
-        short = self.sample_size - len(value_T)
-        if short:
-            value_T = F.pad(value_T.detach().float(), (0, 0) * (value_T.dim() - 1) + (0, short))
-        self.put(name, place, value_T)
+    def put_all(self, name: str, values_P: Tensor, places: list[int]) -> None:
+        """`put` of several places at once, in rising order."""
+        buffer = self._buffers[name]
+        # A short sample, or a layer of fewer experts than others, leaves the rest 0, which takes no part.
+        missing = [b - v for b, v in zip(buffer.shape[2:], values_P.shape[1:], strict=True)]
+        if any(missing):
+            values_P = F.pad(values_P, [n for short in reversed(missing) for n in (0, short)])
+        if places != list(range(places[0], places[0] + len(places))):
+            for place, value in zip(places, values_P.unbind(), strict=True):
+                self.put(name, place, value)
+            return
+        target = buffer[:, places[0] : places[0] + len(places)]
+        value = values_P.detach().to(torch.float32).unsqueeze(0)
+        target.index_copy_(0, self.current.remainder(self.slots), value)
+
+    def written(self, name: str, places: list[int]) -> Tensor:
+        """What this micro-batch has of some places so far, (P, …)."""
+        buffer = self._buffers[name].index_select(0, self.current.remainder(self.slots))[0]
+        first, last = places[0], places[-1]
+        return buffer[first : last + 1] if last - first + 1 == len(places) else buffer[places]
 
     def count_tokens(self, tokens: int) -> None:
         """Says how many tokens this micro-batch has; they weigh the means."""
         self.put("tokens", 0, torch.full((1,), float(tokens), device=self.device))
         self.put("sampled", 0, torch.full((1,), float(min(tokens, self.sample_size)), device=self.device))
 
-    def sample(self, x_T: Tensor) -> Tensor:
-        """The sampled tokens of `x`: all of them, or evenly spaced ones, the same in every hook."""
-        tokens = len(x_T)
+    def index(self, tokens: int) -> Tensor | None:
+        """Which of so many tokens are sampled: evenly spaced ones, the same in every hook; None for all."""
         if tokens <= self.sample_size:
-            return x_T
+            return None
         if tokens not in self._indices:
             self._indices[tokens] = torch.linspace(0, tokens - 1, self.sample_size, device=self.device).long()
-        return x_T[self._indices[tokens]]
+        return self._indices[tokens]
+
+    def sample(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The sampled tokens of `x`."""
+        index = self.index(x.shape[dim])
+        return x if index is None else x.index_select(dim, index)
 
     # -- reading, at the end of the step -----------------------------------------------------
 
-    def _used(self, dims: int) -> Tensor:
-        used = torch.arange(self.slots, device=self.device) <= self.current
-        return used.view(-1, *[1] * (dims - 1))
+    def _used(self) -> Tensor:
+        return (torch.arange(self.slots, device=self.device) <= self.current).unsqueeze(1)
+
+    def reduced(self) -> dict[str, Tensor]:
+        """Every buffer of kinds "sum" and "max" over the micro-batches, (P, …)."""
+        used, found = self._used(), {}
+        whole = {
+            "sum": torch.where(used, self._storages["sum"], 0.0).sum(0),
+            "max": torch.where(used, self._storages["max"], -torch.inf).amax(0),
+        }
+        starts = dict.fromkeys(whole, 0)
+        for name, (kind, shape) in self._shapes.items():
+            if kind != "sample":
+                start = starts[kind]
+                found[name] = whole[kind][start : start + prod(shape)].view(shape)
+                starts[kind] += prod(shape)
+        return found
 
     def sum(self, name: str) -> Tensor:
-        """(P, …), added up over micro-batches."""
-        buffer = self._buffers[name]
-        return torch.where(self._used(buffer.dim()), buffer, 0.0).sum(0)
-
-    def max(self, name: str) -> Tensor:
-        """(P, …), largest over micro-batches."""
-        buffer = self._buffers[name]
-        return torch.where(self._used(buffer.dim()), buffer, -torch.inf).amax(0)
+        """One buffer, (P, …), added up over micro-batches."""
+        return torch.where(self._used_like(name), self._buffers[name], 0.0).sum(0)
 
     def mean(self, name: str) -> Tensor:
-        """(P, …), mean over micro-batches, weighted by their tokens."""
-        buffer = self._buffers[name]
+        """One buffer, (P, …), mean over micro-batches, weighted by their tokens."""
+        used, buffer = self._used_like(name), self._buffers[name]
         weight = self._buffers["tokens"].view(-1, *[1] * (buffer.dim() - 1))
-        used = self._used(buffer.dim())
         return torch.where(used, buffer * weight, 0.0).sum(0) / torch.where(used, weight, 0.0).sum(0)
+
+    def _used_like(self, name: str) -> Tensor:
+        return self._used().view(-1, *[1] * (self._buffers[name].dim() - 1))
 
     def sampled(self, name: str) -> Tensor:
         """(P, M·T, …): every slot's sampled tokens side by side; `token_mask` says which are real."""
@@ -106,11 +157,11 @@ class Slots:
     def token_mask(self) -> Tensor:
         """(M·T,) bool: the sampled tokens that this step really has."""
         place = torch.arange(self.sample_size, device=self.device)
-        return ((place < self._buffers["sampled"].view(-1, 1)) & self._used(2)).flatten()
+        return ((place < self._buffers["sampled"].view(-1, 1)) & self._used()).flatten()
 
     def clear(self) -> None:
         """The step is over: nothing of it may be read as the next step's."""
         self._begun = 0
         self.current.fill_(-1)
-        for buffer in self._buffers.values():
-            buffer.fill_(torch.nan)
+        for storage in self._storages.values():
+            storage.fill_(torch.nan)

@@ -24,6 +24,16 @@ class MixView(NamedTuple):
     post_TN: Tensor | None = None
     res_TNN: Tensor | None = None
     logits_TNN: Tensor | None = None
+    stats_PW: Tensor | None = None
+    """The maps' geometry, where the model's kernels measured it: rows of `measure.SITE_SUMS` and `SITE_MAXES`."""
+
+
+class WrittenView(NamedTuple):
+    """The streams after a site, as the model's kernels measured them; see `measure.written`."""
+
+    stats_TBF: Tensor
+    elements: int
+    """Numbers in one token's streams."""
 
 
 class RouterView(NamedTuple):
@@ -50,6 +60,8 @@ class ActView(NamedTuple):
     up_AF: Tensor
     act_AF: Tensor
     expert_A: Tensor | None
+    counts_E8: Tensor | None = None
+    """What `measure.counts` would say, where the model's kernels counted."""
 
 
 Sink = Callable[[Callable[[], Any]], None]
@@ -75,6 +87,11 @@ class Site:
     """The same for H_res, where there is one"""
     constrained: bool = False
     """Whether H_res is held doubly stochastic."""
+    measure: Callable[[Tensor | None, Tensor | None], bool] | None = None
+    """Has the site's kernels measure maps and streams while these flags on the device are not 0, and no more where
+    they are None; False where its kernels cannot."""
+    watch_written: Watch | None = None
+    """→ WrittenView, of a site whose kernels measure"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +137,8 @@ class ExpertSite:
     """(gate, up) → what `down` takes, clamps and all"""
     row_tokens: Callable[[Tensor], Tensor]
     """expert ids (T, K) → the token of each row that the routed experts' ActView shows"""
+    measure: Callable[[Tensor | None], object] | None = None
+    """Has the kernels count while this flag on the device is not 0, and no more where it is None"""
     set_limit: Callable[[float | None], None] | None = None
     """Switches the clamp of gate and up; None for none"""
 

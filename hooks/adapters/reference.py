@@ -14,13 +14,15 @@ from geodiag.hooks.adapters.base import (
     RouterView,
     Site,
     Watch,
+    WrittenView,
     on_input,
     on_output,
     scaling,
 )
 from geodiag.reference_models.attention import Attention, rotate
-from geodiag.reference_models.kernels.reference import Activated, affinity, clamped_swiglu
-from geodiag.reference_models.mhc import HyperConnection
+from geodiag.reference_models.kernels.reference import Activated, Mix, affinity, clamped_swiglu
+from geodiag.reference_models.kernels.select import REFERENCE, select
+from geodiag.reference_models.mhc import HyperConnection, PlainResidual
 from geodiag.reference_models.moe import ClampedSwiGLU, HashRouter, MoE, Router
 from geodiag.reference_models.transformer import Transformer
 
@@ -51,12 +53,16 @@ def find(model: nn.Module) -> Layout | None:
     )
 
 
-def _site(layer: int, name: str, connection: nn.Module, branch: nn.Module) -> Site:
+def _mix_view(x: Tensor, mix: Mix) -> MixView:
+    return MixView(x, mix.pre_TN, mix.post_TN, mix.res_TNN, mix.logits_TNN, mix.stats_PW)
+
+
+def _site(layer: int, name: str, connection: HyperConnection | PlainResidual, branch: nn.Module) -> Site:
     attention = name == "attn"
     return Site(
         layer=layer,
         site=name,
-        watch_mix=on_output(connection, lambda args, _, mix: MixView(args[0], *mix[1:5])),
+        watch_mix=on_output(connection, lambda args, _, mix: _mix_view(args[0], mix)),
         watch_branch=on_output(branch, lambda _a, _k, out: out if attention else out.hidden_BSC),
         scale_branch=scaling(
             branch, lambda out, f: out * f if attention else out._replace(hidden_BSC=out.hidden_BSC * f)
@@ -65,7 +71,18 @@ def _site(layer: int, name: str, connection: nn.Module, branch: nn.Module) -> Si
         if isinstance(connection, HyperConnection)
         else None,
         constrained=isinstance(connection, HyperConnection) and connection.config.residual == "mhc",
+        measure=lambda gains, streams: _measure(connection, gains, streams),
+        watch_written=on_output(
+            connection.write, lambda args, _, out: WrittenView(out.stats_TBF, args[0].shape[-1] * args[0].shape[-2])
+        ),
     )
+
+
+def _measure(connection: nn.Module, gains: Tensor | None, streams: Tensor | None) -> bool:
+    if not isinstance(connection, HyperConnection):
+        return False
+    connection.flag, connection.write.flag = gains, streams
+    return select(connection.config.kernels, connection.phi.device) is not REFERENCE
 
 
 def _router(layer: int, router: Router) -> RouterSite:
@@ -112,7 +129,8 @@ def _attention(layer: int, attention: Attention) -> AttentionSite:
 def _act(act: ClampedSwiGLU) -> Watch:
     def read(args: tuple, kwargs: dict, out: Activated) -> ActView:
         gate, up = args[0].chunk(2, -1)
-        return ActView(gate, up, out.out_AF, args[1] if len(args) > 1 else kwargs.get("expert_A"))
+        expert_A = args[1] if len(args) > 1 else kwargs.get("expert_A")
+        return ActView(gate, up, out.out_AF, expert_A, out.counts_E8)
 
     return on_output(act, read)
 
@@ -132,6 +150,10 @@ def _experts(layer: int, moe: MoE, limit: float | None) -> ExpertSite:
         for act in acts:
             act.limit = to
 
+    def measure(flag: Tensor | None) -> None:
+        for act in acts:
+            act.flag = flag
+
     acts = [moe.experts.act] + ([moe.shared.act] if moe.shared is not None else [])
     return ExpertSite(
         layer=layer,
@@ -143,5 +165,6 @@ def _experts(layer: int, moe: MoE, limit: float | None) -> ExpertSite:
         shared=shared,
         activation=lambda gate, up: clamped_swiglu(torch.cat([gate, up], -1), limit),
         row_tokens=lambda ids: ids.flatten().sort(stable=True).indices // ids.shape[-1],
+        measure=measure,
         set_limit=set_limit,
     )

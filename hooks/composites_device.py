@@ -1,0 +1,60 @@
+"""The kernel of `composites`: imported only where Triton runs."""
+
+# Bodies of kernels are Triton's language: arguments are pointers.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import triton
+import triton.language as tl
+
+# S sites, T tokens, N streams
+
+
+@triton.jit
+def _spread(value, gain, AXIS: tl.constexpr):
+    """Largest or smallest of the gains; NaN where there is one, which reductions may pass over."""
+    return value + 0.0 * tl.sum(gain, AXIS)
+
+
+@triton.jit
+def _spectral_norm(h, N: tl.constexpr):
+    """As `metrics.spectral_norm`: HᵀH squared six times over, its heaviest column, a Rayleigh quotient."""
+    gram = tl.sum(h[:, :, :, None] * h[:, :, None, :], 1)
+    power = tl.where(gram == gram, gram, 0.0)
+    for _ in range(6):
+        scale = 1.0 / tl.maximum(tl.max(tl.max(tl.abs(power), 2), 1), 1e-30)
+        power = power * scale[:, None, None]
+        power = tl.sum(power[:, :, :, None] * power[:, None, :, :], 2)
+    heaviest = tl.argmax(tl.sum(power * power, 1), 1)
+    n = tl.arange(0, N)
+    v = tl.sum(tl.where(n[None, None, :] == heaviest[:, None, None], power, 0.0), 2)
+    value = tl.sum(v * tl.sum(tl.where(gram == gram, gram, 0.0) * v[:, None, :], 2), 1) / tl.maximum(
+        tl.sum(v * v, 1), 1e-30
+    )
+    return tl.sqrt(tl.maximum(value, 0.0)) + 0.0 * tl.sum(tl.sum(h, 2), 1)
+
+
+@triton.jit(do_not_specialize=["S", "T"])
+def composite(res_ptr, out_ptr, S, T, N: tl.constexpr, BT: tl.constexpr):
+    """BT tokens through all sites: program (·, 0) forwards, (·, 1) backwards, (·, 2) each site by itself."""
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    n = tl.arange(0, N)
+    live = t < T
+    tile = n[None, :, None] * N + n[None, None, :]
+    way = tl.program_id(1)
+    v = tl.full((BT, N), 1.0, tl.float32)
+    for i in range(S):
+        s = tl.where(way == 1, S - 1 - i, i).to(tl.int64)
+        at = res_ptr + (s * T + t)[:, None, None] * N * N + tile
+        res = tl.load(at, tl.broadcast_to(live[:, None, None], (BT, N, N)), 0.0)
+        out = out_ptr + (2 * way * S + s) * T + t
+        if way == 2:
+            tl.store(out, _spectral_norm(res, N), live)
+        else:
+            if way == 1:
+                v = tl.sum(res * v[:, :, None], 1)
+            else:
+                v = tl.sum(res * v[:, None, :], 2)
+            gain = tl.abs(v)
+            known = tl.where(gain == gain, gain, 0.0)
+            tl.store(out, _spread(tl.max(known, 1), gain, 1), live)
+            tl.store(out + S * T, _spread(tl.min(known, 1), gain, 1), live)
