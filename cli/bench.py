@@ -12,6 +12,7 @@ BENCHES = {
     "probes": "What the probes cost: each alone, and at their default cadence as a share of a step.",
     "routing": "What rolling back and routing by older weights buys, on the same seeds and data.",
     "routing_cost": "What routing by older weights costs a training step: off, on, and where the time goes.",
+    "ranks": "Several ranks: cost of recording, the same losses and decisions, and a rank that is killed.",
     "spikes": "The spike detector and the public rules on labelled loss curves.",
 }
 """Bench → what it measures; each is a module of benchmarks/ with a `main(argv)`."""

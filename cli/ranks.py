@@ -59,7 +59,7 @@ class Place:
 
     def share(self, sequences: int, micro_batches: int) -> int:
         """How many of a step's sequences are this rank's. GeodiagError where they do not divide."""
-        if sequences % (self.world * micro_batches):
+        if self.world > 1 and sequences % (self.world * micro_batches):
             parts = f"{self.world} ranks" + (f" of {micro_batches} micro-batches" if micro_batches > 1 else "")
             fits = self.world * micro_batches
             raise GeodiagError(
