@@ -33,6 +33,8 @@ class Spike:
     end: int | None = None
     score: float | None = None
     message: str = ""
+    attempt: int = 0
+    """The attempt that lived it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,8 @@ def spikes(events: Iterable[dict[str, Any]]) -> list[Spike]:
         if event["kind"] in _RAISED:
             onset = _number(data, "onset", event["step"])
             old = found.get(onset)
-            first = Spike(kind=event["kind"], onset=onset, detected=event["step"], message=event["message"] or "")
+            said = {"kind": event["kind"], "detected": event["step"], "message": event["message"] or ""}
+            first = Spike(onset=onset, attempt=event.get("attempt") or 0, **said)
             found[onset] = _told(old or first, data)
         elif event["kind"] == "recovered" and found:
             onset = _number(data, "onset", max(found))
@@ -95,6 +98,8 @@ def spans(step_S: np.ndarray, mode_S: np.ndarray) -> list[Span]:
 
 def _told(spike: Spike, data: dict[str, Any]) -> Spike:
     told = {k: data[k] for k in ("peak", "end", "score") if isinstance(data.get(k), int | float)}
+    if told.get("end", spike.onset) < spike.onset:
+        del told["end"]  # it was rolled back: it has no end of its own
     return replace(spike, **told)
 
 

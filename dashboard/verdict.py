@@ -34,10 +34,10 @@ def strip(record: Record, view: View) -> Any:
     there, now = choices(record), chosen(record, view)
     links = [_link(record, c.step, _name(record, c), c.kind, c.step == now) for c in there]
     if now is not None and now not in [c.step for c in there]:
-        links.append(_link(record, now, "step", "step", True))
+        links.append(_link(record, now, f"step {whole(now)}", "step", True))
     odd = most_unusual(record) if not there else None
     if odd is not None and odd[0] != now:
-        links.append(_link(record, odd[0], "most unusual step", "step", False))
+        links.append(_link(record, odd[0], f"most unusual step {whole(odd[0])}", "step", False))
     return html.Nav(links, className="choices", **aria("spikes and warnings of this run")) if links else None
 
 
@@ -138,15 +138,15 @@ def _others(view: View, found: Cascade) -> list:
 
 
 def _name(record: Record, choice: Choice) -> str:
-    name = _KINDS.get(choice.kind, choice.kind)
+    name = f"{_KINDS.get(choice.kind, choice.kind)} {whole(choice.step)}"
     rolled_back = choice.attempt is not None and record.lived(choice.attempt) is not record
-    return f"{name}, attempt {choice.attempt}," if rolled_back else name
+    return f"{name} · attempt {choice.attempt}" if rolled_back else name
 
 
 def _link(record: Record, step: int, label: str, kind: str, here: bool) -> Any:
     target = f"/run/{quote(record.run.name)}/cascade{View(spike=step).search()}"
     mark: Any = {"aria-current": "true"} if here else {}
-    inside: list[Any] = [html.Span(className=f"dot choice-{kind}"), f"{label} {whole(step)}"]
+    inside: list[Any] = [html.Span(className=f"dot choice-{kind}"), label]
     return html.Span(dcc.Link(inside, href=target), className="choice here" if here else "choice", **mark)
 
 

@@ -58,7 +58,7 @@ def timeline(
     for name, y in (("loss", "y"), ("grad_norm", "y2")):
         _line(fig, seen, name, y, look)
     _stages(fig, seen, look)
-    _spike_marks(fig, seen, inside, look)
+    _spike_marks(fig, seen, inside, undone, look)
     draw_marks(fig, marks, (low, high), look)
     if step is not None:
         fig.add_shape(upright(step, look.ink, "dot"))
@@ -118,7 +118,9 @@ def _bands(fig: go.Figure, spans: Sequence[Span], low: int, high: int, look: Loo
             )  # fmt: skip
 
 
-def _spike_marks(fig: go.Figure, seen: dict[str, np.ndarray], spikes: Sequence[Spike], look: Look) -> None:
+def _spike_marks(
+    fig: go.Figure, seen: dict[str, np.ndarray], spikes: Sequence[Spike], undone: Sequence[Undone], look: Look
+) -> None:
     for spike in spikes[-_MOST_BANDS:]:
         end = spike.end or spike.peak
         if end:  # a bar at the top: a second tint over the routing bands would be mud
@@ -131,12 +133,12 @@ def _spike_marks(fig: go.Figure, seen: dict[str, np.ndarray], spikes: Sequence[S
         ("onset", [s.onset for s in spikes], "circle-open", 12),
         ("peak", [s.peak for s in spikes], "diamond", 9),
     ):
-        known = [(x, t) for x, t in zip(at, texts, strict=True) if x is not None]
+        known = [(x, t, s) for x, t, s in zip(at, texts, spikes, strict=True) if x is not None]
         if known:
             fig.add_scatter(
-                x=[x for x, _ in known], y=[_value_at(seen, x) for x, _ in known], mode="markers",
+                x=[x for x, *_ in known], y=[_loss_at(seen, undone, s, x) for x, _, s in known], mode="markers",
                 marker={"symbol": symbol, "size": size, "color": look.spike, "line": {"width": 2, "color": look.spike}},
-                name=f"spike {name}", text=[t for _, t in known], hovertemplate="%{text}",
+                name=f"spike {name}", text=[t for _, t, _ in known], hovertemplate="%{text}",
             )  # fmt: skip
 
 
@@ -150,8 +152,15 @@ def _words(spike: Spike) -> str:
     return " · ".join(p for p in [spike.kind, *parts, score] if p)
 
 
-def _value_at(seen: dict[str, np.ndarray], step: int) -> float | None:
-    i = int(np.searchsorted(seen["step"], step))
-    if i >= len(seen["step"]) or not np.isfinite(seen["loss"][i]):
-        return None
-    return float(seen["loss"][i])
+def _loss_at(seen: dict[str, np.ndarray], undone: Sequence[Undone], spike: Spike, step: int) -> float | None:
+    """The loss that the spike's own attempt had at a step."""
+    for old in undone:
+        if old.attempt == spike.attempt and (value := _value_at(old.step_S, old.loss_S, step)) is not None:
+            return value
+    return _value_at(seen["step"], seen["loss"], step)
+
+
+def _value_at(step_S: np.ndarray, value_S: np.ndarray, step: int) -> float | None:
+    i = int(np.searchsorted(step_S, step))
+    known = i < len(step_S) and step_S[i] == step and np.isfinite(value_S[i])
+    return float(value_S[i]) if known else None

@@ -31,8 +31,9 @@ from geodiag.dashboard.words import number, percent, whole
 NAME, TITLE = "cascade", "Cascade"
 
 _EXPERTS = {"load": "share of the layer's assignments", "act_rms": "RMS of the activations"}
-_NO_MAPS = "No residual maps on record here."
-_NO_TOKENS = "No traced tokens on record here."
+_NO_MAPS = "No residual maps near this step; attach(every={'matrices': 10}) samples them."
+_NO_HYPER = "This model has no hyper-connections, so no residual maps."
+_NO_TOKENS = "No traced tokens near this step; attach(trace='flipped') follows some."
 _PICTURE = (
     "Each map is one stage: a row is a layer, the first on top; a column is a step; the colour says how far the layer "
     "stands from its own past. Rings mark where a stage left its range, the line leads from the origin to the loss. "
@@ -201,12 +202,13 @@ def _experts(record: Record, view: View, look: Look) -> go.Figure:
 
 def _maps(record: Record, view: View, look: Look) -> go.Figure:
     at = _place(record, view)
+    none = _NO_HYPER if "sites" in record.said("found") and not record.said("found")["sites"] else _NO_MAPS
     if at.cell is None:
-        return empty(_NO_MAPS, look, 120)
+        return empty(none, look, 120)
     layer, run = at.cell.layer, at.record
     there = before_and_near(run, "matrices", at.before, at.cell.step)
     groups = [(f"{name}, step {whole(s)}", [Tile(*t) for t in composites(run, layer, s)]) for name, s in there]
-    return maps(groups, look, _NO_MAPS)
+    return maps(groups, look, none)
 
 
 def _tokens(record: Record, view: View, look: Look) -> go.Figure:

@@ -289,3 +289,23 @@ def test_tokens_have_a_bead_where_they_were_routed_and_a_ring_where_they_flipped
     assert np.isnan(threads[0].y[4])  # one token is not joined with the next
     assert threads[0].y[0] == threads[1].y[0] - 1  # the faint ones are those from before
     assert trajectories([], [], LIGHT, "nobody").layout.annotations[0].text == "nobody"
+
+
+def test_a_spike_that_was_rolled_back_is_marked_on_its_own_loss_and_has_no_end():
+    from geodiag.dashboard.marks import spikes
+
+    data = '{"kind": "spike", "onset": 150, "detected": 152, "peak": 153, "end": null}'
+    over = '{"kind": "spike", "onset": 150, "detected": 152, "peak": 153, "end": 120}'
+    rows = [
+        {"kind": "spike", "step": 152, "attempt": 0, "message": "", "data": data},
+        {"kind": "recovered", "step": 120, "attempt": 1, "message": "", "data": over},
+    ]
+    (spike,) = spikes(rows)
+    assert (spike.end, spike.attempt) == (None, 0)
+    steps = {"step": STEPS, "loss": np.full(100, 2.0), "grad_norm": np.ones(100)}
+    steps |= {f"stage{i}_score": np.zeros(100) for i in (1, 2, 3)}
+    old = Undone(0, np.arange(140, 160), np.full(20, 7.0), np.ones(20))
+    marked = named(timeline(steps, [spike], [], LIGHT, undone=[old]), "spike onset")[0]
+    assert (list(marked.x), list(marked.y)) == ([150], [7.0])
+    alone = named(timeline(steps, [spike], [], LIGHT), "spike onset")[0]
+    assert list(alone.y) == [2.0]
