@@ -17,6 +17,7 @@ _YOUNG = 160
 _LONG_GONE = 5
 """Usual gaps after which a series that comes back is young again."""
 _SETTLED = 128
+_FLATTENS = 0.95
 _STALE = 0.2  # how much a σ grows for each usual gap that a value is overdue
 _ODD = 6.0
 """σ from which a value is not learned at all."""
@@ -49,6 +50,8 @@ class Baseline:
         """
         n = len(floor)
         self.floor, self.first, self.patience = floor, first, patience
+        self.learning = True
+        """Off, what was learned so far is what all that comes is held against; slopes run out."""
         self._rates = level, slope, spread, forget
         self.level, self.slope = np.zeros(n), np.zeros(n)
         self.spread, self.odd = np.zeros(n), np.ones(n)
@@ -74,7 +77,11 @@ class Baseline:
         base = np.maximum(self.spread, self.floor)
         z = surprise / (base * self._doubt())
         score = np.where(now, z / self.odd, np.nan)
-        self._learn(now, x, surprise, z, base)
+        if self.learning:
+            self._learn(now, x, surprise, z, base)
+        else:
+            self.slope *= _FLATTENS
+            self.level += self.slope
         if not ready.all():
             self._begin(known & ~ready, x)
         self._count += known

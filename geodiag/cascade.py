@@ -14,17 +14,17 @@ import numpy as np
 from geodiag import causes
 from geodiag.cascade_parts import Alternative, Cascade, Onset
 from geodiag.cascade_words import in_words
-from geodiag.caveats import caveats
+from geodiag.caveats import Caveat, caveats
 from geodiag.defence import Stage, defence_for, is_mhc
 from geodiag.errors import GeodiagError
 from geodiag.evidence import Evidence, rows_of
 from geodiag.experts import expert_of
 from geodiag.files import plain
-from geodiag.origin import Candidate, candidates, origins
+from geodiag.origin import Candidate, candidates, drifts, origins
 from geodiag.run import Run, open_run
 from geodiag.run_spikes import Seen, spikes_of
 from geodiag.spike_event import Spike
-from geodiag.stage_map import Judged, StageMap, judged, stage_map
+from geodiag.stage_map import HISTORY, Judged, StageMap, held_against, judged, stage_map
 
 __all__ = ["Alternative", "Cascade", "Evidence", "Onset", "StageMap", "cascades", "explain", "stage_map"]
 
@@ -78,8 +78,14 @@ def _explained(run: Run, seen: Seen, known: Sequence[Seen]) -> Cascade:
     last = row + (1 if seen.spike is not None else AFTER)
     found = candidates(window, row, len(window.step_S) - 1)
     likely = origins([c for c in found if c.start <= last])
-    told = _told(run, window, seen, found, likely)
     but = caveats(run, window, seen, known)
+    if not likely and seen.spike is not None and window.first >= HISTORY // 2:
+        slow = held_against(window)
+        drifted = drifts(slow, row)
+        if drifted:
+            window, found, likely = slow, drifted, origins(drifted)
+            but.append(Caveat(f"it drifted: told against what was usual until step {window.begins}", 0.6))
+    told = _told(run, window, seen, found, likely)
     trust = float(np.prod([c.trust for c in but]))
     return replace(told, confidence=round(told.confidence * trust, 3), caveats=tuple(c.words for c in but))
 
@@ -90,11 +96,10 @@ def _told(run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: 
     stage, layer, site, expert, cause = _verdict(window, origin)
     rows: list[Evidence] = rows_of(window, origin, stage) if origin else []
     start = origin.start if origin else None
-    if origin is not None:
-        kink = causes.lr_kink(window, window.first, int(np.searchsorted(window.step_S, seen.onset)))
-        if kink is not None and not (origin.start < kink.row and origin.strength > causes.OWN):
-            stage, layer, site, expert, cause, start = None, None, None, None, "lr", kink.row
-            rows = [_lr_evidence(window, kink), *rows]
+    kink = causes.lr_kink(window, window.first, int(np.searchsorted(window.step_S, seen.onset)))
+    if kink is not None and not (origin and origin.start < kink.row and origin.strength > causes.OWN):
+        stage, layer, site, expert, cause, start = None, None, None, None, "lr", kink.row
+        rows = [_lr_evidence(window, kink), *rows]
     onset = None if start is None else int(window.step_S[start])
     onset_row = len(window.step_S) if start is None else start
     draft = Cascade(
@@ -108,7 +113,7 @@ def _told(run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: 
         onset=onset,
         lead=None if onset is None else seen.onset - onset,
         cause=cause,
-        confidence=_confidence(likely),
+        confidence=_confidence(likely, sure=cause == "lr"),
         defence=defence_for(stage, cause, origin.place.part if origin else None, is_mhc(run)),
         evidence=tuple(rows),
         alternatives=_alternatives(window, likely),
@@ -143,9 +148,10 @@ def _lr_evidence(window: Judged, kink: causes.Kink) -> Evidence:
     )
 
 
-def _confidence(likely: list[Candidate]) -> float:
-    if not likely:
-        return 0.0
+def _confidence(likely: list[Candidate], sure: bool) -> float:
+    """How much the origin stands out, and above the next; a learning rate is known, what it did is likely."""
+    if sure or not likely:
+        return 0.9 if sure else 0.0
     best = likely[0]
     rival = next((c for c in likely[1:] if not c.explained and c.place.layer != best.place.layer), None)
     margin = 1 - 0.6 * (rival.weight / best.weight if rival else 0.0)

@@ -43,24 +43,43 @@ class Judged:
         return self.tracks.step_S
 
     @property
+    def begins(self) -> int:
+        """The step with which the window asked for begins."""
+        return int(self.step_S[self.first])
+
+    @property
     def series(self) -> list[Series]:
         return self.tracks.series
 
 
 def judged(run: Run, first: int, last: int, attempt: int | None = None) -> Judged:
     """Scores of steps `first` to `last`, learned from enough samples before them, whatever the cadence."""
+    return _judged(_enough(run, first, last, attempt), first)
+
+
+def held_against(window: Judged) -> Judged:
+    """The same window against what was usual when it began: what moves too slowly for a baseline that follows."""
+    return _judged(window.tracks, window.begins, follow=False)
+
+
+def _enough(run: Run, first: int, last: int, attempt: int | None) -> Tracks:
     reach = HISTORY
     tracks = read_tracks(run, max(0, first - reach), last, attempt)
     while reach < min(_LONGEST, first) and (tracks.sampled_S & (tracks.step_S < first)).sum() < HISTORY // 2:
         reach *= 4
         tracks = read_tracks(run, max(0, first - reach), last, attempt)
+    return tracks
+
+
+def _judged(tracks: Tracks, first: int, follow: bool = True) -> Judged:
     scores = Scores(tracks.series, tracks.hashed, PATIENCE)
     score_SP = np.full(tracks.values_SP.shape, np.nan)
     at_place = np.full((len(tracks.step_S), len(scores.places)), np.nan)
+    begin = int(np.searchsorted(tracks.step_S, first))
     for i, values in enumerate(tracks.values_SP):
+        scores.baseline.learning = follow or i < begin
         score_SP[i] = scores.update(values)
         at_place[i] = scores.by_place(score_SP[i])
-    begin = int(np.searchsorted(tracks.step_S, first))
     return Judged(tracks, scores.places, scores.place_P, score_SP, at_place, begin)
 
 

@@ -274,3 +274,22 @@ def test_a_real_training_with_a_broken_expert_is_explained_while_it_goes_on(tmp_
     after = explain(tmp_path / "run", 104)
     for found in (live, after):
         assert (found.stage, found.layer, found.site, found.expert, found.onset) == (1, 1, "ffn", 101 % 4, 101)
+
+
+def test_what_grows_too_slowly_to_be_noticed_is_found_against_what_was_usual_long_ago(tmp_path: Path) -> None:
+    planted = Planted()
+    for t in range(200, 250):
+        planted.shift("gate_amax", 1, "ffn", t, 0.015)
+    found = explain(planted.write(tmp_path / "run"))
+    assert (found.stage, found.layer) == (1, 1)
+    assert any("drifted" in c for c in found.caveats)
+    assert found.confidence < 0.6
+    steady = Planted().shift("gate_amax", 1, "ffn", 150, 0.1)  # elsewhere, and settled there
+    assert explain(steady.write(tmp_path / "steady")).onset is None
+
+
+def test_a_learning_rate_off_its_schedule_is_named_even_where_no_layer_moved(tmp_path: Path) -> None:
+    lr = np.full(300, 1e-3)
+    lr[248:] *= 10
+    found = explain(Planted(lr=lr).write(tmp_path / "run"))
+    assert (found.cause, found.layer, found.onset) == ("lr", None, 248)
