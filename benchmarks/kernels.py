@@ -32,11 +32,13 @@ def run(
         "copy_bytes_per_second": clock.copy,
         "operations": [],
         "anatomy": [],
+        "anatomy_in_a_chain": [],
         "sites": [],
     }
     parts = {
         "operations": kernels_parts.operations(clock, peers),
-        "anatomy": kernels_parts.anatomy(clock, *sizes[0]),
+        "anatomy": kernels_parts.anatomy(clock, kernels_sites.geodiag_site(), *sizes[0]),
+        "anatomy_in_a_chain": kernels_parts.anatomy(clock, kernels_sites.chained_site(), *sizes[0]),
         "sites": kernels_sites.sites(clock, sizes, peers, others),
     }
     for part, rows in parts.items():
@@ -60,7 +62,11 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         *kernels_sites.markdown(result["sites"]),
         "",
-        *kernels_parts.markdown(result["operations"], result["anatomy"]),
+        *kernels_parts.of_operations(result["operations"]),
+        "",
+        *kernels_parts.of_kernels("kernel of a site", result["anatomy"]),
+        "",
+        *kernels_parts.of_kernels("kernel of a site in a chain", result["anatomy_in_a_chain"]),
         "",
         f"`{result['command']}`",
     ]

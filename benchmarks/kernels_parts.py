@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from geodiag.benchmarks.kernels_clock import Clock, Step
-from geodiag.benchmarks.kernels_sites import SETS, STREAMS, geodiag_site, inputs
+from geodiag.benchmarks.kernels_sites import SETS, STREAMS, Site, inputs
 from geodiag.reference_models.kernels.router import route
 from geodiag.reference_models.kernels.sinkhorn import sinkhorn
 from geodiag.reference_models.kernels.swiglu import clamped_swiglu, counted_glu
@@ -18,6 +18,7 @@ MOVED = {
     "project_streams": STREAMS,
     "mix": STREAMS + 1,
     "after_forward": 2 * STREAMS + 1,
+    "after_project": 2 * STREAMS + 1,
     "after_backward": 2 * STREAMS + 2,
     "inner_to_pre": STREAMS + 1,
     "dx_dphi": 3 * STREAMS + 1,
@@ -65,9 +66,8 @@ def operations(clock: Clock, peers: Path | None) -> Iterator[dict[str, object]]:
     yield _one(clock, "router 16384 × 64, top 6", "geodiag", steps, 2 * scores[0].nbytes)
 
 
-def anatomy(clock: Clock, tokens: int, channels: int, steps: int = 6) -> Iterator[dict[str, object]]:
-    """Each kernel of one site, forward and backward: its time, the bytes it must move, and what copying these takes."""
-    site = geodiag_site()
+def anatomy(clock: Clock, site: Site, tokens: int, channels: int, steps: int = 6) -> Iterator[dict[str, object]]:
+    """Each kernel of a site, forward and backward: its time, the bytes it must move, and what copying these takes."""
     sets = [inputs(tokens, channels, False) for _ in range(SETS)]
 
     def step(i: int) -> None:
@@ -92,9 +92,11 @@ def anatomy(clock: Clock, tokens: int, channels: int, steps: int = 6) -> Iterato
         yield {"kernel": name, "us": us, "bytes": moved, "floor_us": clock.floor(moved)}
 
 
-def markdown(operations: list[dict], anatomy: list[dict]) -> list[str]:
+def of_operations(rows: list[dict]) -> list[str]:
     lines = ["| operation | by | µs | of copy bandwidth |", "|---|---|---|---|"]
-    lines += [f"| {r['what']} | {r['by']} | {r['us']:.1f} | {r['of_copy']:.0%} |" for r in operations]
-    lines += ["", "| kernel of a site | µs | MB it must move | µs at copy bandwidth |", "|---|---|---|---|"]
-    lines += [f"| `{r['kernel']}` | {r['us']:.1f} | {r['bytes'] / 1e6:.0f} | {r['floor_us']:.0f} |" for r in anatomy]
-    return lines
+    return lines + [f"| {r['what']} | {r['by']} | {r['us']:.1f} | {r['of_copy']:.0%} |" for r in rows]
+
+
+def of_kernels(title: str, rows: list[dict]) -> list[str]:
+    lines = [f"| {title} | µs | MB it must move | µs at copy bandwidth |", "|---|---|---|---|"]
+    return lines + [f"| `{r['kernel']}` | {r['us']:.1f} | {r['bytes'] / 1e6:.0f} | {r['floor_us']:.0f} |" for r in rows]

@@ -58,17 +58,17 @@ def geodiag_site(flag: Tensor | None = None) -> Site:
     return site
 
 
-def chained_site() -> Site:
+def chained_site(flag: Tensor | None = None) -> Site:
     """As sites follow one another: the projection comes from the site before, and the next one's is made here."""
     given: dict[int, Tensor] = {}
 
     def site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
         if x.data_ptr() not in given:
             given[x.data_ptr()] = project(x.detach(), phi.detach())
-        mix, link, _ = mhc_before_linked(x, phi, alpha, bias, projected=given[x.data_ptr()])
+        mix, link, _ = mhc_before_linked(x, phi, alpha, bias, flag=flag, projected=given[x.data_ptr()])
         assert mix.post_TN is not None
         assert mix.res_TNN is not None
-        return mix.inner_TC, mhc_after_project(x, f, mix.post_TN, mix.res_TNN, link, phi).streams_TNC
+        return mix.inner_TC, mhc_after_project(x, f, mix.post_TN, mix.res_TNN, link, phi, flag).streams_TNC
 
     return site
 
@@ -86,6 +86,7 @@ def contestants(peers: Path | None, others: bool) -> Iterator[Contestant]:
     yield Contestant("geodiag, in a chain of sites", chained_site())
     yield Contestant("geodiag, diagnostics off", geodiag_site(torch.zeros_like(on)))
     yield Contestant("geodiag, diagnostics on", geodiag_site(on))
+    yield Contestant("geodiag, in a chain, diagnostics on", chained_site(on))
     if peers is not None:
         from geodiag.benchmarks.kernels_peers import transformer_engine
 

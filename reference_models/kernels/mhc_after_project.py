@@ -12,7 +12,7 @@ from geodiag.reference_models.kernels.mhc_after_project_device import after_proj
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number
 
-SLICES = 2
+SLICES = 4
 """Partial sums of the projection: a constant, so that no shape depends on the number of tokens but by itself."""
 
 
@@ -54,7 +54,7 @@ def _mhc_after_project(
     x, branch = (v if v.data_ptr() % 16 == 0 else v.clone() for v in (x, branch))
     bt, bc = (64, 32) if two else (16, 32)
     block = (bt, bc) if two else None
-    after_project[(cdiv(t, bt), SLICES)](
+    after_project[(cdiv(t, bt) * SLICES,)](
         tiles(x, block),
         tiles(branch, block),
         post,
@@ -69,6 +69,7 @@ def _mhc_after_project(
         C=c,
         KP=kp,
         P=2 if two else 1,
+        S=SLICES,
         SLICE=cdiv(cdiv(c, SLICES), bc) * bc,
         BT=bt,
         BC=bc,

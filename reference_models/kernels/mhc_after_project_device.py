@@ -41,6 +41,7 @@ def after_project(
     C: tl.constexpr,
     KP: tl.constexpr,
     P: tl.constexpr,
+    S: tl.constexpr,
     SLICE: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
@@ -49,9 +50,10 @@ def after_project(
 ):
     """out = the new streams of BT tokens and a slice of C; part[s, t] = the slice's share of [out·φ | Σout²]."""
     K: tl.constexpr = N * N + 2 * N
-    t0 = tl.program_id(0) * BT
+    # A block of tokens is written by neighbouring programs, so the last blocks are what is left in the cache.
+    s = tl.program_id(0) % S
+    t0 = tl.program_id(0) // S * BT
     t = t0.to(tl.int64) + tl.arange(0, BT)
-    s = tl.program_id(1)
     k = tl.arange(0, KP)
     rows = tl.arange(0, P * KP)
     live = (t < T)[:, None]
@@ -114,7 +116,7 @@ def after_project(
     u = tl.where(k[None, :] == K, after[:, None], u)
     tl.store(part_ptr + (s * T.to(tl.int64) + t[:, None]) * KP + k[None, :], u, live)
     if flag_ptr is not None:
-        row = stats_ptr + (t * tl.num_programs(1) + s) * 5
+        row = stats_ptr + (t * S + s) * 5
         off = tl.where(tl.load(flag_ptr) != 0, 0.0, float("nan"))
         gain = tl.zeros((BT,), tl.float32)
         for i in tl.static_range(N):

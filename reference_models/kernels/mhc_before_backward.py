@@ -48,6 +48,15 @@ def backward(
     if not t:
         return dx, dphi.zero_(), dalpha.zero_(), dbias.zero_()
     w, kp, wide = n * c, padded(k), not two_parts(x)
+    bt, bc = (32, 64) if x.is_cuda and n <= 4 and not wide else (16, 32)
+    tma = n <= 4 and not wide and c % bc == 0 and copies_tiles(x, d_inner, d_next)
+    # All streams at once read d_next once, where registers and the copy engine allow it.
+    together = n if tma or not x.is_cuda else 1
+    blocks = cdiv(c, bc) * (n // together)
+    # Two programs a multiprocessor at a time, each of them twice.
+    chunks = max(min(4 * processors(x.device) // blocks, cdiv(t, bt)), 1)
+    chunk = cdiv(cdiv(t, chunks), bt) * bt
+    chunks = cdiv(t, chunk)
     inner_d_pre = None
     if d_inner is not None:
         inner_d_pre = floats(x, t, n)
@@ -57,9 +66,9 @@ def backward(
     coef = torch.empty(t, kp, dtype=torch.float32 if wide else torch.bfloat16, device=x.device)
     pairs = power_of_two(2 + n + n % 2 + n * n) // 2
     scalars = floats(x, t, 2 * pairs)
-    bt = 16 if n <= 4 else 4
-    small = floats(x, cdiv(t, bt), 2, kp)
-    coefficients[(cdiv(t, bt),)](
+    few = 16 if n <= 4 else 4
+    small = floats(x, cdiv(t, few), 2, kp)
+    coefficients[(cdiv(t, few),)](
         alpha,
         bias,
         h,
@@ -82,18 +91,9 @@ def backward(
         C=c,
         KP=kp,
         S=pairs,
-        BT=bt,
+        BT=few,
         num_warps=1,
     )
-    bt, bc = (32, 64) if x.is_cuda and n <= 4 and not wide else (16, 32)
-    tma = n <= 4 and not wide and c % bc == 0 and copies_tiles(x, d_inner, d_next)
-    # All streams at once read d_next once, where registers and the copy engine allow it.
-    together = n if tma or not x.is_cuda else 1
-    blocks = cdiv(c, bc) * (n // together)
-    # Four programs a multiprocessor, two of them at a time.
-    chunks = max(min(4 * processors(x.device) // blocks, cdiv(t, bt)), 1)
-    chunk = cdiv(cdiv(t, chunks), bt) * bt
-    chunks = cdiv(t, chunk)
     part = floats(x, chunks, w, k)
     block = (bt, bc) if tma else None
     dx_dphi[(blocks, chunks)](
