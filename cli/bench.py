@@ -10,6 +10,7 @@ BENCHES = {
     "cascade": "What the cascade says of planted faults: stage, layer, lead, and false alarms.",
     "dashboard": "How fast the page is on a long run, in a real browser.",
     "probes": "What the probes cost: each alone, and at their default cadence as a share of a step.",
+    "rollback": "What snapshots and going back cost, and whether what comes back is the same to the bit.",
     "routing": "What rolling back and routing by older weights buys, on the same seeds and data.",
     "routing_cost": "What routing by older weights costs a training step: off, on, and where the time goes.",
     "ranks": "Several ranks: cost of recording, the same losses and decisions, and a rank that is killed.",
