@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from geodiag.benchmarks.report import Parser, save, say, setting
-from geodiag.benchmarks.routing_measures import summarise
+from geodiag.benchmarks.routing_measures import pooled, summarise
 from geodiag.benchmarks.routing_page import page
 from geodiag.benchmarks.routing_trial import ARMS, Arm, Scenario
 
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trials += run(seeds, options.workers, options.minutes, options.out, options.device, options.only)
     result["trials"] = len(trials)
     result["steps"] = sum(len(t["steps"]) for t in trials)
-    result["rows"] = summarise(trials)
+    result["rows"], result["pooled"] = summarise(trials), pooled(trials)
     save("routing", result, page(result), options.out)
     say(result, page(result), options.json)
 

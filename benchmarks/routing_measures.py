@@ -130,6 +130,23 @@ def summarise(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def pooled(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every arm against no intervention over all scenarios in which nothing is planted and spikes come by themselves.
+
+    Paired by scenario and seed; the healthy twins of planted faults are left out.
+    """
+    by_key = {(t["scenario"]["name"], t["arm"]["name"], t["seed"]): t for t in trials}
+    wild = {k: measure(t, by_key) for k, t in by_key.items() if not t["scenario"]["fault"] and k[0] != t["twin"]}
+    rows = []
+    for arm in dict.fromkeys(a for _, a, _ in wild if a != "none"):
+        pairs = [
+            (m, wild[s, "none", seed]) for (s, a, seed), m in wild.items() if a == arm and (s, "none", seed) in wild
+        ]
+        names = ("peak", "excess", "final_loss", "spikes_per_10k", "steps_lost")
+        rows.append({"arm": arm} | {n: vars(Mean.of([m[n] - p[n] for m, p in pairs])) for n in names})
+    return rows
+
+
 def _both(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
     return one.get(name) is not None and other.get(name) is not None
 

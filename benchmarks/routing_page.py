@@ -12,6 +12,7 @@ _SHOWN = {
     "final_loss": ("final", 3),
     "spikes_per_10k": ("spikes / 10 k", 0),
 }
+_POOLED = ("peak", "excess", "steps_lost", "final_loss", "spikes_per_10k")
 
 
 def page(result: dict[str, Any]) -> str:
@@ -24,6 +25,19 @@ def page(result: dict[str, Any]) -> str:
         "counts, the ones that were rolled back too; `lost` are steps executed more than once.",
         "",
         where(result),
+        "",
+    ]
+    lines += [
+        "## All that spike by themselves, against no intervention",
+        "",
+        "Differences, paired by scenario and seed; below 0 is better.",
+        "",
+        f"| arm | pairs | {' | '.join(_SHOWN[n][0] for n in _POOLED)} |",
+        "|---|---|" + "---|" * len(_POOLED),
+        *(
+            f"| {r['arm']} | {r['peak']['n']} | {' | '.join(_cell(r[n], _SHOWN[n][1]) for n in _POOLED)} |"
+            for r in result["pooled"]
+        ),
         "",
     ]
     for scenario in dict.fromkeys(r["scenario"] for r in result["rows"]):

@@ -26,6 +26,7 @@ from geodiag.reference_models.transformer import Transformer
 
 DELAY = 8
 PERIOD = 50
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,24 +104,26 @@ def _corpus() -> Corpus:
     return open_corpus("stdlib")
 
 
-def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[str, Any]:
-    """Trains; returns every executed step with its loss, what was recorded of it, and all settings."""
-    where = torch.device(device)
+def setup(scenario: Scenario, seed: int, where: torch.device = _CPU) -> tuple[Trainer, Loader]:
+    """Model, optimizers and data, before the first step."""
     torch.manual_seed(seed)
     shape = sized(scenario.size, scenario.residual, swiglu_limit=scenario.clamp)  # type: ignore[arg-type]
     if where.type == "cpu":
         shape = replace(shape, dtype="float32")
     with where:
         model = Transformer(shape)
-    trainer = Trainer(
-        model, TrainConfig(steps=4 * scenario.steps, sequences=scenario.sequences, lr=scenario.lr)
-    )  # the learning rate hardly decays: what goes wrong should not heal by itself
-    corpus = _corpus()
-    loader: Loader = (
-        Domains(corpus, scenario, shape.sequence, seed)
-        if scenario.turn
-        else Loader(corpus, scenario.sequences, shape.sequence, seed)
-    )
+    # The learning rate hardly decays: what goes wrong should not heal by itself.
+    config = TrainConfig(steps=4 * scenario.steps, sequences=scenario.sequences, lr=scenario.lr)
+    if scenario.turn:
+        return Trainer(model, config), Domains(_corpus(), scenario, shape.sequence, seed)
+    return Trainer(model, config), Loader(_corpus(), scenario.sequences, shape.sequence, seed)
+
+
+def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[str, Any]:
+    """Trains; returns every executed step with its loss, what was recorded of it, and all settings."""
+    where = torch.device(device)
+    trainer, loader = setup(scenario, seed, where)
+    model, vocab = trainer.model, trainer.model.config.vocab
     faults = Faults([Fault.parse(scenario.fault)] if scenario.fault else [], find_layout(model))
     options = {"forward": lambda m, b: m(b.token_ids_BS)}
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +146,7 @@ def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[
 
         def data() -> Iterator[Batch]:
             for batch in loader:
-                tokens = faults.batch(batch.step, batch.token_ids_BS, shape.vocab)
+                tokens = faults.batch(batch.step, batch.token_ids_BS, vocab)
                 yield batch._replace(token_ids_BS=tokens).to(where)
 
         with monitor:

@@ -38,7 +38,14 @@ def curves(trials: Sequence[Mapping[str, Any]], scenario: str, arms: Sequence[st
         figure.add_scatter(y=np.where(undone, seen, np.nan), line={"color": ROLLED_BACK, "width": 1.6}, row=row, col=1)
         for start, end in routed(trial):
             figure.add_vrect(start, end, fillcolor=LIGHT.on, opacity=0.13, line_width=0, row=row, col=1)
-        label = {"text": name, "xref": "paper", "x": 0.995, "xanchor": "right", "y": 0.97, "yref": f"y{row} domain"}
+        label = {
+            "text": name,
+            "xref": "paper",
+            "x": 0.995,
+            "xanchor": "right",
+            "y": 0.97,
+            "yref": f"y{row if row > 1 else ''} domain",
+        }
         figure.add_annotation(label | {"showarrow": False, "font": {"size": 14, "color": LIGHT.ink}})
     figure.update_yaxes(title="loss", title_font_size=12)
     figure.update_xaxes(title="executed step", row=len(arms), col=1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from geodiag.benchmarks import routing, routing_cost
-from geodiag.benchmarks.routing_measures import CAP, WINDOW, Mean, against_twin, by_itself, summarise
+from geodiag.benchmarks.routing_measures import CAP, WINDOW, Mean, against_twin, by_itself, pooled, summarise
 from geodiag.benchmarks.routing_page import page
 
 
@@ -82,6 +82,16 @@ def test_arms_are_compared_seed_by_seed() -> None:
     assert row["measures"]["excess"]["low"] < row["measures"]["excess"]["mean"] < row["measures"]["excess"]["high"]
 
 
+def test_natural_spikes_are_pooled_in_pairs_and_healthy_twins_are_left_out() -> None:
+    trials = [twin(), trial([9.0] * 30, arm="always", fault=None) | {"scenario": twin()["scenario"]}]
+    for seed, better in ((0, 0.25), (1, 0.75)):
+        trials += [trial([2.0] * 30, fault=None, seed=seed)]
+        trials += [trial([2.0] * 25 + [2.0 - better] * 5, arm="always", fault=None, seed=seed)]
+    (row,) = pooled(trials)
+    assert (row["arm"], row["final_loss"]["n"]) == ("always", 2)
+    assert row["final_loss"]["mean"] == -0.5 * 5 / 20
+
+
 def test_an_interval_narrows_with_seeds_and_leaves_out_what_is_unknown() -> None:
     few, many = Mean.of([0.0, 1.0] * 3), Mean.of([0.0, 1.0] * 50)
     assert few.high - few.low > 2 * (many.high - many.low) > 0
@@ -126,7 +136,7 @@ def test_a_small_plan_is_trained_measured_and_written(tmp_path: Path, monkeypatc
     rows = summarise(trials)
     far = next(r for r in rows if r["scenario"] == "far")
     assert far["measures"]["excess"]["mean"] > 0
-    result = {"rows": rows, "trials": 4, "steps": 48, "command": "c", "versions": {}}
+    result = {"rows": rows, "pooled": pooled(trials), "trials": 4, "steps": 48, "command": "c", "versions": {}}
     said = page(result | {"machine": {"cpu": "a", "cores": 1, "system": "s"}})
     assert "| always router-lag | 1 |" in said
 
