@@ -5,12 +5,14 @@
 One model is trained; steps with a snapshot just before them take turns with steps without. The copy runs beside the
 forward and backward, so that what counts is how much longer the step with a snapshot takes, and not how long the copy
 does. The first snapshots make their room in host memory (page-locked beside a GPU), once. Then training goes back and
-repeats the same steps, with the deterministic backward: weights, optimizer state and losses are compared bit by bit.
+repeats the same steps: weights, optimizer state and losses are compared bit by bit, the losses with the deterministic
+backward, without which a GPU does not repeat itself (`--free` leaves that to it).
 """
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ class Bench:
         shape = sized(size)
         with self.device:
             model = Transformer(shape)
-        self.trainer = Trainer(model, TrainConfig(steps=10_000, sequences=sequences, deterministic=True))
+        self.trainer = Trainer(model, TrainConfig(steps=10_000, sequences=sequences))
         loader = Loader(open_corpus(data), sequences, shape.sequence)
         self.batches = [loader.batch(s).to(self.device) for s in range(8)]
         self.snapshots = Snapshots(model, self.trainer.optimizers, self.trainer.progress, keep=KEEP)
@@ -66,15 +68,15 @@ class Bench:
         self.snapshots.take(self._taken, {})
 
     def state(self) -> list[Tensor]:
-        """A copy of every weight, buffer and optimizer state, on the host."""
+        """A copy of every weight, buffer and optimizer state."""
         model = self.trainer.model
         tensors = [*model.parameters(), *model.buffers()]
         for optimizer in self.trainer.optimizers:
             tensors += [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-        return [t.detach().cpu().clone() for t in tensors]
+        return [t.detach().clone() for t in tensors]
 
 
-def run(size: str, sequences: int, rounds: int, device: str) -> dict[str, Any]:
+def run(size: str, sequences: int, rounds: int, device: str, free: bool = False) -> dict[str, Any]:
     bench = Bench(size, sequences, device)
     for _ in range(2):
         bench.step()
@@ -90,6 +92,7 @@ def run(size: str, sequences: int, rounds: int, device: str) -> dict[str, Any]:
             bench.step()
 
         with_snapshot.append(bench.timed(both))
+    bench.trainer.config = replace(bench.trainer.config, deterministic=not free)
     copies = [bench.timed(bench.take) for _ in range(2)]
     before, size_bytes = bench.state(), bench.snapshots._taken[-1].arena.size
     once = [bench.step() for _ in range(2)]
@@ -153,12 +156,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=[8], help="one a size, or one for all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--free", action="store_true", help="repeat the steps without the deterministic backward")
     options = parser.parse_args(argv)
     sequences = options.sequences * len(options.size) if len(options.sequences) == 1 else options.sequences
     result = setting("rollback", argv, options.device)
     result["runs"] = []
     for size, count in zip(options.size, sequences, strict=True):
-        result["runs"].append(run(size, count, options.rounds, options.device))
+        result["runs"].append(run(size, count, options.rounds, options.device, options.free))
         save("rollback", result, markdown(result), options.out)  # a later size that fails loses nothing
     say(result, markdown(result), options.json)
 
