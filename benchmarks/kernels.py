@@ -81,7 +81,7 @@ def _size(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("kernels", __doc__)
     parser.add_argument("--peers", type=Path, help="folder of an unpacked transformer-engine wheel to compare with")
-    parser.add_argument("--others", action="store_true", help="also torch.compile and eager (minutes, much memory)")
+    parser.add_argument("--others", action="store_true", help="also torch.compile and eager, at the first size")
     parser.add_argument("--size", type=_size, action="append", metavar="TOKENSxCHANNELS", help="of a site; repeatable")
     parser.add_argument("--repeats", type=int, default=40, help="replays a figure is the median of [%(default)s]")
     options = parser.parse_args(argv)

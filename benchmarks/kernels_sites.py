@@ -80,7 +80,7 @@ def reference_site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tenso
     return mix.inner_TC, reference.mhc_after(x, f, mix.post_TN, mix.res_TNN)
 
 
-def contestants(peers: Path | None, others: bool) -> Iterator[Contestant]:
+def contestants(peers: Path | None) -> Iterator[Contestant]:
     on = torch.ones((), dtype=torch.int32, device="cuda")
     yield Contestant("geodiag", geodiag_site())
     yield Contestant("geodiag, in a chain of sites", chained_site())
@@ -91,9 +91,6 @@ def contestants(peers: Path | None, others: bool) -> Iterator[Contestant]:
         from geodiag.benchmarks.kernels_peers import transformer_engine
 
         yield Contestant("transformer-engine", transformer_engine(peers), innermost=True)
-    if others:
-        yield Contestant("torch.compile", torch.compile(reference_site))
-        yield Contestant("eager", reference_site)
 
 
 def floors(clock: Clock, tokens: int, channels: int) -> tuple[float, float]:
@@ -120,9 +117,13 @@ def measure(clock: Clock, contestant: Contestant, tokens: int, channels: int) ->
 
 
 def sites(clock: Clock, sizes: list[tuple[int, int]], peers: Path | None, others: bool) -> Iterator[dict[str, object]]:
-    """One row a size and contestant."""
-    for tokens, channels in sizes:
-        for contestant in contestants(peers, others):
+    """One row a size and contestant; last, at the first size alone, what takes minutes and tens of gigabytes."""
+    rounds = [(size, list(contestants(peers))) for size in sizes]
+    if others:
+        plain = [Contestant("eager", reference_site), Contestant("torch.compile", torch.compile(reference_site))]
+        rounds.append((sizes[0], plain))
+    for (tokens, channels), taking_part in rounds:
+        for contestant in taking_part:
             yield measure(clock, contestant, tokens, channels)
             torch.cuda.empty_cache()
 

@@ -204,6 +204,15 @@ class TestOnTheGPU:
         assert error(mix.inner_TC[-1:], last.inner_TC) < 1e-2
         assert error(out[-1:], want) < 1e-2
 
+    @pytest.mark.parametrize("tokens", [1, 31, 777])
+    @pytest.mark.parametrize("n", [1, 2, 4])
+    def test_tiles_by_the_copy_engine(self, error, tolerance, n, tokens):
+        leaves = inputs("cuda", torch.bfloat16, n, 128, tokens)
+        ours, truth = run(linked, leaves), run(reference_site, double(leaves))
+        for name in NAMES:
+            limit = tolerance[torch.bfloat16] * (20 if n == 1 and name in ("dalpha", "dbias", "dphi") else 1)
+            assert error(ours[name], truth[name]) < limit, name
+
     def test_the_real_width(self, error, tolerance):
         leaves = inputs("cuda", torch.bfloat16, 4, 2560, 777)
         ours, truth = run(linked, leaves), run(reference_site, double(leaves))
