@@ -25,11 +25,15 @@ class Rollback:
     # -- data --------------------------------------------------------------------------------
 
     def batches(self, source: Iterable[Any], step: int) -> Iterator[Any]:
-        """The batches of `source` in order, routed if there is a routing, and again from the place gone back to."""
+        """The batches of `source` in order, routed if there is a routing, and again from the place gone back to.
+
+        Called once more, for another epoch, say, training can no longer go back to before this `step`.
+        """
         tape: Iterable[Any] = source
         if self.snapshots is not None:
             resumed, self._resumed = self._resumed, None
             self._tape = tape = Tape(source) if resumed is None else Tape.resumed(source, resumed)
+            self._first, self._positions = {}, {}
             self._first[step] = self._tape.consumed(self._queued)
             if step in self.snapshots.steps:
                 self._note_position(step)

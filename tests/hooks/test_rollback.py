@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import geodiag
 from geodiag.hooks.anticipatory import AnticipatoryRouting
 from geodiag.hooks.router_lag import RouterLag
 from geodiag.reference_models.moe import ClampedSwiGLU
+from geodiag.warning import Warning
 from tests.hooks import small
 
 FAULT, STEPS = 43, 70
@@ -303,6 +305,42 @@ def test_what_a_policy_needs_is_asked_for_at_once(tmp_path: Path) -> None:
     clamp = geodiag.Policy(mode="auto", actions="clamp=3")
     with pytest.raises(geodiag.GeodiagError, match="has no SwiGLU clamp to switch on"):
         geodiag.attach(model, optimizer, tmp_path / "b", quiet=True, policy=clamp)
+
+
+def test_in_another_epoch_it_goes_back_to_nothing_that_the_data_cannot_follow(tmp_path: Path) -> None:
+    """A fault right after the second call of `batches`: the snapshots are of the first one's data."""
+    live = Live(tmp_path / "run", policy=ROLLBACK).train(42)
+    live.train(STEPS)
+    live.monitor.close()
+    assert live.events("rollback") == []
+    assert "no snapshot from before it is kept" in live.events("decision")[0]["message"]
+    later = Live(tmp_path / "later", policy=ROLLBACK, faults=(63,)).train(42)
+    later.train(90)
+    later.monitor.close()
+    (back,) = later.events("rollback")
+    assert back["step"] == 60
+    assert [b for s, b in later.seen if s >= 60][-30:] == list(range(18, 48)), "its own data come again"
+
+
+def test_a_warning_turns_routing_on_at_the_next_step(tmp_path: Path) -> None:
+    def ahead(model: Any) -> AnticipatoryRouting:
+        return AnticipatoryRouting(model, 2, forward=lambda m, item: m(item[1][:, :-1]))
+
+    policy = geodiag.Policy(mode="auto", on="warning", actions="rollback,route", period=5)
+    live = Live(tmp_path / "run", policy=policy, routing=ahead, faults=())
+    observe = live.monitor._recorder.observer.observe
+
+    def warned(step: int, *args: Any) -> Any:
+        warning = Warning(step=step, since=8, stage=2, layer=1, site="ffn", part="router", score=20.0)
+        return replace(observe(step, *args), warning=warning if step == 12 else None)  # type: ignore[type-var]
+
+    live.monitor._recorder.observer.observe = warned  # type: ignore[method-assign]
+    live.train(30)
+    live.monitor.close()
+    modes = geodiag.open_run(live.path).read("steps")["routing_mode"].tolist()
+    assert modes[:24] == ["off"] * 13 + ["warmup"] * 2 + ["on"] * 5 + ["drain"] * 2 + ["off"] * 2
+    assert "early warning at step 12 (layer 1, ffn: " in live.events("decision")[0]["message"]
+    assert live.events("rollback") == [], "there is nothing to undo yet"
 
 
 # -- resume --------------------------------------------------------------------------------
