@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,10 +46,13 @@ class Observer:
         """Group of host values → how many series it is; in the order of the scores."""
         self._moving = False
 
-    def say(self, step: int, host: Host) -> tuple[dict[str, float], dict[str, Any]]:
-        """This rank's numbers of a step, and the early warning it would give, for all ranks."""
+    def say(self, step: int, host: Host, absent: Collection[str] = ()) -> tuple[dict[str, float], dict[str, Any]]:
+        """This rank's numbers of a step, and the early warning it would give, for all ranks.
+
+        absent: metrics that this step could not measure.
+        """
         self._meet(host)
-        at_place = self.scores.by_place(self.scores.update(self._values(host)))
+        at_place = self.scores.by_place(self.scores.update(self._values(host, absent)))
         said = {f"stage{s}": z for s, z in self.scores.by_stage(at_place).items()}
         names = {"loss": "loss", "tokens": "tokens", "grad_norm": "grad_total"}
         said |= {name: float(host[key][0]) for name, key in names.items() if key in host}
@@ -103,11 +107,13 @@ class Observer:
                 self.scores.extend(series)
                 self._keys[key] = len(series)
 
-    def _values(self, host: Host) -> np.ndarray:
+    def _values(self, host: Host, absent: Collection[str]) -> np.ndarray:
         """Every series' value of this step, NaN where it has none."""
-        parts = [
-            host[key].ravel() if key in host else np.full(size, np.nan) for key, size in self._keys.items() if size
-        ]
+        seen = {key: host[key] for key in self._keys if key in host and key.rpartition("/")[2] not in absent}
+        if "expert/elements" in host:
+            idle = host["expert/elements"] == 0
+            seen |= {k: np.where(idle, np.nan, seen[k]) for k in ("expert/act_rms", "expert/act_amax") if k in seen}
+        parts = [seen[key].ravel() if key in seen else np.full(n, np.nan) for key, n in self._keys.items() if n]
         return np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)
 
 

@@ -177,7 +177,8 @@ class Recorder:
     def _write(self, facts: Facts, step: _Step | None) -> Observation | None:
         host: Host = self._guarded("a step's values", lambda: _unpacked(step)) or {}
         sums = self._guarded("sums over ranks", lambda: self._sums.estimated(host, self._world))
-        numbers, note = self._guarded("stage scores", lambda: self.observer.say(facts.step, host)) or ({}, {})
+        say = partial(self.observer.say, facts.step, host, facts.absent)
+        numbers, note = self._guarded("stage scores", say) or ({}, {})
         # Outside of any guard: whatever failed on this rank, the others wait for its word.
         said = Said(numbers=numbers | facts.said.numbers, sums=sums, note=facts.said.note | note)
         heard = self.ranks.exchange(said)

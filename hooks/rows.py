@@ -108,6 +108,8 @@ def hide_inapplicable(columns: Columns, layout: Layout, places: Places) -> None:
 def series_of(key: str, shape: tuple[int, ...], places: Places) -> list[Series]:
     """What the values under a host key are, one by one; nothing where they say nothing about an origin."""
     group, _, name = key.rpartition("/")
+    if group == "" and ("steps", name) in SIGNALS:
+        return [Series(name, -1, None)]
     at = {"site": np.arange(len(places.layer_S)), "router": places.router_rows, "act": places.expert_rows}
     at["attn"] = places.attention_rows
     at["layer"] = np.array(list(places.row_of_layer.values()), int)

@@ -127,3 +127,22 @@ def test_a_broken_expert_warns_in_a_real_training_before_anything_else_is_raised
     assert (event["step"], event["layer"], event["site"]) == (found.step, 1, "ffn")
     assert details(event["data"])["since"] == 90
     assert event["message"] == str(found)
+
+
+def test_the_scores_of_a_training_are_those_that_its_record_gives_afterwards(tmp_path: Path) -> None:
+    from geodiag.scores import Scores
+    from geodiag.tracks import read_tracks
+    from tests.hooks.small import train, trainer, watch
+
+    t = trainer()
+    with watch(t, tmp_path / "run", probe_every=5) as monitor:
+        train(t, 60, monitor)
+    run = open_run(tmp_path / "run")
+    tracks = read_tracks(run, 0, 59)
+    scores = Scores(tracks.series, tracks.hashed)
+    again = [scores.by_stage(scores.by_place(scores.update(v))) for v in tracks.values_SP]
+    steps = run.read("steps").sort_values("step")
+    for stage in (1, 2, 3):
+        recorded = steps[f"stage{stage}_score"].to_numpy(float)
+        np.testing.assert_allclose(recorded, [z[stage] for z in again], rtol=1e-3, atol=1e-3)
+        assert np.isfinite(recorded).sum() > 40
