@@ -19,7 +19,7 @@ Values = dict[str, Tensor]
 @torch.no_grad()
 def summarise(taps: Taps) -> Values:
     """Everything one step's hooks wrote, reduced over micro-batches as the registry says."""
-    taps.reduce()
+    taps.finish()
     lay, slots = taps.layout, taps.slots
     values: Values = {}
     found, mask = slots.reduced(), slots.token_mask()

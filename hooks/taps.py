@@ -26,15 +26,13 @@ from geodiag.hooks.adapters.base import (
 )
 from geodiag.hooks.groups import TAPPED
 from geodiag.hooks.measure import Maps, Routed
-from geodiag.hooks.pending import Pending, alike, stacked
+from geodiag.hooks.reduction import Reduction, Report, keeps
 from geodiag.hooks.slots import Slots
 
 # T tokens, N streams, C channels, E experts, K experts per token, A assignments, F expert dim, P places
 
 COUNTERFACTUAL_LIMIT = 10.0
 GROUPS = frozenset(TAPPED)
-
-Report = Callable[[str, Exception], None]
 
 
 class Taps:
@@ -58,7 +56,7 @@ class Taps:
         }
         self._due = GROUPS
         self._broken: set[str] = set()
-        self._pending = Pending()
+        self._reduction = Reduction(layout, slots, report, lambda: self.replaying())
         self._recorded: set[tuple[str, int]] = set()
         self._handles: list[Removable] = []
         self._declare()
@@ -88,7 +86,7 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._pending.clear()
+        self._reduction.forget()
         for site in self.layout.sites:
             if site.measure is not None:
                 site.measure(None, None)
@@ -155,7 +153,7 @@ class Taps:
             idle = self._due.isdisjoint(groups) and not (self._told and torch.compiler.is_compiling())
             if idle or not torch.is_grad_enabled() or where in self._broken:
                 return
-            if _keeps():
+            if keeps():
                 if (kind, place) in self._recorded and torch._C._current_graph_task_id() != -1:
                     return  # a checkpoint computes it once more, in the backward
                 self._recorded.add((kind, place))
@@ -172,14 +170,18 @@ class Taps:
     def _begin(self, *_: Any) -> None:
         compiled = bool(self._told) and torch.compiler.is_compiling()
         if (self.recording or compiled) and torch.is_grad_enabled():
-            if _keeps():
-                self.reduce()
+            if keeps():
+                self.finish()
                 self._recorded.clear()
             self.slots.begin()
 
     def _end_of_forward(self, *_: Any) -> None:
-        if _keeps() and torch.is_grad_enabled():
-            self.reduce()
+        if keeps() and torch.is_grad_enabled():
+            self.finish()
+
+    def finish(self) -> None:
+        """What the hooks kept is written into the slots."""
+        self._reduction.finish()
 
     # -- what is seen ------------------------------------------------------------------------
 
@@ -195,24 +197,24 @@ class Taps:
             res, post = view.res_TNN.detach().flatten(0, -3), view.post_TN.detach().flatten(0, -2)
             pre = None if view.pre_TN is None else view.pre_TN.detach().flatten(0, -2)
             logits = None if view.logits_TNN is None else view.logits_TNN.detach().flatten(0, -3)
-            self._saw("maps", place, Maps(pre, post, res, logits, view.stats_PW))
+            self._reduction.saw("maps", place, Maps(pre, post, res, logits, view.stats_PW))
         if not told:
-            self._saw("stream", place, measure.stream(x_TNC, self.slots.index(len(x_TNC))))
+            self._reduction.saw("stream", place, measure.stream(x_TNC, self.slots.index(len(x_TNC))))
 
     def _written(self, place: int, view: WrittenView) -> None:
-        self._saw("written", place, WrittenView(view.stats_TBF.detach(), view.elements))
+        self._reduction.saw("written", place, WrittenView(view.stats_TBF.detach(), view.elements))
 
     def _branch(self, place: int, branch: Tensor) -> None:
         sample = self.slots.sample(branch.detach().flatten(0, -2))
-        self._saw("branch", place, (torch.linalg.vector_norm(sample, dim=-1, dtype=torch.float32),))
+        self._reduction.saw("branch", place, (torch.linalg.vector_norm(sample, dim=-1, dtype=torch.float32),))
 
     def _grad(self, place: int, grad: Tensor) -> None:
         if "gradients" in self._broken:
             return
         try:
             norm = torch.linalg.vector_norm(grad.detach(), dtype=torch.float32)
-            if _keeps():
-                self._pending.add("grad", place, (norm,))
+            if keeps():
+                self._reduction.saw("grad", place, (norm,))
             else:
                 self.slots.put("grad_square", place, norm.square())
         except Exception as e:  # as in `_sink`
@@ -228,7 +230,7 @@ class Taps:
         # The trainer moves the bias in place before the step is over.
         live = None if view.bias_E is None else view.bias_E.detach().clone()
         scores, weights = view.scores_TE.detach(), view.weights_TK.detach()
-        self._saw("router", place, Routed(scores, live, view.expert_ids_TK, weights, past))
+        self._reduction.saw("router", place, Routed(scores, live, view.expert_ids_TK, weights, past))
 
     def _act(self, place: int, site: ExpertSite, view: ActView) -> None:
         if view.counts_E8 is not None:
@@ -237,76 +239,7 @@ class Taps:
             limits = site.gate_limit or COUNTERFACTUAL_LIMIT, site.up_limit or COUNTERFACTUAL_LIMIT
             gate, up, act = view.gate_AF.detach(), view.up_AF.detach(), view.act_AF.detach()
             table = measure.counts(gate, up, act, view.expert_A, site.experts, limits)
-        self._saw("act", place, (table,))
-
-    def _saw(self, kind: str, place: int, seen: tuple) -> None:
-        """Keeps it for `reduce`; where nothing can be kept, reduces it there and then."""
-        if _keeps():
-            self._pending.add(kind, place, seen)
-        else:
-            self._reduce_kind(kind, [place], stacked([seen]))
-
-    # -- what is written ---------------------------------------------------------------------
-
-    def reduce(self) -> None:
-        """Writes what is pending into this micro-batch's slot."""
-        for kind in ("maps", "stream", "written", "branch", "grad", "router", "act"):
-            seen = self._pending.take(kind)
-            if not seen:
-                continue
-            try:
-                for places, together in alike(seen, self._more(kind)):
-                    self._reduce_kind(kind, places, together)
-            except Exception as e:  # as in `_sink`
-                self._broken |= {kind}
-                self._report(_SAID[kind], e)
-
-    def _more(self, kind: str) -> Callable[[int], Any]:
-        routers = self.layout.routers
-        return (lambda i: (routers[i].k, routers[i].hashed)) if kind == "router" else (lambda _: None)
-
-    @torch.no_grad()
-    def _reduce_kind(self, kind: str, places: list[int], seen: Any) -> None:
-        if kind in self._broken:
-            return
-        slots = self.slots
-        if kind == "maps":
-            self._put(places, measure.maps(seen, slots.index(seen.res_TNN.shape[1])))
-        elif kind == "stream":
-            sites = [p for p in places if p < len(self.layout.sites)]
-            res = self._sampled_maps(sites)
-            values = measure.streams(seen, res)
-            mixed = values.pop("mixed_norm")
-            self._put(places, values)
-            if sites:
-                self._put(sites, {"mixed_norm": mixed[: len(sites)]})
-                if res is None:
-                    self._put(sites, {"post_norm": torch.ones_like(mixed[: len(sites)])})
-        elif kind == "written":
-            values = measure.written(seen.stats_TBF, seen.elements, slots.index(seen.stats_TBF.shape[1]))
-            self._put([p + 1 for p in places], {n: values.pop(n) for n in ("stream_sums", "stream_maxes")})
-            self._put([*places, places[-1] + 1], {"stream_norm": values.pop("stream_norm")})
-            self._put(places, values)
-        elif kind == "branch":
-            self._put(places, {"branch_norm": seen[0]})
-        elif kind == "grad":
-            self._put(places, {"grad_square": seen[0].square()})
-        elif kind == "router":
-            site = self.layout.routers[places[0]]
-            index = slots.index(seen.scores_TE.shape[1])
-            self._put(places, measure.routers(seen, site.k, site.hashed, self.replaying(), index))
-        else:
-            self._put(places, measure.experts(seen[0]))
-
-    def _sampled_maps(self, sites: list[int]) -> Tensor | None:
-        """H_res of the sampled tokens of these sites, as just written; None where the residual is the identity."""
-        if self.layout.streams == 1 or not sites:
-            return None
-        return self.slots.written("res", sites)
-
-    def _put(self, places: list[int], values: measure.Values) -> None:
-        for name, value_P in values.items():
-            self.slots.put_all(name, value_P, places)
+        self._reduction.saw("act", place, (table,))
 
 
 _GROUPS_OF = {
@@ -316,19 +249,3 @@ _GROUPS_OF = {
     "router": frozenset({"routers"}),
     "act": frozenset({"experts"}),
 }
-_SAID = {
-    "maps": "residual maps",
-    "stream": "streams",
-    "written": "streams",
-    "branch": "block outputs",
-    "grad": "gradients",
-    "router": "routers",
-    "act": "experts",
-}
-
-
-def _keeps() -> bool:
-    """Whether what a hook sees can be kept for later: neither a compiled nor a captured graph runs its Python again."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
