@@ -14,6 +14,7 @@ BENCHES = {
     "routing": "What rolling back and routing by older weights buys, on the same seeds and data.",
     "routing_cost": "What routing by older weights costs a training step: off, on, and where the time goes.",
     "ranks": "Several ranks: cost of recording, the same losses and decisions, and a rank that is killed.",
+    "routing_replay": "Whether a natural spike comes back when one thing is changed, and when nothing but noise is.",
     "spikes": "The spike detector and the public rules on labelled loss curves.",
 }
 """Bench → what it measures; each is a module of benchmarks/ with a `main(argv)`."""
