@@ -112,4 +112,4 @@ class ReadOut(nn.Module):
         if self.config.streams == 1:
             return x_BSNC.squeeze(-2)
         c = self.config
-        return reference.read_out(x_BSNC, self.phi, self.alpha, self.bias, c.hc_eps, c.norm_eps)
+        return select(c.kernels, x_BSNC.device).read_out(x_BSNC, self.phi, self.alpha, self.bias, c.hc_eps, c.norm_eps)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from geodiag.reference_models.config import Kernels
 from geodiag.reference_models.kernels import reference
@@ -17,9 +18,12 @@ class Operations(NamedTuple):
     site_after: Callable[..., Written]
     expert_glu: Callable[..., Activated]
     route: Callable[..., Routing]
+    read_out: Callable[..., Tensor]
 
 
-REFERENCE = Operations(reference.site_before, reference.site_after, reference.expert_glu, reference.route)
+REFERENCE = Operations(
+    reference.site_before, reference.site_after, reference.expert_glu, reference.route, reference.read_out
+)
 
 
 def select(kernels: Kernels, device: torch.device) -> Operations:
@@ -29,4 +33,4 @@ def select(kernels: Kernels, device: torch.device) -> Operations:
     from geodiag.reference_models.kernels import site, swiglu
     from geodiag.reference_models.kernels.router import routed
 
-    return Operations(site.site_before, site.site_after, swiglu.expert_glu, routed)
+    return Operations(site.site_before, site.site_after, swiglu.expert_glu, routed, site.read_out)

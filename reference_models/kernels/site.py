@@ -1,5 +1,6 @@
 """One mHC site on the fused kernels: its two halves linked, so that the stream's gradient is written once."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from geodiag.reference_models.kernels.mhc_after import mhc_after_linked
@@ -31,3 +32,11 @@ def site_after(x_TNC: Tensor, branch_TC: Tensor, mix: Mix, flag: Tensor | None =
     assert mix.res_TNN is not None
     out_TNC, stats_TBF = mhc_after_linked(x_TNC, branch_TC, mix.post_TN, mix.res_TNN, mix.link, flag)
     return Written(out_TNC, None if flag is None else stats_TBF)
+
+
+def read_out(x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, norm_eps: float) -> Tensor:
+    """`reference.read_out`: the block's input of a site whose other coefficients are nobody's."""
+    n = x_TNC.shape[-2]
+    more = n * n + n
+    wide = F.pad(phi, (0, more)), F.pad(alpha, (0, 2)), F.pad(bias, (0, more))
+    return mhc_before_linked(x_TNC, *wide, 1, eps, norm_eps).mix.inner_TC

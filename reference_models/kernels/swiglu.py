@@ -79,7 +79,7 @@ def _blocks(x: Tensor, f: int) -> tuple[int, int]:
 
 
 PARTS = 4
-"""Tiles a counting program holds: lanes meet once for all of them."""
+"""Rows of a counting program, which is one warp: its lanes meet once for all of them, and wait for no other warp."""
 
 
 @torch.library.custom_op("geodiag::clamped_glu", mutates_args=())
@@ -98,7 +98,9 @@ def _glu(
     out, counts = _outputs(x, ends)
     a, f = out.shape
     br, bf = _blocks(x, f)
-    experts, parts = (0, 1) if ends is None else (len(ends), PARTS)
+    experts, parts, warps = 0, 1, 4
+    if ends is not None:
+        experts, parts, br, warps = len(ends), PARTS, 1 if x.is_cuda else br, 1
     columns, ba = cdiv(f, bf), parts * br
     # Blocks and experts both only rise along the sorted rows: `block + expert` numbers their meetings.
     part = x.new_empty(cdiv(a, ba) + experts, columns, 8, dtype=torch.int32) if experts else None
@@ -106,9 +108,9 @@ def _glu(
     if a:
         grid = (cdiv(a, ba), columns)
         tile = {"E": experts, "EP": power_of_two(experts), "PARTS": parts, "BR": br, "BF": bf}
-        swiglu_fwd[grid](x, out, flag, ends, part, a, **meta, **tile, num_warps=4)
+        swiglu_fwd[grid](x, out, flag, ends, part, a, **meta, **tile, num_warps=warps)
     if experts:
-        per_expert[(experts,)](part, flag, ends, counts, columns, F=f, BA=ba, BR=128, num_warps=4)
+        per_expert[(experts,)](part, flag, ends, counts, columns, F=f, BA=ba, BR=512, num_warps=8)
     return out, counts
 
 
