@@ -4,12 +4,14 @@ import errno
 import logging
 import os
 import socket
+import threading
 import webbrowser
 from collections.abc import Callable
 
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
 from geodiag.dashboard.app import create_app
+from geodiag.dashboard.figures.style import LIGHT, empty
 from geodiag.dashboard.guard import LOOPBACK, new_token
 from geodiag.errors import GeodiagError
 
@@ -31,6 +33,7 @@ class Served:
 
     def run(self) -> None:
         """Answers until `stop` or Ctrl-C."""
+        threading.Thread(target=warm_up, daemon=True).start()
         try:
             self._server.serve_forever()
         except KeyboardInterrupt:
@@ -41,6 +44,15 @@ class Served:
     def stop(self) -> None:
         """Ends `run`, from another thread."""
         self._server.shutdown()
+
+
+def warm_up() -> None:
+    """Makes what the charting library makes once, before anybody waits for it: a third of a second."""
+    fig = empty("", LIGHT)
+    fig.add_heatmap(z=[[0]], coloraxis="coloraxis")
+    fig.add_scatter(x=[0], y=[0], marker={"color": "#000000"}, line={"width": 1})
+    fig.add_shape(type="line", x0=0, x1=1, y0=0, y1=1, line={"width": 1})
+    fig.to_json()
 
 
 def serve(
