@@ -1,4 +1,4 @@
-"""The expert block as a function: shared and routed experts at any input and any choice, in full precision.
+"""The expert block as a function: shared and routed experts at any input and any choice.
 
 Every expert sees every token, and the choice only weighs: no sorting, nothing read on the host, and the same sums in
 the same order for two choices that are compared. Meant for the few tokens of a probe.
@@ -38,13 +38,13 @@ def gates(ids_TK: Tensor, weights_TK: Tensor, experts: int) -> Tensor:
 
 
 def expert_block(site: ExpertSite, x_TC: Tensor, gates_JTE: Tensor) -> Tensor:
-    """(J, T, C): the block's output at `x`, for each of J choices. In float32, or the float64 of `x`."""
+    """(J, T, C): the block's output at `x`, for each of J choices. Computed in the type of `x`, summed in float32."""
     kind = torch.promote_types(x_TC.dtype, torch.float32)
-    x, weights, shared = x_TC.to(kind), site.weights(), site.shared()
+    x, weights, shared = x_TC, site.weights(), site.shared()
     with full_precision(x.device):
-        out = x.new_zeros(len(gates_JTE), *x.shape)
+        out = torch.zeros(len(gates_JTE), *x.shape, dtype=kind, device=x.device)
         if shared is not None:
-            out += _outputs(site, x, shared)
+            out += _outputs(site, x, shared).squeeze(0)
         some = max(1, _AT_ONCE // sum(w[0].numel() for w in weights.values()))
         for first in range(0, site.experts, some):
             some_weights = {name: w[first : first + some] for name, w in weights.items()}

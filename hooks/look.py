@@ -34,7 +34,7 @@ from geodiag.hooks.traced import Projection
 
 # T tokens, B sequences, C channels, E experts, K experts per token, F expert dim
 
-CURVED_TOKENS = 64
+CURVED_TOKENS = 32
 """Tokens that curvature is measured at, evenly spaced over the probe batch."""
 
 

@@ -176,7 +176,7 @@ def load_cv(load_E: Tensor) -> Tensor:
 @torch.no_grad()
 def power_step(weight_ERC: Tensor, vector_EC: Tensor) -> tuple[Tensor, Tensor]:
     """One power iteration on each matrix: the estimate ‖W v‖ for unit v, and the next v."""
-    weight = weight_ERC.float()
-    u = (weight @ vector_EC.unsqueeze(-1)).squeeze(-1)
-    v = (weight.mT @ u.unsqueeze(-1)).squeeze(-1)
+    # In the weights' own type: sums are wide inside a product, and a copy of all experts would be most of the cost.
+    u = (weight_ERC @ vector_EC.unsqueeze(-1).to(weight_ERC.dtype)).squeeze(-1).float()
+    v = (weight_ERC.mT @ u.unsqueeze(-1).to(weight_ERC.dtype)).squeeze(-1).float()
     return u.norm(dim=-1), torch.nn.functional.normalize(v, dim=-1)

@@ -1,7 +1,7 @@
 """The probe batch: the same tokens at every probe, whole, or a piece of them many times over."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from geodiag.hooks.capture import sharded, traceless
 
-PROBE_TOKENS = 4096
+PROBE_TOKENS = 2048
 
 Arguments = tuple[tuple, dict[str, Any]]
 
@@ -80,19 +80,26 @@ class ProbeBatch:
             self.model(*args, **kwargs)
 
     def enough(self) -> None:
-        """Ends the forward under way, where it may be ended: compiled and sharded models run to their end."""
-        if not (self._whole or torch.compiler.is_compiling()):
+        """Ends the forward under way, where it may be ended: a sharded model runs to its end."""
+        if not self._whole:
             raise Enough
 
     @contextmanager
     def _as_in_training(self) -> Iterator[None]:
-        with traceless(self.model, evaluate=True), suppress(Enough):
+        with _eager(self.model), traceless(self.model, evaluate=True), suppress(Enough):
             if self._autocast is None:
                 yield
                 return
             device, enabled, dtype = self._autocast
             with torch.autocast(device, dtype=dtype, enabled=enabled):
                 yield
+
+
+def _eager(model: nn.Module) -> AbstractContextManager[Any]:
+    """Compiled parts run as they are written: a probe is not worth graphs of its own, and its hooks do what no graph
+    can hold."""
+    compiled = any(m._compiled_call_impl is not None for m in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _changed(args: tuple, kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> Arguments:
