@@ -38,12 +38,17 @@ def two_parts(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.is_cuda
 
 
+@torch.compiler.assume_constant_result
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether the device copies tiles by itself (TMA): Hopper or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def copies_tiles(*tensors: Tensor | None) -> bool:
-    """Whether the device's engine for tiles (TMA) can copy those of these contiguous tensors: Hopper or later."""
+    """Whether these contiguous tensors can be copied by tiles: rows that begin at multiples of 16 bytes."""
     given = [t for t in tensors if t is not None]
-    return all(t.is_cuda and t.data_ptr() % 16 == 0 and t.shape[-1] * t.itemsize % 16 == 0 for t in given) and (
-        torch.cuda.get_device_capability(given[0].device) >= (9, 0)
-    )
+    aligned = all(t.data_ptr() % 16 == 0 and t.shape[-1] * t.itemsize % 16 == 0 for t in given)
+    return aligned and has_copy_engine(given[0].device)
 
 
 def tiles(tensor: Tensor | None, block: tuple[int, int] | None) -> Any:

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from geodiag.reference_models.kernels import mhc_stats
-from geodiag.reference_models.kernels.launch import cdiv, check_shape, check_streams, floats, padded, tiles, two_parts
+from geodiag.reference_models.kernels.launch import (
+    cdiv,
+    check_shape,
+    check_streams,
+    floats,
+    has_copy_engine,
+    padded,
+    tiles,
+    two_parts,
+)
 from geodiag.reference_models.kernels.mhc_after import after_grad, keep, mhc_after_linked
 from geodiag.reference_models.kernels.mhc_after_project_device import after_project, split_rows
 
@@ -19,10 +28,8 @@ SLICES = 4
 def fuses(x_TNC: Tensor) -> bool:
     """Whether the fused kernel serves these streams: four of bfloat16 on a Hopper GPU (and Triton's interpreter)."""
     n, c = x_TNC.shape[-2:]
-    if not x_TNC.is_cuda:
-        return True
-    hopper = torch.cuda.get_device_capability(x_TNC.device) >= (9, 0)
-    return hopper and x_TNC.dtype == torch.bfloat16 and n == 4 and c % (32 * SLICES) == 0
+    served = x_TNC.dtype == torch.bfloat16 and n == 4 and c % (32 * SLICES) == 0
+    return not x_TNC.is_cuda or (served and has_copy_engine(x_TNC.device))
 
 
 def _outputs(x: Tensor, measured: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -99,6 +99,14 @@ def test_it_serves_what_it_is_made_for_and_says_so(device):
             assert not fuses(odd.cuda())
 
 
+def test_compiles_whole_and_gives_the_eager_numbers(device, error, tolerance):
+    leaves = inputs(*shape(device))
+    compiled = torch.compile(fused, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    ours, eager = run(compiled, leaves), run(fused, leaves)
+    for name in NAMES:
+        assert error(ours[name], eager[name]) < tolerance[leaves[0].dtype], name
+
+
 def test_no_tokens_are_no_trouble(device):
     x, phi, alpha, bias, f, next_phi = inputs(*shape(device))
     none = run(fused, (x[:0], phi, alpha, bias, f[:0], next_phi))
