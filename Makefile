@@ -28,7 +28,7 @@ test: .venv/.installed-test
 bench: .venv/.installed
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 	if [ -n "$(CURVES)" ]; then $(BIN)/python benchmarks/spikes.py "$(CURVES)"; fi
-	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python benchmarks/kernels.py; fi
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/geodiag bench kernels; fi
 
 fmt: .venv/.installed-test
 	$(BIN)/ruff format .

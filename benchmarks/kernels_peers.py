@@ -1,4 +1,4 @@
-"""The mHC site as other libraries' kernels compute it, for `benchmarks/kernels.py --peers DIR`.
+"""The mHC site as other libraries' kernels compute it, for `geodiag bench kernels --peers DIR`.
 
 DIR holds the unpacked wheel. Only a peer's two Python files of Triton kernels are run: no compiled extension.
 """
