@@ -22,7 +22,7 @@ from geodiag.benchmarks.routing_page import page
 from geodiag.benchmarks.routing_trial import ARMS, Arm, Scenario
 
 _FAULTY = Scenario(name="", steps=150, residual="hc")
-FAULTS = ("lr-shock@75=100", "block-scale@75=50", "expert-scale@75=30")
+FAULTS = ("lr-shock@75=100", "far-batch@75", "expert-scale@75=30")
 PLANTED = [replace(_FAULTY, name=f"{f.partition('@')[0]}, hc, clamp", fault=f) for f in FAULTS]
 GRID = [
     replace(_FAULTY, name=f"expert-scale, {r}, {'clamp' if c else 'no clamp'}", residual=r, clamp=c, fault=FAULTS[2])
@@ -38,7 +38,7 @@ NATURAL_GRID = [
     if (r, c) != ("hc", 10.0)
 ]
 DOMAINS = Scenario(name="domains in turn, learning rate 0.03, hc", steps=240, residual="hc", lr=0.03, turn=60)
-ANSWERS = ("none", "rollback", "rollback + anticipatory", "anticipatory", "router-lag")
+ANSWERS = ("none", "rollback", "rollback + anticipatory", "rollback + skip-batch", "anticipatory", "router-lag")
 ALWAYS = (
     "none",
     "rollback",
