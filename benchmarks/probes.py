@@ -7,7 +7,7 @@ device waited for before and after.
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -17,13 +17,12 @@ from geodiag.benchmarks.report import Parser, save, say, setting, where
 from geodiag.cadence import PROBE_EVERY, Cadence
 from geodiag.hooks.adapters import find_layout
 from geodiag.hooks.groups import PROBED
+from geodiag.hooks.probe_batch import PROBE_TOKENS
 from geodiag.hooks.probes import Probes
 from geodiag.reference_models.config import sized
 from geodiag.reference_models.data import Batch
 from geodiag.reference_models.train import TrainConfig, Trainer
 from geodiag.reference_models.transformer import Transformer
-
-PROBE_TOKENS = 4096
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measured(size: str, args: Any) -> dict[str, Any]:
     """One size: its step, each group of probes, and what a step pays on average."""
     device = torch.device(args.device)
-    config = replace(sized(size), **({} if device.type == "cuda" else {"dtype": "float32"}))
+    config = sized(size) if device.type == "cuda" else sized(size, dtype="float32")
     torch.manual_seed(0)
     with device:
         model = Transformer(config)
@@ -67,7 +66,7 @@ def measured(size: str, args: Any) -> dict[str, Any]:
     alone = {}
     for group, metrics in PROBED.items():
         before = _memory(device)
-        seconds = _times(lambda due=metrics: probes.run(due), 1, args.repeats, device)
+        seconds = _times(partial(probes.run, metrics), 1, args.repeats, device)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         alone[group] = {"ms": 1e3 * seconds, "memory_mb": (peak - before) / 1e6}
     cadence = Cadence.of()
