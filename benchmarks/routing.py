@@ -23,9 +23,9 @@ from geodiag.benchmarks.routing_trial import ARMS, Arm, Scenario
 
 _FAULTY = Scenario(name="", steps=150, residual="hc")
 FAULTS = ("lr-shock@75=100", "far-batch@75", "expert-scale@75=30")
-PLANTED = [replace(_FAULTY, name=f"{f.partition('@')[0]}, hc, clamp", fault=f) for f in FAULTS]
+PLANTED = [replace(_FAULTY, name=f"{f}, hc, clamp", fault=f) for f in FAULTS]
 GRID = [
-    replace(_FAULTY, name=f"expert-scale, {r}, {'clamp' if c else 'no clamp'}", residual=r, clamp=c, fault=FAULTS[2])
+    replace(_FAULTY, name=f"{FAULTS[2]}, {r}, {'clamp' if c else 'no clamp'}", residual=r, clamp=c, fault=FAULTS[2])
     for r in ("hc", "mhc")
     for c in (10.0, None)
     if (r, c) != ("hc", 10.0)  # that one is among the others

@@ -78,7 +78,7 @@ class Scenario:
     def twin(self) -> "Scenario":
         """The same with nothing planted."""
         clamp = "clamp" if self.clamp else "no clamp"
-        return replace(self, name=f"nothing planted, {self.residual}, {clamp}", fault=None)
+        return replace(self, name=f"nothing planted, {self.steps} steps, {self.residual}, {clamp}", fault=None)
 
     @property
     def onset(self) -> int:
