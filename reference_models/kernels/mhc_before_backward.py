@@ -20,6 +20,11 @@ from geodiag.reference_models.kernels.mhc_before_backward_device import add_up, 
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
 
+DX_TILE = (32, 64, 4, 3)
+"""Tokens, channels, warps and stages of `dx_dphi` by tiles, as measured on an H200 (docs/kernels.md)."""
+COEFFICIENTS = (16, 1)
+"""Tokens and warps of a program of `coefficients`, likewise."""
+
 
 @torch.library.custom_op("geodiag::mhc_before_backward", mutates_args=())
 def backward(
@@ -48,7 +53,7 @@ def backward(
     if not t:
         return dx, dphi.zero_(), dalpha.zero_(), dbias.zero_()
     w, kp, wide = n * c, padded(k), not two_parts(x)
-    bt, bc = (32, 64) if x.is_cuda and n <= 4 and not wide else (16, 32)
+    bt, bc, dx_warps, stages = DX_TILE if x.is_cuda and n <= 4 and not wide else (16, 32, 4, 1)
     tma = n <= 4 and not wide and c % bc == 0 and copies_tiles(x, d_inner, d_next)
     # All streams at once read d_next once, where registers and the copy engine allow it.
     together = n if tma or not x.is_cuda else 1
@@ -66,7 +71,7 @@ def backward(
     coef = torch.empty(t, kp, dtype=torch.float32 if wide else torch.bfloat16, device=x.device)
     pairs = power_of_two(2 + n + n % 2 + n * n) // 2
     scalars = floats(x, t, 2 * pairs)
-    few = 16 if n <= 4 else 4
+    few, warps = COEFFICIENTS if n <= 4 else (4, 1)
     small = floats(x, cdiv(t, few), 2, kp)
     coefficients[(cdiv(t, few),)](
         alpha,
@@ -92,7 +97,7 @@ def backward(
         KP=kp,
         S=pairs,
         BT=few,
-        num_warps=1,
+        num_warps=warps,
     )
     part = floats(x, chunks, w, k)
     block = (bt, bc) if tma else None
@@ -116,8 +121,8 @@ def backward(
         BC=bc,
         WIDE=wide,
         TMA=tma,
-        STAGES=3 if tma else 1,
-        num_warps=4,
+        STAGES=stages if tma else 1,
+        num_warps=dx_warps,
     )
     size = 1024
     add_up[(cdiv(w * k, size) + 2,)](
