@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from geodiag.health import Composite, Health
+    from geodiag.run import Run
 
 KEY_METRICS = {
     "Outcome": ["loss", "grad_norm", "spike_score"],
@@ -52,11 +53,12 @@ def show(
     from geodiag.health import health
     from geodiag.run import open_run
 
-    found = health(open_run(run))
+    opened = open_run(run)
+    found = health(opened)
     if json:
         print_json(found.as_json())
         return
-    for part in (_head(found), *_stages(found), *_tail(found)):
+    for part in (_head(found), *_stages(found), *_tail(found), *_why(opened)):
         screen().print(part)
 
 
@@ -135,3 +137,16 @@ def _tail(h: "Health") -> list["RenderableType"]:
     parts += [Text(f"  step {e['step']}: {e['message']}") for e in h.spikes[-5:]]
     parts += [Text(f"not read: {piece}: {why}", style="yellow") for piece, why in h.problems.items()]
     return parts
+
+
+def _why(run: "Run") -> list["RenderableType"]:
+    """The cascade behind the worst spike, in words."""
+    from rich.text import Text
+
+    from geodiag.cascade import explain
+    from geodiag.run_spikes import spikes_of
+
+    if not spikes_of(run):
+        return []
+    worst = explain(run)
+    return [f"\n[bold]Why[/]  step {worst.spike_onset}", Text(f"  {worst.words}")]
