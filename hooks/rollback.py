@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from geodiag.errors import GeodiagError
+from geodiag.files import first_line
 from geodiag.hooks.rerouting import Rerouting
 from geodiag.hooks.snapshots import Snapshots
 from geodiag.hooks.state import Stateful
@@ -132,7 +134,10 @@ class Rollback:
         if not wanted or not self.snapshots.steps:
             return None
         step = self.snapshots.steps[-1]
-        aside = self.snapshots.restore(step)
+        try:
+            aside = self.snapshots.restore(step)
+        except (OSError, ValueError) as e:
+            raise GeodiagError(f"cannot resume from step {step}: {first_line(e, 300)}") from None
         self._resumed = aside["data"]
         for name, thing in self.snapshots.lasting.items():
             if name in aside["lasting"]:
@@ -140,9 +145,7 @@ class Rollback:
         if self._routing is not None:
             self._put_back_routing(self._routing, aside)
         elif aside["routing"] and aside["routing"]["mode"] != "off":
-            raise ValueError(
-                f"the snapshot was taken while {aside['variant']} routing was on; resume with that routing"
-            )
+            raise GeodiagError(f"step {step} was routed by {aside['variant']} routing; resume with that routing")
         return step
 
     def close(self, step: int | None = None) -> None:
@@ -161,10 +164,8 @@ class Rollback:
         saved, variant = aside["routing"], aside["variant"]
         if saved is None or variant != routing.variant or saved["delay_steps"] != routing.delay_steps:
             if saved is not None and saved["mode"] != "off":
-                raise ValueError(
-                    f"the snapshot was taken while {variant} routing was on with a delay of {saved['delay_steps']}; "
-                    "resume with the same"
-                )
+                was = f"{variant} routing with a delay of {saved['delay_steps']}"
+                raise GeodiagError(f"the snapshot was taken while {was} was on; resume with the same")
             return
         before = routing.mode
         routing.load_state_dict(saved)

@@ -12,8 +12,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from geodiag.files import first_line
 from geodiag.hooks.arena import Arena
 from geodiag.hooks.worker import Worker
 
@@ -44,6 +46,14 @@ def folder_of(run: Path, rank: int) -> Path:
 def _steps_in(folder: Path) -> list[int]:
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(m[1]) for n in names if (m := _NAME.fullmatch(n)))
+
+
+def _refusal(error: BaseException) -> BaseException:
+    """What went wrong below torch's own exception, which is no `Exception` and would end a training."""
+    if not isinstance(error, CheckpointException):
+        return error
+    causes = [c for c, _trace in error.failures.values()]
+    return next((c for c in causes if isinstance(c, OSError)), OSError(first_line(causes[0] if causes else error)))
 
 
 class Shelf:
@@ -88,23 +98,27 @@ class Shelf:
                 dcp.save(state, storage_writer=writer, no_dist=True)
                 half.rename(self.folder / f"step-{step:08d}")
                 self._there.add(step)
-            except BaseException:
+            except BaseException as e:
                 shutil.rmtree(half, ignore_errors=True)  # half a snapshot would hold the space that is missing
-                raise
+                raise _refusal(e) from None
 
         self._last, self._under_way = step, self._writer.submit(write)
 
     def take(self, step: int) -> tuple[Rest, list[Tensor]]:
-        """What was put there, tensors in host memory."""
+        """What was put there, tensors in host memory. OSError where it cannot be read."""
         self.wait()
-        reader = FileSystemReader(self.folder / f"step-{step:08d}")
-        entries = reader.read_metadata().state_dict_metadata
-        state: dict[str, Any] = {
-            name: torch.empty(m.size, dtype=m.properties.dtype) if isinstance(m, TensorStorageMetadata) else None
-            for name, m in entries.items()
-        }
-        dcp.load(state, storage_reader=reader, no_dist=True)
-        rest = state.pop(_REST)
+        folder = self.folder / f"step-{step:08d}"
+        reader = FileSystemReader(folder)
+        try:
+            entries = reader.read_metadata().state_dict_metadata
+            state: dict[str, Any] = {
+                name: torch.empty(m.size, dtype=m.properties.dtype) if isinstance(m, TensorStorageMetadata) else None
+                for name, m in entries.items()
+            }
+            dcp.load(state, storage_reader=reader, no_dist=True)
+            rest = state.pop(_REST)
+        except (Exception, CheckpointException) as e:  # whatever a file that was cut or overwritten makes torch raise
+            raise OSError(f"{folder} is unreadable ({_refusal(e)}); remove it to use an earlier one") from None
         return rest, [state[name] for name in rest.names]
 
     def room_for(self, left: int) -> None:

@@ -155,9 +155,6 @@ class Snapshots:
 
         Returns what was put aside with it. KeyError where there is no such snapshot.
         """
-        self._taken = [s for s in self._taken if s.step <= step]
-        if self._shelf is not None:
-            self._shelf.drop_after(step)
         taken = next((s for s in self._taken if s.step == step), None)
         if taken is not None:
             taken.arena.wait()
@@ -174,6 +171,9 @@ class Snapshots:
             put_back(thing, saved[name])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the arena may be filled again from here on
+        self._taken = [s for s in self._taken if s.step <= step]
+        if self._shelf is not None:
+            self._shelf.drop_after(step)
         return aside
 
     def settle(self) -> None:

@@ -397,3 +397,20 @@ def test_snapshots_of_an_earlier_training_are_not_overwritten_by_mistake(tmp_pat
         Live(tmp_path / "run", **options)
     with pytest.raises(geodiag.GeodiagError, match="only snapshots on disk can be resumed from"):
         Live(tmp_path / "run", **(options | {"where": "memory"}), resume=True)
+
+
+def test_a_resume_that_does_not_fit_is_refused_with_the_fix(tmp_path: Path) -> None:
+    def ahead(delay: int) -> Callable[[Any], AnticipatoryRouting]:
+        return lambda model: AnticipatoryRouting(model, delay, forward=lambda m, item: m(item[1][:, :-1]))
+
+    options: dict[str, Any] = {"policy": geodiag.Policy(mode="on"), "where": "disk", "faults": ()}
+    Live(tmp_path / "run", **options, routing=ahead(3)).train(15).monitor.close()
+    with pytest.raises(geodiag.GeodiagError, match="routing with a delay of 3 was on; resume with the same"):
+        Live(tmp_path / "run", **options, routing=ahead(4), resume=True)
+    with pytest.raises(geodiag.GeodiagError, match="resume with that routing"):
+        Live(tmp_path / "run", **(options | {"policy": geodiag.Policy()}), resume=True)
+    for data in (tmp_path / "run/snapshots/rank-0/step-00000015").glob("*.distcp"):
+        data.unlink()
+    with pytest.raises(geodiag.GeodiagError, match=r"cannot resume from step 15: .* is unreadable"):
+        Live(tmp_path / "run", **options, routing=ahead(3), resume=True)
+    assert geodiag.open_run(tmp_path / "run").status() == "failed"

@@ -2,7 +2,6 @@
 
 import copy
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter
 
 import geodiag
 from geodiag.hooks.snapshots import Snapshots
@@ -257,18 +257,16 @@ def test_another_process_finds_what_was_written_and_nothing_that_was_cut_off(tmp
 
 
 def test_a_full_disk_is_said_once_and_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch.distributed.checkpoint as dcp
-
     snapshots = shots("disk", tmp_path, nn.Linear(2, 2))
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    save: Callable[..., Any] = dcp.save
-    monkeypatch.setattr(dcp, "save", refuse)
-    snapshots.take(1, {})
-    snapshots.wait()
-    monkeypatch.setattr(dcp, "save", save)
+    with monkeypatch.context() as full:
+        full.setattr(FileSystemWriter, "write_data", refuse)
+        snapshots.take(1, {})
+        snapshots.wait()
+    assert snapshots.steps == []
     with pytest.raises(OSError, match="No space left"):
         snapshots.take(2, {})
     assert snapshots.take(3, {})
@@ -276,3 +274,21 @@ def test_a_full_disk_is_said_once_and_leaves_nothing_half(tmp_path: Path, monkey
     assert snapshots.steps == [3]
     assert [p.name for p in (tmp_path / "snapshots/rank-0").iterdir()] == ["step-00000003"]
     snapshots.close()
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_a_snapshot_that_was_damaged_says_what_to_do(tmp_path: Path, harm: str) -> None:
+    model = nn.Linear(20, 20)
+    snapshots = shots("disk", tmp_path, model)
+    snapshots.take(1, {})
+    snapshots.close()
+    folder = tmp_path / "snapshots/rank-0/step-00000001"
+    for data in folder.glob("*.distcp"):
+        if harm == "cut":
+            data.write_bytes(data.read_bytes()[:100])
+        else:
+            data.unlink()
+    again = shots("disk", tmp_path, model)
+    with pytest.raises(OSError, match=r"step-00000001 is unreadable \(.*\); remove it to use an earlier one"):
+        again.restore(1)
+    again.close()
