@@ -126,7 +126,6 @@ class Measurement:
         self._watch.clear()
         self._due = self.plan.cadence.due(step)
         groups = needed(TAPPED, self._due)
-        self._taps.recording = bool(groups - {"gradients"})
         self._taps.due = groups
         self._gradients.recording = "gradients" in groups
 
