@@ -14,7 +14,9 @@ from geodiag.dashboard.record import Record
 from geodiag.dashboard.view import View
 from geodiag.dashboard.words import METRICS, number, percent, whole
 
-_KINDS = {"early_warning": "early warning", "nonfinite": "not finite"}
+_KINDS = {
+    "spike": "Spike", "divergence": "Divergence", "nonfinite": "Loss not finite", "early_warning": "Early warning",
+}  # fmt: skip
 _NUMBER = {"filter": "agNumberColumnFilter", "type": "rightAligned"}
 _COMMAS = {"function": "params.value == null ? '–' : d3.format(',')(params.value)"}
 COLUMNS: list[dict[str, Any]] = [
@@ -48,21 +50,22 @@ def card_of(record: Record, view: View, found: Cascade | str | None) -> Any:
     if isinstance(found, str):
         return html.Section(html.Div([html.H1("Nothing to explain"), notice(found)]), className="card verdict")
     caveats = [notice(c, "warn") for c in found.caveats]
+    warned = (found.spike_onset, "early_warning") in [(c.step, c.kind) for c in choices(record)]
     return html.Section(
         [
-            html.Div([html.H1(headline(found)), html.P(_without_defence(found), className="words"), *caveats]),
+            html.Div([html.H1(headline(found, warned)), html.P(_without_defence(found), className="words"), *caveats]),
             html.Div([*_facts(found), *_others(view, found)], className="facts"),
         ],
         className="card verdict",
     )
 
 
-def headline(found: Cascade) -> str:
+def headline(found: Cascade, warned: bool = False) -> str:
     """`Spike at step 1,251: an expert outlier`."""
-    kind = (found.spike or {}).get("kind")
-    what = {"spike": "Spike", "divergence": "Divergence", "nonfinite": "Loss not finite"}.get(str(kind), "Step")
-    at = f"{what} {whole(found.spike_onset)}" if what == "Step" else f"{what} at step {whole(found.spike_onset)}"
-    return f"{at}: {_cause(found)}"
+    kind = (found.spike or {}).get("kind") or ("early_warning" if warned else None)
+    what = _KINDS.get(str(kind))
+    step = f"step {whole(found.spike_onset)}"
+    return f"{what} at {step}: {_cause(found)}" if what else f"{step.capitalize()}: {_cause(found)}"
 
 
 def rows(found: Cascade) -> list[dict[str, Any]]:
@@ -104,7 +107,7 @@ def _facts(found: Cascade) -> list:
     bar = html.Span(html.Span(style={"width": f"{share}%"}), className="meter", role="img", **aria(f"{share} %"))
     return [
         _fact("origin", place, "Where the first quantity left its range that nothing before it explains."),
-        _fact("before the loss", lead, "Steps from there to the loss leaving its trend."),
+        _fact("before the loss" if found.spike else "before this step", lead, "Steps from there to the step shown."),
         _fact("confidence", [f"{found.confidence:.2f}", bar], "How much better this answer is than the next one."),
         _fact("what fits", found.defence or "–", "What addresses a cascade that begins so."),
     ]
@@ -138,7 +141,7 @@ def _others(view: View, found: Cascade) -> list:
 
 
 def _name(record: Record, choice: Choice) -> str:
-    name = f"{_KINDS.get(choice.kind, choice.kind)} {whole(choice.step)}"
+    name = f"{_KINDS.get(choice.kind, choice.kind).lower()} {whole(choice.step)}"
     rolled_back = choice.attempt is not None and record.lived(choice.attempt) is not record
     return f"{name} · attempt {choice.attempt}" if rolled_back else name
 

@@ -75,7 +75,8 @@ def picture(
     others = [m for m in scene.marks if cascade is None or m.kind != "spike" or m.step != cascade.spike_onset]
     draw_marks(fig, others, reach, look, place.domains)
     if cascade is not None:
-        draw_path(fig, cascade, place, reach, look, _loss_at(scene, cascade.spike_onset))
+        asked = "early warning" if _warned(scene, cascade.spike_onset) else "the step in question"
+        draw_path(fig, cascade, place, reach, look, _loss_at(scene, cascade.spike_onset), asked)
     if cell is not None:
         _frame(fig, cell, scene, look)
     return fig
@@ -165,6 +166,10 @@ def _title(fig: go.Figure, place: Place, panel: int, text: str, look: Look) -> N
 
 def _soft(text: str, look: Look) -> str:
     return f'<span style="color:{look.soft}">{text}</span>'
+
+
+def _warned(scene: Scene, step: int) -> bool:
+    return any(m.kind == "early_warning" and m.step == step for m in scene.marks)
 
 
 def _loss_at(scene: Scene, step: int) -> float | None:

@@ -38,9 +38,16 @@ class Place:
 
 
 def draw_path(
-    fig: go.Figure, cascade: Cascade, place: Place, reach: tuple[float, float], look: Look, loss: float | None
+    fig: go.Figure,
+    cascade: Cascade,
+    place: Place,
+    reach: tuple[float, float],
+    look: Look,
+    loss: float | None,
+    asked: str,
 ) -> None:
-    """Rings, line, dashes and labels of one cascade."""
+    """Rings, line, dashes and labels of one cascade; `asked` is what its end is called where the loss did not spike."""
+    end_said = _lead(cascade, asked)
     knots = [k for k in cascade.path if k.stage in (1, 2, 3) and k.layer in place.layers]
     heads = first_of_each_stage(knots, cascade)
     end = (float(cascade.spike_onset), place.of_loss(loss))
@@ -56,13 +63,13 @@ def draw_path(
     for head, point in zip(heads, points[outside:], strict=True):
         _label(fig, point, _says(head, knots, cascade), place, int(head.stage or 1), reach, look)
     if outside:
-        _label(fig, points[0], _outside(cascade), place, 0, reach, look)
+        _label(fig, points[0], _outside(cascade, end_said), place, 0, reach, look)
     fig.add_scatter(
         x=[end[0]], y=[loss], mode="markers", marker={"size": 11, "color": look.spike, "line": {"width": 0}},
-        name="the loss", hovertemplate=f"{_lead(cascade)}<extra></extra>",
+        name="the loss", hovertemplate=f"{end_said}<extra></extra>",
     )  # fmt: skip
     if not outside:
-        _label(fig, end, _lead(cascade), place, 0, reach, look)
+        _label(fig, end, end_said, place, 0, reach, look)
 
 
 def first_of_each_stage(knots: Sequence[Onset], cascade: Cascade) -> list[Onset]:
@@ -122,20 +129,20 @@ def _after(steps: int) -> str:
     return f"{steps} step{'s' * (steps != 1)} later"
 
 
-def _lead(cascade: Cascade) -> str:
-    what = "loss leaves its trend" if cascade.spike else "the step in question"
+def _lead(cascade: Cascade, asked: str) -> str:
+    what = "loss leaves its trend" if cascade.spike else asked
     if cascade.lead is None:
         return what
     return f"{what}<br><b>{_after(cascade.lead) if cascade.lead > 0 else 'in the same step'}</b>"
 
 
-def _outside(cascade: Cascade) -> str:
+def _outside(cascade: Cascade, end_said: str) -> str:
     if cascade.cause == "lr" and cascade.evidence:
         e = cascade.evidence[0]
         what = f"learning rate × {e.value / e.usual:.3g}"
     else:
         what = f"the batch: {cascade.domain}" if cascade.domain else "the batch"
-    return f"<b>{what}</b><br>{_lead(cascade).replace('<br>', ' ')}"
+    return f"<b>{what}</b><br>{end_said.replace('<br>', ' ')}"
 
 
 def _label(
