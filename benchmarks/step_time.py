@@ -1,6 +1,6 @@
 """What a training step of the reference model costs: residual kinds, kernels, recomputation, and the monitor.
 
-    geodiag bench step_time [--size 3b] [--sequences 4] [--steps 8] [--arms plain mhc …] [--device cuda]
+    geodiag bench step_time [--size 3b small] [--sequences 4 8] [--steps 8] [--arms plain mhc …] [--device cuda]
 
 Each arm is a training of its own, of the same seed and the same random tokens; a step is forward, backward and update,
 timed apart. An arm's name says what differs: RESIDUAL[+reference][+mhc|+layers][+monitor].
@@ -23,7 +23,7 @@ from geodiag.reference_models.data import Batch
 from geodiag.reference_models.train import TrainConfig, Trainer
 from geodiag.reference_models.transformer import Transformer
 
-ARMS = ("plain", "mhc", "mhc+mhc", "mhc+layers", "mhc+monitor", "mhc+reference")
+ARMS = ("plain", "mhc", "mhc+monitor", "mhc+mhc", "mhc+layers", "mhc+reference")
 BATCHES = 4
 
 
@@ -166,18 +166,20 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("step_time", __doc__)
-    parser.add_argument("--size", default="3b")
-    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--size", nargs="+", default=["3b", "small"])
+    parser.add_argument("--sequences", type=int, nargs="+", default=[4, 8], help="a step, for each size")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, help="so many layers instead of the size's own")
     options = parser.parse_args(argv)
     result = setting("step_time", argv, options.device)
-    result["runs"] = [run(options.size, options.sequences, options.steps, options.arms, options.device, options.layers)]
-    page = markdown(result)
-    save("step_time", result, page, options.out)
-    say(result, page, options.json)
+    result["runs"] = []
+    for size, sequences in zip(options.size, options.sequences, strict=True):
+        found = run(size, sequences, options.steps, options.arms, options.device, options.layers)
+        result["runs"].append(found)
+        save("step_time", result, markdown(result), options.out)
+    say(result, markdown(result), options.json)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def recorded(path: Path, kernels: str, residual: str = "mhc", sample: int = 1024
 def furthest(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, float]:
     """Largest relative difference of each column; infinity where one has a value and the other has none."""
     found = {}
-    for name in a.columns.difference(IDENTITY):
+    for name in a.select_dtypes("number").columns.difference(IDENTITY):
         x, y = a[name].to_numpy(float), b[name].to_numpy(float)
         if (np.isnan(x) != np.isnan(y)).any():
             found[name] = np.inf
