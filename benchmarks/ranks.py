@@ -2,7 +2,7 @@
 
     geodiag bench ranks --ranks 2
 
-NCCL where there is a GPU for each rank, gloo on the CPU otherwise. Results: benchmarks/results/ranks.json and ranks.md.
+NCCL where there is a GPU for each rank; gloo on the CPU, or with `--device cuda:0` on one GPU that they share. Results: benchmarks/results/ranks.json and ranks.md.
 """
 
 import json
@@ -32,7 +32,7 @@ STEERED = ("--routing", "auto", "--rollback", "memory", "--snapshot-every", "20"
 # -- the ranks' own part: times of a step --------------------------------------------------------
 
 
-def cost(out: Path, size: str, sequences: int, steps: int) -> None:
+def cost(out: Path, device: str, size: str, sequences: int, steps: int) -> None:
     """Called on every rank: median times of a step with and without geodiag; rank 0 writes them down."""
     import torch
     import torch.distributed as dist
@@ -42,7 +42,8 @@ def cost(out: Path, size: str, sequences: int, steps: int) -> None:
 
     found: dict[str, Any] = {}
     for parallel in PARALLEL:
-        options = Options(size=size, sequences=sequences, parallel=parallel, run=out / parallel, steps=10_000)
+        run = out / parallel
+        options = Options(size=size, device=device, sequences=sequences, parallel=parallel, run=run, steps=10_000)
         training = Training(options, quiet=True)
         for number in range(4):
             _step(training, number, watched=True)
@@ -177,7 +178,17 @@ def run(ranks: int, device: str, size: str, steps: int, only: Sequence[str] = ()
         folder = Path(name)
 
         def costs() -> dict[str, Any]:
-            worker = ("geodiag.benchmarks.ranks", "--worker", str(folder), "--size", size, "--steps", str(steps))
+            worker = (
+                "geodiag.benchmarks.ranks",
+                "--worker",
+                str(folder),
+                "--device",
+                device,
+                "--size",
+                size,
+                "--steps",
+                str(steps),
+            )
             ended = call([*torchrun(ranks, *worker)], 150)
             path = folder / "cost.json"
             return json.loads(path.read_text()) if path.exists() else ended
@@ -242,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--worker", type=Path, default=None, help="used by the bench itself")
     args = parser.parse_args(argv)
     if args.worker is not None:
-        cost(args.worker, args.size, 4 * args.ranks, args.steps)
+        cost(args.worker, args.device, args.size, 4 * args.ranks, args.steps)
         return
     result = setting("ranks", argv, "cuda" if args.device != "cpu" and _gpus() else "cpu") | {"ranks": args.ranks}
     result |= run(args.ranks, args.device, args.size, args.steps, args.only)

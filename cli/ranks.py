@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from geodiag.errors import GeodiagError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from geodiag.reference_models.data import Batch
@@ -30,32 +29,31 @@ class Place:
         import torch.distributed as dist
 
         local = int(os.environ.get("LOCAL_RANK", 0))
-        wants_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        if wants_gpu and local >= torch.cuda.device_count():
-            have = torch.cuda.device_count()
-            raise GeodiagError(f"rank {local} of this machine has no GPU: there are {have}; pass --device cpu")
-        if device not in ("auto", "cpu", "cuda"):
-            raise GeodiagError(f"ranks take a GPU each, and cannot share {device}; pass --device cuda or --device cpu")
-        self.device_name = f"cuda:{local}" if wants_gpu else "cpu"
-        if wants_gpu:
-            torch.cuda.set_device(local)
+        if device.startswith("cuda:"):  # one GPU for all of them, where there is but one to try things on
+            self.device_name, backend = device, "gloo"
+        elif device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+            self.device_name, backend = "cpu", "gloo"
+        else:
+            self.device_name, backend = f"cuda:{local}", "nccl"
+            if local >= torch.cuda.device_count():
+                have = torch.cuda.device_count()
+                fix = "pass --device cpu, or --device cuda:0 to share one"
+                raise GeodiagError(f"rank {local} of this machine has no GPU of its own: there are {have}; {fix}")
+        if self.device_name != "cpu":
+            torch.cuda.set_device(self.device_name)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if wants_gpu else "gloo")
+            dist.init_process_group(backend)
 
     def same(self, value: str) -> str:
         """Rank 0's `value`, on every rank."""
         if self.world == 1:
             return value
+        import torch
         import torch.distributed as dist
 
         said = [value]
-        dist.broadcast_object_list(said, src=0, device=self._device())
+        dist.broadcast_object_list(said, src=0, device=torch.device(self.device_name))
         return said[0]
-
-    def _device(self) -> "torch.device":
-        import torch
-
-        return torch.device(self.device_name)
 
     def share(self, sequences: int, micro_batches: int) -> int:
         """How many of a step's sequences are this rank's. GeodiagError where they do not divide."""

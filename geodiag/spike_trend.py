@@ -10,6 +10,8 @@ from geodiag.spike_window import SortedWindow
 
 _APART = 4
 """Smoothness shows in how differences grow from 1 update apart to this many."""
+_YOUNG = 8.0
+"""Residuals by which a young noise estimate is doubted: of n, σ is taken to be larger by the factor 1 + 8 / n."""
 _FURTHEST = 1e9
 """No score is larger, so that scores stay finite."""
 
@@ -55,7 +57,9 @@ class Trend:
     def sigma(self) -> float:
         """Noise of one update, never below `floor` of the level."""
         least = max(self.floor * abs(self.level), 1e-12)
-        sigma = self._residuals.sigma
+        sigma, known = self._residuals.sigma, len(self._residuals)
+        if known < self._residuals.size:
+            sigma *= 1 + _YOUNG / known
         if sigma < least:
             # A loss printed with few digits takes few values and has no quartiles: then go by the largest normal one.
             return max(least, (self._residuals.largest - self._residuals.median) / 3)
