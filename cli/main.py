@@ -52,7 +52,7 @@ class _Polite(TyperGroup):
 
 def _said(error: Any) -> Exception:
     """A mistyped command or option, told like every other mistake."""
-    if not error.args or not str(error.args[0]):
+    if type(error).__name__ == "NoArgsIsHelpError":
         return error  # no arguments at all: the help is the answer
     command = error.ctx.command_path if error.ctx else "geodiag"
     what = error.format_message().replace("Value error, ", "").rstrip(".")
