@@ -1,6 +1,5 @@
 """Snapshots: what a training was, every so many steps, in host memory or on disk, and how to be that again."""
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters.base import Removable
 from geodiag.hooks.arena import Arena, bytes_of
+from geodiag.hooks.room import free_memory
 from geodiag.hooks.shelf import Shelf, folder_of
 from geodiag.hooks.state import RandomState, Stateful, put_back, put_together, state_of, take_apart
 
@@ -145,7 +145,7 @@ class Snapshots:
     def _half(self) -> int:
         mine = sum(s.arena.size for s in self._taken) + sum(a.size for a in self._spare)
         if self.where == "memory":
-            return (_free_memory() + mine) // 2
+            return (free_memory() + mine) // 2
         return shutil.disk_usage(self._shelf.folder if self._shelf else Path.cwd()).free // 2
 
     # -- going back --------------------------------------------------------------------------
@@ -201,12 +201,3 @@ _CPU = torch.device("cpu")
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
-
-
-def _free_memory() -> int:
-    """Bytes of host memory that could be had."""
-    try:
-        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
