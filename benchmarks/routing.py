@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from geodiag.benchmarks.report import Parser, save, say, setting
+from geodiag.benchmarks.report import Parser, save, say, setting, where
 from geodiag.benchmarks.routing_measures import pooled, summarise
 from geodiag.benchmarks.routing_page import page
 from geodiag.benchmarks.routing_trial import ARMS, Arm, Scenario
@@ -88,7 +88,8 @@ def work(job: Job) -> dict[str, Any]:
     scenario, arm, seed, device = job
     began = time.perf_counter()
     try:
-        return train(scenario, arm, seed, device) | {"seconds": time.perf_counter() - began}
+        found = train(scenario, arm, seed, device)
+        return found | {"seconds": time.perf_counter() - began, "place": where(setting("routing", [], device))}
     except Exception as e:  # one trial that fails is told, and the others go on
         return {"failed": f"{scenario.name}, {arm.name}, seed {seed}: {type(e).__name__}: {e}"}
 
@@ -129,6 +130,13 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return found
 
 
+def order(trial: dict[str, Any]) -> tuple[int, int, int]:
+    """As in the plan; what is not in it any more comes last."""
+    scenarios = [s.name for s, _ in (*MAIN, *MORE)]
+    name, arm = trial["scenario"]["name"], trial["arm"]["name"]
+    return scenarios.index(name) if name in scenarios else len(scenarios), list(ARMS).index(arm), trial["seed"]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("routing", __doc__)
     parser.add_argument("--seeds", type=int, default=4)
@@ -146,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.seeds:
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         trials += run(seeds, options.workers, options.minutes, options.out, options.device, options.only)
-    result["trials"] = len(trials)
+    trials.sort(key=order)
+    result["trials"], result["places"] = len(trials), sorted({t["place"] for t in trials})
     result["steps"] = sum(len(t["steps"]) for t in trials)
     result["rows"], result["pooled"] = summarise(trials), pooled(trials)
     save("routing", result, page(result), options.out)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from geodiag.benchmarks.report import where
-
 _SHOWN = {
     "peak": ("peak", 2),
     "excess": ("excess", 1),
@@ -24,7 +22,7 @@ def page(result: dict[str, Any]) -> str:
         "nothing planted. Otherwise: above the training's own trend, and the final loss itself. Every executed step",
         "counts, the ones that were rolled back too; `lost` are steps executed more than once.",
         "",
-        where(result),
+        *result["places"],
         "",
     ]
     lines += [
