@@ -164,8 +164,8 @@ def _series(record: Record, view: View, look: Look) -> go.Figure:
     cell, found = at.cell, at.found
     if cell is None:
         return empty("Nothing is measured yet.", look, 120)
-    here = found is not None and (found.stage, found.layer) == (cell.stage, cell.layer)
-    told = [e.metric for e in found.evidence] if found is not None and here else []
+    rows = found.evidence if found is not None else ()
+    told = [e.metric for e in rows if (e.stage, e.layer) == (cell.stage, cell.layer)]
     strips = []
     for s in series_of(at.record, cell, at.window, at.before, told):
         share = s.metric.unit == "share"
