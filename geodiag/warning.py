@@ -50,7 +50,7 @@ class Warning:
 class EarlyWarning:
     """Scores of the places in, once a sampled step; a `Warning` out, seldom."""
 
-    def __init__(self, *, alarm: float = 22.0, allowed: float = 5.0, most: float = 13.0, spreads: int = 24) -> None:
+    def __init__(self, *, alarm: float = 20.0, allowed: float = 6.0, most: float = 14.0, spreads: int = 24) -> None:
         """
         alarm: summed excess that warns. allowed: score that is no excess. most: score that one sample counts for at
         most; three samples at least are needed. spreads: samples in which what else moves belongs to what was said.
