@@ -13,6 +13,7 @@ from torch import Tensor
 
 import geodiag
 from geodiag.errors import GeodiagError
+from geodiag.hooks import measure
 from geodiag.reference_models.mhc import HyperConnection
 from geodiag.reference_models.moe import HashRouter
 from tests.hooks import slow, small
@@ -51,10 +52,25 @@ def layers_equal(a: pd.DataFrame, b: pd.DataFrame, tolerance: float) -> None:
         np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=1e-6, err_msg=name)
 
 
-def test_activation_checkpointing_records_the_same_values(tmp_path: Path) -> None:
-    plain, recomputed = recorded(tmp_path, "a"), recorded(tmp_path, "b", recompute="layers")
+@pytest.mark.parametrize("recompute", ["layers", "mhc"])
+def test_recomputation_records_the_same_values(tmp_path: Path, recompute: str) -> None:
+    plain, recomputed = recorded(tmp_path, "a"), recorded(tmp_path, "b", recompute=recompute)
     for table in ("layers", "experts"):
         layers_equal(plain.read(table), recomputed.read(table), 1e-5)
+
+
+def test_what_a_checkpoint_computes_again_is_not_looked_at_again(tmp_path: Path) -> None:
+    """Hooks fire in the backward too; what they showed in the forward is on record already."""
+    t, seen = small.trainer(recompute="layers"), []
+    with small.watch(t, tmp_path / "run", probe_every=1 << 30) as monitor, pytest.MonkeyPatch.context() as patch:
+        whole = measure.stream
+        patch.setattr(measure, "stream", lambda *a: seen.append(1) or whole(*a))
+        small.train(t, 1, monitor)
+        fired = []
+        t.model.blocks[0].attn_hc.register_forward_hook(lambda *_: fired.append(1))
+        small.train(t, 1, monitor, start=1)
+    assert len(seen) == 2 * 7, "six sites and the last stream, in each of two steps"
+    assert len(fired) == 2, "or the checkpoint computes nothing again, and this says nothing"
 
 
 def test_gradient_accumulation_records_the_same_values(tmp_path: Path) -> None:
