@@ -2,7 +2,8 @@
 
     geodiag bench ranks --ranks 2
 
-NCCL where there is a GPU for each rank; gloo on the CPU, or with `--device cuda:0` on one GPU that they share. Results: benchmarks/results/ranks.json and ranks.md.
+NCCL where there is a GPU for each rank; gloo on the CPU, or with `--device cuda:0` on one GPU that they share.
+Results: benchmarks/results/ranks.json and ranks.md.
 """
 
 import json

@@ -36,7 +36,7 @@ def _kept(curve: "Curve", keep: np.ndarray) -> "Curve":
     """These rows of the curve; a label moves to the first row that is left."""
 
     def at(row: int) -> int:
-        return int(min(np.searchsorted(keep, row), len(keep) - 1))
+        return min(int(np.searchsorted(keep, row)), len(keep) - 1)
 
     labels = [
         replace(label, onset=at(label.onset), breakout=at(label.breakout), end=at(label.end))

@@ -54,6 +54,7 @@ class Observer:
         self._meet(host)
         at_place = self.scores.by_place(self.scores.update(self._values(host, absent)))
         said = {f"stage{s}": z for s, z in self.scores.by_stage(at_place).items()}
+        said |= {"here": 1.0} if "loss" in host else {}
         names = {"loss": "loss", "tokens": "tokens", "grad_norm": "grad_total"}
         said |= {name: float(host[key][0]) for name, key in names.items() if key in host}
         warning = self.early.update(step, self.scores.places, at_place, loss_moves=self._moving)

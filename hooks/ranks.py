@@ -24,7 +24,7 @@ PATIENCE = timedelta(minutes=10)
 NOTE_BYTES = 1024
 KEPT = tuple(f"kept{i}" for i in range(8))
 """The newest snapshots."""
-FIELDS = ("loss", "tokens", "grad_norm", "stage1", "stage2", "stage3", "gave_up", "mind", *KEPT)
+FIELDS = ("here", "loss", "tokens", "grad_norm", "stage1", "stage2", "stage3", "gave_up", "mind", *KEPT)
 """What each rank says of a step: numbers, NaN where it has nothing to say."""
 
 
@@ -55,7 +55,7 @@ class Heard(NamedTuple):
     @property
     def spoke(self) -> np.ndarray:
         """Which ranks had a step to tell of."""
-        return ~np.isnan(self.by_rank["tokens"])
+        return ~np.isnan(self.by_rank["here"])
 
     @property
     def loss(self) -> float:

@@ -26,10 +26,13 @@ from geodiag.hooks.adapters.base import (
 IN_TOKEN_ORDER = ("batched_mm",)
 """Experts implementations whose rows stand in the order of the tokens; in the others they stand by expert."""
 
+_NAME = "DeepseekV4Model"
+"""Also of what `fully_shard` makes of it, a subclass."""
+
 
 def find(model: nn.Module) -> Layout | None:
     """The layout of a `DeepseekV4Model` or of a head around it; None for other models. Imports no transformers."""
-    own: Any = next((m for m in model.modules() if type(m).__name__ == "DeepseekV4Model"), None)
+    own: Any = next((m for m in model.modules() if _NAME in (c.__name__ for c in type(m).__mro__)), None)
     if own is None:
         return None
     layers = list(own.layers)

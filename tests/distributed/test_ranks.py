@@ -1,5 +1,10 @@
 """Two ranks over gloo: what they record, how alike they decide, and how they end when one of them fails."""
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +14,7 @@ import pytest
 import torch
 
 import geodiag
+from geodiag.cli.ranks import Place
 from geodiag.hooks.ranks import Heard, Ranks, Said
 from geodiag.run import Run
 from tests.distributed import scenarios
@@ -234,16 +240,69 @@ def test_a_note_that_is_too_long_is_left_out_and_not_cut(
 ) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda _wire, group: None)
     first = Ranks(0, 2, group=object())
-    note = first.exchange(Said(numbers={"tokens": 1.0}, note={"request": "x" * length})).note
+    note = first.exchange(Said(numbers={"here": 1.0}, note={"request": "x" * length})).note
     assert note == ({"request": "x" * length} if heard else {})
 
 
 def test_a_rank_that_has_nothing_to_say_leaves_the_mean_alone_and_a_nan_does_not() -> None:
-    def heard(losses: list[float], tokens: list[float]) -> float:
-        return Heard({"loss": np.array(losses), "tokens": np.array(tokens)}, np.zeros(0), {}).loss
+    def heard(losses: list[float], tokens: list[float], here: Sequence[float] = (1.0, 1.0)) -> float:
+        said = {"here": np.array(here), "loss": np.array(losses), "tokens": np.array(tokens)}
+        return Heard(said, np.zeros(0), {}).loss
 
     nan = float("nan")
-    assert heard([2.0, nan], [100.0, nan]) == 2.0
+    assert heard([2.0, nan], [100.0, nan], [1.0, nan]) == 2.0
     assert np.isnan(heard([2.0, nan], [100.0, 100.0]))
     assert heard([2.0, 4.0], [100.0, 300.0]) == 3.5
+    assert heard([2.0, 4.0], [nan, nan]) == 3.0
     assert heard([2.0, 4.0], [0.0, 0.0]) == 3.0, "tokens were not counted in this step"
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_torchrun_trains_the_reference_model_and_every_command_reads_the_run(
+    tmp_path: Path, parallel: str, cli: Callable[..., Any]
+) -> None:
+    run, text = tmp_path / "run", tmp_path / "text.txt"
+    text.write_text("a loss spike is a tear in the manifold. " * 400)
+    options = ["--steps", "6", "--sequences", "2", "--data", str(text), "--inject", "expert-scale@3=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [
+        "-m",
+        "geodiag.cli",
+        "train",
+        "--run-dir",
+        str(run),
+        "--parallel",
+        parallel,
+        "--device",
+        "cpu",
+        *options,
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step 6/6") == 1, "one rank speaks"
+    losses = geodiag.open_run(run).read("steps", ["step", "loss"], ranks="merged")
+    alone = tmp_path / "alone"
+    assert cli("train", "--run", alone, "--device", "cpu", *options).exit_code == 0
+    one = geodiag.open_run(alone).read("steps", ["step", "loss"])
+    assert np.allclose(losses["loss"], one["loss"], atol=1e-3)
+    assert not np.allclose(losses["loss"], one["loss"] + 0.01, atol=1e-3)
+    said = json.loads(cli("show", run, "--json").output)
+    assert said["last_step"] == 5
+    assert said["loss"] == pytest.approx(float(losses["loss"].iloc[-1]), rel=1e-6)
+    assert not said["problems"]
+    assert json.loads(cli("spikes", run, "--json").output) == []
+    faults = geodiag.open_run(run).read("events")
+    assert (faults["kind"] == "fault").sum() == 1
+
+
+def test_sequences_that_do_not_divide_among_the_ranks_are_one_line() -> None:
+    place = Place("cpu")
+    place.world = 2
+    assert place.share(8, 2) == 4
+    with pytest.raises(geodiag.GeodiagError, match="3 sequences do not divide among 2 ranks; pass --sequences 2"):
+        place.share(3, 1)
