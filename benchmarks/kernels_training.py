@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from geodiag.benchmarks.report import Parser, save, say, setting, where
+from geodiag.benchmarks.report import Parser, present, save, say, setting, where
 from geodiag.reference_models.config import sized
 from geodiag.reference_models.data import Loader
 from geodiag.reference_models.text import open_corpus
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(argv)
-    result = setting("kernels_training", argv, options.device)
+    result = setting("kernels_training", argv, present(options.device))
 
     def keep(so_far: dict[str, Any]) -> None:
         result["result"] = so_far

@@ -80,6 +80,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def present(device: str) -> str:
+    """The device's name. GeodiagError where torch does not see it."""
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise GeodiagError("this is measured on a GPU, and torch sees none here; pass --device cpu for a dry run")
+    return device
+
+
 def save(bench: str, result: dict[str, Any], page: str, out: Path) -> None:
     """Writes BENCH.json and BENCH.md. GeodiagError where the folder cannot be written."""
     try:

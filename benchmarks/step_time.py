@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import geodiag
-from geodiag.benchmarks.report import Parser, save, say, setting, where
+from geodiag.benchmarks.report import Parser, present, save, say, setting, where
 from geodiag.reference_models.config import sized
 from geodiag.reference_models.data import Batch
 from geodiag.reference_models.train import TrainConfig, Trainer
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, help="so many layers instead of the size's own")
     options = parser.parse_args(argv)
-    result = setting("step_time", argv, options.device)
+    result = setting("step_time", argv, present(options.device))
     result["runs"] = []
     for size, sequences in zip(options.size, options.sequences, strict=True):
         found = run(size, sequences, options.steps, options.arms, options.device, options.layers)

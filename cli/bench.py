@@ -6,6 +6,8 @@ import typer
 
 BENCHES = {
     "kernels": "The Triton kernels of the reference model against the byte floor and their peers; needs a GPU.",
+    "kernels_training": "A training on Triton kernels against the same on reference kernels; needs a GPU.",
+    "step_time": "A training step of the reference model: residuals, recomputation, the monitor; needs a GPU.",
     "overhead": "What recording costs a training step.",
     "cascade": "What the cascade says of planted faults: stage, layer, lead, and false alarms.",
     "dashboard": "How fast the page is on a long run, in a real browser.",
