@@ -44,8 +44,8 @@ class AnticipatoryRouting(Rerouting):
         for batch in routing.batches(loader): ...
 
     `forward(model, batch)` runs the model on a batch; the default passes a mapping as keywords. It is left as soon as
-    the last router has chosen, unless the model is compiled as a whole or sharded by FSDP. Waiting ids take up to
-    `device_bytes` on the device, and beyond that stay in pinned host memory.
+    the last router has chosen; where the model is compiled as a whole or sharded by FSDP it runs to its end. Waiting
+    ids take up to `device_bytes` on the device, and beyond that stay in pinned host memory.
     """
 
     variant: ClassVar[str] = "anticipatory"
@@ -68,7 +68,7 @@ class AnticipatoryRouting(Rerouting):
         self._data_ended = False
         self._autocast: tuple[bool, torch.dtype] | None = None
         self._device = self._where()
-        self._choices = Choices(self.routers, model, self._layout.watch_end)
+        self._choices = Choices(self.routers, model, self._layout.watch_end, self._layout.tail)
         # First in line, so that whoever watches the router sees the choice that is used.
         self._handles += [
             self._choices,

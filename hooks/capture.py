@@ -53,10 +53,17 @@ class Choices:
 
     The hooks go on once and stay: a compiled model never notices a hook that comes later. With `model`, a forward of
     it inside `kept` ends as soon as every router has chosen, or at `end`, the place behind its last block: the last
-    experts, the head and the loss are not run.
+    experts, the head and the loss are not run. Where it may not be left halfway, `tail`, the module behind the last
+    block, is given one token a sequence instead.
     """
 
-    def __init__(self, routers: Sequence[RouterSite], model: nn.Module | None = None, end: Watch | None = None) -> None:
+    def __init__(
+        self,
+        routers: Sequence[RouterSite],
+        model: nn.Module | None = None,
+        end: Watch | None = None,
+        tail: nn.Module | None = None,
+    ) -> None:
         self._on = self._stops = False
         self._model = model
         self._seen: list[Choice | None] = [None] * len(routers)
@@ -66,6 +73,8 @@ class Choices:
         if end is not None:
             # Behind blocks that are compiled one by one, whose own hooks cannot leave them.
             self._handles += end(lambda _view: self._stop_if_done())
+        if tail is not None:
+            self._handles.append(tail.register_forward_pre_hook(self._shorten))
 
     @contextmanager
     def kept(self) -> Iterator[list[Choice]]:
@@ -90,6 +99,9 @@ class Choices:
                 self._stop_if_done()
 
         return hook
+
+    def _shorten(self, _module: nn.Module, args: tuple) -> tuple | None:
+        return (args[0][:, :1].contiguous(), *args[1:]) if self._on and self._model is not None else None
 
     def _stop_if_done(self) -> None:
         if torch.compiler.is_compiling():  # compiled code cannot be left halfway

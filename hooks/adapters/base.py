@@ -157,6 +157,8 @@ class Layout:
     """→ Tensor (…, C), the embedded tokens"""
     watch_end: Watch | None = None
     """→ Tensor, the streams after the last site, shaped as a site's `streams`"""
+    tail: nn.Module | None = None
+    """The module behind the last block, if nothing from there on mixes the tokens of a sequence"""
     streams: int = 1
     has_stream_axis: bool = True
     """Whether the residual has a dimension for its streams, even for one."""

@@ -48,6 +48,7 @@ def find(model: nn.Module) -> Layout | None:
         attention=[_attention(i, layer.attn) for i, layer in enumerate(own.blocks)],
         watch_input=on_output(own.embed, lambda _a, _k, out: out),
         watch_end=on_input(own.read_out, lambda args, _: args[0]),
+        tail=own.read_out,
         streams=own.config.streams,
         missing=["no hyper-connections: the residual is plain, so there are no H_res gains"] if plain else [],
     )

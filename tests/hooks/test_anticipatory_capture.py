@@ -94,7 +94,7 @@ def alone_in_a_group() -> Iterator[None]:
 def test_delay_zero_is_bitwise_inside_a_wrapper(alone_in_a_group: None, wrapper: str) -> None:
     """DDP's forward may be left halfway. What `fully_shard` has begun it must end, or gradients are not reduced."""
 
-    def losses(delay: int | None, shown: list[str] | None = None) -> list[float]:
+    def losses(delay: int | None, tokens: list[int] | None = None) -> list[float]:
         from torch.distributed.fsdp import fully_shard
 
         t = trainer("plain")
@@ -108,12 +108,10 @@ def test_delay_zero_is_bitwise_inside_a_wrapper(alone_in_a_group: None, wrapper:
         routing = AnticipatoryRouting(model, delay or 0, forward=lambda m, ids: m(ids[:, :-1]))
         if delay is not None:
             routing.enable()
-        if shown is not None:
-            calls_of = calls(inner)
+        if tokens is not None:
+            inner.head.register_forward_pre_hook(lambda _m, args: tokens.append(args[0].shape[1]))
         out = []
         for ids in routing.batches(source(t, steps=5)):
-            if shown is not None and not shown:
-                shown += calls_of
             loss = inner.loss(model(ids[:, :-1]), ids[:, 1:]).total
             loss.backward()
             optimizer.step()
@@ -121,11 +119,11 @@ def test_delay_zero_is_bitwise_inside_a_wrapper(alone_in_a_group: None, wrapper:
             out.append(loss.item())
         return out
 
-    shown: list[str] = []
+    tokens: list[int] = []
     plain = losses(None)
     assert plain[0] != plain[-1]
-    assert losses(0, shown) == plain
-    assert ("head" in shown) == (wrapper == "fully_shard")
+    assert losses(0, tokens) == plain
+    assert tokens == ([1, small.SEQUENCE] if wrapper == "fully_shard" else [small.SEQUENCE]) * 5
     assert losses(2) != plain, "the twin: a delay is seen"
 
 
@@ -140,6 +138,23 @@ def test_behind_layers_that_are_compiled_one_by_one_nothing_is_run(tmp_path: Pat
             layer.compile(backend="eager", fullgraph=True)
         assert routing._capture(small.tokens(0)) is not None
     assert ran == []
+
+
+@pytest.mark.slow
+def test_of_a_model_compiled_as_a_whole_the_head_sees_one_token_a_sequence() -> None:
+    torch._dynamo.reset()
+    t = small.trainer(dtype="bfloat16", expert_dim=16, layers=2)
+    tokens: list[int] = []
+    t.model.head.register_forward_pre_hook(lambda _m, args: tokens.append(args[0].shape[1]))
+    expected = whole_forward(t, small.tokens(0))
+    routing = AnticipatoryRouting(t.model, 0, forward=lambda _m, ids: compiled(ids[:, :-1]))
+    compiled = torch.compile(t.model, backend="eager", fullgraph=True)
+    captured = routing._capture(small.tokens(0))
+    assert captured is not None
+    assert all(torch.equal(a.long(), b) for a, b in zip(captured.take(), expected, strict=True))
+    with torch.no_grad():
+        compiled(small.tokens(0)[:, :-1])
+    assert tokens == [small.SEQUENCE, 1, small.SEQUENCE]
 
 
 # -- where training is not in float32, not in one piece, not kept ------------------------------
