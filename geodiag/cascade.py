@@ -186,7 +186,8 @@ def _path(window: Judged, origin: Candidate | None, found: list[Candidate], seen
     """The first onset of each stage and layer from the origin on, then the loss."""
     knots: dict[tuple[Stage, int | None], Onset] = {}
     if origin is not None:
-        for c in [origin, *(c for c in found if origin.before(c))]:
+        until = int(np.searchsorted(window.step_S, seen.onset)) if seen.spike is not None else len(window.step_S)
+        for c in [origin, *(c for c in found if origin.before(c) and c.start <= until)]:
             stage, layer, site, _, _ = _verdict(window, c)
             row = rows_of(window, c, stage, most=1)
             if not row or (stage, layer) in knots or (layer is None and c is not origin):
