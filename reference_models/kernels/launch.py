@@ -38,10 +38,9 @@ def two_parts(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.is_cuda
 
 
-@torch.compiler.assume_constant_result
 def has_copy_engine(device: torch.device) -> bool:
     """Whether the device copies tiles by itself (TMA): Hopper or later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9
 
 
 def copies_tiles(*tensors: Tensor | None) -> bool:
