@@ -138,7 +138,8 @@ class Baseline:
 
     def _settle(self, few: np.ndarray, x: np.ndarray, surprise: np.ndarray) -> None:
         """What stayed out of range long enough, for its age, is the new normal."""
-        stayed = self._out[few] >= np.clip(self._count[few] ** 2 // 160, 3, self.patience)
+        age = self._count[few] - self._out[few]  # when it left its range: the younger, the sooner
+        stayed = self._out[few] >= np.clip(age**2 // 160, 3, self.patience)
         if stayed.any():
             mine, was = few[stayed], self.spread[few[stayed]]
             self.level[mine], self.slope[mine] = x[stayed], 0.0
