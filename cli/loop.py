@@ -207,7 +207,7 @@ def _plan(options: Options, device: "torch.device") -> tuple[Any, Any, Any]:
         config = replace(
             config,
             vocab=max(config.vocab, corpus.vocab),
-            recompute=options.recompute or config.recompute,
+            recompute=options.recompute or config.recompute,  # type: ignore[arg-type]
             dtype=config.dtype if device.type == "cuda" else "float32",
         )
         train = TrainConfig(
