@@ -108,10 +108,11 @@ def attach(
     run = ranks.begin(create, attempt_of=lambda made: made.attempt, undo=lambda made: made.close("failed"))
     if not quiet and ranks.rank == 0:
         print(_introduction(layout, path), file=sys.stderr, flush=True)
+    monitor = None
     try:
         if snapshots is not None:
             snapshots.keep_in(Path(path), ranks.rank)
-        return Monitor(
+        monitor = Monitor(
             model,
             optimizers,
             run,
@@ -119,14 +120,17 @@ def attach(
             routing=routing,
             controller=Controller(policy=policy, delay_steps=routing.delay_steps if routing else 0),
             snapshots=snapshots,
-            resume=resume,
             plan=plan,
             first_step=first_step,
             ranks=ranks,
         )
+        monitor.begin(resume)
     except BaseException as e:  # also Ctrl-C: a run whose watch never began must not say that it runs
-        run.close("interrupted" if isinstance(e, KeyboardInterrupt) else "failed")
+        if snapshots is not None:
+            snapshots.close()
+        (monitor or run).close("interrupted" if isinstance(e, KeyboardInterrupt) else "failed")
         raise
+    return monitor
 
 
 def _check_means(policy: Policy, routing: Rerouting | None, snapshots: Snapshots | None) -> None:

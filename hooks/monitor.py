@@ -43,7 +43,6 @@ class Monitor:
         routing: Rerouting | None,
         controller: Controller,
         snapshots: Snapshots | None,
-        resume: bool,
         plan: Plan,
         first_step: int,
         ranks: Ranks | None = None,
@@ -51,6 +50,7 @@ class Monitor:
         self._ranks = ranks or Ranks()
         self.model, self.run, self.layout = model, run, layout
         self.next_step = first_step
+        dials = Dials(optimizers, layout, controller.policy)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._recorder = Recorder(run, layout, self._device, self._ranks)
         together = 1 if self._ranks.alone else self._ranks.world
@@ -64,16 +64,19 @@ class Monitor:
             routing,
             controller,
             self.event,
-            Dials(optimizers, layout, controller.policy),
+            dials,
             snapshots=lambda: self._concert.common(self._rollback.steps),
             go_back=self._go_back,
         )
         self._concert = Concert(self._ranks, self.steering, RequestWatch(Path(run.url)))
         self._measured.replaying = lambda: self.steering.replaying
-        resumed = self._rollback.resume({"monitor": self}, resume)
-        self._stand_before(first_step if resumed is None else resumed)
-        self.steering.begin(self.next_step, run.attempt, resumed is not None)
         atexit.register(self.close, "interrupted")
+
+    def begin(self, resume: bool) -> None:
+        """Before the first step: goes to the newest snapshot on disk, where that is wanted and there is one."""
+        resumed = self._rollback.resume({"monitor": self}, resume)
+        self._stand_before(self.next_step if resumed is None else resumed)
+        self.steering.begin(self.next_step, self.run.attempt, resumed is not None)
 
     def batches(self, source: Iterable[Any]) -> Iterator[Any]:
         """The batches of `source` in order, as the routing wants them, and once more after a rollback."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -414,3 +415,4 @@ def test_a_resume_that_does_not_fit_is_refused_with_the_fix(tmp_path: Path) -> N
     with pytest.raises(geodiag.GeodiagError, match=r"cannot resume from step 15: .* is unreadable"):
         Live(tmp_path / "run", **options, routing=ahead(3), resume=True)
     assert geodiag.open_run(tmp_path / "run").status() == "failed"
+    assert not [t for t in threading.enumerate() if t.name.startswith("geodiag")], "no thread is left"
