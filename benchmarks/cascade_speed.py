@@ -6,6 +6,7 @@ Every signal of every layer and expert is noise around a drift of its own; befor
 activations grow, the residual stream follows, and then the loss. The writer is a training's own.
 """
 
+import os
 import resource
 import shutil
 import statistics
@@ -96,8 +97,15 @@ def measure(path: Path, times: int) -> dict[str, Any]:
         began = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
         seconds.append(time.perf_counter() - began)
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return {"seconds": statistics.median(seconds), "each": seconds, "bytes": memory}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = (used.ru_utime + used.ru_stime) / times
+    return {
+        "seconds": statistics.median(seconds),
+        "each": seconds,
+        "cpu_seconds": busy,
+        "bytes": used.ru_maxrss * 1024,
+        "load": os.getloadavg()[0],
+    }
 
 
 def page(result: dict[str, Any]) -> str:
@@ -108,8 +116,10 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"{asked['steps']:,} steps of {asked['layers']} layers and {asked['experts']} experts, "
         f"{result['run_bytes'] / 1e9:.1f} GB, two spikes.",
-        f"`geodiag cascade RUN --json`, median of {asked['times']}: **{result['seconds']:.1f} s**, "
-        f"{result['bytes'] / 1e6:.0f} MB at most.",
+        f"`geodiag cascade RUN --json`, {asked['times']} times: **{result['cpu_seconds']:.1f} s** of processor time, "
+        f"{result['bytes'] / 1e6:.0f} MB at most;",
+        f"on the clock {min(result['each']):.1f} s at best, {result['seconds']:.1f} s in the median, "
+        f"while the machine had a load of {result['load']:.0f}.",
         "",
         where(result),
         "",
