@@ -1,6 +1,7 @@
 """The cascade view in a real browser: chosen, clicked, shared, followed while the training runs."""
 
 import re
+import shutil
 import time
 
 import pytest
@@ -120,6 +121,8 @@ def test_the_view_follows_a_training_and_shows_its_spike_when_it_comes(page, run
         assert page.url.endswith("/run/growing/cascade")
     finally:
         run.close()
+        page.goto(page.home)
+        shutil.rmtree(runs / "growing")  # the other tests count the runs
 
 
 def test_the_view_fits_a_narrow_window(page):
