@@ -149,8 +149,7 @@ class Taps:
         groups = _GROUPS_OF[kind]
 
         def sink(view: Callable[[], Any]) -> None:
-            # Where the kernels look at the flags themselves, one compiled graph serves every step.
-            idle = self._due.isdisjoint(groups) and not (self._told and torch.compiler.is_compiling())
+            idle = not self._one_graph() and self._due.isdisjoint(groups)
             if idle or not torch.is_grad_enabled() or where in self._broken:
                 return
             if keeps():
@@ -167,9 +166,12 @@ class Taps:
 
         return sink
 
+    def _one_graph(self) -> bool:
+        """Where kernels look at the flags themselves, one compiled graph serves every step, whatever is due."""
+        return bool(self._told) and torch.compiler.is_compiling()
+
     def _begin(self, *_: Any) -> None:
-        compiled = bool(self._told) and torch.compiler.is_compiling()
-        if (self.recording or compiled) and torch.is_grad_enabled():
+        if (self._one_graph() or self.recording) and torch.is_grad_enabled():
             if keeps():
                 self.finish()
                 self._recorded.clear()
@@ -187,7 +189,7 @@ class Taps:
 
     def _mix(self, place: int, told: bool, view: MixView) -> None:
         streams = view.streams_TNC
-        if streams.requires_grad and "streams" in self._due:
+        if streams.requires_grad and (self._one_graph() or "streams" in self._due):
             streams.register_hook(lambda grad: self._grad(place, grad))
         x = streams.detach()
         x_TNC = (x if self.layout.has_stream_axis else x.unsqueeze(-2)).flatten(0, -3)

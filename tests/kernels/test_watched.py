@@ -72,3 +72,30 @@ def test_recomputation_records_the_same(tmp_path: Path, recompute: str) -> None:
     kept, again = (recorded(tmp_path / r, "triton", recompute=r) for r in ("none", recompute))
     for table in ("layers", "experts", "matrices"):
         assert max(furthest(again.read(table), kept.read(table)).values()) < 1e-5, table
+
+
+@pytest.mark.slow
+def test_one_compiled_graph_serves_sampled_steps_and_others(tmp_path: Path) -> None:
+    """Kernels look at a flag on the device; nothing that a graph is guarded by changes with the cadence."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab=32, layers=1, hash_layers=0, channels=16, heads=2, head_dim=8, sequence=8, experts=4, expert_dim=16,
+        dtype="bfloat16", kernels="triton",
+    )  # fmt: skip
+    with torch.device(DEVICE):
+        model = Transformer(config)
+    trainer = Trainer(model, TrainConfig(steps=50, sequences=2, warmup=0, lr=1e-4))
+    ids = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    batch = Batch(0, ids[:, :-1], ids[:, 1:], ("x", "x"))
+    options = {"every": 2, "probe_every": 1 << 30, "probe": (batch.token_ids_BS,)}
+    with geodiag.attach(model, trainer.optimizers, tmp_path, quiet=True, **options) as monitor:
+        model.compile(backend="eager", fullgraph=True)
+        for step in range(3):
+            with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                done = trainer.step(batch)
+            monitor.step(done.loss, grad_norm=done.grad_norm, lr=done.lr)
+    rows = geodiag.open_run(tmp_path).read("layers")
+    assert sorted(set(rows["step"])) == [0, 2]
+    for name in ("amax_gain_fwd", "stream_amax", "branch_share", "transport_gain_bwd"):
+        assert rows[name].notna().all(), name
