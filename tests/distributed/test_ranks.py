@@ -24,8 +24,15 @@ PEACEFUL = (
     *("record:ddp", "unwatched:ddp", "record:fsdp", "unwatched:fsdp", "asked:ddp", "asked:fsdp", "one_nan:ddp"),
     *("broken_inside:ddp", "broken_inside:fsdp", "refused:folder", "refused:model", "apart:ddp"),
 )
-LOCAL = ("expert_norm_max_median", "expert_norm_min_median", "router_margin_p01", "router_margin_p10", "act_rms")
-"""A quantile, or a ratio of one rank's own: its mean over ranks is no sum of parts."""
+LOCAL = (
+    "data_shift",
+    "expert_norm_max_median",
+    "expert_norm_min_median",
+    "router_margin_p01",
+    "router_margin_p10",
+    "act_rms",
+)
+"""Of one rank's own tokens (a quantile, a ratio, a distance): the mean over ranks is not that of the whole batch."""
 SKIPPED = ("rank", "attempt", "step_seconds", "record_seconds", "probe_seconds")
 
 
@@ -33,13 +40,13 @@ SKIPPED = ("rank", "attempt", "step_seconds", "record_seconds", "probe_seconds")
 def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Rank]]:
     """All scenarios in which no rank dies, one after the other in one pair of processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    return folder, ranks(folder, *PEACEFUL, seconds=280)
+    return folder, ranks(folder, *PEACEFUL, seconds=290)
 
 
 @pytest.fixture(scope="module")
 def steered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Rank]]:
     folder = tmp_path_factory.mktemp("steered")
-    return folder, ranks(folder, "steer:ddp", "steer:fsdp", seconds=280)
+    return folder, ranks(folder, "steer:ddp", "steer:fsdp", seconds=290)
 
 
 @pytest.fixture(scope="module")
