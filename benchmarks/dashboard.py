@@ -211,7 +211,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         asked = {n: getattr(options, n) for n in ("steps", "layers", "experts", "times")}
         result = setting("dashboard", argv) | {"settings": asked, "run_bytes": size}
         result["pages"] = measure(home, options.steps, options.times)
-        result["live"] = follow(home, options.steps, 5)
+        with tempfile.TemporaryDirectory() as place:  # the run that was measured stays as it is
+            growing = Path(place) / home.name
+            shutil.copytree(home, growing)
+            result["live"] = follow(growing, options.steps, 5)
     finally:
         if options.run is None:
             shutil.rmtree(home.parent)
