@@ -22,7 +22,7 @@ def cascade(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory; a path or a URL. It may be training.")],
     spike: Annotated[
         int | None,
-        typer.Option(help="Number of the spike, 0 the first, -1 the last; or a step.  [default: all spikes]"),
+        typer.Option(help="Number of the spike, 0 the first, -1 the last; or a step.  (default: all spikes)"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object a spike.")] = False,
 ) -> None:

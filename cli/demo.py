@@ -25,7 +25,7 @@ _LINES = ("fault", "spike", "divergence", "nonfinite", "decision", "rollback", "
 def demo(
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the page at the end, or just end.")] = True,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes a free one.")] = 0,
-    run: Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/demo-TIME]")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run directory.  (default: runs/demo-TIME)")] = None,
 ) -> None:
     """Train a small model on real text, tear it on purpose, and see it found, answered and recovered."""
     from geodiag.cli.loop import Options, Training
