@@ -23,7 +23,8 @@ test: .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -rs $(ARGS)
+	# A worker a core, one thread each; a file's tests stay together, since they share what is slow to make.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/overhead.py $(ARGS)

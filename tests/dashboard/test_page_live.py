@@ -26,7 +26,10 @@ def training(tmp_path: Path) -> Iterator[Path]:
         yield folder
     finally:
         process.send_signal(2)
-        _, said = process.communicate(timeout=PATIENCE)
+        try:
+            _, said = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()  # does nothing to one that has ended
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert open_run(folder).status() == "interrupted"
