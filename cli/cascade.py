@@ -1,5 +1,6 @@
 """`geodiag cascade`: the cascade behind each spike, in words and as data."""
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -113,7 +114,8 @@ def _evidence(c: "Cascade") -> "RenderableType":
 def _evidence_row(e: "Evidence") -> tuple[str, ...]:
     z = "≥ 1000" if e.score >= 1000 else f"{e.score:.0f}"
     where = ", ".join(w for w in (f"step {e.step:,}", place(e.layer, e.site, e.expert)) if w)
-    return e.metric, number(e.value, e.unit), number(e.usual, e.unit), z, where
+    value = number(e.value, e.unit) if math.isfinite(e.value) else "not finite"
+    return e.metric, value, number(e.usual, e.unit), z, where
 
 
 def _verdict(c: "Cascade") -> "RenderableType":
@@ -123,6 +125,6 @@ def _verdict(c: "Cascade") -> "RenderableType":
         rows.append(f"[bold]fits[/]       [green]{c.defence}[/]")
     for other in c.alternatives[:2]:
         stage = other.stage if other.stage == "data" else f"stage {other.stage}"
-        where = place(other.layer, other.site, other.expert)
+        where = place(other.layer, other.site, other.expert) or "the batch"
         rows.append(f"[dim]or         {stage}, {where}, step {other.onset:,} ({other.confidence:.2f}): {other.why}[/]")
     return "\n".join(rows)

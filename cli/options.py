@@ -99,7 +99,7 @@ def resumed(path: Path, given: Mapping[str, Any]) -> Options:
         raise GeodiagError(f"{path} is still running; stop it first")
     if not snapshots_in(path):
         raise GeodiagError(f"{path} holds no snapshots; only a training with --rollback disk can be resumed")
-    fixed = sorted(n for n, v in given.items() if n not in CHANGEABLE and v != said.get(n))
+    fixed = sorted(n for n, v in given.items() if n not in CHANGEABLE and _listed(v) != said.get(n))
     if fixed:
         raise GeodiagError(f"a resumed training keeps its --{fixed[0].replace('_', '-')}; leave that out")
     known = {f.name for f in fields(Options)}
@@ -107,3 +107,8 @@ def resumed(path: Path, given: Mapping[str, Any]) -> Options:
     every = tuple(began.every) if isinstance(began.every, list) else (str(began.every),)  # a number, once
     began = replace(began, inject=tuple(began.inject), every=every, run=path, resume=True, rollback="disk")
     return replace(began, **{k: v for k, v in given.items() if k != "rollback"})
+
+
+def _listed(value: Any) -> Any:
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value

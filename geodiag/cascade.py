@@ -79,7 +79,7 @@ def _explained(run: Run, seen: Seen, known: Sequence[Seen]) -> Cascade:
     found = candidates(window, row, len(window.step_S) - 1)
     likely = origins([c for c in found if c.start <= last])
     but = caveats(run, window, seen, known)
-    if not likely and seen.spike is not None and window.first >= HISTORY // 2:
+    if not likely and seen.spike is not None and HISTORY // 2 <= window.first < len(window.step_S):
         slow = held_against(window)
         drifted = drifts(slow, row)
         if drifted:
@@ -96,7 +96,10 @@ def _told(run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: 
     stage, layer, site, expert, cause = _verdict(window, origin)
     rows: list[Evidence] = rows_of(window, origin, stage) if origin else []
     start = origin.start if origin else None
-    kink = causes.lr_kink(window, window.first, int(np.searchsorted(window.step_S, seen.onset)))
+    until = int(np.searchsorted(window.step_S, seen.onset))
+    # A learning rate that was raised long before anything moved is not what moved it.
+    began = until if start is None else start
+    kink = causes.lr_kink(window, max(window.first, began - causes.REACH), until)
     if kink is not None and not (origin and origin.start < kink.row and origin.strength > causes.OWN):
         stage, layer, site, expert, cause, start = None, None, None, None, "lr", kink.row
         rows = [_lr_evidence(window, kink), *rows]
@@ -109,14 +112,14 @@ def _told(run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: 
         layer=layer,
         site=site,
         expert=expert,
-        domain=causes.domain_of(run, window, onset_row) if cause == "data" else None,
+        domain=causes.domain_of(run, window, onset_row, seen.attempt) if cause == "data" else None,
         onset=onset,
         lead=None if onset is None else seen.onset - onset,
         cause=cause,
         confidence=_confidence(likely, sure=cause == "lr"),
         defence=defence_for(stage, cause, origin.place.part if origin else None, is_mhc(run)),
         evidence=tuple(rows),
-        alternatives=_alternatives(window, likely),
+        alternatives=_alternatives(window, likely, told=0 if cause == "lr" else 1),
         path=_path(window, origin, found, seen),
         words="",
         caveats=(),
@@ -158,10 +161,11 @@ def _confidence(likely: list[Candidate], sure: bool) -> float:
     return round(float(0.99 * margin * (1 - np.exp(-best.weight / 6))), 3)
 
 
-def _alternatives(window: Judged, likely: list[Candidate], most: int = 4) -> tuple[Alternative, ...]:
+def _alternatives(window: Judged, likely: list[Candidate], told: int, most: int = 4) -> tuple[Alternative, ...]:
+    """What may have been the origin instead; the first `told` of the candidates are the answer itself."""
     out: list[Alternative] = []
-    taken = {(likely[0].place.layer, likely[0].place.stage)} if likely else set()
-    for c in likely[1:]:
+    taken = {(c.place.layer, c.place.stage) for c in likely[:told]}
+    for c in likely[told:]:
         stage, layer, site, expert, _ = _verdict(window, c)
         if (c.place.layer, c.place.stage) in taken or len(out) == most:
             continue

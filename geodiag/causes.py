@@ -6,11 +6,14 @@ import numpy as np
 
 from geodiag.run import Run
 from geodiag.stage_map import Judged
+from geodiag.tracks import rows_of_attempt
 
 KINK = 1.3
 """A learning rate this many times what its schedule leads to is a kink."""
 _FULL = 0.3
 """Rise of a domain's share of the tokens that is no chance."""
+REACH = 24
+"""Steps that a learning rate may have been too high before the first layer, or else the loss, leaves its range."""
 OWN = 20.0
 """Strength from which a layer that moved before the learning rate did is the origin all the same."""
 
@@ -37,16 +40,16 @@ def lr_kink(window: Judged, first: int, last: int) -> Kink | None:
             continue
         led_to = max(last_lr + max(last_lr - before, 0.0), last_lr)
         if now > KINK * led_to:
-            return Kink(row=i, value=float(now), usual=float(last_lr))
+            return Kink(row=i, value=float(now), usual=float(led_to))
     return None
 
 
-def domain_of(run: Run, window: Judged, row: int, after: int = 5) -> str | None:
+def domain_of(run: Run, window: Judged, row: int, attempt: int | None, after: int = 5) -> str | None:
     """The domain that the batches from row `row` on are suddenly full of; None where none is, or none were named."""
     if row >= len(window.step_S):
         return None
     at, last = int(window.step_S[row]), int(window.step_S[min(row + after, len(window.step_S) - 1)])
-    rows = run.read_arrow("domains", ["step", "domain", "tokens"], (max(0, at - 64), last + 1))
+    rows = rows_of_attempt(run, "domains", ["domain", "tokens"], max(0, at - 64), last, attempt)
     step, tokens = rows["step"].to_numpy(), rows["tokens"].to_numpy()
     names = np.array(rows["domain"].to_pylist(), object)
     now, before = step >= at, step < at

@@ -44,10 +44,11 @@ class Candidate:
 def candidates(window: Judged, row: int, last: int) -> list[Candidate]:
     """Every excursion in the window that begins by row `last` and still goes on shortly before `row`, in time."""
     steps, found = window.step_S, []
+    onset = steps[row] if row < len(steps) else steps[-1] + 1 if len(steps) else 0
     for k, place in enumerate(window.places):
         for e in excursions(window.at_place_SK[:, k]):
             ended = steps[min(e.end, len(steps) - 1)] if e.end < len(steps) else np.inf
-            over = row < len(steps) and ended < steps[row] - LINK
+            over = ended < onset - LINK
             if window.first <= e.start <= last and e.strength >= LEAST and not over:
                 found.append(Candidate(place=place, start=e.start, strength=e.strength))
     return sorted(found, key=lambda c: (c.start, c.place.order))

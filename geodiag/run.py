@@ -215,10 +215,6 @@ class Run:
         """The run as it is on disk now."""
         return self if self._writer else Run.open(self._store.url)
 
-    def heartbeat_age(self) -> float | None:
-        """Seconds since the training last gave a sign of life."""
-        return alive.age(self._store.read_json("heartbeat.json"))
-
     def status(self) -> Status:
         """How the run stands now; a `running` whose process is gone is `interrupted`."""
         now = self.manifest if self._writer else self._store.read_json("run.json")

@@ -44,13 +44,13 @@ class Tracks:
 def read_tracks(run: Run, first: int, last: int, attempt: int | None = None) -> Tracks:
     """Steps `first` to `last` as a training of that attempt lived them; the newest attempt unless one is named."""
     parts, missing, ranks = [], [], 0
-    steps = _rows(run, "steps", ["loss", "grad_norm", "lr", "data_shift"], first, last, attempt)
+    steps = rows_of_attempt(run, "steps", ["loss", "grad_norm", "lr", "data_shift"], first, last, attempt)
     if not len(steps):
         missing.append("steps")
     for table in ("layers", "experts"):
         keys = ["layer", "site"] if table == "layers" else ["layer", "expert"]
         names = [name for t, name in SIGNALS if t == table]
-        rows = _rows(run, table, [*keys, *names], first, last, attempt)
+        rows = rows_of_attempt(run, table, [*keys, *names], first, last, attempt)
         if not len(rows):
             missing.append(table)
             continue
@@ -71,9 +71,10 @@ def read_tracks(run: Run, first: int, last: int, attempt: int | None = None) -> 
     return Tracks(step_S, series, np.concatenate(blocks, 1), outcome, missing, ranks)
 
 
-def _rows(run: Run, table: str, names: list[str], first: int, last: int, attempt: int | None) -> pa.Table:
+def rows_of_attempt(run: Run, table: str, names: list[str], first: int, last: int, attempt: int | None) -> pa.Table:
+    """Rows of a table, steps `first` to `last`, as that attempt lived them; the newest unless one is named."""
     keys = ["rank", "attempt", "step"]
-    names = [n for n in names if (table, n) in METRICS or n in ("layer", "site", "expert")]
+    names = [n for n in names if (table, n) in METRICS or n in ("layer", "site", "expert", "domain")]
     starts = known_starts(run.manifest)
     if attempt is None or not any(later > attempt for later in starts):
         return run.read_arrow(table, keys + names, (first, last + 1))
@@ -137,6 +138,8 @@ def _by_rank(
 
 def _outcome(steps: pa.Table, step_S: np.ndarray) -> dict[str, np.ndarray]:
     at = np.searchsorted(step_S, steps["step"].to_numpy())
+    rank = np.unique(steps["rank"].to_numpy(), return_inverse=True)[1]
+    alone = np.zeros(len(at), int)
     out = {}
     for name in ("loss", "grad_norm", "lr", "data_shift"):
         out[name] = np.full(len(step_S), np.nan)
@@ -144,5 +147,6 @@ def _outcome(steps: pa.Table, step_S: np.ndarray) -> dict[str, np.ndarray]:
             column = steps[name]
             value = column.to_numpy().astype(np.float64)
             value[column.is_valid().to_numpy() & np.isnan(value)] = np.inf
-            out[name][at] = value
+            how = METRICS["steps", name].ranks
+            out[name] = _by_rank(value, rank, at, alone, (len(step_S), 1), how)[:, 0]
     return out

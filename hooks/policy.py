@@ -8,12 +8,6 @@ from geodiag.spikes import Spike
 
 Mode = Literal["off", "auto", "on"]
 MODES = ("off", "auto", "on")
-TRIGGERS = {
-    "spike": "a spike or a divergence of the loss",
-    "warning": "an early warning, before the loss moves",
-    "schedule": "the steps START to END-1, written schedule:START-END",
-}
-"""Everything that can start a period."""
 ACTIONS = {
     "rollback": "back to the newest snapshot from before the onset",
     "skip-batch": "the batches of the onset are left out when training comes by again; needs rollback",

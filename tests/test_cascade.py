@@ -121,6 +121,27 @@ def test_a_learning_rate_off_its_schedule_is_named_and_no_layer_is_blamed(tmp_pa
     assert "learning rate" in found.words
 
 
+def test_where_the_learning_rate_is_the_answer_the_likeliest_layer_is_the_first_alternative(tmp_path: Path) -> None:
+    lr = np.full(300, 1e-3)
+    lr[226:] *= 20
+    found = explain(expert_fault(lr=lr).write(tmp_path / "run"))
+    assert found.cause == "lr"
+    assert (found.alternatives[0].stage, found.alternatives[0].layer, found.alternatives[0].expert) == (1, 2, 3)
+
+
+def test_a_learning_rate_that_was_raised_long_before_is_not_blamed(tmp_path: Path) -> None:
+    lr = np.where(np.arange(300) < 150, 1e-3, 1.5e-3)
+    found = explain(expert_fault(lr=lr).write(tmp_path / "run"))
+    assert (found.cause, found.stage, found.layer, found.onset) == ("layer", 1, 2, 230)
+
+
+def test_a_rising_schedule_is_said_by_where_it_led(tmp_path: Path) -> None:
+    lr = np.linspace(1e-4, 3e-2, 300)
+    lr[240:] = 0.2
+    found = explain(Planted(lr=lr).write(tmp_path / "run"))
+    assert found.evidence[0].usual == pytest.approx(2 * lr[239] - lr[238])
+
+
 def test_a_warm_up_is_no_kink(tmp_path: Path) -> None:
     lr = np.minimum(np.arange(1, 301) / 290, 1.0) * 1e-3
     found = explain(expert_fault(lr=lr).write(tmp_path / "run"))

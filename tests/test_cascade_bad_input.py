@@ -11,6 +11,8 @@ from geodiag.cascade import cascades, explain, stage_map
 from geodiag.errors import GeodiagError
 from geodiag.events import Event
 from geodiag.run import Run
+from geodiag.spike_event import Spike
+from geodiag.tracks import read_tracks
 from tests.planted import Planted
 from tests.test_cascade import expert_fault
 
@@ -134,6 +136,27 @@ def test_ranks_that_left_nothing_are_said(tmp_path: Path) -> None:
     found = explain(tmp_path / "run")
     assert (found.stage, found.layer) == (1, 2)
     assert any("2 of 4 ranks" in c for c in found.caveats)
+
+
+def test_no_rank_hides_what_another_one_saw(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", world_size=2)
+    run.append("steps", {"step": [0, 1], "loss": [2.0, 2.0], "lr": [1e-3, 1e-3], "data_shift": [0.5, 0.5]})
+    second = Run.create(tmp_path / "run", rank=1, world_size=2, attempt=0)
+    second.append("steps", {"step": [0, 1], "loss": [2.0, 4.0], "data_shift": [0.1, 0.1]})
+    second.close()
+    run.close()
+    outcome = read_tracks(Run.open(tmp_path / "run"), 0, 1).outcome
+    assert outcome["lr"].tolist() == pytest.approx([1e-3, 1e-3])
+    assert outcome["data_shift"].tolist() == pytest.approx([0.3, 0.3])
+    assert outcome["loss"].tolist() == pytest.approx([2.0, 3.0])
+
+
+def test_a_spike_long_after_the_last_readable_row_is_answered(tmp_path: Path) -> None:
+    run = Planted(steps=300, spike=None).write(tmp_path / "run")
+    late = Spike(kind="spike", detected=410, onset=400, peak=402, end=None, score=9.0)
+    found = explain(run, late)
+    assert (found.onset, found.layer) == (None, None)
+    assert found.caveats
 
 
 def test_a_run_that_is_still_written_is_read_as_it_stands(tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ from geodiag.cascade import Cascade, Onset
 from geodiag.cascade_words import layers_in_words, measured, where
 from geodiag.dashboard.figures.style import Look, faded, upright
 
-_LABEL_PX = 40
-
 
 @dataclass
 class Place:
