@@ -11,6 +11,9 @@ from geodiag.hooks.adapters.base import Layout, Removable
 from geodiag.hooks.sharded import copies, local
 from geodiag.hooks.taps import Report
 
+_SETS = 64
+"""Sets of parameters that are remembered; where idle experts have no gradients, the set is new at every step."""
+
 
 class GradientNorms:
     """Squared norms by layer; the last place holds what belongs to no layer.
@@ -49,6 +52,8 @@ class GradientNorms:
             return
         try:
             params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+            if not params:  # an optimizer that idles says nothing
+                return
             norms = torch.stack(torch._foreach_norm([local(p.grad) for p in params])).float()
             layers, shares = self._places_of(params)
             self._squares[place] = torch.zeros_like(self._squares[place]).index_add_(0, layers, norms.square() * shares)
@@ -61,6 +66,8 @@ class GradientNorms:
         """Each parameter's layer and share, on the device; made once for each set of parameters with gradients."""
         key = tuple(id(p) for p in params)
         if key not in self._places:
+            if len(self._places) >= _SETS:
+                self._places.clear()
             layers = [self._layer.get(i, self._outside) for i in key]
             shares = [1 / copies(p, self._ranks) for p in params]
             self._places[key] = torch.tensor(layers, device=self._device), torch.tensor(shares, device=self._device)

@@ -100,6 +100,8 @@ class Monitor:
         A failure in here is reported once and swallowed: monitoring does not end a training. Of several ranks every
         one calls this for every step; GeodiagError where ranks that are steered together lost each other.
         """
+        if self._closed:  # the writer has ended; nothing would ever answer
+            return
         began = time.perf_counter()
         step, self.next_step = self.next_step, self.next_step + 1
         loss, grad_norm = whole(loss), whole(grad_norm)

@@ -153,7 +153,9 @@ class Rollback:
         if self.snapshots is None:
             return
         try:
-            if step is not None and self._tape is not None and self._at_rest and step not in self.snapshots.steps:
+            wanted = step is not None and self._tape is not None and self._at_rest and self.snapshots.where == "disk"
+            if wanted and step not in self.snapshots.steps:
+                assert step is not None
                 self.snapshots.wait()
                 self.take(step)
         finally:

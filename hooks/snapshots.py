@@ -14,7 +14,7 @@ from geodiag.hooks.adapters.base import Removable
 from geodiag.hooks.arena import Arena, bytes_of
 from geodiag.hooks.room import free_memory
 from geodiag.hooks.shelf import Shelf, folder_of
-from geodiag.hooks.state import RandomState, Stateful, put_back, put_together, state_of, take_apart
+from geodiag.hooks.state import RandomState, Stateful, local, put_back, put_together, state_of, take_apart
 
 Where = Literal["memory", "disk"]
 
@@ -71,7 +71,7 @@ class Snapshots:
         self._handles: list[Removable] = [
             t.register_step_pre_hook(lambda *_: self.settle()) for t in flat if isinstance(t, Optimizer)
         ]
-        self._check_budget(bytes_of(t for m in flat if isinstance(m, nn.Module) for t in m.parameters()))
+        self._check_budget(bytes_of(local(t) for m in flat if isinstance(m, nn.Module) for t in m.parameters()))
 
     def keep_in(self, run: Path, rank: int) -> None:
         """Where a training's snapshots go if they go to disk."""
