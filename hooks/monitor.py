@@ -241,10 +241,16 @@ class Monitor:
         atexit.unregister(self.close)
         self._measured.remove()
         self.steering.close()
-        last = self.next_step if status == "finished" else None
-        self._try("a snapshot", lambda: self._rollback.close(last))
+        self._try("a snapshot", lambda: self._rollback.close(self._last_snapshot(status)))
         self._recorder.close(status)
         self._ranks.leave()
+
+    def _last_snapshot(self, status: Status) -> int | None:
+        """The step to be kept at the end; none where nobody wants to go on from, such as within a spike."""
+        self._recorder.wait()
+        seen = self.last
+        calm = seen is None or not (seen.verdict.active or seen.verdict.raised)
+        return self.next_step if status == "finished" and calm else None
 
     def __enter__(self) -> "Monitor":
         return self
