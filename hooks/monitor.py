@@ -115,7 +115,7 @@ class Monitor:
         self._recorder.ensure(step)
         try:
             self._steer()
-        except Exception as e:
+        except Exception as e:  # nor must steering
             self._complain("steering", e)
         if self._concert.torn is not None:
             self._complain("what the other ranks saw", RuntimeError(self._concert.torn))
@@ -221,9 +221,10 @@ class Monitor:
         """The controller goes on with the policy that it has now."""
         self.next_step = state["next_step"]
         self._recorder.observer.load_state_dict(state)
-        policy = self.steering.controller.policy
-        self.steering.controller.load_state_dict(state["controller"])
-        self.steering.controller.policy = policy
+        controller = self.steering.controller
+        policy = controller.policy
+        controller.load_state_dict(state["controller"])
+        self.steering.was, controller.policy = controller.policy.mode, policy
 
     @property
     def routing(self) -> Rerouting | None:

@@ -85,8 +85,10 @@ class Shelf:
     def _busy(self) -> bool:
         return self._under_way is not None and not self._under_way.done()
 
-    def put(self, step: int, tree: Any, aside: dict[str, Any], tensors: dict[str, Tensor], arena: Arena) -> None:
-        """Writes in a thread. `tensors` are the arena's, which is left alone until the shelf is `free` again."""
+    def put(
+        self, step: int, tree: Any, aside: dict[str, Any], tensors: dict[str, Tensor], arena: Arena, most: int
+    ) -> None:
+        """Writes in a thread, and then keeps at most so many. The tensors' arena is left alone until it is `free`."""
 
         def write() -> None:
             arena.wait()
@@ -98,6 +100,8 @@ class Shelf:
                 dcp.save(state, storage_writer=writer, no_dist=True)
                 half.rename(self.folder / f"step-{step:08d}")
                 self._there.add(step)
+                for old in sorted(self._there)[:-most]:
+                    self._remove(old)
             except BaseException as e:
                 shutil.rmtree(half, ignore_errors=True)  # half a snapshot would hold the space that is missing
                 raise _refusal(e) from None

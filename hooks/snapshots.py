@@ -99,12 +99,13 @@ class Snapshots:
         tree, tensors = take_apart({name: state_of(thing) for name, thing in self._things.items()})
         size = bytes_of(tensors.values())
         budget = self._check_budget(size)
+        most = min(self.keep, max(budget // size, 1))
         if self._shelf is not None:
-            self._shelf.room_for(min(self.keep, max(budget // size, 1)) - 1)
+            self._shelf.room_for(max(most - 1, 1))  # the last one stays until the next is whole
             self._recycle(0)
         else:
             # The oldest makes room first: the budget holds at every moment.
-            self._recycle(min(self.keep, max(budget // size, 1)) - 1)
+            self._recycle(most - 1)
         arena = self._arena(size)
         # Buffers may change in the next forward, weights and optimizer state only when the optimizer steps.
         names, buffers = list(tensors), self._buffers()
@@ -113,7 +114,7 @@ class Snapshots:
         taken = _Snapshot(step, tree, arena, aside)
         self._taken.append(taken)
         if self._shelf is not None:
-            self._shelf.put(step, tree, aside, dict(zip(names, arena.tensors, strict=True)), arena)
+            self._shelf.put(step, tree, aside, dict(zip(names, arena.tensors, strict=True)), arena, most)
         return True
 
     def _buffers(self) -> set[str]:
@@ -133,7 +134,7 @@ class Snapshots:
 
     def _check_budget(self, size: int) -> int:
         """The budget. GeodiagError where `size` is more."""
-        budget = self._max_bytes if self._max_bytes is not None else self._half()
+        budget = self._max_bytes if self._max_bytes is not None else self._half(size)
         if size > budget:
             where = "on disk" if self.where == "disk" else "in memory"
             fix = "take fewer bytes elsewhere or keep them on disk" if self.where == "memory" else "free some disk"
@@ -142,11 +143,12 @@ class Snapshots:
             )
         return budget
 
-    def _half(self) -> int:
+    def _half(self, size: int) -> int:
         mine = sum(s.arena.size for s in self._taken) + sum(a.size for a in self._spare)
         if self.where == "memory":
             return (free_memory() + mine) // 2
-        return shutil.disk_usage(self._shelf.folder if self._shelf else Path.cwd()).free // 2
+        free = shutil.disk_usage(self._shelf.folder if self._shelf else Path.cwd()).free
+        return (free + size * len(self.steps if self._shelf else [])) // 2
 
     # -- going back --------------------------------------------------------------------------
 

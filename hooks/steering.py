@@ -3,12 +3,14 @@
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from geodiag.control import Request
 from geodiag.hooks.actions import Dials
 from geodiag.hooks.controller import Controller, Decision
 from geodiag.hooks.observer import Observation
+from geodiag.hooks.policy import Mode as PolicyMode
 from geodiag.hooks.rerouting import Mode, Rerouting
 
 
@@ -39,6 +41,8 @@ class Steering:
     ) -> None:
         self.routing, self.controller, self.dials, self._tell = routing, controller, dials, tell
         self._snapshots, self._go_back = snapshots, go_back
+        self.was: PolicyMode | None = None
+        """The mode of the policy that a resumed training was saved with."""
         self.gave_up = False
         """Whether looking ahead failed lately: the other ranks must hear of it."""
         if routing is not None:
@@ -62,6 +66,11 @@ class Steering:
         self._tell_attempt(
             attempt, f"resumed from the snapshot of step {step}: attempt {attempt}" if resumed else began
         )
+        wanted = self.controller.policy
+        if resumed and self.was is not None and self.was != wanted.mode:
+            # Another mode than it was saved with is as if somebody had asked for it now.
+            self.controller.policy = replace(wanted, mode=self.was)
+            self._carry_out(self.controller.ask(wanted.mode, step), step)
         policy, under_way = self.controller.policy, self.controller.until is not None
         if not resumed:
             self._carry_out(self.controller.begin(step), step)

@@ -276,6 +276,26 @@ def test_a_full_disk_is_said_once_and_leaves_nothing_half(tmp_path: Path, monkey
     snapshots.close()
 
 
+def test_the_last_snapshot_on_disk_stays_until_the_next_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots = geodiag.Snapshots(nn.Linear(2, 2), where="disk", keep=1)
+    snapshots.keep_in(tmp_path, rank=0)
+    folder, seen, write = tmp_path / "snapshots/rank-0", [], FileSystemWriter.write_data
+
+    def watched(*args: Any, **more: Any) -> Any:
+        seen.append(sorted(p.name for p in folder.glob("step-*")))
+        return write(*args, **more)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", watched)
+    for step in (1, 2, 3):
+        assert snapshots.take(step, {})
+        snapshots.wait()
+    assert seen == [[], ["step-00000001"], ["step-00000002"]]
+    assert snapshots.steps == [3]
+    snapshots.close()
+
+
 @pytest.mark.parametrize("harm", ["cut", "gone"])
 def test_a_snapshot_that_was_damaged_says_what_to_do(tmp_path: Path, harm: str) -> None:
     model = nn.Linear(20, 20)

@@ -186,3 +186,26 @@ def test_after_the_run_is_closed_routing_goes_on_unrecorded(tmp_path: Path) -> N
         small.one_step(live.t, next(live.batches))
     assert live.routing.mode == "on"
     assert live.modes() == ["warmup"]
+
+
+@pytest.mark.parametrize(("saved", "now", "mode"), [("on", "off", "off"), ("off", "on", "on"), ("on", "on", "on")])
+def test_a_resumed_training_has_the_mode_that_it_is_given_now(tmp_path: Path, saved: str, now: str, mode: str) -> None:
+    def watched(resume: bool, policy: str) -> tuple[Monitor, Any]:
+        t = small.trainer("plain")
+        routing = AnticipatoryRouting(t.model, 2, forward=lambda m, ids: m(ids[:, :-1]))
+        snapshots = geodiag.Snapshots(t.model, t.optimizers, every=4, where="disk")
+        more = {"routing": routing, "snapshots": snapshots, "policy": Policy(mode=policy), "resume": resume}
+        monitor = small.watch(t, tmp_path / "run", **more)
+        batches = monitor.batches(small.tokens(step) for step in range(1000))
+        for _ in range(12):
+            small.one_step(t, next(batches), monitor)
+        return monitor, routing
+
+    first, _ = watched(False, saved)
+    first.close()
+    second, routing = watched(True, now)
+    second.close()
+    assert routing.mode == mode
+    rows = geodiag.open_run(tmp_path / "run").read_arrow("events", attempt="all").to_pylist()
+    asked = [r["message"] for r in rows if r["kind"] == "decision" and r["attempt"] == 1]
+    assert any(f"asked for: {now}" in m for m in asked) == (saved != now)
