@@ -73,8 +73,8 @@ class Monitor:
         atexit.register(self.close, "interrupted")
 
     def begin(self, resume: bool) -> None:
-        """Before the first step: goes to the newest snapshot on disk, where that is wanted and there is one."""
-        resumed = self._rollback.resume({"monitor": self}, resume)
+        """Before the first step: to the newest snapshot on disk that all ranks have, where that is wanted."""
+        resumed = self._rollback.resume({"monitor": self}, resume, self._ranks)
         self._stand_before(self.next_step if resumed is None else resumed)
         self.steering.begin(self.next_step, self.run.attempt, resumed is not None)
 

@@ -5,6 +5,7 @@ What the scenarios return is written to said-RANK.json.
 
 import json
 import os
+import shutil
 import signal
 import sys
 from datetime import timedelta
@@ -23,6 +24,7 @@ from geodiag.hooks import monitor as monitor_module
 from geodiag.hooks import ranks as ranks_module
 from geodiag.hooks.monitor import Monitor
 from geodiag.hooks.policy import Policy
+from geodiag.hooks.shelf import folder_of
 from geodiag.reference_models.data import Batch
 from geodiag.reference_models.train import TrainConfig, Trainer
 from geodiag.reference_models.transformer import Transformer
@@ -118,6 +120,38 @@ def steer(folder: Path, parallel: str) -> dict[str, Any]:
     return {"modes": modes, "losses": seen, "weights": weights}
 
 
+def resumed(folder: Path, option: str) -> dict[str, Any]:
+    """A training with snapshots of steps 8 and 12 on disk; something of rank 1's gets lost, and both are to go on."""
+    parallel, _, accident = option.partition("-")
+
+    def twelve(resume: bool) -> tuple[int, list[float]]:
+        t, losses = made(parallel), []
+        snapshots = geodiag.Snapshots(t.model, t.optimizers, t.progress, every=4, where="disk", keep=2)
+        with geodiag.attach(t.model, t.optimizers, folder / "run", snapshots=snapshots, resume=resume) as run:
+            began = run.next_step
+            for batch in run.batches(share(step) for step in range(13)):
+                t.accumulate(batch)
+                losses.append(float(t.update().loss))
+                run.step(losses[-1])
+                if run.next_step == 12:
+                    break
+        return began, losses
+
+    _, before = twelve(resume=False)
+    mine = folder_of(folder / "run", RANK)
+    if RANK == 1 and accident == "damaged":
+        for file in (mine / "step-00000012").glob("*.distcp"):
+            file.write_bytes(b"nothing")
+    elif RANK == 1:
+        shutil.rmtree(mine / "step-00000012" if accident == "newest" else mine)
+    dist.barrier()
+    try:
+        began, after = twelve(resume=True)
+    except GeodiagError as e:
+        return {"error": str(e)}
+    return {"began": began, "before": before, "after": after}
+
+
 def asked(folder: Path, parallel: str) -> dict[str, Any]:
     """Somebody asks rank 0's folder for routing on, and later off."""
     t = made(parallel)
@@ -204,14 +238,19 @@ def silent(folder: Path, policy: str) -> dict[str, Any]:
 
 
 def refused(folder: Path, what: str) -> dict[str, Any]:
-    """Rank 1 cannot begin: its folder is taken, or its model is another."""
+    """Rank 1 cannot begin: its folder is taken, there are snapshots of another training, or its model is another."""
+    snapshots = None
+    if what == "snapshots" and RANK == 1:
+        (folder_of(folder / "run", RANK) / "step-00000004").mkdir(parents=True)
     if what == "folder" and RANK == 1:
         (folder / "run").mkdir(parents=True, exist_ok=True)
         (folder / "run" / "journal").write_text("no folder")
     dist.barrier()
     t = made("apart", **({"experts": 6} if what == "model" and RANK == 1 else {}))
+    if what == "snapshots":
+        snapshots = geodiag.Snapshots(t.model, where="disk")
     try:
-        geodiag.attach(t.model, t.optimizers, folder / "run")
+        geodiag.attach(t.model, t.optimizers, folder / "run", snapshots=snapshots)
     except GeodiagError as e:
         return {"error": str(e)}
     return {}
