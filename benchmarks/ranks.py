@@ -103,7 +103,7 @@ def resumed(parallel: str, ranks: int, device: str, folder: Path, seconds: float
     kept = [snapshots_in(run, rank) for rank in range(ranks)]
     lost = folder_of(run, 1) / f"step-{kept[1][-1]:08d}"
     lost.rename(folder / "lost")
-    again = train(ranks, run, "--steps", "40", *options, "--resume", sequences=4 * ranks)
+    again = torchrun(ranks, "geodiag.cli", "train", "--resume", str(run), "--steps", "40", "--device", device)
     ended = call(again, folder / "again.log", ends - time.monotonic())
     rows = open_run(run).read("steps", ["rank", "attempt", "step"], attempt="all")
     begins = [int(rows[(rows["rank"] == r) & (rows["attempt"] == 1)]["step"].min()) for r in range(ranks)]
