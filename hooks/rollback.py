@@ -12,6 +12,9 @@ from geodiag.hooks.snapshots import Snapshots
 from geodiag.hooks.state import Stateful
 from geodiag.hooks.tape import Tape
 
+_OLD = 2
+"""Times the span of all snapshots: older ones, of a training that takes none any more, are not gone back to."""
+
 
 class Rollback:
     """Takes snapshots between steps, and brings a training back to one. Counts batches, so that they come again."""
@@ -71,8 +74,17 @@ class Rollback:
                 self.take(next_step)
         finally:
             if self._tape is not None:
-                kept = [self._positions[s][0] for s in self.steps]
-                self._tape.forget(min([*kept, self._tape.position]))
+                self._forget(next_step - _OLD * self.snapshots.every * self.snapshots.keep, self._tape)
+
+    def _forget(self, oldest: int, tape: Tape) -> None:
+        """Batches that no snapshot needs any more; and where none is taken any more, the snapshots before `oldest`."""
+        for step in [s for s in self._positions if s < oldest]:
+            del self._positions[step]
+        back_to = min(self.steps, default=None)
+        kept = tape.position if back_to is None else self._positions[back_to][0]
+        tape.forget(min(kept, tape.position))
+        while self._first and (step := next(iter(self._first))) < (oldest if back_to is None else back_to) - 1:
+            del self._first[step]
 
     def take(self, step: int) -> None:
         """Keeps the training as it is now, before `step`."""
@@ -91,7 +103,6 @@ class Rollback:
             self._note_position(step)
             oldest = min(self.snapshots.steps)
             self._positions = {s: p for s, p in self._positions.items() if s >= oldest}
-            self._first = {s: p for s, p in self._first.items() if s >= oldest - 1}
 
     def _note_position(self, step: int) -> None:
         if self._tape is not None:

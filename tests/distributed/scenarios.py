@@ -8,9 +8,11 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import geodiag
 from geodiag.errors import GeodiagError
+from geodiag.hooks import growth, metrics, probes
 from geodiag.hooks import monitor as monitor_module
 from geodiag.hooks import ranks as ranks_module
 from geodiag.hooks.monitor import Monitor
@@ -169,9 +172,9 @@ def asked(folder: Path, parallel: str) -> dict[str, Any]:
 
 
 def broken_inside(folder: Path, parallel: str) -> dict[str, Any]:
-    """On rank 1 everything in geodiag fails at the steps 3 to 5, and the probe on no rank."""
+    """On rank 1 everything in geodiag fails at the steps 3 to 5, but for the probes."""
     t = made(parallel)
-    run = geodiag.attach(t.model, t.optimizers, folder / "run", probe_every=50)
+    run = geodiag.attach(t.model, t.optimizers, folder / "run", probe_every=2)
     record = Monitor._record
 
     def fails(self: Monitor, step: int, *rest: Any) -> None:
@@ -184,6 +187,52 @@ def broken_inside(folder: Path, parallel: str) -> dict[str, Any]:
         losses = train(t, run, range(10))
     monitor_module.Monitor._record = record  # type: ignore[method-assign]
     return {"losses": losses}
+
+
+def broken_probe(folder: Path, parallel: str) -> dict[str, Any]:
+    """On rank 1 every probe fails at its own place: in the look's hooks, between two layers' weights, in a forward."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("on purpose")
+
+    t = made(parallel)
+    every = dict.fromkeys(("tear", "curvature", "perturbation", "spectral_norm_router", "spectral_norm_gate"), 2)
+    with (
+        geodiag.attach(t.model, t.optimizers, folder / "run", probe_every=2, every=every) as run,
+        ExitStack() as patches,
+    ):
+        places = [(probes, "tear"), (probes, "curvature"), (growth, "_moved"), (metrics, "power_step")]
+        for module, name in [*places, (metrics, "margins")] if RANK == 1 else []:
+            patches.enter_context(mock.patch.object(module, name, fails))
+        return {"losses": train(t, run, range(6))}
+
+
+def halfway(folder: Path, what: str) -> dict[str, Any]:
+    """Rank 1 cannot end a forward that geodiag runs on sharded weights: of a probe, or of a capture."""
+    t = made("fsdp")
+    routing = geodiag.AnticipatoryRouting(t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS))
+
+    def fails(*_: Any) -> None:
+        if t.steps_done >= 3 and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("on purpose")
+
+    if RANK == 1:
+        t.model.blocks[1].moe.register_forward_pre_hook(fails)
+    run = geodiag.attach(
+        t.model, t.optimizers, folder / "run", routing=routing, probe_every=3 if what == "probe" else 50
+    )
+    error = None
+    try:
+        with run:
+            for batch in routing.batches(share(step) for step in range(12)):
+                if what == "capture" and batch.step == 2:
+                    routing.enable()
+                t.accumulate(batch)
+                done = t.update()
+                run.step(done.loss)
+    except GeodiagError as e:
+        error = str(e)
+    return {"error": error}
 
 
 def one_nan(folder: Path, parallel: str) -> dict[str, Any]:

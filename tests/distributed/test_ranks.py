@@ -22,7 +22,7 @@ from tests.distributed.launch import Rank, ranks
 
 PEACEFUL = (
     *("record:ddp", "unwatched:ddp", "record:fsdp", "unwatched:fsdp", "asked:ddp", "asked:fsdp", "one_nan:ddp"),
-    *("broken_inside:ddp", "broken_inside:fsdp", "apart:ddp"),
+    *("broken_inside:ddp", "broken_inside:fsdp", "broken_probe:ddp", "broken_probe:fsdp", "apart:ddp"),
     *("refused:folder", "refused:model", "refused:snapshots"),
     *("resumed:ddp-newest", "resumed:fsdp-newest", "resumed:ddp-damaged", "resumed:ddp-all"),
 )
@@ -202,7 +202,33 @@ def test_a_failure_inside_geodiag_on_one_rank_hangs_no_rank(together: tuple[Path
     steps = run_of(together, f"broken_inside:{parallel}").read("steps")
     assert steps[steps["rank"] == 0]["step"].tolist() == list(range(10))
     assert steps[steps["rank"] == 1]["step"].tolist() == [0, 1, 2, 6, 7, 8, 9]
-    assert together[1][1].heard.count("ZeroDivisionError") == 2, "said once a training"
+    assert together[1][1].heard.count("the end of a step: ZeroDivisionError") == 2, "said once a training"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_probes_that_fail_on_one_rank_leave_no_collective_to_the_others(
+    together: tuple[Path, list[Rank]], parallel: str
+) -> None:
+    for broken, bare in zip(
+        both(together, f"broken_probe:{parallel}"), both(together, f"unwatched:{parallel}"), strict=True
+    ):
+        assert broken["losses"] == bare["losses"]
+    layers = run_of(together, f"broken_probe:{parallel}").read("layers")
+    probed = layers[layers["step"] == 4]
+    for name in ("tear", "curvature", "perturbation_growth", "spectral_norm_router", "spectral_norm_gate"):
+        seen = probed.groupby("rank")[name].count()
+        assert (seen[0] > 0, seen[1]) == (True, 0), name
+
+
+@pytest.mark.parametrize(("what", "steps_done"), [("probe", 4), ("capture", 3)])
+def test_a_rank_that_cannot_end_a_forward_on_sharded_weights_ends_the_training(
+    tmp_path: Path, what: str, steps_done: int
+) -> None:
+    first, second = ranks(tmp_path, f"halfway:{what}")
+    assert "OutOfMemoryError: on purpose" in second.said[f"halfway:{what}"]["error"]
+    assert first.said[f"halfway:{what}"]["error"], "the other's end is noticed"
+    steps = geodiag.open_run(tmp_path / f"halfway:{what}" / "run").read("steps", ["rank", "step"])
+    assert steps[steps["rank"] == 1]["step"].tolist() == list(range(steps_done)), "a probe's own step too"
 
 
 @pytest.mark.parametrize(
