@@ -4,16 +4,18 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from geodiag.cli.loop import Training
 from geodiag.cli.options import Options
+from geodiag.hooks import probes
 
 PARALLEL = ("ddp", "fsdp")
 COMPARED = 12
@@ -35,13 +37,21 @@ def measure(out: Path, device: str, size: str, sequences: int, steps: int) -> No
 
 
 def same(options: Options, out: Path) -> dict[str, Any]:
-    """Losses with geodiag and without, and once more without: what the second pair differs by is not geodiag's."""
+    """Losses with geodiag and without; once more without, by which the machine differs from itself; and with probes
+    that fail on one rank, which must neither hang the others nor change anything."""
     watched = losses(replace(options, run=out / "watched", probe_every=4), watched=True)
     bare, again = (losses(replace(options, run=out / name), watched=False) for name in ("bare", "again"))
-    apart = [max(abs(a - b) for a, b in zip(bare, other, strict=True)) for other in (watched, again)]
+    with mock.patch.object(probes, "tear", _fails) if dist.get_rank() == 1 else nullcontext():
+        broken = losses(replace(options, run=out / "broken", probe_every=4), watched=True)
+    found = {"with_geodiag": watched, "without_again": again, "with_a_broken_probe": broken}
+    apart = [max(abs(a - b) for a, b in zip(bare, other, strict=True)) for other in found.values()]
     worst = torch.tensor(apart, device=_device_of_collectives())
     dist.all_reduce(worst, dist.ReduceOp.MAX)
-    return {"steps": len(bare), "with_geodiag": worst[0].item(), "without_again": worst[1].item()}
+    return {"steps": len(bare)} | dict(zip(found, worst.tolist(), strict=True))
+
+
+def _fails(*_: Any) -> Any:
+    raise ArithmeticError("on purpose, on one rank")
 
 
 def losses(options: Options, watched: bool) -> list[float]:

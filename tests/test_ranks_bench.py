@@ -80,8 +80,8 @@ def test_what_hung_failed_or_lost_steps_is_said_in_capitals() -> None:
 def test_equal_losses_are_the_same_bits_and_others_are_numbers() -> None:
     cost = {"bare_ms": 10.0, "watched_ms": 11.0, "peak_gb": None}
     worker = {p: {"cost": cost, "backend": "nccl"} for p in ("ddp", "fsdp")}
-    worker["ddp"]["same"] = {"with_geodiag": 0.0, "without_again": 0.0}
-    worker["fsdp"]["same"] = {"with_geodiag": 1e-7, "without_again": 0.0}
+    same = {"with_geodiag": 0.0, "without_again": 0.0, "with_a_broken_probe": 0.0}
+    worker["ddp"]["same"], worker["fsdp"]["same"] = same, same | {"with_geodiag": 1e-7}
     page = markdown(result(worker=worker))
-    assert "| ddp, nccl | the same bits | the same bits | 10.0 ms | 11.0 ms | +10.0 % |" in page
-    assert "| fsdp, nccl | 1.0e-07 | the same bits |" in page
+    assert "| ddp, nccl | the same bits | the same bits | the same bits | 10.0 ms | 11.0 ms | +10.0 % |" in page
+    assert "| fsdp, nccl | 1.0e-07 | the same bits | the same bits |" in page
