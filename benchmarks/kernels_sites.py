@@ -68,7 +68,7 @@ def chained_site(flag: Tensor | None = None) -> Site:
         mix, link, _ = mhc_before_linked(x, phi, alpha, bias, flag=flag, projected=given[x.data_ptr()])
         assert mix.post_TN is not None
         assert mix.res_TNN is not None
-        return mix.inner_TC, mhc_after_project(x, f, mix.post_TN, mix.res_TNN, link, phi, flag).streams_TNC
+        return mix.inner_TC, mhc_after_project(x, f, mix.post_TN, mix.res_TNN, link, phi, flag)[0]
 
     return site
 

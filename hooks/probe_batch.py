@@ -31,7 +31,7 @@ class ProbeBatch:
     @property
     def ready(self) -> bool:
         """Whether there is a batch to probe with."""
-        return bool(self._args or self._kwargs)
+        return len(self._args) + len(self._kwargs) > 0
 
     def meet(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward of the training: its autocast is the probe's too, and without a batch this one is taken,

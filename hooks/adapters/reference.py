@@ -104,7 +104,7 @@ def _router(layer: int, router: Router) -> RouterSite:
         bias=lambda: None if hashed else router.balance,
         rescore=affinity,
         chosen=lambda out: Choice(out.expert_ids_TK, out.weights_TK),
-        replay=lambda out, ids: router.weighed(out.scores_TE, ids),
+        replay=lambda out, ids: router.weighed(out.logits_TE, ids),
     )
 
 

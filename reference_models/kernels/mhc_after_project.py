@@ -1,7 +1,5 @@
 """The streams after a site, and in the same pass their projection for the next site: the stream is read once less."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,7 @@ from geodiag.reference_models.kernels.launch import (
     tiles,
     two_parts,
 )
-from geodiag.reference_models.kernels.mhc_after import after_grad, keep, mhc_after_linked
+from geodiag.reference_models.kernels.mhc_after import after_grad, keep
 from geodiag.reference_models.kernels.mhc_after_project_device import after_project, split_rows
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number
@@ -100,16 +98,6 @@ def _grad(ctx, grad, _stats, _part):
 _mhc_after_project.register_autograd(_grad, setup_context=keep)
 
 
-class Projected(NamedTuple):
-    """The streams after a site."""
-
-    streams_TNC: Tensor
-    rows_TBF: Tensor
-    """As `mhc_after_linked` has them."""
-    projected: Tensor | None
-    """What the next site's `mhc_before_linked` takes with these streams and the same φ; None where nothing is fused."""
-
-
 def mhc_after_project(
     x_TNC: Tensor,
     branch_TC: Tensor,
@@ -118,10 +106,9 @@ def mhc_after_project(
     link: tuple[Tensor, Tensor] | None,
     next_phi: Tensor,
     flag: Tensor | None = None,
-) -> Projected:
-    """`mhc_after_linked`, and the projection of its streams by the next site's φ where the fused kernel serves them."""
-    if not fuses(x_TNC):
-        return Projected(*mhc_after_linked(x_TNC, branch_TC, post_TN, res_TNN, link, flag), None)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mhc_after_linked` of streams that it `fuses`; last, their projection by the next site's φ, which that site's
+    `mhc_before_linked` takes with these streams."""
     tokens, n, c = check_streams(x_TNC)
     lead = x_TNC.shape[:-2]
     check_shape("branch", branch_TC, (*lead, c))
@@ -138,4 +125,4 @@ def mhc_after_project(
         flag,
         next_phi.detach().contiguous(),
     )
-    return Projected(out.view_as(x_TNC), rows, part)
+    return out.view_as(x_TNC), rows, part
