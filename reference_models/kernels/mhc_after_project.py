@@ -19,6 +19,8 @@ from geodiag.reference_models.kernels.mhc_after_project_device import after_proj
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number
 
+TILE = (64, 32, 4, 3)
+"""Tokens, channels, warps and stages of the fused kernel by tiles, as measured on an H200 (docs/kernels.md)."""
 SLICES = 4
 """Partial sums of the projection: a constant, so that no shape depends on the number of tokens but by itself."""
 
@@ -57,7 +59,7 @@ def _mhc_after_project(
     split_rows[(cdiv(w, 64),)](phi, parts, w, K=k, KP=kp, BW=64, P=2 if two else 1, num_warps=4)
     # The copy engine wants 16-byte addresses, which only a view into the middle of something lacks.
     x, branch = (v if v.data_ptr() % 16 == 0 else v.clone() for v in (x, branch))
-    bt, bc = (64, 32) if two else (16, 32)
+    bt, bc, warps, stages = TILE if two else (16, 32, 4, 1)
     block = (bt, bc) if two else None
     after_project[(cdiv(t, bt) * SLICES,)](
         tiles(x, block),
@@ -79,8 +81,8 @@ def _mhc_after_project(
         BT=bt,
         BC=bc,
         TMA=two,
-        STAGES=3 if two else 1,
-        num_warps=4,
+        STAGES=stages,
+        num_warps=warps,
     )
     return out, stats, part
 
