@@ -20,22 +20,25 @@ from geodiag.reference_models.kernels.mhc_after_project_device import after_proj
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number
 
 TILE = (64, 32, 4, 3)
-"""Tokens, channels, warps and stages of the fused kernel by tiles, as measured on an H200 (docs/kernels.md)."""
-SLICES = 4
-"""Partial sums of the projection: a constant, so that no shape depends on the number of tokens but by itself."""
+"""Tokens, channels, warps and stages of the fused kernel by tiles, as measured on an H100 (docs/kernels.md)."""
+
+
+def slices(channels: int) -> int:
+    """Partial sums of the projection: the more, the better the last wave of programs fills the machine."""
+    return 8 if channels % (8 * TILE[1]) == 0 else 4
 
 
 def fuses(x_TNC: Tensor) -> bool:
     """Whether the fused kernel serves these streams: four of bfloat16 on a Hopper GPU (and Triton's interpreter)."""
     n, c = x_TNC.shape[-2:]
-    served = x_TNC.dtype == torch.bfloat16 and n == 4 and c % (32 * SLICES) == 0
+    served = x_TNC.dtype == torch.bfloat16 and n == 4 and c % (TILE[1] * slices(c)) == 0
     return not x_TNC.is_cuda or (served and has_copy_engine(x_TNC.device))
 
 
 def _outputs(x: Tensor, measured: bool) -> tuple[Tensor, Tensor, Tensor]:
-    t, n, _ = x.shape
-    shape = mhc_stats.streams_shape(t if measured else 0, SLICES)
-    return torch.empty_like(x), floats(x, *shape), floats(x, SLICES, t, padded(n * n + 2 * n))
+    t, n, c = x.shape
+    shape = mhc_stats.streams_shape(t if measured else 0, slices(c))
+    return torch.empty_like(x), floats(x, *shape), floats(x, slices(c), t, padded(n * n + 2 * n))
 
 
 @torch.library.custom_op("geodiag::mhc_after_project", mutates_args=())
@@ -61,7 +64,7 @@ def _mhc_after_project(
     x, branch = (v if v.data_ptr() % 16 == 0 else v.clone() for v in (x, branch))
     bt, bc, warps, stages = TILE if two else (16, 32, 4, 1)
     block = (bt, bc) if two else None
-    after_project[(cdiv(t, bt) * SLICES,)](
+    after_project[(cdiv(t, bt) * slices(c),)](
         tiles(x, block),
         tiles(branch, block),
         post,
@@ -76,8 +79,8 @@ def _mhc_after_project(
         C=c,
         KP=kp,
         P=2 if two else 1,
-        S=SLICES,
-        SLICE=cdiv(cdiv(c, SLICES), bc) * bc,
+        S=slices(c),
+        SLICE=cdiv(cdiv(c, slices(c)), bc) * bc,
         BT=bt,
         BC=bc,
         TMA=two,

@@ -26,7 +26,7 @@ from geodiag.reference_models.kernels.sinkhorn import check_sinkhorn
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients
 
-PROJECT_TILE = (128, 64, 8, 4)
+PROJECT_TILE = (64, 128, 4, 3)
 """Tokens, width, warps and stages of `project_streams` by tiles, as measured on an H100 (docs/kernels.md)."""
 
 Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

@@ -20,7 +20,7 @@ from geodiag.reference_models.kernels.mhc_before_backward_device import add_up, 
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
 
-DX_TILE = (32, 64, 4, 2)
+DX_TILE = (64, 64, 8, 3)
 """Tokens, channels, warps and stages of `dx_dphi` by tiles, as measured on an H100 (docs/kernels.md)."""
 COEFFICIENTS = (16, 1)
 """Tokens and warps of a program of `coefficients`, likewise."""
