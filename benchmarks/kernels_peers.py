@@ -37,6 +37,9 @@ def transformer_engine_sinkhorn(directory: Path) -> Callable[[Tensor], Tensor]:
 def liger(directory: Path) -> Callable[..., tuple[Tensor, Tensor]]:
     """(x, phi, alpha, bias, f) → the block's input and the new streams, as its `LigerMHC` module calls its kernels."""
     _stand_in(directory, "liger_kernel", "liger_kernel.ops")
+    # All that its kernels ask of it, which looks for half a dozen other libraries first.
+    utils = sys.modules.setdefault("liger_kernel.utils", types.ModuleType("liger_kernel.utils"))
+    utils.infer_device = lambda: "cuda"  # type: ignore[attr-defined]
     from liger_kernel.ops import mhc
 
     def site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
