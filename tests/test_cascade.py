@@ -142,6 +142,19 @@ def test_a_rising_schedule_is_said_by_where_it_led(tmp_path: Path) -> None:
     assert found.evidence[0].usual == pytest.approx(2 * lr[239] - lr[238])
 
 
+def test_a_learning_rate_that_creeps_away_is_named_from_where_it_began(tmp_path: Path) -> None:
+    lr = 1e-3 * 1.06 ** np.maximum(np.arange(300) - 219, 0)
+    found = explain(expert_fault(lr=lr).write(tmp_path / "run"))
+    assert (found.cause, found.layer, found.onset) == ("lr", None, 220)
+    assert found.evidence[0].usual == pytest.approx(1e-3)
+
+
+def test_a_learning_rate_that_crept_up_long_before_is_not_blamed(tmp_path: Path) -> None:
+    lr = 1e-3 * 1.06 ** np.clip(np.arange(300) - 150, 0, 40)
+    found = explain(expert_fault(lr=lr).write(tmp_path / "run"))
+    assert (found.cause, found.layer) == ("layer", 2)
+
+
 def test_a_warm_up_is_no_kink(tmp_path: Path) -> None:
     lr = np.minimum(np.arange(1, 301) / 290, 1.0) * 1e-3
     found = explain(expert_fault(lr=lr).write(tmp_path / "run"))
