@@ -32,6 +32,7 @@ class Grade:
     """spike, warning, or None where neither was raised."""
     spiked: int | None = None
     """The onset of the loss spike."""
+    spike_kind: str | None = None
     warned: int | None = None
     """Step of the first early warning."""
     cascade: Cascade | None = None
@@ -85,6 +86,7 @@ class Grade:
             "effect_sigma": round(self.effect, 2),
             "seen": self.seen,
             "spike_onset": self.spiked,
+            "spike_kind": self.spike_kind,
             "warned": self.warned,
             "warning_lead": self.warning_lead,
             "lead": self.lead,
@@ -118,8 +120,8 @@ def grade(trial: Trial, folder: Path) -> Grade:
     said: dict[str, Any] = {"trial": trial, "effect": _effect(run, twin, planted, until)}
     said["before"] = false_alarms(run, planted)
     if spiked:
-        onset, first = spiked[0]["onset"], min(warned, default=None)
-        return Grade(**said, seen="spike", spiked=onset, warned=first, cascade=explain(run, onset))
+        onset, said["spike_kind"] = spiked[0]["onset"], spiked[0]["kind"]
+        return Grade(**said, seen="spike", spiked=onset, warned=min(warned, default=None), cascade=explain(run, onset))
     if warned:
         return Grade(**said, seen="warning", warned=warned[0], cascade=explain(run, warned[0]))
     return Grade(**said, seen=None)
@@ -138,7 +140,9 @@ def _events(run: Run, kinds: Sequence[str]) -> list[dict[str, Any]]:
 
     rows = run.read_arrow("events", columns=["step", "kind", "data"]).to_pylist()
     found = [
-        {"step": r["step"], "onset": details(r["data"]).get("onset", r["step"])} for r in rows if r["kind"] in kinds
+        {"step": r["step"], "kind": r["kind"], "onset": details(r["data"]).get("onset", r["step"])}
+        for r in rows
+        if r["kind"] in kinds
     ]
     return sorted(found, key=lambda e: e["step"])
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from geodiag.benchmarks.cascade_trials import GROWS, TRUTHS
+from geodiag.benchmarks.cascade_trials import TRUTHS
 
 Line = dict[str, Any]
 TARGETS = {"stage_top1": 0.95, "layer_top1": 0.90, "layer_top3": 0.98, "warned": 0.70, "warning_lead": 5}
@@ -44,6 +44,7 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
         "excluded": len(lines) - len(counted),
         "missed": len(counted) - len(read),
         "spikes": len(spiked),
+        "nonfinite": sum(ln["spike_kind"] == "nonfinite" for ln in spiked),
         "warnings_alone": len(read) - len(spiked),
         "stage_top1": _share([ln["stage_right"] for ln in read]),
         "layer_top1": _share([ln["layer_right"] for ln in layered]),
@@ -74,11 +75,11 @@ def page(result: dict[str, Any]) -> str:
         "# What the cascade says of planted faults",
         "",
         f"`{asked['size']}` ({', '.join(asked['residuals'])}), seeds {asked['seeds']}: every kind once per seed, its",
-        f"step, layer and magnitude drawn from it. What grows is planted at {GROWS} steps running, each on top of the",
-        "last, by a factor that was chosen on other seeds so that the loss spikes where it can. Excluded: no spike, no",
-        "warning, and a loss within 4 σ of its twin's. Missed: the loss moved, and nothing was said. Shares are of the",
-        "faults that were seen; lead: steps from the origin's onset to the loss's; warned: of the spikes, those with a",
-        "warning before the loss's onset.",
+        "step, layer and magnitude drawn from it. What grows is planted again at every step to the end, on top of",
+        "itself, by a factor chosen on other seeds so that the loss spikes where it can. Excluded: no spike, no",
+        "warning, and a loss within 4 σ of its twin's. Missed: the loss moved, and nothing was said. Spikes: in",
+        "brackets those that were a loss of no finite number. Shares are of the faults that were seen; lead: steps",
+        "from the origin's onset to the loss's; warned: of the spikes, those with a warning before the loss's onset.",
         "",
         "| fault | trials | excluded | missed | spikes | warnings alone | stage top-1 | layer top-1 | top-3 | expert "
         "| lead | warned | warning's lead |",
@@ -113,6 +114,7 @@ def _row(name: str, s: dict[str, Any]) -> str:
         return "–" if value is None else f"{value:g}"
 
     counts = [str(s[k]) for k in ("trials", "excluded", "missed", "spikes", "warnings_alone")]
+    counts[3] += f" ({s['nonfinite']})" if s["nonfinite"] else ""
     shares = [share(s[k]) for k in ("stage_top1", "layer_top1", "layer_top3", "expert_top1")]
     early = [steps(s["lead"]), share(s["warned"]), steps(s["warning_lead"])]
     return f"| {' | '.join([name, *counts, *shares, *early])} |"

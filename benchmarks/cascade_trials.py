@@ -11,6 +11,8 @@ from typing import Any
 EARLIEST, LATEST = 90, 120
 """Between these steps a fault is planted: after the steep descent, with a past to stand out from."""
 STEPS = 170
+GROWN_STEPS = 220
+"""Where a fault grows, which it does until the end."""
 CLEAN_STEPS = 1000
 """Length of the trainings that only count false alarms."""
 
@@ -40,18 +42,14 @@ TRUTHS = {
     "grad-scale": Truth(3, 30, 3000),
     "far-batch": Truth("data", layered=False),
     "lr-shock": Truth(None, 10, 50, layered=False),
-    "growing expert-scale": Truth(1, 1.4, 1.8, clamp=None),
-    "growing gate-column": Truth(2, 1.2, 2),
+    "growing expert-scale": Truth(1, 1.5, 2, clamp=None),
+    "growing gate-column": Truth(2, 1.5, 2),
     "growing router-shift": Truth(2, 0.5, 2),
-    "growing bias-kick": Truth(2, 0.3, 4),
-    "growing residual-expand": Truth(3, 1.2, 1.4),
-    "growing block-scale": Truth(3, 1.4, 1.8),
-    "growing grad-scale": Truth(3, 1.2, 1.6),
-    "growing lr-shock": Truth(None, 1.2, 1.3, layered=False),
+    "growing residual-expand": Truth(3, 1.2, 1.5),
+    "growing block-scale": Truth(3, 1.5, 2),
+    "growing lr-shock": Truth(None, 1.07, 1.12, layered=False),
 }
 """Every kind of fault, abrupt; and those that can grow, by a factor a step that was chosen on other seeds."""
-GROWS = 30
-"""Steps over which a fault grows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +67,13 @@ class Trial:
 
     @property
     def name(self) -> str:
-        what = self.kind or ("clean" if self.steps == STEPS else "long")
-        return f"{self.residual}-{self.seed}-{what.replace(' ', '-')}"
+        what = (self.kind or f"clean {self.steps}").replace(" ", "-")
+        return f"{self.residual}-{self.seed}-{what}"
 
     @property
     def twin(self) -> str:
         """The name of the same training without a fault."""
-        return f"{self.residual}-{self.seed}-clean"
+        return f"{self.residual}-{self.seed}-clean-{self.steps}"
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -83,7 +81,7 @@ class Trial:
         if self.kind is None or self.step is None:
             return ()
         kind = self.kind.removeprefix("growing ")
-        until = "" if kind == self.kind else f"-{self.step + GROWS - 1}"
+        until = "" if kind == self.kind else f"-{self.steps - 1}"
         where = "" if self.layer is None else f":{self.layer}"
         size = "" if self.magnitude is None else f"={self.magnitude:g}"
         return (f"{kind}@{self.step}{until}{where}{size}",)
@@ -99,14 +97,16 @@ def plan(seeds: Sequence[int], residuals: Sequence[str], size: str, kinds: Seque
     config, trials = SIZES[size], []
     for residual in residuals:
         for seed in seeds:
-            base: dict[str, Any] = {"seed": seed, "residual": residual, "size": size, "steps": STEPS}
-            trials.append(Trial(**base))
+            base: dict[str, Any] = {"seed": seed, "residual": residual, "size": size}
+            lengths = {k: GROWN_STEPS if k.startswith("growing ") else STEPS for k in kinds}
+            trials += [Trial(**base, steps=steps) for steps in sorted(set(lengths.values()))]
             for kind in kinds:
                 rng, truth = random.Random(f"{kind} {residual} {seed}"), TRUTHS[kind]
                 step = rng.randint(EARLIEST, LATEST)
                 first = config.hash_layers if truth.stage == 2 else 0
                 layer = rng.randrange(first, config.layers) if truth.layered else None
-                trials.append(Trial(**base, kind=kind, step=step, layer=layer, magnitude=_drawn(rng, truth)))
+                drawn = {"step": step, "layer": layer, "magnitude": _drawn(rng, truth)}
+                trials.append(Trial(**base, steps=lengths[kind], kind=kind, **drawn))
     after = max(seeds) + 1
     trials += [
         Trial(seed=after + i, residual=residuals[i % len(residuals)], size=size, steps=CLEAN_STEPS)
