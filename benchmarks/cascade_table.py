@@ -24,7 +24,7 @@ def judged(lines: Sequence[Line]) -> dict[str, Any]:
         "clean": {"runs": len(clean)} | _total(clean),
         "before": {"runs": len(faults)} | _total([ln["before"] for ln in faults]),
         "places": sorted({ln["place"] for ln in lines}),
-        "trials": list(lines),
+        "trials": len(lines),
     }
 
 

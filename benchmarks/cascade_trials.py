@@ -105,7 +105,7 @@ def plan(seeds: Sequence[int], residuals: Sequence[str], size: str, kinds: Seque
                 step = rng.randint(EARLIEST, LATEST)
                 first = config.hash_layers if truth.stage == 2 else 0
                 layer = rng.randrange(first, config.layers) if truth.layered else None
-                drawn = {"step": step, "layer": layer, "magnitude": _drawn(rng, truth)}
+                drawn: dict[str, Any] = {"step": step, "layer": layer, "magnitude": _drawn(rng, truth)}
                 trials.append(Trial(**base, steps=lengths[kind], kind=kind, **drawn))
     after = max(seeds) + 1
     trials += [

@@ -13,6 +13,7 @@ KINDS = {
     "divergence": "the loss rises slowly and does not come back",
     "nonfinite": "the loss is NaN or infinite",
     "recovered": "a spike is over",
+    "cascade": "where a spike began, how it spread, and what would have stopped it",
     "early_warning": "a layer left its range and the loss has not yet",
     "request": "somebody asked for another routing mode",
     "acknowledge": "the training obeyed a request",
