@@ -4,9 +4,9 @@
 
 Every kind of fault is planted once per seed and residual, its step, layer and magnitude drawn from the seed. What was
 trained stays in DIR, so that a bench that was stopped goes on, and a record can be looked at. Each trial is graded as
-soon as it is trained, one line of `cascade.jsonl` in `--out`; `--add` takes such lines from elsewhere. A fault that neither raises
-a spike or a warning nor moves the loss by 4 σ of batch noise over its twin's is excluded: that rule, the stage each
-kind breaks first, and the seeds were fixed before anything was measured.
+soon as it is trained, one line of `cascade.jsonl` in --out; --add takes such lines from elsewhere. A fault that neither
+raises a spike or a warning nor moves the loss by 4 σ of batch noise over its twin's is excluded: that rule, the stage
+each kind breaks first, and the seeds were fixed before anything was measured.
 """
 
 import re
