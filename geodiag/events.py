@@ -14,7 +14,7 @@ KINDS = {
     "nonfinite": "the loss is NaN or infinite",
     "recovered": "a spike is over",
     "cascade": "where a spike began, how it spread, and what would have stopped it",
-    "early_warning": "a layer left its range and the loss has not yet",
+    "early_warning": "a layer or the batch left its range, and no spike was raised yet",
     "request": "somebody asked for another routing mode",
     "acknowledge": "the training obeyed a request",
     "routing": "anticipatory routing changed its state",
