@@ -61,4 +61,3 @@ def lines_of(trials: Sequence[Trial], work: Work, workers: int, minutes: float, 
             if "failed" not in line:
                 print(json.dumps(line), file=file, flush=True)
             yield line
-        pool.terminate()

@@ -92,7 +92,10 @@ class Fault:
         if until is not None and until <= step:
             raise GeodiagError(f"{name}@{step}-{until} ends before it grows; write FIRST-LAST, e.g. {step}-{step + 30}")
         size = kind.magnitude if magnitude is None else _number(magnitude, whole=name == "bit-flip")
-        return cls(kind=name, step=step, layer=None if layer is None else int(layer), magnitude=size, until=until)
+        fault = cls(kind=name, step=step, layer=None if layer is None else int(layer), magnitude=size, until=until)
+        if kind.lasts and not math.isfinite(fault.strength(fault.last_step)):
+            raise GeodiagError(f"{text} grows beyond all numbers; pass a smaller MAGNITUDE, or fewer steps")
+        return fault
 
     @property
     def planted(self) -> range:
@@ -106,7 +109,10 @@ class Fault:
 
     def strength(self, step: int) -> float:
         """How much a fault that lasts amounts to at `step`: MAGNITUDE times itself for each step that it has grown."""
-        return (self.magnitude or 0.0) ** (min(step, self.planted[-1]) - self.step + 1)
+        try:
+            return (self.magnitude or 0.0) ** (min(step, self.planted[-1]) - self.step + 1)
+        except OverflowError:
+            return math.inf
 
     @property
     def said(self) -> str:

@@ -20,17 +20,17 @@ def attention_site(layer: int, attention: Any) -> AttentionSite:
         low = attention.q_a_norm(attention.q_a_proj(x_BSC))
         q_BHQD = attention.q_b_proj(low[:, at]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         q_BHQD = _rotated(attention.q_b_norm(q_BHQD), cos_BSR[:, at], sin_BSR[:, at])
-        k_BKD = _rotated(attention.kv_norm(attention.kv_proj(x_BSC)).unsqueeze(1), cos_BSR, sin_BSR)
-        hidden = [kwargs["attention_mask"]]
+        k_B1KD = _rotated(attention.kv_norm(attention.kv_proj(x_BSC)).unsqueeze(1), cos_BSR, sin_BSR)
+        mask, unseen = kwargs["attention_mask"], None
         if attention.compressor is not None:
             # Without a cache, whatever the training has: a probe begins at the first token and leaves nothing behind.
             more, unseen = attention.compressor(x_BSC, low, kwargs["position_ids"], None, attention.layer_idx)
-            k_BKD, hidden = torch.cat([k_BKD, more], 2), [*hidden, unseen]
-        logits_BHQK = q_BHQD.float() @ k_BKD.float().mT * attention.scaling
-        first = 0
-        for mask in (m for m in hidden if m is not None):
-            logits_BHQK[..., first : first + mask.shape[-1]] += mask[..., at, :]
-            first += mask.shape[-1]
+            k_B1KD = torch.cat([k_B1KD, more], 2)
+        logits_BHQK = q_BHQD.float() @ k_B1KD.float().mT * attention.scaling
+        if mask is not None:
+            logits_BHQK[..., : mask.shape[-1]] += mask[..., at, :]
+        if unseen is not None:
+            logits_BHQK[..., -unseen.shape[-1] :] += unseen[..., at, :]
         return logits_BHQK.amax()
 
     return AttentionSite(layer=layer, watch_logits=on_input(attention, largest))

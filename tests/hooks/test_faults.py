@@ -449,6 +449,7 @@ def test_every_part_of_a_fault_is_read() -> None:
         ("far-batch@5-9", "far-batch cannot grow; write far-batch@5"),
         ("bit-flip@5-9", "bit-flip cannot grow; write bit-flip@5"),
         ("bias-kick@5-5", "bias-kick@5-5 ends before it grows; write FIRST-LAST, e.g. 5-35"),
+        ("lr-shock@5-500=10", "lr-shock@5-500=10 grows beyond all numbers; pass a smaller MAGNITUDE, or fewer steps"),
         ("bias-kick@5-", "write KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"),
     ],
 )
