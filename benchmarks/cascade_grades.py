@@ -1,7 +1,6 @@
 """Grades of `geodiag bench cascade`: what was planted in a run against what `explain` made of its record."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,12 @@ class Grade:
     """spike, warning, or None where neither was raised."""
     spiked: int | None = None
     """The onset of the loss spike."""
+    spike_kind: str | None = None
     warned: int | None = None
     """Step of the first early warning."""
     cascade: Cascade | None = None
+    before: dict[str, int] | None = None
+    """Steps before the fault, and the alarms in them."""
 
     @property
     def excluded(self) -> bool:
@@ -64,24 +66,48 @@ class Grade:
         """Steps by which the warning is before the loss's onset; negative where it came after."""
         return None if self.spiked is None or self.warned is None else self.spiked - self.warned
 
+    @property
+    def expert(self) -> bool | None:
+        """Whether the origin's expert is right; None where the fault has none. The fault's expert is STEP modulo 8."""
+        if (self.trial.kind or "").removeprefix("growing ") not in EXPERTS or self.cascade is None:
+            return None
+        from geodiag.reference_models.config import SIZES
+
+        return self.cascade.expert == (self.trial.step or 0) % SIZES[self.trial.size].experts
+
     def as_json(self) -> dict[str, Any]:
         found = self.cascade
         return {
             "name": self.trial.name,
+            "kind": self.trial.kind,
             "faults": " ".join(self.trial.faults),
             "seed": self.trial.seed,
+            "layer": self.trial.layer,
             "effect_sigma": round(self.effect, 2),
             "seen": self.seen,
             "spike_onset": self.spiked,
+            "spike_kind": self.spike_kind,
             "warned": self.warned,
+            "warning_lead": self.warning_lead,
+            "lead": self.lead,
             "excluded": self.excluded,
             "stage_right": self.stage,
             "layer_right": self.layer(1),
             "layer_in_3": self.layer(3),
+            "expert_right": self.expert,
+            "before": self.before,
             "said": None
             if found is None
             else {k: getattr(found, k) for k in ("stage", "layer", "site", "expert", "onset", "lead", "confidence")},
         }
+
+
+def line_of(trial: Trial, folder: Path) -> dict[str, Any]:
+    """A trial as one line of the results: its grade, or what a training without a fault raised."""
+    if trial.kind is not None:
+        return grade(trial, folder).as_json()
+    run = open_run(folder / trial.name)
+    return {"name": trial.name, "kind": None, "seed": trial.seed} | false_alarms(run)
 
 
 def grade(trial: Trial, folder: Path) -> Grade:
@@ -92,18 +118,20 @@ def grade(trial: Trial, folder: Path) -> Grade:
     spiked = [e for e in _events(run, WHOLE) if planted <= e["onset"] <= until]
     warned = [e["step"] for e in _events(run, ("early_warning",)) if planted <= e["step"] <= until]
     said: dict[str, Any] = {"trial": trial, "effect": _effect(run, twin, planted, until)}
+    said["before"] = false_alarms(run, planted)
     if spiked:
-        onset, first = spiked[0]["onset"], min(warned, default=None)
-        return Grade(**said, seen="spike", spiked=onset, warned=first, cascade=explain(run, onset))
+        onset, said["spike_kind"] = spiked[0]["onset"], spiked[0]["kind"]
+        return Grade(**said, seen="spike", spiked=onset, warned=min(warned, default=None), cascade=explain(run, onset))
     if warned:
         return Grade(**said, seen="warning", warned=warned[0], cascade=explain(run, warned[0]))
     return Grade(**said, seen=None)
 
 
-def false_alarms(run: Run) -> dict[str, int]:
-    """What a clean training raised."""
-    spikes, warnings = _events(run, WHOLE), _events(run, ("early_warning",))
-    return {"steps": _losses(run).size, "spikes": len(spikes), "warnings": len(warnings)}
+def false_alarms(run: Run, until: int | None = None) -> dict[str, int]:
+    """What a training raised while it had no fault, up to a step."""
+    steps = _losses(run)[:until].size
+    spikes, warnings = ([e for e in _events(run, kinds) if e["step"] < steps] for kinds in (WHOLE, ("early_warning",)))
+    return {"steps": steps, "spikes": len(spikes), "warnings": len(warnings)}
 
 
 def _events(run: Run, kinds: Sequence[str]) -> list[dict[str, Any]]:
@@ -112,7 +140,9 @@ def _events(run: Run, kinds: Sequence[str]) -> list[dict[str, Any]]:
 
     rows = run.read_arrow("events", columns=["step", "kind", "data"]).to_pylist()
     found = [
-        {"step": r["step"], "onset": details(r["data"]).get("onset", r["step"])} for r in rows if r["kind"] in kinds
+        {"step": r["step"], "kind": r["kind"], "onset": details(r["data"]).get("onset", r["step"])}
+        for r in rows
+        if r["kind"] in kinds
     ]
     return sorted(found, key=lambda e: e["step"])
 
@@ -140,46 +170,3 @@ def _effect(run: Run, twin: Run, planted: int, until: int) -> float:
     steps = np.diff(theirs[planted // 2 :])
     noise = 1.4826 * float(np.median(np.abs(steps - np.median(steps)))) / math.sqrt(2)
     return float(rise.max(initial=0.0)) / noise
-
-
-# -- the table -------------------------------------------------------------------------------
-
-
-def summary(grades: Sequence[Grade]) -> dict[str, Any]:
-    """Of some trials: how many count, how many were read rightly, and how early."""
-    counted = [g for g in grades if not g.excluded]
-    read = [g for g in counted if g.seen]
-    layered = [g for g in read if g.trial.layer is not None]
-    spiked = [g for g in counted if g.spiked is not None]
-    leads = [g.warning_lead for g in spiked if g.warning_lead is not None and g.warning_lead > 0]
-    return {
-        "trials": len(grades),
-        "excluded": len(grades) - len(counted),
-        "missed": len(counted) - len(read),
-        "spikes": len(spiked),
-        "warnings_alone": len(read) - len(spiked),
-        "stage_top1": _share([g.stage for g in read]),
-        "layer_top1": _share([g.layer(1) for g in layered]),
-        "layer_top3": _share([g.layer(3) for g in layered]),
-        "expert_top1": _share([_expert(g) for g in layered if _expert(g) is not None]),
-        "lead": _median([g.lead for g in read if g.lead is not None]),
-        "warned_before_the_loss": _share([(g.warning_lead or 0) > 0 for g in spiked]),
-        "warning_lead": _median(leads),
-    }
-
-
-def _expert(grade: Grade) -> bool | None:
-    """Whether the origin's expert is right; None where the fault has none. The fault's expert is STEP modulo 8."""
-    if (grade.trial.kind or "").removeprefix("creeping ") not in EXPERTS or grade.cascade is None:
-        return None
-    from geodiag.reference_models.config import SIZES
-
-    return grade.cascade.expert == (grade.trial.step or 0) % SIZES[grade.trial.size].experts
-
-
-def _share(held: Sequence[bool | None]) -> float | None:
-    return sum(map(bool, held)) / len(held) if held else None
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None

@@ -3,16 +3,16 @@
 import math
 import random
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 EARLIEST, LATEST = 90, 120
 """Between these steps a fault is planted: after the steep descent, with a past to stand out from."""
 STEPS = 170
+GROWN_STEPS = 220
+"""Where a fault grows, which it does until the end."""
 CLEAN_STEPS = 1000
 """Length of the trainings that only count false alarms."""
 
@@ -26,9 +26,8 @@ class Truth:
     weakest: float | None = None
     strongest: float | None = None
     layered: bool = True
-    every: int = 1
-    times: int = 1
-    """A fault that creeps is planted so many times, `every` steps apart, each on top of the last."""
+    clamp: float | None = 10.0
+    """Limit of the activations, None for none: what it catches cannot grow."""
 
 
 TRUTHS = {
@@ -43,12 +42,14 @@ TRUTHS = {
     "grad-scale": Truth(3, 30, 3000),
     "far-batch": Truth("data", layered=False),
     "lr-shock": Truth(None, 10, 50, layered=False),
-    # Every 8th step it is the same one of the 8 experts; what lasts ten steps adds up to the fifth power.
-    "creeping expert-scale": Truth(1, 2, 4, every=8, times=5),
-    "creeping block-scale": Truth(3, 1.6, 2.4, every=2, times=15),
-    "creeping lr-shock": Truth(None, 1.4, 2.0, layered=False, every=2, times=15),
+    "growing expert-scale": Truth(1, 1.5, 2, clamp=None),
+    "growing gate-column": Truth(2, 1.5, 2),
+    "growing router-shift": Truth(2, 0.5, 2),
+    "growing residual-expand": Truth(3, 1.2, 1.5),
+    "growing block-scale": Truth(3, 1.5, 2),
+    "growing lr-shock": Truth(None, 1.07, 1.12, layered=False),
 }
-"""Every kind of fault, abrupt; and some that grow over time."""
+"""Every kind of fault, abrupt; and those that can grow, by a factor a step that was chosen on other seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,23 +67,24 @@ class Trial:
 
     @property
     def name(self) -> str:
-        what = self.kind or ("clean" if self.steps == STEPS else "long")
-        return f"{self.residual}-{self.seed}-{what.replace(' ', '-')}"
+        what = (self.kind or f"clean {self.steps}").replace(" ", "-")
+        return f"{self.residual}-{self.seed}-{what}"
 
     @property
     def twin(self) -> str:
         """The name of the same training without a fault."""
-        return f"{self.residual}-{self.seed}-clean"
+        return f"{self.residual}-{self.seed}-clean-{self.steps}"
 
     @property
     def faults(self) -> tuple[str, ...]:
         """As `--inject` takes them."""
         if self.kind is None or self.step is None:
             return ()
-        truth, kind = TRUTHS[self.kind], self.kind.removeprefix("creeping ")
+        kind = self.kind.removeprefix("growing ")
+        until = "" if kind == self.kind else f"-{self.steps - 1}"
         where = "" if self.layer is None else f":{self.layer}"
         size = "" if self.magnitude is None else f"={self.magnitude:g}"
-        return tuple(f"{kind}@{self.step + i * truth.every}{where}{size}" for i in range(truth.times))
+        return (f"{kind}@{self.step}{until}{where}{size}",)
 
 
 def plan(seeds: Sequence[int], residuals: Sequence[str], size: str, kinds: Sequence[str], clean: int) -> list[Trial]:
@@ -95,14 +97,16 @@ def plan(seeds: Sequence[int], residuals: Sequence[str], size: str, kinds: Seque
     config, trials = SIZES[size], []
     for residual in residuals:
         for seed in seeds:
-            base: dict[str, Any] = {"seed": seed, "residual": residual, "size": size, "steps": STEPS}
-            trials.append(Trial(**base))
+            base: dict[str, Any] = {"seed": seed, "residual": residual, "size": size}
+            lengths = {k: GROWN_STEPS if k.startswith("growing ") else STEPS for k in kinds}
+            trials += [Trial(**base, steps=steps) for steps in sorted(set(lengths.values()))]
             for kind in kinds:
                 rng, truth = random.Random(f"{kind} {residual} {seed}"), TRUTHS[kind]
                 step = rng.randint(EARLIEST, LATEST)
                 first = config.hash_layers if truth.stage == 2 else 0
                 layer = rng.randrange(first, config.layers) if truth.layered else None
-                trials.append(Trial(**base, kind=kind, step=step, layer=layer, magnitude=_drawn(rng, truth)))
+                drawn: dict[str, Any] = {"step": step, "layer": layer, "magnitude": _drawn(rng, truth)}
+                trials.append(Trial(**base, steps=lengths[kind], kind=kind, **drawn))
     after = max(seeds) + 1
     trials += [
         Trial(seed=after + i, residual=residuals[i % len(residuals)], size=size, steps=CLEAN_STEPS)
@@ -116,19 +120,19 @@ def _drawn(rng: random.Random, truth: Truth) -> float | None:
         return None
     if truth.weakest == truth.strongest:
         return truth.weakest
-    return float(f"{math.exp(rng.uniform(math.log(truth.weakest), math.log(truth.strongest))):.3g}")
+    return float(f"{math.exp(rng.uniform(math.log(truth.weakest), math.log(truth.strongest))):.4g}")
 
 
-def train(trial: Trial, folder: Path, sequences: int, device: str) -> str:
-    """Trains one trial into `folder`/its name, unless that is there; its name."""
+def train(trial: Trial, folder: Path, sequences: int, device: str) -> None:
+    """Trains one trial into `folder`/its name, unless that is there."""
+    home, rough = folder / trial.name, folder / f"{trial.name}.unfinished"
+    if home.exists():
+        return
     import torch
 
     from geodiag.cli.loop import Options, Training
 
     torch.set_num_threads(1)
-    home, rough = folder / trial.name, folder / f"{trial.name}.unfinished"
-    if home.exists():
-        return trial.name
     shutil.rmtree(rough, ignore_errors=True)
     options = Options(
         residual=trial.residual,
@@ -138,6 +142,7 @@ def train(trial: Trial, folder: Path, sequences: int, device: str) -> str:
         device=device,
         sequences=sequences,
         inject=trial.faults,
+        clamp=10.0 if trial.kind is None else TRUTHS[trial.kind].clamp,
         run=rough,
     )
     training = Training(options, quiet=True)
@@ -147,16 +152,3 @@ def train(trial: Trial, folder: Path, sequences: int, device: str) -> str:
     finally:
         training.close()
     rough.rename(home)
-    return trial.name
-
-
-def train_all(
-    trials: Sequence[Trial], folder: Path, sequences: int, device: str, workers: int
-) -> Iterator[tuple[str, str | None]]:
-    """Trains what is not there yet, several at a time; yields each name as it is done, with the error that ended it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        asked = {pool.submit(train, t, folder, sequences, device): t.name for t in trials}
-        for done in as_completed(asked):
-            error = done.exception()
-            yield asked[done], None if error is None else f"{type(error).__name__}: {error}"

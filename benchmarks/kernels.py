@@ -12,6 +12,7 @@ import torch
 
 from geodiag.benchmarks.report import Parser, save, say, setting, where
 
+PEERS = ("transformer_engine", "liger_kernel")
 SIZES = [(16384, 2560), (16384, 4096), (32768, 2560)]
 
 
@@ -80,15 +81,15 @@ def _size(text: str) -> tuple[int, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("kernels", __doc__)
-    parser.add_argument("--peers", type=Path, help="folder of an unpacked transformer-engine wheel to compare with")
+    parser.add_argument("--peers", type=Path, help="folder of unpacked wheels: transformer-engine, liger-kernel")
     parser.add_argument("--others", action="store_true", help="also torch.compile and eager, at the first size")
     parser.add_argument("--size", type=_size, action="append", metavar="TOKENSxCHANNELS", help="of a site; repeatable")
     parser.add_argument("--repeats", type=int, default=40, help="replays a figure is the median of [%(default)s]")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("this bench measures a GPU, and torch sees none here; run it where there is one")
-    if options.peers is not None and not (options.peers / "transformer_engine").is_dir():
-        parser.error(f"{options.peers} holds no transformer_engine folder; unpack its wheel there")
+    if options.peers is not None and not any((options.peers / p).is_dir() for p in PEERS):
+        parser.error(f"{options.peers} holds no folder {' or '.join(PEERS)}; unpack their wheels there")
     result = run(options.size or SIZES, options.peers, options.others, options.out, options.repeats, argv)
     say(result, markdown(result), options.json)
 

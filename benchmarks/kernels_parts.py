@@ -43,7 +43,7 @@ def _sinkhorns(clock: Clock, by: str, project: Callable[[Tensor], Tensor], *midd
 
 def operations(clock: Clock, peers: Path | None) -> Iterator[dict[str, object]]:
     yield from _sinkhorns(clock, "geodiag", sinkhorn)
-    if peers is not None:
+    if peers is not None and (peers / "transformer_engine").is_dir():
         from geodiag.benchmarks.kernels_peers import transformer_engine_sinkhorn
 
         yield from _sinkhorns(clock, "transformer-engine", transformer_engine_sinkhorn(peers), 1)

@@ -1,6 +1,6 @@
 """The mHC site as other libraries' kernels compute it, for `geodiag bench kernels --peers DIR`.
 
-DIR holds the unpacked wheel. Only a peer's two Python files of Triton kernels are run: no compiled extension.
+DIR holds the unpacked wheels. Only a peer's Python files of Triton kernels are run: no compiled extension.
 """
 
 import sys
@@ -34,20 +34,45 @@ def transformer_engine_sinkhorn(directory: Path) -> Callable[[Tensor], Tensor]:
     return sinkhorn
 
 
+def liger(directory: Path) -> Callable[..., tuple[Tensor, Tensor]]:
+    """(x, phi, alpha, bias, f) → the block's input and the new streams, as its `LigerMHC` module calls its kernels."""
+    _stand_in(directory, "liger_kernel", "liger_kernel.ops")
+    # All that its kernels ask of it, which looks for half a dozen other libraries first.
+    utils = sys.modules.setdefault("liger_kernel.utils", types.ModuleType("liger_kernel.utils"))
+    utils.infer_device = lambda: "cuda"  # type: ignore[attr-defined]
+    from liger_kernel.ops import mhc
+
+    def site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        # φ in the stream's type, which it says is what makes it fast.
+        maps = mhc.LigerMHCCoeffsFunction.apply(
+            x, phi.to(x.dtype), bias, *alpha.unbind(), False, 20, 1e-6, 0.0, 1e-6, 2.0
+        )
+        inner = mhc.LigerMHCPreFunction.apply(x, maps[0])
+        return inner, mhc.LigerMHCPostResFunction.apply(x, f, *maps[1:])
+
+    return site
+
+
+def _stand_in(directory: Path, *packages: str) -> None:
+    """Packages that find their modules in the folder, and run nothing when they are imported."""
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+    for name in packages:
+        module = types.ModuleType(name)
+        module.__path__ = [str(directory.joinpath(*name.split(".")))]
+        sys.modules.setdefault(name, module)
+
+
 def _transformer_engine(directory: Path) -> Any:
     """Its module of mHC operators, with stand-ins for the packages around it that would load compiled code."""
     if "transformer_engine.pytorch.triton.mhc" in sys.modules:
         return sys.modules["transformer_engine.pytorch.triton.mhc"]
-    sys.path.insert(0, str(directory))
 
     def gemm(a: Tensor, b: Tensor, out_dtype: torch.dtype, layout: str) -> tuple[Tensor]:
         # Their cuBLAS call for dφ, column-major 'NT'; cuBLAS through torch, tf32 as theirs.
         return ((b.T @ a).to(out_dtype),)
 
-    for name in ("transformer_engine", "transformer_engine.common", "transformer_engine.pytorch"):
-        module = types.ModuleType(name)
-        module.__path__ = [str(directory.joinpath(*name.split(".")))]
-        sys.modules[name] = module
+    _stand_in(directory, "transformer_engine", "transformer_engine.common", "transformer_engine.pytorch")
     for name in ("transformer_engine.pytorch.cpp_extensions", "transformer_engine.pytorch.cpp_extensions.gemm"):
         sys.modules[name] = types.ModuleType(name)
     sys.modules[name].general_gemm = gemm  # type: ignore[attr-defined]

@@ -68,7 +68,7 @@ def chained_site(flag: Tensor | None = None) -> Site:
         mix, link, _ = mhc_before_linked(x, phi, alpha, bias, flag=flag, projected=given[x.data_ptr()])
         assert mix.post_TN is not None
         assert mix.res_TNN is not None
-        return mix.inner_TC, mhc_after_project(x, f, mix.post_TN, mix.res_TNN, link, phi, flag).streams_TNC
+        return mix.inner_TC, mhc_after_project(x, f, mix.post_TN, mix.res_TNN, link, phi, flag)[0]
 
     return site
 
@@ -88,9 +88,12 @@ def contestants(peers: Path | None) -> Iterator[Contestant]:
     yield Contestant("geodiag, diagnostics on", geodiag_site(on))
     yield Contestant("geodiag, in a chain, diagnostics on", chained_site(on))
     if peers is not None:
-        from geodiag.benchmarks.kernels_peers import transformer_engine
+        from geodiag.benchmarks.kernels_peers import liger, transformer_engine
 
-        yield Contestant("transformer-engine", transformer_engine(peers), innermost=True)
+        if (peers / "transformer_engine").is_dir():
+            yield Contestant("transformer-engine", transformer_engine(peers), innermost=True)
+        if (peers / "liger_kernel").is_dir():
+            yield Contestant("liger-kernel", liger(peers))
 
 
 def floors(clock: Clock, tokens: int, channels: int) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from geodiag.reference_models.data import Batch
 from geodiag.reference_models.train import TrainConfig, Trainer
 from geodiag.reference_models.transformer import Transformer
 
-ARMS = ("plain", "mhc", "mhc+monitor", "mhc+mhc", "mhc+layers", "mhc+reference")
+ARMS = ("plain", "mhc", "mhc+monitor", "mhc+mhc", "plain+layers", "mhc+layers", "mhc+reference")
 BATCHES = 4
 
 
@@ -93,6 +93,7 @@ def time_arm(arm: str, size: str, data: list[Batch], steps: int, device: torch.d
         whole.clear()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            retries = torch.cuda.memory_stats()["num_alloc_retries"]
         for i in range(steps):
             step(i)
         peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
@@ -102,11 +103,17 @@ def time_arm(arm: str, size: str, data: list[Batch], steps: int, device: torch.d
             "step_ms": statistics.median(whole),
             "each_step_ms": list(whole),
             "peak_gb": peak,
+            "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"] - retries if peak else 0,
             "launches": launches(lambda: step(0), device),
         }
         if monitor is not None:
             monitor.close()
     return found
+
+
+def _plain(arm: str) -> str:
+    """The arm that an arm is held against: one stream, and layers computed again where its own are."""
+    return "plain+layers" if "layers" in arm.split("+") else "plain"
 
 
 def _wait(device: torch.device) -> None:
@@ -146,20 +153,22 @@ def markdown(result: dict[str, Any]) -> str:
             f"`{part['size']}`, {part['layers']} layers, {part['tokens']} tokens a step, bfloat16; medians of "
             f"{part['steps']} steps.",
             "",
-            "| arm | forward + backward, ms | whole step, ms | over the first | peak, GB | launches |",
-            "|---|---|---|---|---|---|",
+            "| arm | forward + backward, ms | over plain | whole step, ms | over plain | peak, GB | launches |",
+            "|---|---|---|---|---|---|---|",
         ]
-        first = next((a for a in part["arms"] if "failed" not in a), None)
+        done = {a["arm"]: a for a in part["arms"] if "failed" not in a}
         for arm in part["arms"]:
-            if "failed" in arm or first is None:
-                lines.append(f"| {arm['arm']} | {arm.get('failed', '')} | | | | |")
+            if "failed" in arm:
+                lines.append(f"| {arm['arm']} | {arm['failed']} | | | | | |")
                 continue
-            over = arm["forward_backward_ms"] / first["forward_backward_ms"] - 1
-            peak = "" if arm["peak_gb"] is None else f"{arm['peak_gb']:.1f}"
-            lines.append(
-                f"| {arm['arm']} | {arm['forward_backward_ms']:.1f} | {arm['step_ms']:.1f} | {over:+.1%} | {peak} "
-                f"| {arm['launches']} |"
+            plain = done.get(_plain(arm["arm"]))
+            passes, step = (
+                f"{arm[k]:.1f} | {arm[k] / plain[k] - 1:+.1%}" if plain else f"{arm[k]:.1f} |"
+                for k in ("forward_backward_ms", "step_ms")
             )
+            peak = "" if arm["peak_gb"] is None else f"{arm['peak_gb']:.1f}"
+            short = " (short of memory)" if arm["allocator_retries"] else ""
+            lines.append(f"| {arm['arm']} | {passes} | {step} | {peak}{short} | {arm['launches']} |")
         lines.append("")
     return "\n".join([*lines, f"    {result['command']}", ""])
 

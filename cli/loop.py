@@ -142,7 +142,7 @@ class Training:
         self.monitor.event(kind, message, **more)
 
     def _plant(self, step: int) -> None:
-        if self.snapshots is not None and any(f.step == step for f in self.faults.faults):
+        if self.snapshots is not None and any(step in f.planted for f in self.faults.faults):
             self.snapshots.settle()  # a fault changes weights that may still be being copied
         self.faults.before_step(step)
         self.trainer.lr_scale = self.faults.lr_scale

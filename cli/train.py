@@ -15,7 +15,7 @@ Size = Literal["tiny", "small", "3b", "9b", "27b"]
 
 _MODEL, _TRAINING, _RECORD, _LOOP = "Model", "Training", "What is recorded", "Closed loop"
 
-_INJECT = "Plant a fault, KIND@STEP[:LAYER][=MAGNITUDE]; may be given several times. Kinds: docs/faults.md."
+_INJECT = "Plant a fault, KIND@STEP[-LAST][:LAYER][=MAGNITUDE]; may be given several times. Kinds: docs/faults.md."
 _DATA = "stdlib (the interpreter's own library), a folder, a text file, or a .bin of uint16/uint32 tokens."
 _ROUTING = "off only records what would be done, auto intervenes, on keeps anticipatory routing on."
 _MODE = "anticipatory: all weights of Δ steps ago choose the experts; router-lag: only the router's, which is cheap."

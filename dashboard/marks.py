@@ -14,7 +14,7 @@ _RAISED = (*SPIKES, "outlier")
 
 KINDS = {
     "spike": "the loss left its trend here",
-    "early_warning": "early warning: a stage left its range before the loss did",
+    "early_warning": "early warning: a stage left its range before a spike was raised",
     "rollback": "training went back to an earlier step",
     "attempt": "training began again here",
     "fault": "a fault was planted here on purpose",

@@ -34,11 +34,11 @@ AFTER = 8
 """Steps after it that are looked at, for how far it reached."""
 
 
-def explain(run: Run | str | Path, spike: int | Spike | None = None) -> Cascade:
+def explain(run: Run | str | Path, spike: int | Spike | Seen | None = None) -> Cascade:
     """The cascade behind a spike of a run, which may still be training.
 
-    spike: its number among the run's spikes (0 is the first, -1 the last), or a step, or a `Spike`; without one, the
-    worst. GeodiagError where there is no such step, or no spike and none was named.
+    spike: its number among the run's spikes (0 is the first, -1 the last), or a step, or a `Spike`, or what an attempt
+    has `Seen`; without one, the worst. GeodiagError where there is no such step, or no spike and none was named.
     """
     run = run if isinstance(run, Run) else open_run(run)
     known = spikes_of(run)
@@ -52,7 +52,9 @@ def cascades(run: Run | str | Path) -> list[Cascade]:
     return [_explained(run, seen, known) for seen in known]
 
 
-def _chosen(run: Run, known: Sequence[Seen], spike: int | Spike | None) -> Seen:
+def _chosen(run: Run, known: Sequence[Seen], spike: int | Spike | Seen | None) -> Seen:
+    if isinstance(spike, Seen):
+        return spike
     if isinstance(spike, Spike):
         return next((s for s in known if s.spike == spike), Seen(spike=spike, onset=spike.onset, attempt=None))
     if spike is None:

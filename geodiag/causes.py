@@ -10,6 +10,8 @@ from geodiag.tracks import rows_of_attempt
 
 KINK = 1.3
 """A learning rate this many times what its schedule leads to is a kink."""
+_APART = 8
+"""Rows between the points by which a rate that creeps away is told: 5 % a step is a kink by then, a warm-up none."""
 _FULL = 0.3
 """Rise of a domain's share of the tokens that is no chance."""
 REACH = 24
@@ -32,16 +34,32 @@ class Kink:
 
 
 def lr_kink(window: Judged, first: int, last: int) -> Kink | None:
-    """The first step from row `first` to `last` whose learning rate lies well above where the last two point."""
+    """The first step from row `first` to `last` whose learning rate lies well above where it was heading.
+
+    By where the last two steps point; or, of a rate that creeps away, by two points further back.
+    """
     lr = window.tracks.outcome.get("lr", np.full(len(window.step_S), np.nan))
     for i in range(max(first, 2), min(last, len(lr) - 1) + 1):
-        before, last_lr, now = lr[i - 2], lr[i - 1], lr[i]
-        if not (np.isfinite([before, last_lr, now]).all() and last_lr > 0):
-            continue
-        led_to = max(last_lr + max(last_lr - before, 0.0), last_lr)
-        if now > KINK * led_to:
-            return Kink(row=i, value=float(now), usual=float(led_to))
+        if lr[i] > KINK * _line(lr, i - 2, i - 1, i):
+            return Kink(row=i, value=float(lr[i]), usual=_line(lr, i - 2, i - 1, i))
+        if lr[i] > lr[i - 1] and lr[i] > KINK * _line(lr, i - 3 * _APART, i - 2 * _APART, i):
+            row = _rose_from(lr, i)
+            return Kink(row=row, value=float(lr[i]), usual=float(lr[row - 1]))
     return None
+
+
+def _line(lr: np.ndarray, older: int, newer: int, row: int) -> float:
+    """Where the rates of two rows point at another, for a rate that rises; NaN where that is not known."""
+    if older < 0 or not (np.isfinite(lr[older]) and lr[newer] > 0):
+        return float("nan")
+    return float(lr[newer] + max(lr[newer] - lr[older], 0.0) * (row - newer) / (newer - older))
+
+
+def _rose_from(lr: np.ndarray, i: int) -> int:
+    """The first row of the climb that row `i` is in."""
+    while i > 1 and lr[i - 1] < lr[i]:
+        i -= 1
+    return i + 1
 
 
 def domain_of(run: Run, window: Judged, row: int, attempt: int | None, after: int = 5) -> str | None:

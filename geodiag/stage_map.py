@@ -13,6 +13,8 @@ HISTORY = 192
 """Samples before a window from which its baselines are learned."""
 PATIENCE = 256
 """Afterwards nothing need be learned anew: what broke and stayed broken must not look normal when the loss follows."""
+CALM = 64
+"""Samples after which a picture takes a lasting change of level for the new normal, as a training's own scores do."""
 _LONGEST = 1 << 14
 
 
@@ -71,8 +73,8 @@ def _enough(run: Run, first: int, last: int, attempt: int | None) -> Tracks:
     return tracks
 
 
-def _judged(tracks: Tracks, first: int, follow: bool = True) -> Judged:
-    scores = Scores(tracks.series, tracks.hashed, PATIENCE)
+def _judged(tracks: Tracks, first: int, follow: bool = True, patience: int = PATIENCE) -> Judged:
+    scores = Scores(tracks.series, tracks.hashed, patience)
     score_SP = np.full(tracks.values_SP.shape, np.nan)
     at_place = np.full((len(tracks.step_S), len(scores.places)), np.nan)
     begin = int(np.searchsorted(tracks.step_S, first))
@@ -84,12 +86,8 @@ def _judged(tracks: Tracks, first: int, follow: bool = True) -> Judged:
 
 
 def stage_map(run: Run, first: int, last: int) -> StageMap:
-    """The worst score of each stage, layer and step from `first` to `last`."""
-    return map_of(judged(run, first, last))
-
-
-def map_of(window: Judged) -> StageMap:
-    """The stage map of a window that is judged already."""
+    """The worst score of each stage, layer and step from `first` to `last`; what lasts is calm after `CALM` samples."""
+    window = _judged(_enough(run, first, last, None), first, patience=CALM)
     layers = np.array(window.tracks.layers, int)
     steps = window.step_S[window.first :]
     scores = np.full((3, len(layers), len(steps)), np.nan, np.float32)

@@ -1,12 +1,12 @@
-"""Early warning: says, while a run trains, that a place has left its range and the loss has not yet.
+"""Early warning: says, while a run trains, that a place has left its range, and no spike was raised yet.
 
 Fed with the same scores that the cascade is told from. A place warns when its scores add up to a clear excess over at
 least three samples, so that one odd batch never does; what was told is not told again until it has been calm, nor
-what follows from it.
+what follows from it. While the loss is out of range too, the detector has the first word: `Held`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from geodiag.cascade_words import where
 from geodiag.defence import NAMES, Stage
 from geodiag.origin import EXPLAINS
 from geodiag.signals import Place
+from geodiag.spikes import Verdict
 
 SETTLING = 64
 """Samples before the first warning: while a training settles, everything moves."""
@@ -22,7 +23,7 @@ SETTLING = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Warning:
-    """A place left its range before the loss did."""
+    """A place left its range, and no spike was raised yet."""
 
     step: int
     """When it was said."""
@@ -63,10 +64,8 @@ class EarlyWarning:
         self._told = np.zeros(0, bool)
         self._spreading = 0
 
-    def update(
-        self, step: int, places: Sequence[Place], at_place: np.ndarray, loss_moves: bool = False
-    ) -> Warning | None:
-        """The scores of one step; `loss_moves` where the loss is out of range already: too late to warn."""
+    def update(self, step: int, places: Sequence[Place], at_place: np.ndarray) -> Warning | None:
+        """The scores of one step."""
         if len(places) != len(self._places):
             self._adopt(list(places))
         known = ~np.isnan(at_place)
@@ -82,11 +81,8 @@ class EarlyWarning:
         spreading, self._spreading = self._spreading > 0, self._spreading - 1
         if not news.any():
             return None
-        if spreading or loss_moves:
-            self._spreading = self.spreads  # as long as it goes on, it is the same cascade
-            return None
-        self._spreading = self.spreads
-        return self._said(step, at_place, alarms)
+        self._spreading = self.spreads  # as long as it goes on, it is the same cascade
+        return None if spreading else self._said(step, at_place, alarms)
 
     def _said(self, step: int, at_place: np.ndarray, alarms: np.ndarray) -> Warning:
         """Of what is out of range, the first in time and then in the order of the step that stands out enough."""
@@ -112,3 +108,23 @@ class EarlyWarning:
             was = getattr(self, name)
             setattr(self, name, np.array([0 if i is None else was[i] for i in keep], was.dtype))
         self._places = places
+
+
+class Held:
+    """A warning that waits, while the loss is out of range as well, for the word of the spike detector."""
+
+    def __init__(self, normal: float, wait: int = 5) -> None:
+        """normal: σ up to which a loss is in its range. wait: steps in which a detector that will speak has spoken."""
+        self.normal, self.wait = normal, wait
+        self._waiting: Warning | None = None
+
+    def update(self, step: int, news: Warning | None, verdict: Verdict) -> Warning | None:
+        """What is to be said at this step; nothing more of what a raised spike says louder."""
+        said = self._waiting or news
+        self._waiting = None
+        if said is None or verdict.active:
+            return None
+        if verdict.score > self.normal and step < said.step + self.wait:
+            self._waiting = said
+            return None
+        return replace(said, step=step)

@@ -13,7 +13,7 @@ from geodiag.hooks.ranks import Heard
 from geodiag.hooks.rows import Host, Places, series_of
 from geodiag.scores import Scores
 from geodiag.spikes import SpikeDetector, Verdict
-from geodiag.warning import EarlyWarning, Warning
+from geodiag.warning import EarlyWarning, Held, Warning
 
 WATCHED = ("composite_gain_fwd", "composite_gain_bwd", "flip_rate", "flip_rate_router", "clamp_gate_rate")
 
@@ -41,10 +41,10 @@ class Observer:
     def __init__(self, places: Places, hashed: frozenset[int] = frozenset()) -> None:
         """hashed: layers whose router is a hash."""
         self.detector, self.scores, self.early = SpikeDetector(), Scores(hashed=hashed), EarlyWarning()
+        self._held = Held(self.detector.normal)
         self._places = places
         self._keys: dict[str, int] = {}
         """Group of host values → how many series it is; in the order of the scores."""
-        self._moving = False
 
     def say(self, step: int, host: Host, absent: Collection[str] = ()) -> tuple[dict[str, float], dict[str, Any]]:
         """This rank's numbers of a step, and the early warning it would give, for all ranks.
@@ -57,7 +57,7 @@ class Observer:
         said |= {"here": 1.0} if "loss" in host else {}
         names = {"loss": "loss", "tokens": "tokens", "grad_norm": "grad_total"}
         said |= {name: float(host[key][0]) for name, key in names.items() if key in host}
-        warning = self.early.update(step, self.scores.places, at_place, loss_moves=self._moving)
+        warning = self.early.update(step, self.scores.places, at_place)
         return said, {"warning": asdict(warning)} if warning else {}
 
     def observe(self, step: int, host: Host, heard: Heard) -> Observation | None:
@@ -68,8 +68,7 @@ class Observer:
         if grad_norm is None and "grad_norm" in host:  # a sum over ranks, so the same on all of them
             grad_norm = _number(float(host["grad_norm"][0]))
         verdict = self.detector.update(step, heard.loss, grad_norm)
-        self._moving = verdict.active or verdict.score > self.detector.normal
-        warning = None if self._moving else heard.note.get("warning")
+        news = heard.note.get("warning")
         layers = _layers(host)
         worst = {n: float(np.nanmax(layers[n])) for n in WATCHED if n in layers and not np.isnan(layers[n]).all()}
         return Observation(
@@ -78,7 +77,7 @@ class Observer:
             grad_norm=grad_norm,
             verdict=verdict,
             stages={s: heard.largest(f"stage{s}") for s in (1, 2, 3)},
-            warning=Warning(**warning) if warning else None,
+            warning=self._held.update(step, Warning(**news) if news else None, verdict),
             worst=worst,
             heard=heard,
         )
@@ -87,7 +86,7 @@ class Observer:
         """What was learned so far; the scores as bytes, which the same version of geodiag reads."""
         return {
             "detector": self.detector.state_dict(),
-            "scores": pickle.dumps((__version__, self.scores, self.early, self._keys)),
+            "scores": pickle.dumps((__version__, self.scores, self.early, self._keys, self._held)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -98,7 +97,7 @@ class Observer:
         except (AttributeError, ImportError, TypeError):  # its classes have changed
             return
         if version == __version__:
-            self.scores, self.early, self._keys = learned
+            self.scores, self.early, self._keys, self._held = learned
 
     def _meet(self, host: Host) -> None:
         """Takes up what is seen for the first time: a probe's values come later than the rest."""

@@ -34,7 +34,7 @@ class ProbeBatch:
     @property
     def ready(self) -> bool:
         """Whether there is a batch to probe with."""
-        return bool(self._args or self._kwargs)
+        return len(self._args) + len(self._kwargs) > 0
 
     def state_dict(self) -> dict[str, Any]:
         """The batch, where it is not the user's own: a resumed training probes with the same."""

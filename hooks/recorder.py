@@ -23,6 +23,7 @@ from geodiag.hooks.observer import Observation, Observer
 from geodiag.hooks.ranks import Ranks, Said
 from geodiag.hooks.ranks_sums import Sums
 from geodiag.hooks.rows import Host, Places
+from geodiag.hooks.teller import Teller
 from geodiag.hooks.worker import Worker
 from geodiag.run import Run, Status
 from geodiag.spikes import Spike
@@ -74,6 +75,7 @@ class Recorder:
         self._under_way: deque[Future[Observation | None]] = deque()
         self._pushed: int | None = None
         self._complained: set[str] = set()
+        self._teller = Teller(run, partial(self.complain, "the cascade behind a spike"))
 
     # -- on the training thread ----------------------------------------------------------------
 
@@ -127,7 +129,12 @@ class Recorder:
 
     def next_attempt(self) -> int:
         """Rows from here on belong to the next attempt, whose number is returned."""
-        return self._writer.submit(self.run.next_attempt).result()
+
+        def begin() -> int:
+            self._teller.tell()
+            return self.run.next_attempt()
+
+        return self._writer.submit(begin).result()
 
     def event(self, event: Event) -> None:
         """Records an event after the rows that are already under way. What all ranks know, rank 0 writes down."""
@@ -154,6 +161,7 @@ class Recorder:
     def close(self, status: Status) -> None:
         """Waits for everything under way and closes the run."""
         self.settle()
+        self._writer.submit(self._teller.close).result()  # what fails there is among what the writer has yet to write
         self._writer.submit(lambda: self._guarded("closing the run", lambda: self.run.close(status)))
         self._writer.stop()
 
@@ -198,6 +206,8 @@ class Recorder:
         for table, columns in tables:
             # Each by itself: a disk that is too full for one table's rows may have room for the next's.
             self._guarded(f"rows of {table}", partial(self.run.append, table, {"step": facts.step, **columns}))
+        if seen and self._speaks:
+            self._teller.see(seen)
         self.run.heartbeat(facts.step)
 
     def _tables(self, facts: Facts, host: Host) -> list[tuple[str, rows.Columns]]:

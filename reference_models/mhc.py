@@ -4,10 +4,11 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from geodiag.reference_models.config import Kernels, ModelConfig
 from geodiag.reference_models.kernels import reference
-from geodiag.reference_models.kernels.reference import Mix, Written
+from geodiag.reference_models.kernels.reference import Mix, Projected, Written
 from geodiag.reference_models.kernels.select import select
 
 
@@ -44,7 +45,12 @@ class HyperConnection(nn.Module):
             start = torch.cat([4 * read - 2, torch.zeros(n), 3 * keep])
         self.bias.copy_(start)
 
-    def forward(self, x_BSNC: Tensor) -> Mix:
+    @property
+    def next_phi(self) -> Tensor | None:
+        """By what the site before may project this one's streams: nothing, if it lies spread over ranks until used."""
+        return None if self.config.residual == "hc" or isinstance(self.phi, DTensor) else self.phi
+
+    def forward(self, x_BSNC: Tensor, projected: Projected | None = None) -> Mix:
         c = self.config
         if c.residual == "hc":
             return reference.hc_before(x_BSNC, self.phi, self.alpha, self.bias, c.norm_eps)
@@ -58,17 +64,20 @@ class HyperConnection(nn.Module):
             c.norm_eps,
             c.sinkhorn_order,
             self.flag,
+            projected,
         )
 
 
 class PlainResidual(nn.Module):
     """One stream, x + f(x): the identity map, with nothing to measure."""
 
+    next_phi = None
+
     def __init__(self) -> None:
         super().__init__()
         self.write = Write()
 
-    def forward(self, x_BS1C: Tensor) -> Mix:
+    def forward(self, x_BS1C: Tensor, projected: Projected | None = None) -> Mix:
         return Mix(x_BS1C.squeeze(-2), None, None, None, None)
 
 
@@ -81,10 +90,11 @@ class Write(nn.Module):
         self.flag: Tensor | None = None
         """On the device; while a watcher sets it, fused kernels measure the streams on the way."""
 
-    def forward(self, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix) -> Written:
+    def forward(self, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix, next_phi: Tensor | None = None) -> Written:
+        """`next_phi` is the next site's, for kernels that do some of its work on the way."""
         if mix.res_TNN is None or mix.post_TN is None:
             return Written(x_BSNC + branch_BSC.unsqueeze(-2))
-        return select(self.kernels, x_BSNC.device).site_after(x_BSNC, branch_BSC, mix, self.flag)
+        return select(self.kernels, x_BSNC.device).site_after(x_BSNC, branch_BSC, mix, self.flag, next_phi)
 
 
 class ReadOut(nn.Module):

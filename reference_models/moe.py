@@ -35,9 +35,14 @@ class Router(nn.Module):
         logits = reference.router_logits(hidden_TC, self.weight)
         return select(self.kernels, hidden_TC.device).route(logits, self.balance, self.k, self.scale)
 
-    def weighed(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Routing:
-        """Today's gate weights for any choice of experts; anticipatory routing replays a choice through this."""
-        return Routing(scores_TE, expert_ids_TK, reference.weigh(scores_TE, expert_ids_TK, self.scale))
+    def weighed(self, logits_TE: Tensor | None, expert_ids_TK: Tensor) -> Routing:
+        """Today's gate weights for any choice of experts; anticipatory routing replays a choice through this.
+
+        The same kernel as its own choice's, so that the same ids have the same bits.
+        """
+        assert logits_TE is not None, "every router gives them"
+        route = select(self.kernels, logits_TE.device).route
+        return route(logits_TE, self.balance, self.k, self.scale, expert_ids_TK)
 
 
 class HashRouter(Router):
@@ -53,7 +58,7 @@ class HashRouter(Router):
         self.register_buffer("table", (first + torch.arange(config.experts_per_token)) % config.experts)
 
     def forward(self, hidden_TC: Tensor, token_ids_T: Tensor) -> Routing:
-        return self.weighed(reference.affinity(hidden_TC, self.weight), self.table[token_ids_T])
+        return self.weighed(reference.router_logits(hidden_TC, self.weight), self.table[token_ids_T])
 
 
 class ClampedSwiGLU(nn.Module):

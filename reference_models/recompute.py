@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from geodiag.reference_models.kernels.reference import Mix
+from geodiag.reference_models.kernels.reference import Mix, Projected, Written
 
 
 def block_length(streams: int, layers: int) -> int:
@@ -22,18 +22,22 @@ def block_length(streams: int, layers: int) -> int:
 class Kept:
     """A site's light parts, run as they are."""
 
-    def before(self, connection: nn.Module, norm: nn.Module, x_BSNC: Tensor) -> tuple[Mix, Tensor]:
+    def before(
+        self, connection: nn.Module, norm: nn.Module, x_BSNC: Tensor, projected: Projected | None
+    ) -> tuple[Mix, Tensor]:
         """The maps, and the normalised input of the site's attention or experts."""
-        mix = connection(x_BSNC)
+        mix = connection(x_BSNC, projected)
         return mix, norm(mix.inner_TC)
 
     def inside(self, heavy: Callable[..., Any], hidden_BSC: Tensor, *more: Tensor) -> Any:
         """The attention or the experts."""
         return heavy(hidden_BSC, *more)
 
-    def after(self, connection: nn.Module, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix) -> Tensor:
+    def after(
+        self, connection: nn.Module, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix, next_phi: Tensor | None
+    ) -> Written:
         """The streams after the site."""
-        return connection.write(x_BSNC, branch_BSC, mix).streams_TNC  # type: ignore[operator]
+        return connection.write(x_BSNC, branch_BSC, mix, next_phi)  # type: ignore[operator]
 
 
 KEPT = Kept()
@@ -42,6 +46,8 @@ KEPT = Kept()
 class _Site(NamedTuple):
     connection: nn.Module
     norm: nn.Module
+    branch_BSC: Tensor
+    next_phi: Tensor | None
 
 
 class _Saved(NamedTuple):
@@ -63,10 +69,12 @@ class _Hidden(NamedTuple):
 class Recomputed(Kept):
     """One block of layers in one forward. Its tensors come back, all at once, when the backward asks for the first."""
 
-    def __init__(self, x_BSNC: Tensor) -> None:
+    def __init__(self, x_BSNC: Tensor, projected: Projected | None) -> None:
         self._first = x_BSNC.detach()
+        self._sums = None if projected is None else projected.sums_STK
         self._sites: list[_Site] = []
-        self._branches: list[Tensor] = []
+        self._norm: nn.Module
+        """Of the site that has begun and not yet ended."""
         self._numbers: list[int] = []
         """Tensors that each site has saved so far."""
         self._before: list[int] = []
@@ -74,16 +82,18 @@ class Recomputed(Kept):
         self._again: dict[tuple[int, int], Tensor] = {}
         self._hidden: dict[int, Tensor] = {}
 
-    def before(self, connection: nn.Module, norm: nn.Module, x_BSNC: Tensor) -> tuple[Mix, Tensor]:
-        self._sites.append(_Site(connection, norm))
+    def before(
+        self, connection: nn.Module, norm: nn.Module, x_BSNC: Tensor, projected: Projected | None
+    ) -> tuple[Mix, Tensor]:
         self._numbers.append(0)
+        self._norm = norm
         with saved_tensors_hooks(self._forget, self._recall):
-            made = super().before(connection, norm, x_BSNC)
+            made = super().before(connection, norm, x_BSNC, projected)
         self._before.append(self._numbers[-1])
         return made
 
     def inside(self, heavy: Callable[..., Any], hidden_BSC: Tensor, *more: Tensor) -> Any:
-        site, where, dtype = len(self._sites) - 1, hidden_BSC.untyped_storage().data_ptr(), hidden_BSC.dtype
+        site, where, dtype = len(self._numbers) - 1, hidden_BSC.untyped_storage().data_ptr(), hidden_BSC.dtype
 
         def forget(saved: Tensor) -> Tensor | _Hidden:
             if saved.dtype != dtype or saved.untyped_storage().data_ptr() != where:
@@ -93,13 +103,15 @@ class Recomputed(Kept):
         with saved_tensors_hooks(forget, self._recall_hidden):
             return super().inside(heavy, hidden_BSC, *more)
 
-    def after(self, connection: nn.Module, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix) -> Tensor:
-        self._branches.append(branch_BSC.detach())
+    def after(
+        self, connection: nn.Module, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix, next_phi: Tensor | None
+    ) -> Written:
+        self._sites.append(_Site(connection, self._norm, branch_BSC.detach(), next_phi))
         with saved_tensors_hooks(self._forget, self._recall):
-            return super().after(connection, x_BSNC, branch_BSC, mix)
+            return super().after(connection, x_BSNC, branch_BSC, mix, next_phi)
 
     def _forget(self, _: Tensor) -> _Saved:
-        site = len(self._sites) - 1
+        site = len(self._numbers) - 1
         self._numbers[site] += 1
         return _Saved(site, self._numbers[site])
 
@@ -121,20 +133,23 @@ class Recomputed(Kept):
     def _replay(self) -> None:
         """Runs the light parts of all sites once more; what they save now is what they saved then, in that order."""
         again: dict[tuple[int, int], Tensor] = {}
-        x = self._first
-        for i, (connection, norm) in enumerate(self._sites):
+        x, sums = self._first, self._sums
+        for i, site in enumerate(self._sites):
             number = 0
 
-            def keep(saved: Tensor, site: int = i) -> None:
+            def keep(saved: Tensor, i: int = i) -> None:
                 nonlocal number
                 number += 1
-                again[site, number] = saved.detach()
+                again[i, number] = saved.detach()
 
-            x, branch = x.requires_grad_(), self._branches[i].requires_grad_()
+            x, branch = x.requires_grad_(), site.branch_BSC.requires_grad_()
+            projected = None if sums is None else Projected(x, sums)
             with torch.enable_grad(), saved_tensors_hooks(keep, _gone):
-                mix, hidden = Kept.before(self, connection, norm, x)
+                mix, hidden = Kept.before(self, site.connection, site.norm, x, projected)
                 self._hidden[i] = hidden.detach()
-                x = Kept.after(self, connection, x, branch, mix).detach()
+                written = Kept.after(self, site.connection, x, branch, mix, site.next_phi)
+            x = written.streams_TNC.detach()
+            sums = None if written.projected is None else written.projected.sums_STK
         self._again = again
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from geodiag.reference_models.attention import Attention, rotary_table
 from geodiag.reference_models.config import ModelConfig
-from geodiag.reference_models.kernels.reference import Routing
+from geodiag.reference_models.kernels.reference import Projected, Routing, Written
 from geodiag.reference_models.mhc import HyperConnection, PlainResidual, ReadOut
 from geodiag.reference_models.moe import MoE, sequence_balance_loss
 from geodiag.reference_models.norm import RMSNorm
@@ -42,13 +42,23 @@ class Layer(nn.Module):
         self.ffn_norm = RMSNorm(config.channels, eps=config.norm_eps)
         self.moe = MoE(config, layer)
 
-    def forward(self, x_BSNC: Tensor, token_ids_BS: Tensor, rotary: Tensor, run: Kept = KEPT) -> tuple[Tensor, Routing]:
-        """`run` says what the backward will find, and what it will make anew."""
-        mix, hidden = run.before(self.attn_hc, self.attn_norm, x_BSNC)
-        x_BSNC = run.after(self.attn_hc, x_BSNC, run.inside(self.attn, hidden, rotary), mix)
-        mix, hidden = run.before(self.ffn_hc, self.ffn_norm, x_BSNC)
+    def forward(
+        self,
+        x_BSNC: Tensor,
+        token_ids_BS: Tensor,
+        rotary: Tensor,
+        run: Kept = KEPT,
+        projected: Projected | None = None,
+        next_phi: Tensor | None = None,
+    ) -> tuple[Written, Routing]:
+        """`run` says what the backward will find, and what it will make anew. `projected` comes from the layer before;
+        `next_phi` is of the layer behind, whose first site finds its streams projected by it."""
+        mix, hidden = run.before(self.attn_hc, self.attn_norm, x_BSNC, projected)
+        branch = run.inside(self.attn, hidden, rotary)
+        x_BSNC, projected, _ = run.after(self.attn_hc, x_BSNC, branch, mix, self.ffn_hc.next_phi)
+        mix, hidden = run.before(self.ffn_hc, self.ffn_norm, x_BSNC, projected)
         out = run.inside(self.moe, hidden, token_ids_BS)
-        return run.after(self.ffn_hc, x_BSNC, out.hidden_BSC, mix), out.routing
+        return run.after(self.ffn_hc, x_BSNC, out.hidden_BSC, mix, next_phi), out.routing
 
 
 def _connection(config: ModelConfig, site: int) -> HyperConnection | PlainResidual:
@@ -101,17 +111,19 @@ class Transformer(nn.Module):
         if token_ids_BS.shape[1] > self.config.sequence:
             raise ValueError(f"sequence {token_ids_BS.shape[1]} is longer than config.sequence {self.config.sequence}")
         x = self.embed(token_ids_BS).unsqueeze(-2).expand(-1, -1, self.config.streams, -1)
-        routings = []
+        routings, projected = [], None
+        behind = [block.attn_hc.next_phi for block in self.blocks[1:]] + [None]
         # Compiled, the partitioner decides what is kept: the light parts are what it makes anew by itself.
         differentiated = torch.is_grad_enabled()
         forgets = self.config.recompute == "mhc" and differentiated and not torch.compiler.is_compiling()
         length, run = block_length(self.config.streams, len(self.layers)), KEPT
         for i, layer in enumerate(self.layers):
             if self.config.recompute == "layers" and differentiated:
-                x, routing = checkpoint(layer, x, token_ids_BS, self.rotary, use_reentrant=False)
+                arguments = (token_ids_BS, self.rotary, KEPT, projected, behind[i])
+                (x, projected, _), routing = checkpoint(layer, x, *arguments, use_reentrant=False)
             else:
-                run = Recomputed(x) if forgets and i % length == 0 else run
-                x, routing = layer(x, token_ids_BS, self.rotary, run)
+                run = Recomputed(x, projected) if forgets and i % length == 0 else run
+                (x, projected, _), routing = layer(x, token_ids_BS, self.rotary, run, projected, behind[i])
             routings.append(routing)
         return Output(self.head(self.norm(self.read_out(x))), tuple(routings))
 

@@ -41,7 +41,7 @@ def said(folder: Path, result: Any, *words: str) -> None:
     ("fault", "words"),
     [
         ("earthquake@1", ["unknown fault kind 'earthquake'", "expert-scale", "bit-flip"]),
-        ("expert-scale", ["cannot read the fault 'expert-scale'", "KIND@STEP[:LAYER][=MAGNITUDE]"]),
+        ("expert-scale", ["cannot read the fault 'expert-scale'", "KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"]),
         ("expert-scale@-1", ["cannot read the fault"]),
         ("expert-scale@3", ["comes after the last step", "pass --steps"]),
         ("gate-column@1:0", ["cannot be planted in layer 0", "layers that can take it: 1, 2, 3, 4, 5"]),

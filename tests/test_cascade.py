@@ -11,6 +11,7 @@ from geodiag.cascade import cascades, explain, stage_map
 from geodiag.errors import GeodiagError
 from geodiag.events import Event
 from geodiag.onset import excursions
+from geodiag.stage_map import CALM
 from tests.planted import Planted
 
 KEYS = {"spike_onset", "stage", "layer", "site", "expert", "onset", "lead", "confidence", "defence", "evidence"}
@@ -142,6 +143,19 @@ def test_a_rising_schedule_is_said_by_where_it_led(tmp_path: Path) -> None:
     assert found.evidence[0].usual == pytest.approx(2 * lr[239] - lr[238])
 
 
+def test_a_learning_rate_that_creeps_away_is_named_from_where_it_began(tmp_path: Path) -> None:
+    lr = 1e-3 * 1.06 ** np.maximum(np.arange(300) - 219, 0)
+    found = explain(expert_fault(lr=lr).write(tmp_path / "run"))
+    assert (found.cause, found.layer, found.onset) == ("lr", None, 220)
+    assert found.evidence[0].usual == pytest.approx(1e-3)
+
+
+def test_a_learning_rate_that_crept_up_long_before_is_not_blamed(tmp_path: Path) -> None:
+    lr = 1e-3 * 1.06 ** np.clip(np.arange(300) - 150, 0, 40)
+    found = explain(expert_fault(lr=lr).write(tmp_path / "run"))
+    assert (found.cause, found.layer) == ("layer", 2)
+
+
 def test_a_warm_up_is_no_kink(tmp_path: Path) -> None:
     lr = np.minimum(np.arange(1, 301) / 290, 1.0) * 1e-3
     found = explain(expert_fault(lr=lr).write(tmp_path / "run"))
@@ -245,6 +259,17 @@ def test_the_stage_map_shows_the_fault_in_its_stage_layer_and_steps(tmp_path: Pa
     hot = np.argwhere(picture.scores > 6)
     assert {(s + 1, picture.layers[i]) for s, i, _ in hot} == {(2, 2)}
     assert set(picture.steps[hot[:, 2]]) == set(range(240, 249))
+
+
+def test_a_picture_is_calm_again_after_a_lasting_change_and_the_origin_is_found_all_the_same(tmp_path: Path) -> None:
+    run = expert_fault(at=170).write(tmp_path / "run")
+    picture = stage_map(run, 160, 299)
+    row = picture.scores[0, list(picture.layers).index(2)]
+    since = picture.steps - 170
+    assert row[(since >= 0) & (since < CALM)].min() > 20
+    assert row[since > CALM].max() < 8
+    found = explain(run)
+    assert (found.stage, found.layer, found.expert, found.onset, found.lead) == (1, 2, 3, 170, 80)
 
 
 def test_what_was_not_sampled_is_nan_in_the_stage_map(tmp_path: Path) -> None:

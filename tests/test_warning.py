@@ -8,7 +8,8 @@ import pytest
 from geodiag.events import details
 from geodiag.run import open_run
 from geodiag.signals import Place
-from geodiag.warning import SETTLING, EarlyWarning, Warning
+from geodiag.spikes import Verdict
+from geodiag.warning import SETTLING, EarlyWarning, Held, Warning
 
 PLACES = [
     Place(0, "ffn", "data"),
@@ -19,10 +20,10 @@ PLACES = [
 ]
 
 
-def said(scores_SK: np.ndarray, moves: int | None = None, **options: float) -> list[Warning]:
-    """Every warning over the steps; the loss moves from step `moves` on."""
-    early = EarlyWarning(**options)  # type: ignore[arg-type]
-    found = [early.update(t, PLACES, row, moves is not None and t >= moves) for t, row in enumerate(scores_SK)]
+def said(scores_SK: np.ndarray) -> list[Warning]:
+    """Every warning over the steps."""
+    early = EarlyWarning()
+    found = [early.update(t, PLACES, row) for t, row in enumerate(scores_SK)]
     return [w for w in found if w is not None]
 
 
@@ -72,11 +73,25 @@ def test_of_places_that_move_together_the_first_in_the_order_of_the_step_is_name
     assert (found.stage, found.layer) == ("data", None)
 
 
-def test_a_loss_that_moves_already_is_not_warned_of() -> None:
-    rows = calm()
-    rows[200:, 2] = 40
-    assert said(rows, moves=201) == []
-    assert len(said(rows, moves=203)) == 1
+def held(news: int, scores: dict[int, float], active: range = range(0)) -> list[int]:
+    """The steps at which one warning, that of step `news`, is said."""
+    waiting, found = Held(normal=3.0, wait=5), []
+    warning = Warning(step=news, since=news - 2, stage=1, layer=2, site="ffn", part="experts", score=9.0)
+    for t in range(news, news + 20):
+        verdict = Verdict(scores.get(t, 1.0), None, None, t in active)
+        out = waiting.update(t, warning if t == news else None, verdict)
+        found += [out.step] if out else []
+        assert out is None or out.since == news - 2
+    return found
+
+
+def test_while_the_loss_is_out_of_range_too_the_detector_has_the_first_word() -> None:
+    odd = dict.fromkeys(range(100, 120), 4.0)
+    assert held(100, {}) == [100]
+    assert held(100, odd, active=range(102, 120)) == []
+    assert held(100, odd) == [105], "what the detector leaves open is warned of"
+    assert held(100, {100: 4.0, 101: 4.0}) == [102]
+    assert held(100, {}, active=range(90, 120)) == []
 
 
 def test_a_training_that_settles_is_not_warned_of() -> None:

@@ -36,8 +36,9 @@ _NO_HYPER = "This model has no hyper-connections, so no residual maps."
 _NO_TOKENS = "No traced tokens near this step; attach(trace='flipped') follows some."
 _PICTURE = (
     "Each map is one stage: a row is a layer, the first on top; a column is a step; the colour says how far the layer "
-    "stands from its own past. Rings mark where a stage left its range, the line leads from the origin to the loss. "
-    "Click a cell for what was measured there; drag to zoom in time."
+    "stands from its own past, of which a change that has lasted for 64 samples is part. Rings mark where a stage left "
+    "its range, the line leads from the origin to the loss. Click a cell for what was measured there; drag to zoom in "
+    "time."
 )
 
 

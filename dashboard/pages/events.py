@@ -68,11 +68,11 @@ def register(app: Dash, library: Library) -> None:
 
 
 def jump(record: Record, event: dict[str, Any]) -> str:
-    """Where an event is looked at: a spike or a warning in its cascade, anything else in the middle of the overview."""
+    """Where an event is looked at: a spike or a warning in its cascade, the rest in the middle of the overview."""
     step, run = event["step"], quote(record.run.name)
-    if event["kind"] in (*SPIKES, "early_warning"):
-        onset = details(event["data"]).get("onset")
-        at = onset if isinstance(onset, int) and event["kind"] in SPIKES else step
+    if event["kind"] in (*SPIKES, "cascade", "early_warning"):
+        onset = details(event["data"]).get("spike_onset" if event["kind"] == "cascade" else "onset")
+        at = onset if isinstance(onset, int) else step
         return f"/run/{run}/cascade{View(spike=at).search()}"
     view = View(steps=(max(0, step - _AROUND), step + _AROUND), step=step)
     return f"/run/{run}/overview{view.search()}"

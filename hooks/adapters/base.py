@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 # T tokens (any leading shape), N streams, C channels, E experts, K experts per token, A assignments, F expert dim
@@ -210,6 +211,15 @@ def on_input(module: nn.Module, read: Callable[[tuple, dict], Any]) -> Watch:
         return [module.register_forward_pre_hook(hook, with_kwargs=True)]
 
     return watch
+
+
+QUERIES = 64
+"""Positions whose attention logits are looked at."""
+
+
+def sampled_queries(positions: int, device: torch.device) -> Tensor:
+    """`QUERIES` positions, evenly spaced, the last among them; all where there are no more."""
+    return torch.linspace(0, positions - 1, min(QUERIES, positions), device=device).long()
 
 
 def scaling(module: nn.Module, scaled: Callable[[Any, float], Any]) -> Callable[[float], Removable]:

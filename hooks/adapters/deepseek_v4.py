@@ -22,6 +22,7 @@ from geodiag.hooks.adapters.base import (
     on_output,
     scaling,
 )
+from geodiag.hooks.adapters.deepseek_v4_attention import attention_site
 
 IN_TOKEN_ORDER = ("batched_mm",)
 """Experts implementations whose rows stand in the order of the tokens; in the others they stand by expert."""
@@ -67,7 +68,7 @@ def find(model: nn.Module) -> Layout | None:
         watch_input=on_output(own.embed_tokens, lambda _a, _k, out: out),
         watch_end=on_input(own.hc_head, lambda args, _: args[0]),
         streams=own.config.hc_mult,
-        missing=["attention logits are not shown by this model: attn_logit_max is not recorded"],
+        attention=[attention_site(i, layer.self_attn) for i, layer in enumerate(layers)],
     )
 
 

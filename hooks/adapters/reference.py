@@ -17,6 +17,7 @@ from geodiag.hooks.adapters.base import (
     WrittenView,
     on_input,
     on_output,
+    sampled_queries,
     scaling,
 )
 from geodiag.reference_models.attention import Attention, rotate
@@ -104,11 +105,8 @@ def _router(layer: int, router: Router) -> RouterSite:
         bias=lambda: None if hashed else router.balance,
         rescore=affinity,
         chosen=lambda out: Choice(out.expert_ids_TK, out.weights_TK),
-        replay=lambda out, ids: router.weighed(out.scores_TE, ids),
+        replay=lambda out, ids: router.weighed(out.logits_TE, ids),
     )
-
-
-_QUERIES = 64
 
 
 def _attention(layer: int, attention: Attention) -> AttentionSite:
@@ -116,12 +114,11 @@ def _attention(layer: int, attention: Attention) -> AttentionSite:
 
     def largest(args: tuple, _: dict) -> Tensor:
         x_BSC, rotary = args
-        positions = x_BSC.shape[1]
-        at = torch.linspace(0, positions - 1, min(_QUERIES, positions), device=x_BSC.device).long()
+        at = sampled_queries(x_BSC.shape[1], x_BSC.device)
         q, k, _v = attention.qkv(x_BSC).unflatten(-1, (3, attention.heads, attention.head_dim)).unbind(-3)
         q, k = rotate(attention.q_norm(q), rotary)[:, at], rotate(attention.k_norm(k), rotary)
         logits_BHQS = (q.transpose(1, 2).float() @ k.permute(0, 2, 3, 1).float()) * attention.head_dim**-0.5
-        future = torch.arange(positions, device=at.device) > at.unsqueeze(-1)
+        future = torch.arange(x_BSC.shape[1], device=at.device) > at.unsqueeze(-1)
         return logits_BHQS.masked_fill(future, -torch.inf).amax()
 
     return AttentionSite(layer=layer, watch_logits=on_input(attention, largest))

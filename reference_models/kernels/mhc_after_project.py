@@ -1,7 +1,5 @@
 """The streams after a site, and in the same pass their projection for the next site: the stream is read once less."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -16,26 +14,31 @@ from geodiag.reference_models.kernels.launch import (
     tiles,
     two_parts,
 )
-from geodiag.reference_models.kernels.mhc_after import after_grad, keep, mhc_after_linked
+from geodiag.reference_models.kernels.mhc_after import after_grad, keep
 from geodiag.reference_models.kernels.mhc_after_project_device import after_project, split_rows
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number
 
-SLICES = 4
-"""Partial sums of the projection: a constant, so that no shape depends on the number of tokens but by itself."""
+TILE = (64, 32, 4, 3)
+"""Tokens, channels, warps and stages of the fused kernel by tiles, as measured on an H100 (docs/kernels.md)."""
+
+
+def slices(channels: int) -> int:
+    """Partial sums of the projection: the more, the better the last wave of programs fills the machine."""
+    return 8 if channels % (8 * TILE[1]) == 0 else 4
 
 
 def fuses(x_TNC: Tensor) -> bool:
     """Whether the fused kernel serves these streams: four of bfloat16 on a Hopper GPU (and Triton's interpreter)."""
     n, c = x_TNC.shape[-2:]
-    served = x_TNC.dtype == torch.bfloat16 and n == 4 and c % (32 * SLICES) == 0
+    served = x_TNC.dtype == torch.bfloat16 and n == 4 and c % (TILE[1] * slices(c)) == 0
     return not x_TNC.is_cuda or (served and has_copy_engine(x_TNC.device))
 
 
 def _outputs(x: Tensor, measured: bool) -> tuple[Tensor, Tensor, Tensor]:
-    t, n, _ = x.shape
-    shape = mhc_stats.streams_shape(t if measured else 0, SLICES)
-    return torch.empty_like(x), floats(x, *shape), floats(x, SLICES, t, padded(n * n + 2 * n))
+    t, n, c = x.shape
+    shape = mhc_stats.streams_shape(t if measured else 0, slices(c))
+    return torch.empty_like(x), floats(x, *shape), floats(x, slices(c), t, padded(n * n + 2 * n))
 
 
 @torch.library.custom_op("geodiag::mhc_after_project", mutates_args=())
@@ -59,9 +62,9 @@ def _mhc_after_project(
     split_rows[(cdiv(w, 64),)](phi, parts, w, K=k, KP=kp, BW=64, P=2 if two else 1, num_warps=4)
     # The copy engine wants 16-byte addresses, which only a view into the middle of something lacks.
     x, branch = (v if v.data_ptr() % 16 == 0 else v.clone() for v in (x, branch))
-    bt, bc = (64, 32) if two else (16, 32)
+    bt, bc, warps, stages = TILE if two else (16, 32, 4, 1)
     block = (bt, bc) if two else None
-    after_project[(cdiv(t, bt) * SLICES,)](
+    after_project[(cdiv(t, bt) * slices(c),)](
         tiles(x, block),
         tiles(branch, block),
         post,
@@ -76,13 +79,13 @@ def _mhc_after_project(
         C=c,
         KP=kp,
         P=2 if two else 1,
-        S=SLICES,
-        SLICE=cdiv(cdiv(c, SLICES), bc) * bc,
+        S=slices(c),
+        SLICE=cdiv(cdiv(c, slices(c)), bc) * bc,
         BT=bt,
         BC=bc,
         TMA=two,
-        STAGES=3 if two else 1,
-        num_warps=4,
+        STAGES=stages,
+        num_warps=warps,
     )
     return out, stats, part
 
@@ -100,16 +103,6 @@ def _grad(ctx, grad, _stats, _part):
 _mhc_after_project.register_autograd(_grad, setup_context=keep)
 
 
-class Projected(NamedTuple):
-    """The streams after a site."""
-
-    streams_TNC: Tensor
-    rows_TBF: Tensor
-    """As `mhc_after_linked` has them."""
-    projected: Tensor | None
-    """What the next site's `mhc_before_linked` takes with these streams and the same φ; None where nothing is fused."""
-
-
 def mhc_after_project(
     x_TNC: Tensor,
     branch_TC: Tensor,
@@ -118,10 +111,9 @@ def mhc_after_project(
     link: tuple[Tensor, Tensor] | None,
     next_phi: Tensor,
     flag: Tensor | None = None,
-) -> Projected:
-    """`mhc_after_linked`, and the projection of its streams by the next site's φ where the fused kernel serves them."""
-    if not fuses(x_TNC):
-        return Projected(*mhc_after_linked(x_TNC, branch_TC, post_TN, res_TNN, link, flag), None)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mhc_after_linked` of streams that it `fuses`; last, their projection by the next site's φ, which that site's
+    `mhc_before_linked` takes with these streams."""
     tokens, n, c = check_streams(x_TNC)
     lead = x_TNC.shape[:-2]
     check_shape("branch", branch_TC, (*lead, c))
@@ -138,4 +130,4 @@ def mhc_after_project(
         flag,
         next_phi.detach().contiguous(),
     )
-    return Projected(out.view_as(x_TNC), rows, part)
+    return out.view_as(x_TNC), rows, part

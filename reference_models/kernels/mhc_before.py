@@ -13,16 +13,21 @@ from geodiag.reference_models.kernels.launch import (
     cdiv,
     check_shape,
     check_streams,
+    copies_tiles,
     floats,
     padded,
     power_of_two,
     processors,
+    tiles,
     two_parts,
 )
 from geodiag.reference_models.kernels.reference import Mix
 from geodiag.reference_models.kernels.sinkhorn import check_sinkhorn
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients
+
+PROJECT_TILE = (64, 128, 4, 3)
+"""Tokens, width, warps and stages of `project_streams` by tiles, as measured on an H100 (docs/kernels.md)."""
 
 Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -52,13 +57,14 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
     w, kp, two = n * c, padded(k), two_parts(x)
     parts = torch.empty(w, 2 * kp if two else kp, dtype=torch.bfloat16 if two else torch.float32, device=x.device)
     mhc_before_forward.split[(cdiv(w, 64),)](phi, parts, w, K=k, KP=kp, BW=64, TWO_PARTS=two, num_warps=4)
-    bt, bw = (128, 64) if two and n <= 4 else (64 if x.is_cuda else 16, 32)
+    tma = two and n <= 4 and copies_tiles(x, parts)
+    bt, bw = PROJECT_TILE[:2] if tma else (64 if x.is_cuda else 16, 32)
     # Enough programs for two a multiprocessor: few tokens split the width, many do not need to.
     slices = max(min(2 * processors(x.device) // cdiv(t, bt), cdiv(w, 4 * bw)), 1)
     part = floats(x, slices, t, kp)
     mhc_before_forward.project_streams[(cdiv(t, bt), slices)](
-        x,
-        parts,
+        tiles(x, (bt, bw) if tma else None),
+        tiles(parts, (bw, 2 * kp) if tma else None),
         part,
         t,
         W=w,
@@ -68,8 +74,10 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
         BT=bt,
         BW=bw,
         TWO_PARTS=two,
-        STAGES=4 if two else 2,
-        num_warps=8 if two else 4,
+        TMA=tma,
+        # Pipelined by addresses, the product was seen to read tiles that were being replaced (triton 3.6).
+        STAGES=PROJECT_TILE[3] if tma else 1,
+        num_warps=PROJECT_TILE[2] if tma else 4,
     )
     return part
 

@@ -20,8 +20,8 @@ from geodiag.reference_models.kernels.mhc_before_backward_device import add_up, 
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
 
-DX_TILE = (32, 64, 4, 3)
-"""Tokens, channels, warps and stages of `dx_dphi` by tiles, as measured on an H200 (docs/kernels.md)."""
+DX_TILE = (64, 64, 8, 3)
+"""Tokens, channels, warps and stages of `dx_dphi` by tiles, as measured on an H100 (docs/kernels.md)."""
 COEFFICIENTS = (16, 1)
 """Tokens and warps of a program of `coefficients`, likewise."""
 
@@ -60,8 +60,6 @@ def backward(
     blocks = cdiv(c, bc) * (n // together)
     # Two programs a multiprocessor at a time, each of them twice.
     chunks = max(min(4 * processors(x.device) // blocks, cdiv(t, bt)), 1)
-    chunk = cdiv(cdiv(t, chunks), bt) * bt
-    chunks = cdiv(t, chunk)
     inner_d_pre = None
     if d_inner is not None:
         inner_d_pre = floats(x, t, n)
@@ -111,7 +109,6 @@ def backward(
         tiles(dx, block),
         part,
         t,
-        chunk,
         N=n,
         J=together,
         C=c,

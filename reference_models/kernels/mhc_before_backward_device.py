@@ -147,7 +147,7 @@ def second(pair):
     return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["T", "CHUNK"])
+@triton.jit(do_not_specialize=["T"])
 def dx_dphi(
     x_ptr,
     phi_ptr,
@@ -158,7 +158,6 @@ def dx_dphi(
     dx_ptr,
     dphi_ptr,
     T,
-    CHUNK,
     N: tl.constexpr,
     J: tl.constexpr,
     C: tl.constexpr,
@@ -170,7 +169,7 @@ def dx_dphi(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx of J streams' block of channels for a chunk of tokens, and the chunk's share of dφ: one read of x.
+    """dx of J streams' block of channels for every so many blocks of tokens, and their share of dφ: one read of x.
 
     dx = coef·φᵀ + along·x + preᵀ d_inner + H_resᵀ d_next. The last three take 2 + 2N numbers a token and stream, and
     each load of a column of them costs as much as a tile's: two float32 travel as one 64-bit integer.
@@ -183,8 +182,6 @@ def dx_dphi(
     c = c0 + tl.arange(0, BC)
     k = tl.arange(0, KP)
     chunk = tl.program_id(1)
-    start = chunk * CHUNK
-    stop = tl.minimum(start + CHUNK, T)
     phis = ()
     dphis = ()
     for j in tl.static_range(J):
@@ -192,9 +189,11 @@ def dx_dphi(
         phi = tl.load(phi_ptr + offsets, (c < C)[:, None] & (k < K)[None, :], 0.0)
         phis = phis + (phi.to(tl.float32 if WIDE else tl.bfloat16),)
         dphis = dphis + (tl.zeros((BC, KP), tl.float32),)
-    for t0 in tl.range(start, stop, BT, num_stages=STAGES):
+    # All programs march through the tokens together, from the last ones, which `inner_to_pre` has left in the cache.
+    for behind in tl.range(chunk, tl.cdiv(T, BT), tl.num_programs(1), num_stages=STAGES):
+        t0 = (tl.cdiv(T, BT) - 1 - behind) * BT
         t = t0 + tl.arange(0, BT).to(tl.int64)
-        live = (t < stop)[:, None]
+        live = (t < T)[:, None]
         inside = live & (c < C)[None, :]
         row = pairs_ptr + t[:, None] * S
         if TMA:

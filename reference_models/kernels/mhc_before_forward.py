@@ -44,6 +44,7 @@ def project_streams(
     BT: tl.constexpr,
     BW: tl.constexpr,
     TWO_PARTS: tl.constexpr,
+    TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """part[s, t] = [x·φ | Σx²] over slice s of W."""
@@ -56,9 +57,14 @@ def project_streams(
     acc = tl.zeros((BT, P * KP), tl.float32)
     squares = tl.zeros((BT,), tl.float32)
     for i in tl.range(0, SLICE, BW, num_stages=STAGES):
-        w = s * SLICE + i + tl.arange(0, BW)
-        x = tl.load(x_ptr + t[:, None] * W + w[None, :], live & (w < W)[None, :], 0.0)
-        phi = tl.load(parts_ptr + w[:, None] * (P * KP) + columns[None, :], (w < W)[:, None], 0.0)
+        w0 = s * SLICE + i
+        if TMA:
+            x = x_ptr.load([tl.program_id(0) * BT, w0])
+            phi = parts_ptr.load([w0, 0])
+        else:
+            w = w0 + tl.arange(0, BW)
+            x = tl.load(x_ptr + t[:, None] * W + w[None, :], live & (w < W)[None, :], 0.0)
+            phi = tl.load(parts_ptr + w[:, None] * (P * KP) + columns[None, :], (w < W)[:, None], 0.0)
         wide = x.to(tl.float32)
         squares += tl.sum(wide * wide, 1)
         if TWO_PARTS:

@@ -29,10 +29,21 @@ class Mix(NamedTuple):
     """The geometry of the maps, where a kernel measured it on the way: rows as `mhc_stats` has them."""
 
 
+class Projected(NamedTuple):
+    """What a site asks of its streams first, where the kernel that wrote them made it on the way."""
+
+    streams_TNC: Tensor
+    """Of these very streams: whoever hands on others has made it void."""
+    sums_STK: Tensor
+    """[x·φ | Σx²], in partial sums over the width, by the φ of the site that comes next."""
+
+
 class Written(NamedTuple):
     """The streams after a site."""
 
     streams_TNC: Tensor
+    projected: Projected | None = None
+    """For the next site, where it was asked for and the kernels can."""
     stats_TBF: Tensor | None = None
     """What was written and what was kept, where a kernel measured it on the way: rows as `mhc_stats` has them."""
 
@@ -44,6 +55,8 @@ class Routing(NamedTuple):
     """Affinities in float32, dense, with gradient."""
     expert_ids_TK: Tensor
     weights_TK: Tensor
+    logits_TE: Tensor | None = None
+    """Before the affinity: what any other choice is weighed from."""
 
 
 class Activated(NamedTuple):
@@ -166,13 +179,17 @@ def site_before(
     norm_eps: float = 1e-6,
     order: str = "columns-first",
     flag: Tensor | None = None,
+    projected: Projected | None = None,
 ) -> Mix:
-    """`mhc_before` of a site. Measures nothing on the way: `flag` is for kernels that do while it is not 0."""
+    """`mhc_before` of a site. `flag` is for kernels that measure on the way while it is not 0, `projected` for those
+    whose site before made something of this one's work; this one takes no notice of either."""
     return mhc_before(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order)
 
 
-def site_after(x_TNC: Tensor, branch_TC: Tensor, mix: Mix, flag: Tensor | None = None) -> Written:
-    """`mhc_after` of a site that began with `site_before`."""
+def site_after(
+    x_TNC: Tensor, branch_TC: Tensor, mix: Mix, flag: Tensor | None = None, next_phi: Tensor | None = None
+) -> Written:
+    """`mhc_after` of a site that began with `site_before`. Nothing is projected by `next_phi` on the way."""
     assert mix.post_TN is not None, "only sites with maps come here"
     assert mix.res_TNN is not None
     return Written(mhc_after(x_TNC, branch_TC, mix.post_TN, mix.res_TNN))
@@ -219,11 +236,11 @@ def _affinity(logits_TE: Tensor) -> Tensor:
     return F.softplus(logits_TE).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
 
-def route(logits_TE: Tensor, bias_E: Tensor, k: int, scale: float) -> Routing:
-    """Affinities, the k best after the bias, and their gate weights."""
+def route(logits_TE: Tensor, bias_E: Tensor, k: int, scale: float, given_TK: Tensor | None = None) -> Routing:
+    """Affinities, the k best after the bias or those that are given, and their gate weights."""
     scores = _affinity(logits_TE)
-    ids = choose(scores, bias_E, k)
-    return Routing(scores, ids, weigh(scores, ids, scale))
+    ids = choose(scores, bias_E, k) if given_TK is None else given_TK
+    return Routing(scores, ids, weigh(scores, ids, scale), logits_TE)
 
 
 def choose(scores_TE: Tensor, bias_E: Tensor, k: int) -> Tensor:

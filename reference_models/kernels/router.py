@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geodiag.reference_models.kernels.launch import cdiv, floats, power_of_two
+from geodiag.reference_models.kernels.launch import cdiv, check_shape, floats, power_of_two
 from geodiag.reference_models.kernels.reference import Routing
 
 # T tokens, E experts, K experts per token
@@ -47,6 +47,7 @@ def _route_fwd(
     logits_ptr,
     bias_ptr,
     before_ptr,
+    given_ptr,
     scores_ptr,
     ids_ptr,
     weights_ptr,
@@ -73,11 +74,16 @@ def _route_fwd(
     chosen_sum = tl.zeros((BT,), tl.float32)
     flipped = tl.zeros((BT,), tl.float32)
     taken = tl.zeros((BT, EP), tl.int32)
-    last = tl.zeros((BT,), tl.float32)
+    last = tl.full((BT,), float("inf"), tl.float32)
+    picks = ()
     for k in tl.static_range(K):
-        pick = tl.argmax(left, 1)
+        if given_ptr is not None:
+            pick = tl.load(given_ptr + t * K + k, live, 0).to(tl.int32)
+        else:
+            pick = tl.argmax(left, 1)
+        picks = picks + (pick,)
         mine = e[None, :] == pick[:, None]
-        last = tl.max(left, 1)
+        last = tl.minimum(last, tl.max(tl.where(mine, biased, float("-inf")), 1))
         chosen_sum += tl.sum(tl.where(mine, score, 0.0), 1)
         taken += mine.to(tl.int32)
         left = tl.where(mine, float("-inf"), left)
@@ -88,11 +94,8 @@ def _route_fwd(
                 known += (tl.load(before_ptr + t * K + j, live, -1).to(tl.int32) == pick).to(tl.int32)
             flipped += tl.where(known == 0, 1.0 / K, 0.0)
     norm = scale / (chosen_sum + 1e-20)
-    left = biased
     for k in tl.static_range(K):
-        left = tl.where((e < E)[None, :], left, float("-inf"))
-        mine = e[None, :] == tl.argmax(left, 1)[:, None]
-        left = tl.where(mine, float("-inf"), left)
+        mine = e[None, :] == picks[k][:, None]
         tl.store(weights_ptr + t * K + k, tl.sum(tl.where(mine, score, 0.0), 1) * norm, live)
 
     rejected = tl.max(tl.where((taken == 0) & (e < E)[None, :], biased, float("-inf")), 1)
@@ -156,13 +159,13 @@ def _outputs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
 
 @torch.library.custom_op("geodiag::route", mutates_args=())
 def _route(
-    logits: Tensor, bias: Tensor, before: Tensor | None, k: int, scale: float
+    logits: Tensor, bias: Tensor, before: Tensor | None, given: Tensor | None, k: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     t, e = logits.shape
     out = _outputs(logits, k)
     if t:
         _route_fwd[(cdiv(t, 16),)](
-            logits, bias, before, *out, t, scale, E=e, EP=power_of_two(e), K=k, BT=16, num_warps=4
+            logits, bias, before, given, *out, t, scale, E=e, EP=power_of_two(e), K=k, BT=16, num_warps=4
         )
     return out
 
@@ -182,7 +185,7 @@ def _route_backward(
 
 
 @_route.register_fake
-def _(logits, bias, before, k, scale):
+def _(logits, bias, before, given, k, scale):
     return _outputs(logits, k)
 
 
@@ -192,36 +195,45 @@ def _(logits, ids, d_scores, d_weights, scale):
 
 
 def _keep(ctx, inputs, output):
-    logits, _, _, _, ctx.scale = inputs
+    logits, *_, ctx.scale = inputs
     ctx.save_for_backward(logits, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, d_scores, _ids, d_weights, _per_token, _load):
     given = [None if d is None else d.contiguous() for d in (d_scores, d_weights)]
-    return _route_backward(*ctx.saved_tensors, *given, ctx.scale), None, None, None, None
+    return _route_backward(*ctx.saved_tensors, *given, ctx.scale), *(None,) * 5
 
 
 _route.register_autograd(_grad, setup_context=_keep)
 
 
-def route(logits_TE: Tensor, bias_E: Tensor, k: int, scale: float, before_TK: Tensor | None = None) -> Routed:
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    k: int,
+    scale: float,
+    before_TK: Tensor | None = None,
+    given_TK: Tensor | None = None,
+) -> Routed:
     """`reference.weigh(scores, reference.choose(scores, bias, k), scale)` of √softplus scores, and its diagnostics.
 
-    `before_TK` are the ids that an earlier router chose for the same tokens.
+    `before_TK` are the ids that an earlier router chose for the same tokens; `given_TK`, those that are to be used
+    instead of the best (distinct, of any integer type).
     """
     t, e = logits_TE.shape
     if not 1 <= k < e:
         raise ValueError(f"k is 1 to {e - 1}, not {k}")
-    if before_TK is not None and tuple(before_TK.shape) != (t, k):
-        raise ValueError(f"before has shape {tuple(before_TK.shape)}; it must be {(t, k)}")
-    before = None if before_TK is None else before_TK.contiguous()
+    for name, ids_TK in (("before", before_TK), ("given", given_TK)):
+        if ids_TK is not None:
+            check_shape(name, ids_TK, (t, k))
+    before, given = (None if ids is None else ids.contiguous() for ids in (before_TK, given_TK))
     bias = bias_E.detach().float().contiguous()
-    scores, ids, weights, per_token, load = _route(logits_TE.contiguous(), bias, before, k, scale)
+    scores, ids, weights, per_token, load = _route(logits_TE.contiguous(), bias, before, given, k, scale)
     entropy, margin, flipped = per_token.unbind(-1)
     return Routed(scores, ids, weights, entropy, margin, flipped, load)
 
 
-def routed(logits_TE: Tensor, bias_E: Tensor, k: int, scale: float) -> Routing:
+def routed(logits_TE: Tensor, bias_E: Tensor, k: int, scale: float, given_TK: Tensor | None = None) -> Routing:
     """`reference.route` in one kernel each way."""
-    return Routing(*route(logits_TE, bias_E, k, scale)[:3])
+    return Routing(*route(logits_TE, bias_E, k, scale, given_TK=given_TK)[:3], logits_TE)

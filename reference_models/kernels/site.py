@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geodiag.reference_models.kernels.mhc_after import mhc_after_linked
+from geodiag.reference_models.kernels.mhc_after_project import fuses, mhc_after_project
 from geodiag.reference_models.kernels.mhc_before import mhc_before_linked
-from geodiag.reference_models.kernels.reference import Mix, Written
+from geodiag.reference_models.kernels.reference import Mix, Projected, Written
 
 # T tokens (any leading shape), N streams, C channels
 
@@ -20,18 +21,34 @@ def site_before(
     norm_eps: float = 1e-6,
     order: str = "columns-first",
     flag: Tensor | None = None,
+    projected: Projected | None = None,
 ) -> Mix:
-    """`reference.site_before`; while the device-side `flag` is not 0, it measures the maps on the way."""
-    mix, link, stats_PW = mhc_before_linked(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order, flag)
+    """`reference.site_before`; while the device-side `flag` is not 0, it measures the maps on the way.
+
+    `projected` is what `site_after` of the site before gave; it counts for the streams it was made of, and no others.
+    """
+    sums = projected.sums_STK if projected is not None and projected.streams_TNC is x_TNC else None
+    mix, link, stats_PW = mhc_before_linked(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order, flag, sums)
     return mix._replace(link=link, stats_PW=None if flag is None else stats_PW)
 
 
-def site_after(x_TNC: Tensor, branch_TC: Tensor, mix: Mix, flag: Tensor | None = None) -> Written:
-    """`reference.site_after`; while the device-side `flag` is not 0, it measures the streams on the way."""
+def site_after(
+    x_TNC: Tensor, branch_TC: Tensor, mix: Mix, flag: Tensor | None = None, next_phi: Tensor | None = None
+) -> Written:
+    """`reference.site_after`; while the device-side `flag` is not 0, it measures the streams on the way.
+
+    By `next_phi`, the next site's, they are projected on the way as well, where a kernel can: they are read once less.
+    """
     assert mix.post_TN is not None, "only sites with maps come here"
     assert mix.res_TNN is not None
-    out_TNC, stats_TBF = mhc_after_linked(x_TNC, branch_TC, mix.post_TN, mix.res_TNN, mix.link, flag)
-    return Written(out_TNC, None if flag is None else stats_TBF)
+    site = (x_TNC, branch_TC, mix.post_TN, mix.res_TNN, mix.link)
+    if next_phi is None or not fuses(x_TNC):
+        out_TNC, stats_TBF = mhc_after_linked(*site, flag)
+        projected = None
+    else:
+        out_TNC, stats_TBF, sums_STK = mhc_after_project(*site, next_phi, flag)
+        projected = Projected(out_TNC, sums_STK)
+    return Written(out_TNC, projected, None if flag is None else stats_TBF)
 
 
 def read_out(x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, norm_eps: float) -> Tensor:

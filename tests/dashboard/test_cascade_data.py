@@ -377,6 +377,8 @@ def test_a_spike_of_the_trail_leads_to_its_cascade_and_a_warning_too(torn):
     by_kind = {e["kind"]: e for e in torn.events()}
     assert jump(torn, by_kind["spike"]) == "/run/mhc-tear/cascade?spike=360"
     assert jump(torn, by_kind["early_warning"]) == "/run/mhc-tear/cascade?spike=351"
+    told = {"step": 371, "kind": "cascade", "data": '{"spike_onset": 360, "onset": 351}'}
+    assert jump(torn, told) == "/run/mhc-tear/cascade?spike=360"
     assert jump(torn, by_kind["decision"]) == "/run/mhc-tear/overview?steps=303-423&step=363"
 
 

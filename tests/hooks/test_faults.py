@@ -313,6 +313,58 @@ def test_the_same_fault_does_the_same_to_the_same_training(kind: str) -> None:
     assert first[2:] != plain[2:], "the fault must be felt"
 
 
+# -- what grows --------------------------------------------------------------------------------
+
+
+def grown(t: Trainer, text: str) -> tuple[Faults, list[dict[str, Any]]]:
+    told: list[dict[str, Any]] = []
+    return Faults([Fault.parse(text)], find_layout(t.model), lambda *a, **k: told.append({"a": a, **k})), told
+
+
+def test_a_fault_of_a_weight_grows_in_the_expert_where_it_began(trained: Trainer) -> None:
+    faults, told = grown(trained, "expert-scale@3-5:1=2")
+    name, scales = "layers.1.moe.experts.gate_up", []
+    was = state(trained)[name]
+    for step in range(8):
+        faults.before_step(step)
+        now = state(trained)[name]
+        scales.append((now[3] / was[3]).nanmedian().item())
+        assert torch.equal(now[:3], was[:3])
+    assert scales == [1, 1, 1, 2, 4, 8, 8, 8]
+    (said,) = told
+    assert said["a"][1] == "planted expert-scale: one expert's gate and up weights times 2, again at every step to 5"
+    assert said["data"]["last_step"] == 5
+
+
+@pytest.mark.parametrize("kind", ["block-scale", "residual-expand", "grad-scale", "lr-shock"])
+def test_what_lasts_grows_and_is_taken_back_whole(trained: Trainer, kind: str) -> None:
+    block, x, ids = trained.model.blocks[1], torch.randn(1, 6, 16), torch.arange(6)[None]
+    weight = next(block.parameters())
+
+    def size(faults: Faults) -> float:
+        if kind == "lr-shock":
+            return faults.lr_scale
+        if kind == "grad-scale":
+            trained.model.zero_grad()
+            weight.sum().backward()
+            return weight.grad.mean().item()
+        if kind == "block-scale":
+            return block.moe(x, ids).hidden_BSC.norm().item()
+        return block.attn_hc(torch.ones(1, 1, 4, 16)).res_TNN.norm().item()
+
+    text, none = f"{kind}@3-5{':1' if KINDS[kind].place else ''}=2", hooks(trained)
+    faults, _ = grown(trained, text)
+    plain, sizes = size(faults), []
+    for step in range(17):
+        faults.before_step(step)
+        sizes.append(size(faults) / plain)
+    assert sizes == pytest.approx([1] * 3 + [2, 4] + [8] * LASTING + [1] * 2, rel=1e-5)
+    assert hooks(trained) == none
+    again, _ = grown(trained, text)
+    again.before_step(4)  # a training that resumes here
+    assert size(again) / plain == pytest.approx(4, rel=1e-5)
+
+
 # -- where it can be planted ---------------------------------------------------------------------
 
 
@@ -371,20 +423,22 @@ def test_every_part_of_a_fault_is_read() -> None:
     assert Fault.parse("block-scale@7=-1e-3") == Fault(kind="block-scale", step=7, layer=None, magnitude=-0.001)
     assert Fault.parse("far-batch@0") == Fault(kind="far-batch", step=0, layer=None, magnitude=None)
     assert Fault.parse("bit-flip@1").magnitude == -2
+    grows = Fault.parse("lr-shock@10-40=1.1")
+    assert (grows.step, grows.until, grows.planted) == (10, 40, range(10, 41))
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "write KIND@STEP[:LAYER][=MAGNITUDE]"),
-        ("expert-scale", "write KIND@STEP[:LAYER][=MAGNITUDE]"),
-        ("expert-scale@", "write KIND@STEP[:LAYER][=MAGNITUDE]"),
-        ("expert-scale@-5", "write KIND@STEP[:LAYER][=MAGNITUDE]"),
-        ("expert-scale@5:", "write KIND@STEP[:LAYER][=MAGNITUDE]"),
-        ("expert-scale@5=", "write KIND@STEP[:LAYER][=MAGNITUDE]"),
+        ("", "write KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"),
+        ("expert-scale", "write KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"),
+        ("expert-scale@", "write KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"),
+        ("expert-scale@-5", "write KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"),
+        ("expert-scale@5:", "write KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"),
+        ("expert-scale@5=", "write KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"),
         ("expert-scale@5=2:1", "the magnitude '2:1' is no finite number"),
-        ("expert-scale@5\n", "write KIND@STEP[:LAYER][=MAGNITUDE]"),
-        ("expert-scale@٥", "write KIND@STEP[:LAYER][=MAGNITUDE]"),
+        ("expert-scale@5\n", "write KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"),
+        ("expert-scale@٥", "write KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"),
         ("expert-shrink@5", "unknown fault kind 'expert-shrink'; one of expert-scale, gate-column"),
         ("expert-scale@5=big", "the magnitude 'big' is no finite number"),
         ("expert-scale@5=1e999", "the magnitude '1e999' is no finite number"),
@@ -392,6 +446,11 @@ def test_every_part_of_a_fault_is_read() -> None:
         ("bit-flip@5=2.5", "the magnitude '2.5' is no whole number"),
         ("router-permute@5=2", "router-permute has no magnitude; leave out =2"),
         ("far-batch@5:1", "far-batch belongs to no layer; write far-batch@5"),
+        ("far-batch@5-9", "far-batch cannot grow; write far-batch@5"),
+        ("bit-flip@5-9", "bit-flip cannot grow; write bit-flip@5"),
+        ("bias-kick@5-5", "bias-kick@5-5 ends before it grows; write FIRST-LAST, e.g. 5-35"),
+        ("lr-shock@5-500=10", "lr-shock@5-500=10 grows beyond all numbers; pass a smaller MAGNITUDE, or fewer steps"),
+        ("bias-kick@5-", "write KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"),
     ],
 )
 def test_what_cannot_be_read_is_one_clear_line(text: str, said: str) -> None:

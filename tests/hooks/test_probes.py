@@ -113,7 +113,7 @@ def test_every_group_gives_its_values(twice: tuple) -> None:
     assert {"layer/perturbation_growth", "expert/curvature", "trace/token", "trace/token_id"} <= got
     assert {"trace/streams", "trace/experts", "trace/margin", "trace/flipped"} <= got
     assert {"probe/flip_rate", "probe/clamp_gate_rate"} <= got
-    assert ("attn/attn_logit_max" in got) == (twice[0].name == "reference")
+    assert "attn/attn_logit_max" in got
 
 
 def test_flips_and_tear_follow_their_definitions(twice: tuple) -> None:
@@ -277,6 +277,29 @@ def test_the_largest_attention_logit_is_that_of_all_queries() -> None:
         logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
         causal = torch.ones(small.SEQUENCE, small.SEQUENCE).tril().bool()
         assert got[i].item() == pytest.approx(logits[:, :, causal].max().item(), rel=1e-4)
+    assert got[2] > 1.5 * got[0], "the twin: layers must not be mixed up"
+
+
+def told_by_the_sinks(model: Any, ids: Tensor) -> list[Tensor]:
+    """Layer by layer, the largest logit of a key: its weight against that of its head's sink, whose logit is known."""
+    told = []
+    for layer, weights_BHQK in zip(model.model.layers, model(ids, output_attentions=True).attentions, strict=True):
+        of_sink = 1 - weights_BHQK.sum(-1)
+        sinks_H = layer.self_attn.sinks.view(1, -1, 1)
+        told.append((sinks_H + (weights_BHQK.amax(-1) / of_sink).log()).amax())
+    return told
+
+
+def test_the_largest_attention_logit_of_deepseek_v4_is_what_its_own_weights_say() -> None:
+    subject = Subject("deepseek_v4")
+    model = subject.model.double().eval()
+    for i, block in enumerate(subject.blocks):
+        block.self_attn.kv_norm.weight.data.mul_(1 + i)
+        block.self_attn.sinks.data.normal_(generator=torch.Generator().manual_seed(i))
+    with torch.no_grad():
+        expected = told_by_the_sinks(model, subject.ids)
+    got = subject.probes.run(frozenset({"layers.attn_logit_max"}))["attn/attn_logit_max"]
+    torch.testing.assert_close(got.double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
     assert got[2] > 1.5 * got[0], "the twin: layers must not be mixed up"
 
 

@@ -30,10 +30,8 @@ def inputs(device, dtype, n, c, tokens):
 def fused(x, phi, alpha, bias, f, next_phi, flag=None):
     """Two sites, each around a block; the second one's maps are made of the fused projection."""
     first, link, _ = mhc_before_linked(x, phi, alpha, bias)
-    between = mhc_after_project(x, f + first.inner_TC, first.post_TN, first.res_TNN, link, next_phi, flag)
-    assert between.projected is not None
-    x = between.streams_TNC
-    second, link, _ = mhc_before_linked(x, next_phi, alpha, bias, projected=between.projected)
+    x, _, sums = mhc_after_project(x, f + first.inner_TC, first.post_TN, first.res_TNN, link, next_phi, flag)
+    second, link, _ = mhc_before_linked(x, next_phi, alpha, bias, projected=sums)
     return second.inner_TC, mhc_after_linked(x, second.inner_TC, second.post_TN, second.res_TNN, link)[0]
 
 
@@ -70,9 +68,9 @@ def test_a_projection_of_something_else_is_seen(device, error, tolerance, twin):
     want, _ = truth(*(v.double() for v in (x, phi, alpha, bias, f, next_phi)))
     first = mhc_before_linked(x, phi, alpha, bias).mix
     arguments = (x, f + first.inner_TC, first.post_TN, first.res_TNN, None)
-    between = mhc_after_project(*arguments, phi if twin == "another site's φ" else next_phi)
-    stream = x if twin == "the streams before" else between.streams_TNC
-    wrong = mhc_before_linked(stream, next_phi, alpha, bias, projected=between.projected).mix.inner_TC
+    new, _, sums = mhc_after_project(*arguments, phi if twin == "another site's φ" else next_phi)
+    stream = x if twin == "the streams before" else new
+    wrong = mhc_before_linked(stream, next_phi, alpha, bias, projected=sums).mix.inner_TC
     assert error(wrong, want) > 5 * tolerance[x.dtype]
 
 

@@ -32,6 +32,32 @@ def test_choice_weights_and_gradients_are_the_reference_s(device, error, experts
     assert error(without_weights, want) > 1e-3
 
 
+@pytest.mark.parametrize("ids_type", [torch.int64, torch.int16])
+def test_a_given_choice_is_weighed_as_the_kernel_s_own_bit_for_bit(device, error, ids_type):
+    """What routing by older choices rests on: the same ids are the same training."""
+    logits = (3 * torch.randn(21, 10, device=device)).requires_grad_()
+    bias = 0.3 * torch.randn(10, device=device)
+    own = route(logits, bias, 3, 1.5)
+    given = route(logits, bias, 3, 1.5, given_TK=own.expert_ids_TK.to(ids_type))
+    ups = torch.randn_like(own.scores_TE), torch.randn_like(own.weights_TK)
+
+    def gradient(routed):
+        return torch.autograd.grad((routed.scores_TE, routed.weights_TK), logits, ups, retain_graph=True)[0]
+
+    for a, b in zip([*own, gradient(own)], [*given, gradient(given)], strict=True):
+        assert torch.equal(a, b)
+    others = torch.stack([torch.randperm(10, device=device)[:3] for _ in range(21)])
+    routed = route(logits, bias, 3, 1.5, given_TK=others.to(ids_type))
+    wide = logits.detach().double().requires_grad_()
+    scores = F.softplus(wide).sqrt()
+    weights = reference.weigh(scores, others, 1.5)
+    want = torch.autograd.grad((scores, weights), wide, [u.double() for u in ups])[0]
+    assert torch.equal(routed.expert_ids_TK, others)
+    assert error(routed.weights_TK, weights) < 1e-6
+    assert error(gradient(routed), want) < 1e-5
+    assert error(gradient(own), want) > 1e-2, "the twin: another choice has other gradients"
+
+
 def test_entropy_margin_load_and_flips_are_what_they_say(device, error):
     logits, bias = torch.randn(33, 12, device=device), 0.2 * torch.randn(12, device=device)
     before = torch.stack([torch.randperm(12, device=device)[:3] for _ in range(33)])
