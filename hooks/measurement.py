@@ -86,10 +86,11 @@ class Measurement:
 
     def probed(self) -> Values:
         """What the probes say at this step. Of several ranks each comes here once a step, whatever else fails."""
-        if not needed(PROBED, self._due):
-            return {}
+        return self._try("probes", self._timed_probes) if needed(PROBED, self._due) else {}
+
+    def _timed_probes(self) -> Values:
         with self._watch:
-            return self._try("probes", lambda: due_only(self._probes.run(self._due), self._due))
+            return due_only(self._probes.run(self._due), self._due)
 
     def values(self, grad_norm: Tensor | None) -> tuple[Values, tuple[str, ...]]:
         """What else is due at this step, and the metrics of it that could not be measured this time."""

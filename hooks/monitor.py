@@ -99,7 +99,8 @@ class Monitor:
         `grad_norm` is the total before clipping, where the trainer knows it; without it, what the optimizer saw.
         `domains` names the domain of each of the step's sequences, `sequence_losses` has the mean loss of each.
         A failure in here is reported once and swallowed: monitoring does not end a training. Of several ranks every
-        one calls this for every step; GeodiagError where ranks that are steered together lost each other.
+        one calls this for every step; GeodiagError where ranks that are steered together lost each other, or where a
+        probe of sharded weights failed in the model itself.
         """
         if self._closed:  # the writer has ended; nothing would ever answer
             return
