@@ -1,142 +1,68 @@
-"""Training on several ranks: what recording costs, whether all see and do the same, and what a killed rank leaves.
+"""Training on several ranks: the same losses with geodiag, the same decisions everywhere, what a killed rank leaves.
 
-    geodiag bench ranks --ranks 2
+    geodiag bench ranks --ranks 2 [--minutes 4]
 
-NCCL where there is a GPU for each rank; gloo on the CPU, or with `--device cuda:0` on one GPU that they share.
+NCCL where there is a GPU for each rank; gloo on the CPU, or with `--device cuda:0` on one GPU that they share. Every
+part has a time after which it counts as hanging; the timed one runs alone, the others side by side.
 Results: benchmarks/results/ranks.json and ranks.md.
 """
 
 import json
 import os
-import re
 import signal
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from geodiag.benchmarks.report import Parser, save, say, setting, where
+from geodiag.benchmarks.ranks_launch import Started, call, torchrun, train
+from geodiag.benchmarks.ranks_page import markdown
+from geodiag.benchmarks.report import Parser, save, say, setting
+from geodiag.hooks.shelf import folder_of, snapshots_in
 from geodiag.run import open_run
-
-if TYPE_CHECKING:
-    from geodiag.cli.loop import Training
 
 PARALLEL = ("ddp", "fsdp")
 FAULT_STEP = 90
 STEERED = ("--routing", "auto", "--rollback", "memory", "--snapshot-every", "20", "--delay", "4", "--period", "15")
+_DIES_AT = 12
 
 
-# -- the ranks' own part: times of a step --------------------------------------------------------
-
-
-def cost(out: Path, device: str, size: str, sequences: int, steps: int) -> None:
-    """Called on every rank: median times of a step with and without geodiag; rank 0 writes them down."""
-    import torch
-    import torch.distributed as dist
-
-    from geodiag.cli.loop import Training
-    from geodiag.cli.options import Options
-
-    found: dict[str, Any] = {}
-    for parallel in PARALLEL:
-        run = out / parallel
-        options = Options(size=size, device=device, sequences=sequences, parallel=parallel, run=run, steps=10_000)
-        training = Training(options, quiet=True)
-        for number in range(4):
-            _step(training, number, watched=True)
-        watched = [_step(training, n, watched=True) for n in range(steps)]
-        training.monitor.close()  # takes the hooks off
-        bare = [_step(training, n, watched=False) for n in range(steps)]
-        gpu = training.device.type == "cuda"
-        found[parallel] = {
-            "bare_ms": 1e3 * statistics.median(bare),
-            "watched_ms": 1e3 * statistics.median(watched),
-            "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if gpu else None,
-            "backend": dist.get_backend(),
-        }
-        del training
-        if gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        if dist.get_rank() == 0:
-            (out / "cost.json").write_text(json.dumps(found))
-
-
-def _step(training: "Training", number: int, watched: bool) -> float:
-    """Seconds of one step."""
-    (batch,) = training._parts(training.loader.batch(number % 8))
-    batch = training._to_device(batch)
-    _wait(training)
-    began = time.perf_counter()
-    training.trainer.accumulate(batch)
-    done = training.trainer.update()
-    if watched:
-        training.monitor.step(done.loss, grad_norm=done.grad_norm, lr=done.lr)
-    _wait(training)
-    return time.perf_counter() - began
-
-
-def _wait(training: "Training") -> None:
-    import torch
-
-    if training.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-# -- the bench -----------------------------------------------------------------------------------
-
-
-def torchrun(ranks: int, *module: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*launcher, "-m", "--", *module]
-
-
-def train(ranks: int, run: Path, *options: str) -> list[str]:
-    """The command of a training with `geodiag train`."""
-    more = ("train", "--run", str(run), "--sequences", str(4 * ranks), *options)
-    return torchrun(ranks, "geodiag.cli", *more) if ranks > 1 else [sys.executable, "-m", "geodiag.cli", *more]
-
-
-def call(command: list[str], seconds: float) -> dict[str, Any]:
-    began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    return {"code": done.returncode, "seconds": time.perf_counter() - began, "tail": done.stderr[-1500:]}
-
-
-def same(folder: Path, ranks: int, device: str) -> dict[str, Any]:
+def same(ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any]:
     """Largest difference of the losses of one process and of several ranks on the same batches."""
     options = ("--steps", "40", "--device", device)
-    one = ["--sequences", str(4 * ranks)]
-    call([*train(1, folder / "one", *options), *one], 120)
-    loss = open_run(folder / "one").read("steps")["loss"].to_numpy()
-    found = {}
-    for parallel in PARALLEL:
-        ended = call(train(ranks, folder / parallel, *options, "--parallel", parallel), 120)
-        rows = open_run(folder / parallel).read("steps", ranks="merged")
-        found[parallel] = {
-            "code": ended["code"],
-            "seconds": ended["seconds"],
-            "steps": len(rows),
-            "largest_difference": float(abs(rows["loss"].to_numpy() - loss[: len(rows)]).max()),
-            "final_loss": float(rows["loss"].iloc[-1]),
+    names = {"one": ((), 1)} | {p: (("--parallel", p), ranks) for p in PARALLEL}
+    with ExitStack() as stack:
+        started = {
+            name: stack.enter_context(
+                Started(train(n, folder / name, *options, *more, sequences=4 * ranks), folder / f"{name}.log", seconds)
+            )
+            for name, (more, n) in names.items()
         }
-    return found | {"one_process": float(loss[-1])}
+        ended = {name: s.finish() for name, s in started.items()}
+    loss = open_run(folder / "one").read("steps")["loss"].to_numpy()
+    found: dict[str, Any] = {}
+    for parallel in PARALLEL:
+        rows = open_run(folder / parallel).read("steps", ranks="merged")
+        apart = abs(rows["loss"].to_numpy() - loss[: len(rows)])
+        found[parallel] = ended[parallel] | {"steps": len(rows), "largest_difference": float(apart.max())}
+    return found
 
 
-def steered(folder: Path, ranks: int, device: str, parallel: str) -> dict[str, Any]:
+def steered(parallel: str, ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any]:
     """A planted fault, answered: did every rank have the same mode at the same step of the same attempt?"""
-    fault = ("--inject", f"lr-shock@{FAULT_STEP}=40", "--steps", "160", "--device", device)
-    ended = call(train(ranks, folder / f"auto-{parallel}", *STEERED, *fault, "--parallel", parallel), 120)
-    run = open_run(folder / f"auto-{parallel}")
+    fault = ("--inject", f"lr-shock@{FAULT_STEP}=40", "--steps", "170", "--device", device, "--parallel", parallel)
+    ended = call(train(ranks, folder / "run", *STEERED, *fault, sequences=4 * ranks), folder / "log", seconds)
+    run = open_run(folder / "run")
     rows = run.read("steps", ["rank", "attempt", "step", "routing_mode", "routing_lag"], attempt="all")
     each = [rows[rows["rank"] == r].drop(columns="rank").to_numpy().tolist() for r in range(ranks)]
-    events = run.read("events")
-    return {
-        "code": ended["code"],
+    events = run.read("events", attempt="all")
+    return ended | {
         "alike": all(other == each[0] for other in each[1:]),
         "rows_a_rank": [len(e) for e in each],
         "modes": rows["routing_mode"].value_counts().to_dict(),
@@ -145,103 +71,87 @@ def steered(folder: Path, ranks: int, device: str, parallel: str) -> dict[str, A
     }
 
 
-def killed(folder: Path, ranks: int, device: str) -> dict[str, Any]:
+def killed(parallel: str, ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any]:
     """Rank 1 killed with kill -9: are the steps that were done on record, and how soon do the others end?"""
-    run = folder / "killed"
-    command = train(ranks, run, "--steps", "39", "--device", device, "--routing", "auto")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said, began = 0, 0.0
-    for line in process.stderr:
-        if match := re.match(r"step (\d+)/", line):
-            said = int(match[1])
-            if said == 12 and not began:
-                os.kill(int((run / "journal" / "rank-1.lock").read_text()), signal.SIGKILL)
-                began = time.perf_counter()
-    code = process.wait(120)
+    run = folder / "run"
+    options = ("--steps", "39", "--device", device, "--routing", "auto", "--parallel", parallel)
+    with Started(train(ranks, run, *options, sequences=4 * ranks), folder / "log", seconds) as training:
+        while training.running and training.step() < _DIES_AT:
+            time.sleep(0.02)
+        os.kill(int((run / "journal" / "rank-1.lock").read_text()), signal.SIGKILL)
+        dead = time.monotonic()
+        ended = training.finish()
+    told = training.step()
     opened = open_run(run)
     steps = opened.read("steps", ["rank", "step"])
     have = {rank: steps[steps["rank"] == rank]["step"].tolist() for rank in range(ranks)}
-    return {
-        "code": code,
-        "seconds_to_the_end": time.perf_counter() - began,
-        "said": said,
+    return ended | {
+        "seconds_to_the_end": time.monotonic() - dead,
+        "told": told,
         "on_record": {r: len(s) for r, s in have.items()},
-        "complete": all(s[: said - 1] == list(range(said - 1)) for s in have.values()),
+        "complete": all(s[: told - 1] == list(range(told - 1)) for s in have.values()),
         "status": opened.status(),
         "problems": opened.problems,
     }
 
 
-def run(ranks: int, device: str, size: str, steps: int, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Everything; a part that fails says so and leaves the others their turn."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-
-        def costs() -> dict[str, Any]:
-            worker = (
-                "geodiag.benchmarks.ranks",
-                "--worker",
-                str(folder),
-                "--device",
-                device,
-                "--size",
-                size,
-                "--steps",
-                str(steps),
-            )
-            ended = call([*torchrun(ranks, *worker)], 150)
-            path = folder / "cost.json"
-            return json.loads(path.read_text()) if path.exists() else ended
-
-        parts = {
-            "cost": costs,
-            "same": lambda: same(folder, ranks, device),
-            "steered_ddp": lambda: steered(folder, ranks, device, "ddp"),
-            "steered_fsdp": lambda: steered(folder, ranks, device, "fsdp"),
-            "killed": lambda: killed(folder, ranks, device),
-        }
-        found: dict[str, Any] = {}
-        for part, measure in parts.items():
-            if only and part not in only:
-                continue
-            try:
-                found[part] = measure()
-            except Exception as e:  # one part's trouble is its result
-                found[part] = {"failed": f"{type(e).__name__}: {e}"}
-            print(json.dumps({part: found[part]}), file=sys.stderr, flush=True)
-    return found
+def resumed(parallel: str, ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any]:
+    """Rank 1 lost its newest snapshot: do all ranks go on from the newest that every one of them has?"""
+    run, ends = folder / "run", time.monotonic() + seconds
+    options = ("--device", device, "--parallel", parallel, "--rollback", "disk", "--snapshot-every", "10")
+    first = call(train(ranks, run, "--steps", "30", *options, sequences=4 * ranks), folder / "first.log", seconds)
+    kept = [snapshots_in(run, rank) for rank in range(ranks)]
+    lost = folder_of(run, 1) / f"step-{kept[1][-1]:08d}"
+    lost.rename(folder / "lost")
+    again = torchrun(ranks, "geodiag.cli", "train", "--resume", str(run), "--steps", "40", "--device", device)
+    ended = call(again, folder / "again.log", ends - time.monotonic())
+    rows = open_run(run).read("steps", ["rank", "attempt", "step"], attempt="all")
+    begins = [int(rows[(rows["rank"] == r) & (rows["attempt"] == 1)]["step"].min()) for r in range(ranks)]
+    return ended | {"first": first["code"], "kept": kept, "lost": kept[1][-1], "began_again_at": begins}
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The result as a page."""
-    lines = [
-        f"# {result['ranks']} ranks",
-        "",
-        where(result),
-        "",
-        "| | step | watched | more | peak memory |",
-        "|---|---|---|---|---|",
-    ]
-    for parallel, c in result.get("cost", {}).items():
-        if isinstance(c, dict):
-            more = 100 * (c["watched_ms"] / c["bare_ms"] - 1)
-            peak = "–" if c["peak_gb"] is None else f"{c['peak_gb']:.1f} GB"
-            times = f"{c['bare_ms']:.1f} ms | {c['watched_ms']:.1f} ms | {more:+.1f} %"
-            lines.append(f"| {parallel}, {c['backend']} | {times} | {peak} |")
+def worker(ranks: int, device: str, size: str, steps: int, folder: Path, seconds: float) -> dict[str, Any]:
+    """What all ranks measure of themselves, together in one start."""
+    asked = ("--worker", str(folder), "--device", device, "--size", size, "--steps", str(steps), "--ranks", str(ranks))
+    ended = call(torchrun(ranks, "geodiag.benchmarks.ranks", *asked), folder / "log", seconds)
+    told = folder / "worker.json"
+    return ended | (json.loads(told.read_text()) if told.exists() else {})
+
+
+Part = Callable[[Path, float], dict[str, Any]]
+
+
+def parts(ranks: int, device: str) -> dict[str, Part]:
+    found: dict[str, Part] = {}
     for parallel in PARALLEL:
-        if s := result.get("same", {}).get(parallel):
-            lines += [
-                "",
-                f"{parallel}: losses of {s['steps']} steps within {s['largest_difference']:.1e} of one process.",
-            ]
-        if s := result.get(f"steered_{parallel}"):
-            answer = "the same modes at the same steps" if s.get("alike") else "DIFFERENT modes"
-            lines += ["", f"{parallel}, fault at step {FAULT_STEP}: every rank had {answer}; {s.get('events')}."]
-    if (k := result.get("killed")) and "said" in k:
-        kept = "every completed step of every rank is on record" if k["complete"] else "STEPS ARE MISSING"
-        lines += ["", f"Rank 1 killed: the others ended {k['seconds_to_the_end']:.1f} s later; {kept}."]
-    return "\n".join(lines) + "\n"
+        for part in (steered, killed, resumed):
+            found[f"{part.__name__}_{parallel}"] = partial(part, parallel, ranks, device)
+    return found | {"same": partial(same, ranks, device)}
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    """Everything; a part that fails says so and leaves the others their turn."""
+    ends, found = time.monotonic() + 60 * args.minutes, dict[str, Any]()
+    with tempfile.TemporaryDirectory() as name:
+
+        def one(part: str, measure: Part) -> None:
+            folder = Path(name) / part
+            folder.mkdir()
+            left = min(args.seconds, ends - time.monotonic())
+            try:
+                found[part] = measure(folder, left) if left > 0 else {"failed": "no time was left"}
+            except Exception as e:  # one part's trouble is its result
+                logs = "".join(p.read_text(errors="replace")[-800:] for p in sorted(folder.glob("*log")))
+                found[part] = {"failed": f"{type(e).__name__}: {e}", "tail": logs}
+            print(json.dumps({part: found[part]}), file=sys.stderr, flush=True)
+
+        timed: dict[str, Part] = {"worker": partial(worker, args.ranks, args.device, args.size, args.steps)}
+        for each, at_once in ((timed, 1), (parts(args.ranks, args.device), args.together)):
+            with ThreadPoolExecutor(at_once) as pool:
+                for part, measure in each.items():
+                    if not args.only or any(part.startswith(word) for word in args.only):
+                        pool.submit(one, part, measure)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -249,15 +159,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--size", default="tiny", help="size of the timed model [%(default)s]")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each kind [%(default)s]")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of each kind [%(default)s]")
+    parser.add_argument("--minutes", type=float, default=4.0, help="after which everything ends [%(default)s]")
+    parser.add_argument("--seconds", type=float, default=120.0, help="after which a part hangs [%(default)s]")
+    parser.add_argument("--together", type=int, default=4, help="parts side by side [%(default)s]")
     parser.add_argument("--only", action="append", default=[], help="a part; may be given several times")
     parser.add_argument("--worker", type=Path, default=None, help="used by the bench itself")
     args = parser.parse_args(argv)
     if args.worker is not None:
-        cost(args.worker, args.device, args.size, 4 * args.ranks, args.steps)
+        from geodiag.benchmarks.ranks_worker import measure
+
+        measure(args.worker, args.device, args.size, 4 * args.ranks, args.steps)
         return
     result = setting("ranks", argv, "cuda" if args.device != "cpu" and _gpus() else "cpu") | {"ranks": args.ranks}
-    result |= run(args.ranks, args.device, args.size, args.steps, args.only)
+    result |= run(args)
     save("ranks", result, markdown(result), args.out)
     say(result, markdown(result), args.json)
 

@@ -1,112 +1,86 @@
 """What rolling back and routing by older weights buys: arms that answer spikes, on the same seeds and the same data.
 
     geodiag bench routing [--seeds 4] [--workers 2] [--minutes 10] [--only WORD …] [--add TRIALS …]
+    geodiag bench routing --size small --device cuda --pilot             # which scenarios spike at all?
+    geodiag bench routing --size small --device cuda --lr 0.05 --workers 12 --minutes 7
 
 Planted faults are measured against the training of the same seed in which nothing was planted, natural spikes against
-the training's own trend. Trials run side by side, seed by seed, until the time is up; each is kept as it ends, and
-`--add` joins the trials of earlier sessions. Results: benchmarks/results/routing.json and routing.md.
+the training's own trend. Trials run side by side, on all GPUs that are seen where there are any, seed by seed. Once the
+time is up none begins any more, and those under way end: which trials there are does not hang on how they went. Each
+is kept as it ends, and `--add` joins the trials of earlier sessions. Results: benchmarks/results/routing.json and
+routing.md, and all trials in routing_trials.jsonl.gz.
 """
 
 import gzip
 import json
 import multiprocessing
+import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from geodiag.benchmarks.report import Parser, save, say, setting, where
+from geodiag.benchmarks.report import Parser, present, save, say, setting, where
 from geodiag.benchmarks.routing_measures import pooled, summarise
 from geodiag.benchmarks.routing_page import page
-from geodiag.benchmarks.routing_trial import ARMS, Arm, Scenario
+from geodiag.benchmarks.routing_plan import SMALL_LR, Job, jobs, pilot, plans
+from geodiag.benchmarks.routing_trial import ARMS
 
-_FAULTY = Scenario(name="", steps=150, residual="hc")
-FAULTS = ("lr-shock@75=100", "far-batch@75", "expert-scale@75=30")
-PLANTED = [replace(_FAULTY, name=f"{f}, hc, clamp", fault=f) for f in FAULTS]
-GRID = [
-    replace(_FAULTY, name=f"{FAULTS[2]}, {r}, {'clamp' if c else 'no clamp'}", residual=r, clamp=c, fault=FAULTS[2])
-    for r in ("hc", "mhc")
-    for c in (10.0, None)
-    if (r, c) != ("hc", 10.0)  # that one is among the others
-]
-NATURAL = Scenario(name="learning rate 0.1, hc, clamp", steps=280, residual="hc", lr=0.1)
-NATURAL_GRID = [
-    replace(NATURAL, name=f"learning rate 0.1, {r}, {'clamp' if c else 'no clamp'}", residual=r, clamp=c)
-    for r in ("hc", "mhc")
-    for c in (10.0, None)
-    if (r, c) != ("hc", 10.0)
-]
-DOMAINS = Scenario(name="domains in turn, learning rate 0.03, hc", steps=240, residual="hc", lr=0.03, turn=60)
-ANSWERS = ("none", "rollback", "rollback + anticipatory", "rollback + skip-batch", "anticipatory", "router-lag")
-ALWAYS = (
-    "none",
-    "rollback",
-    "rollback + anticipatory",
-    "rollback + lower-lr",
-    "always anticipatory",
-    "always router-lag",
-)
-DELAYS = ("always anticipatory, Δ = 1", "always anticipatory, Δ = 32")
-Plan = list[tuple[Scenario, tuple[str, ...]]]
-MAIN: Plan = [
-    (NATURAL, ALWAYS),
-    (PLANTED[0].twin, ("none", "always anticipatory", "always router-lag")),
-    *((s, ANSWERS) for s in PLANTED),
-    (DOMAINS, ("none", "rollback + anticipatory", "always anticipatory")),
-]
-"""Scenario → its arms; the healthy twins of planted faults are trained too."""
-MORE: Plan = [
-    (NATURAL, DELAYS),
-    *((s, ("none", "always anticipatory")) for s in NATURAL_GRID),
-    *((s, ("none", "rollback + anticipatory")) for s in GRID),
-]
-"""Other delays, and the clamp with each kind of residual: after every three seeds of `MAIN`, for those seeds."""
-
-_TOGETHER = 3
-Job = tuple[Scenario, Arm, int, str]
+_GRACE = 180.0
+"""Seconds that the trials under way have when the time is up."""
 
 
-def jobs(seeds: Sequence[int], device: str, only: Sequence[str] = ()) -> Iterator[Job]:
-    """Seed by seed, so that whenever the time is up every scenario has about as many."""
-    for first in range(0, len(seeds), _TOGETHER):
-        some = seeds[first : first + _TOGETHER]
-        for plan in (MAIN, MORE):
-            chosen = [(s, arms) for s, arms in plan if not only or any(word in s.name for word in only)]
-            pairs = [(s, arm) for s, arms in chosen for arm in arms]
-            pairs = list(dict.fromkeys([*((s.twin, "none") for s, _ in chosen if s.fault), *pairs]))
-            yield from ((scenario, ARMS[arm], seed, device) for seed in some for scenario, arm in pairs)
+def settle(gpus: Sequence[str], number: Any) -> None:
+    """In each new worker: one of the GPUs is all that it sees, and torch may be asked for the same bits every time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with number:
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number.value % len(gpus)]
+        number.value += 1
 
 
-def work(job: Job) -> dict[str, Any]:
-    """One trial, in a process of its own."""
+def visible() -> list[str]:
+    """The GPUs as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def work(task: tuple[Job, str, float]) -> dict[str, Any] | None:
+    """One trial, in a process of its own; None where the time is up."""
     import torch
 
     from geodiag.benchmarks.routing_trial import train
 
+    (scenario, arm, seed), device, ends = task
+    began = time.monotonic()
+    if began > ends:
+        return None
     torch.set_num_threads(1)
-    scenario, arm, seed, device = job
-    began = time.perf_counter()
     try:
         found = train(scenario, arm, seed, device)
-        return found | {"seconds": time.perf_counter() - began, "place": where(setting("routing", [], device))}
+        seconds = time.monotonic() - began
+        return found | {"seconds": seconds, "place": where(setting("routing", [], device))}
     except Exception as e:  # one trial that fails is told, and the others go on
         return {"failed": f"{scenario.name}, {arm.name}, seed {seed}: {type(e).__name__}: {e}"}
 
 
-def run(
-    seeds: Sequence[int], workers: int, minutes: float, out: Path, device: str = "cpu", only: Sequence[str] = ()
-) -> list[dict[str, Any]]:
+def run(planned: Iterable[Job], workers: int, minutes: float, out: Path, device: str = "cpu") -> list[dict[str, Any]]:
     """Trains until the time is up; every trial is a line of `trials.jsonl` as soon as it ends."""
     out.mkdir(parents=True, exist_ok=True)
     ends, found = time.monotonic() + 60 * minutes, []
-    with multiprocessing.get_context("spawn").Pool(workers) as pool, (out / "trials.jsonl").open("a") as kept:
-        results = pool.imap_unordered(work, jobs(seeds, device, only))
-        while (left := ends - time.monotonic()) > 0:
+    context = multiprocessing.get_context("spawn")
+    start = (visible() if device == "cuda" else [], context.Value("i", 0))
+    with context.Pool(workers, settle, start) as pool, (out / "trials.jsonl").open("a") as kept:
+        results = pool.imap_unordered(work, [(job, device, ends) for job in planned])
+        while True:
             try:
-                trial = results.next(timeout=left)
+                trial = results.next(timeout=max(ends + _GRACE - time.monotonic(), 0.01))
             except (StopIteration, multiprocessing.TimeoutError):
                 break
+            if trial is None:
+                continue
             if "failed" in trial:
                 print(trial["failed"], flush=True)
                 continue
@@ -130,15 +104,30 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def order(trial: dict[str, Any]) -> tuple[int, int, int]:
-    """As in the plan; what is not in it any more comes last."""
-    scenarios = [s.name for s, _ in (*MAIN, *MORE)]
+def order(trial: dict[str, Any]) -> tuple[bool, int, str, int, int]:
+    """Larger models first, then as in the plan; what is not in it any more comes last."""
+    scenarios = [s.name for plan in plans("tiny") for s, _ in plan]
     name, arm = trial["scenario"]["name"], trial["arm"]["name"]
-    return scenarios.index(name) if name in scenarios else len(scenarios), list(ARMS).index(arm), trial["seed"]
+    place = scenarios.index(name) if name in scenarios else len(scenarios)
+    return trial["scenario"]["size"] == "tiny", place, name, list(ARMS).index(arm), trial["seed"]
+
+
+def summary(trial: dict[str, Any]) -> str:
+    """A pilot's line: did it spike, and what did a step take?"""
+    raised = [
+        f"{e['kind']} at {e['step']}" for e in trial["events"] if e["kind"] in ("spike", "divergence", "nonfinite")
+    ]
+    losses = [x for x in trial["losses"] if x is not None]
+    said = ", ".join(raised) or "no spike"
+    end = f"loss {losses[-1]:.2f}, highest behind step 20 {max(losses[20:], default=float('nan')):.2f}"
+    return f"{trial['scenario']['name']}: {said}; {end}; {1e3 * trial['seconds'] / len(trial['steps']):.0f} ms a step"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("routing", __doc__)
+    parser.add_argument("--size", choices=["tiny", "small"], default="tiny", help="of the model [%(default)s]")
+    parser.add_argument("--lr", type=float, nargs="*", default=[SMALL_LR], help="at which small is driven")
+    parser.add_argument("--pilot", action="store_true", help="train each scenario of small once, and say which spike")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
@@ -149,16 +138,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
+    present(options.device)
+    if options.pilot:
+        trials = run(pilot(), options.workers, options.minutes, options.out / "pilot", options.device)
+        print("\n".join(summary(t) for t in sorted(trials, key=lambda t: t["scenario"]["name"])))
+        return
     result: dict[str, Any] = setting("routing", argv, options.device)
     trials = read(options.add)
     if options.seeds:
         seeds = range(options.first_seed, options.first_seed + options.seeds)
-        trials += run(seeds, options.workers, options.minutes, options.out, options.device, options.only)
+        planned = jobs(
+            plans(options.size, options.lr), seeds, options.only, together=2 if options.size == "small" else 3
+        )
+        trials += run(planned, options.workers, options.minutes, options.out, options.device)
     trials.sort(key=order)
     result["trials"], result["places"] = len(trials), sorted({t["place"] for t in trials})
     result["steps"] = sum(len(t["steps"]) for t in trials)
     result["rows"], result["pooled"] = summarise(trials), pooled(trials)
     save("routing", result, page(result), options.out)
+    (options.out / "routing_trials.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps(t) + "\n" for t in trials).encode(), mtime=0)
+    )
     say(result, page(result), options.json)
 
 

@@ -9,6 +9,10 @@ import numpy as np
 
 CAP = 12.0
 """Nats that a loss counts at most, infinite ones too: about twice what guessing bytes costs."""
+SLACK = 0.3
+"""Nats above its own lowest trend that a training without a twin has free."""
+AFTER = 40
+"""Steps behind the first spike's onset in which another is the same one again."""
 NEAR = 0.05
 """Nats within which the loss is back at its twin's, as the median of `WINDOW` steps."""
 WINDOW = 5
@@ -65,14 +69,21 @@ def against_twin(trial: Mapping[str, Any], twin: Mapping[str, Any], onset: int) 
 
 def _back(excess: np.ndarray) -> int | None:
     """Executed steps until the loss is back near the twin's and stays there; None where it never is."""
-    if len(excess) < WINDOW:
+    medians = _medians(excess)
+    if not len(medians):
         return None
-    medians = np.median(np.lib.stride_tricks.sliding_window_view(excess, WINDOW), axis=1)
     out = np.flatnonzero(medians > NEAR)
     if not len(out):
         return 0
     back = int(out[-1]) + WINDOW
     return back if back < len(excess) else None
+
+
+def _medians(values: np.ndarray) -> np.ndarray:
+    """Of every `WINDOW` values in a row."""
+    if len(values) < WINDOW:
+        return np.zeros(0)
+    return np.median(np.lib.stride_tricks.sliding_window_view(values, WINDOW), axis=1)
 
 
 def by_itself(trial: Mapping[str, Any], steps: int) -> dict[str, float]:
@@ -84,7 +95,8 @@ def by_itself(trial: Mapping[str, Any], steps: int) -> dict[str, float]:
     end = [s for s in sorted(left) if s >= steps - LAST]
     return {
         "peak": float(above[20:].max(initial=0.0)),
-        "excess": float(np.maximum(above[20:] - 0.3, 0).sum()),
+        "excess": float(np.maximum(above[20:] - SLACK, 0).sum()),
+        "recovery_steps": float((_medians(above[20:]) > SLACK).sum()),
         "final_loss": statistics.fmean(left[s] for s in end) if end else float("nan"),
         "steps_lost": float(len(seen) - len(set(trial["steps"]))),
         "reached": float(max(left) + 1 >= steps),
@@ -93,13 +105,23 @@ def by_itself(trial: Mapping[str, Any], steps: int) -> dict[str, float]:
 
 def common(trial: Mapping[str, Any]) -> dict[str, float | None]:
     """What is counted alike everywhere: spikes by 10 000 executed steps, flips, steps that were routed."""
-    spikes = sum(e["kind"] in ("spike", "divergence", "nonfinite") for e in trial["events"])
+    spikes = [e for e in trial["events"] if e["kind"] in ("spike", "divergence", "nonfinite")]
     flips = trial["flips"]
     return {
-        "spikes_per_10k": 1e4 * spikes / len(trial["steps"]),
+        "spikes_per_10k": 1e4 * len(spikes) / len(trial["steps"]),
+        "again": _again(trial["arm"], spikes),
+        "flips": flips.get("flip_rate"),
         "flips_anticipatory": flips["flip_rate_anticipatory"],
         "flips_router": flips["flip_rate_router"],
     }
+
+
+def _again(arm: Mapping[str, Any], spikes: Sequence[Mapping[str, Any]]) -> float | None:
+    """Of an arm that goes back: whether the first spike was raised again; None where there was none."""
+    if not spikes or arm["mode"] != "auto" or "rollback" not in arm["actions"]:
+        return None
+    first, *later = (e["data"]["onset"] for e in spikes)
+    return float(any(onset <= first + AFTER for onset in later))
 
 
 def summarise(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -133,17 +155,22 @@ def summarise(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def pooled(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every arm against no intervention over all scenarios in which nothing is planted and spikes come by themselves.
 
-    Paired by scenario and seed; the healthy twins of planted faults are left out.
+    Paired by scenario and seed, each size of model by itself; the healthy twins of planted faults are left out.
     """
     by_key = {(t["scenario"]["name"], t["arm"]["name"], t["seed"]): t for t in trials}
     wild = {k: measure(t, by_key) for k, t in by_key.items() if not t["scenario"]["fault"] and k[0] != t["twin"]}
+    size = {k[0]: t["scenario"]["size"] for k, t in by_key.items()}
     rows = []
-    for arm in dict.fromkeys(a for _, a, _ in wild if a != "none"):
+    for model, arm in dict.fromkeys((size[s], a) for s, a, _ in wild if a != "none"):
         pairs = [
-            (m, wild[s, "none", seed]) for (s, a, seed), m in wild.items() if a == arm and (s, "none", seed) in wild
+            (m, wild[s, "none", seed])
+            for (s, a, seed), m in wild.items()
+            if (size[s], a) == (model, arm) and (s, "none", seed) in wild
         ]
-        names = ("peak", "excess", "final_loss", "spikes_per_10k", "steps_lost")
-        rows.append({"arm": arm} | {n: vars(Mean.of([m[n] - p[n] for m, p in pairs])) for n in names})
+        names = ("peak", "excess", "recovery_steps", "final_loss", "spikes_per_10k", "steps_lost")
+        means = {n: vars(Mean.of([m[n] - p[n] for m, p in pairs])) for n in names}
+        again = [m["again"] for m, _ in pairs if m["again"] is not None]
+        rows.append({"size": model, "arm": arm, "again": vars(Mean.of(again))} | means)
     return rows
 
 

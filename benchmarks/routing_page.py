@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from geodiag.benchmarks.routing_measures import AFTER
+
 _SHOWN = {
     "peak": ("peak", 2),
     "excess": ("excess", 1),
@@ -9,8 +11,9 @@ _SHOWN = {
     "steps_lost": ("lost", 0),
     "final_loss": ("final", 3),
     "spikes_per_10k": ("spikes / 10 k", 0),
+    "again": ("again", 2),
 }
-_POOLED = ("peak", "excess", "steps_lost", "final_loss", "spikes_per_10k")
+_POOLED = ("peak", "excess", "recovery_steps", "steps_lost", "final_loss", "spikes_per_10k", "again")
 
 
 def page(result: dict[str, Any]) -> str:
@@ -18,26 +21,31 @@ def page(result: dict[str, Any]) -> str:
         "# What rolling back and routing by older weights buys",
         "",
         f"{result['trials']} trainings, {result['steps']} steps. Mean over seeds and its 95 % interval (bootstrap).",
-        "Planted faults: peak, excess (area, nats · steps) and final loss against the training of the same seed with",
-        "nothing planted. Otherwise: above the training's own trend, and the final loss itself. Every executed step",
-        "counts, the ones that were rolled back too; `lost` are steps executed more than once.",
+        "Planted faults: peak, excess (area, nats · steps), recovery (steps) and final loss against the training of",
+        "the same seed with nothing planted. Otherwise: above the training's own trend, and the final loss itself.",
+        "Every executed step counts, the ones that were rolled back too; `lost` are steps executed more than once.",
+        f"`again`: of trainings that went back, the share whose first spike was raised again within {AFTER} steps of",
+        "its onset. `flips at Δ`: on the probe batch; in earlier trials of `tiny`, of cached against live choices",
+        "where routing was on, else of the router's own update alone.",
         "",
         *result["places"],
         "",
     ]
-    lines += [
-        "## All that spike by themselves, against no intervention",
-        "",
-        "Differences, paired by scenario and seed; below 0 is better.",
-        "",
-        f"| arm | pairs | {' | '.join(_SHOWN[n][0] for n in _POOLED)} |",
-        "|---|---|" + "---|" * len(_POOLED),
-        *(
-            f"| {r['arm']} | {r['peak']['n']} | {' | '.join(_cell(r[n], _SHOWN[n][1]) for n in _POOLED)} |"
-            for r in result["pooled"]
-        ),
-        "",
-    ]
+    for size in dict.fromkeys(r["size"] for r in result["pooled"]):
+        rows = [r for r in result["pooled"] if r["size"] == size]
+        lines += [
+            f"## `{size}`: all that spike by themselves, against no intervention",
+            "",
+            "Differences, paired by scenario and seed; below 0 is better. `again` is no difference.",
+            "",
+            f"| arm | pairs | {' | '.join(_SHOWN[n][0] for n in _POOLED)} |",
+            "|---|---|" + "---|" * len(_POOLED),
+            *(
+                f"| {r['arm']} | {r['peak']['n']} | {' | '.join(_cell(r[n], _SHOWN[n][1]) for n in _POOLED)} |"
+                for r in rows
+            ),
+            "",
+        ]
     for scenario in dict.fromkeys(r["scenario"] for r in result["rows"]):
         rows = [r for r in result["rows"] if r["scenario"] == scenario]
         shown = {n: v for n, v in _SHOWN.items() if n in rows[0]["measures"]}
@@ -54,9 +62,8 @@ def page(result: dict[str, Any]) -> str:
 
 def _row(row: dict[str, Any], shown: dict[str, tuple[str, int]]) -> str:
     cells = [_cell(row["measures"][n], digits) for n, (_, digits) in shown.items()]
-    flips = row["measures"]["flips_anticipatory"]
-    if not flips["n"]:
-        flips = row["measures"]["flips_router"]
+    known = (row["measures"][n] for n in ("flips", "flips_anticipatory", "flips_router"))
+    flips = next((m for m in known if m["n"]), row["measures"]["flips"])
     return f"| {row['arm']} | {len(row['seeds'])} | {' | '.join(cells)} | {_cell(flips, 3)} |"
 
 

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from geodiag.benchmarks.report import Parser, save, say, setting
-from geodiag.benchmarks.routing import NATURAL, read
+from geodiag.benchmarks.routing import read
 from geodiag.benchmarks.routing_measures import CAP
+from geodiag.benchmarks.routing_plan import NATURAL
 from geodiag.benchmarks.routing_replay_page import page, summarise
-from geodiag.benchmarks.routing_trial import DELAY, Scenario, setup
+from geodiag.benchmarks.routing_trial import DELAY, Scenario, perturb, setup
 from geodiag.hooks.anticipatory import AnticipatoryRouting
 from geodiag.hooks.rerouting import Rerouting
 from geodiag.hooks.router_lag import RouterLag
@@ -69,13 +70,10 @@ def ahead(delay: int) -> Change:
 
 
 def noise(size: float, draw: int) -> Change:
-    """Every weight times 1 + `size` · N(0, 1)."""
+    """Weights changed in a digit that means nothing."""
 
-    @torch.no_grad()
     def batches(trainer: Trainer, data: Iterator[Batch]) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(draw)
-        for p in trainer.model.parameters():
-            p.mul_(1 + size * torch.randn(p.shape, generator=generator))
+        perturb(trainer.model, size, draw)
         return data
 
     return batches

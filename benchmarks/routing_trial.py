@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import geodiag
 from geodiag.events import details
@@ -25,7 +26,9 @@ from geodiag.reference_models.train import TrainConfig, Trainer
 from geodiag.reference_models.transformer import Transformer
 
 DELAY = 8
+FLIPS = ("flip_rate", "flip_rate_anticipatory", "flip_rate_router")
 PERIOD = 50
+_NEVER = 1 << 30
 _CPU = torch.device("cpu")
 
 
@@ -38,6 +41,8 @@ class Arm:
     actions: str = "route"
     variant: str = "anticipatory"
     delay: int = DELAY
+    noise: float = 0.0
+    """Every weight times 1 + this · N(0, 1) after going back: what a change that means nothing does."""
 
 
 ARMS = {
@@ -45,6 +50,7 @@ ARMS = {
     for a in (
         Arm(name="none", mode="off"),
         Arm(name="rollback", actions="rollback"),
+        Arm(name="rollback + noise", actions="rollback", noise=1e-6),
         Arm(name="rollback + anticipatory", actions="rollback,route"),
         Arm(name="anticipatory", actions="route"),
         Arm(name="router-lag", actions="route", variant="router-lag"),
@@ -73,12 +79,15 @@ class Scenario:
     turn: int = 0
     """Steps after which the data changes to the next domain, abruptly; 0 for all of them mixed."""
     sequences: int = 4
+    deterministic: bool = False
+    """Whether a GPU adds up alike every time, so that arms are one and the same training until the first answer."""
 
     @property
     def twin(self) -> "Scenario":
         """The same with nothing planted."""
         clamp = "clamp" if self.clamp else "no clamp"
-        return replace(self, name=f"nothing planted, {self.steps} steps, {self.residual}, {clamp}", fault=None)
+        size = "" if self.size == "tiny" else f"{self.size}, "
+        return replace(self, name=f"{size}nothing planted, {self.steps} steps, {self.residual}, {clamp}", fault=None)
 
     @property
     def onset(self) -> int:
@@ -108,15 +117,28 @@ def setup(scenario: Scenario, seed: int, where: torch.device = _CPU) -> tuple[Tr
     """Model, optimizers and data, before the first step."""
     torch.manual_seed(seed)
     shape = sized(scenario.size, scenario.residual, swiglu_limit=scenario.clamp)  # type: ignore[arg-type]
-    if where.type == "cpu":
-        shape = replace(shape, dtype="float32")
+    shape = replace(shape, dtype="float32" if where.type == "cpu" else "bfloat16")
     with where:
         model = Transformer(shape)
     # The learning rate hardly decays: what goes wrong should not heal by itself.
-    config = TrainConfig(steps=4 * scenario.steps, sequences=scenario.sequences, lr=scenario.lr)
+    config = TrainConfig(
+        steps=4 * scenario.steps,
+        sequences=scenario.sequences,
+        lr=scenario.lr,
+        deterministic=scenario.deterministic,
+    )
     if scenario.turn:
         return Trainer(model, config), Domains(_corpus(), scenario, shape.sequence, seed)
     return Trainer(model, config), Loader(_corpus(), scenario.sequences, shape.sequence, seed)
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, size: float, draw: int) -> None:
+    """Every weight times 1 + `size` · N(0, 1). Where a bfloat16 weight rounds that away, the float32 ones beside it
+    (routers, hyper-connections, norms) do not."""
+    for number, p in enumerate(model.parameters()):
+        generator = torch.Generator(p.device).manual_seed(1000 * draw + number)
+        p.mul_(1 + size * torch.randn(p.shape, generator=generator, device=p.device))
 
 
 def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[str, Any]:
@@ -128,18 +150,19 @@ def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[
     options = {"forward": lambda m, b: m(b.token_ids_BS)}
     with tempfile.TemporaryDirectory() as folder:
         routing = rerouting(arm.variant, model, arm.delay, **options)
+        snapshots = None
+        if "rollback" in arm.actions:
+            snapshots = Snapshots(model, trainer.optimizers, trainer.progress, every=20)
         monitor = attach(
             model,
             trainer.optimizers,
             Path(folder) / "run",
             routing=routing,
             policy=Policy(mode=arm.mode, actions=arm.actions, period=PERIOD, cooldown=20, budget=6),  # type: ignore[arg-type]
-            snapshots=Snapshots(model, trainer.optimizers, trainer.progress, every=20)
-            if "rollback" in arm.actions
-            else None,
-            probe=(loader.batch(1 << 30).token_ids_BS.to(where),),
-            probe_every=arm.delay,
-            every=4,
+            snapshots=snapshots,
+            probe=(loader.batch(1 << 30).token_ids_BS[:2].to(where),),
+            every=dict.fromkeys(("layers", "experts", "matrices", "tokens", "domains"), _NEVER)
+            | {"flip_rate": max(arm.delay, 1)},
             quiet=True,
         )
         executed: list[tuple[int, torch.Tensor]] = []
@@ -157,6 +180,8 @@ def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[
                 done = trainer.step(batch)
                 executed.append((step, done.loss.detach()))
                 monitor.step(done.loss, grad_norm=done.grad_norm, lr=done.lr)
+                if arm.noise and monitor.next_step <= step:
+                    perturb(model, arm.noise, monitor.run.attempt)
                 if monitor.next_step >= scenario.steps or len(executed) >= 3 * scenario.steps:
                     break
         routing.remove()
@@ -188,6 +213,6 @@ def _recorded(path: Path) -> dict[str, Any]:
     broken = [e["message"] for e in told if e["kind"] == "problem"]
     if broken:  # a controller that saw nothing must not pass for one that did nothing
         raise RuntimeError(broken[0])
-    layers = run.read("layers", ["step", "layer", "site", "flip_rate_anticipatory", "flip_rate_router"], attempt="all")
-    means = {n: layers[n].mean() for n in ("flip_rate_anticipatory", "flip_rate_router")}
+    layers = run.read("layers", ["step", "layer", "site", *FLIPS], attempt="all")
+    means = {n: layers[n].mean() for n in FLIPS}
     return {"events": told, "flips": {n: None if math.isnan(v) else float(v) for n, v in means.items()}}

@@ -39,6 +39,8 @@ class Trend:
         self._unbroken: deque[float] = deque(maxlen=_APART + 1)
         self._last: float | None = None
         self._carry, self._carried = 0.0, noise // 4  # taken as unsmoothed until shown
+        self._fell = False
+        """Whether the loss has fallen so steeply that this drowned the noise, while residuals were still few."""
 
     @property
     def ready(self) -> bool:
@@ -59,11 +61,19 @@ class Trend:
         least = max(self.floor * abs(self.level), 1e-12)
         sigma, known = self._residuals.sigma, len(self._residuals)
         if known < self._residuals.size:
-            sigma *= 1 + _YOUNG / known
+            sigma = self._young_sigma(sigma * (1 + _YOUNG / known))
         if sigma < least:
             # A loss printed with few digits takes few values and has no quartiles: then go by the largest normal one.
             return max(least, (self._residuals.largest - self._residuals.median) / 3)
         return sigma
+
+    def _young_sigma(self, sigma: float) -> float:
+        # Residuals of a steep descent are the level's lag more than noise. Differences have no level to lag behind;
+        # those over `_APART` updates hold most of the noise of a smoothed log too.
+        if not self._fell:
+            return sigma
+        steady = max(self._near.sigma, self._apart.sigma) / 2**0.5
+        return min(sigma, steady * (1 + _YOUNG / len(self._apart)))
 
     def judge(self, loss: float) -> Excess | None:
         """How far `loss` is above the trend; None before there is a trend. Call once an update."""
@@ -102,6 +112,8 @@ class Trend:
         if len(self._unbroken) > _APART:
             self._apart.push(loss - self._unbroken[0])
             self._update_carry()
+            if len(self._residuals) < self._residuals.size and len(self._apart) >= self.warmup:
+                self._fell = self._fell or -self._apart.median > self._apart.sigma
 
     def _update_carry(self) -> None:
         # For an exponential average with factor c, Var(x[t+4] - x[t]) / Var(x[t+1] - x[t]) = 1 + c + c² + c³; for an
@@ -135,6 +147,7 @@ class Trend:
             window.keep_oldest(0)
         self._steps.clear()
         self._unbroken.clear()
+        self._fell = False
         for step, loss in rows:
             self.learn(step, loss)
 
@@ -150,6 +163,7 @@ class Trend:
             "last": self._last,
             "carry": self._carry,
             "carried": self._carried,
+            "fell": self._fell,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

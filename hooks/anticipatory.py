@@ -15,10 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters.base import RouterSite
 from geodiag.hooks.aside import Aside
 from geodiag.hooks.capture import Choices, traceless
 from geodiag.hooks.rerouting import Mode, Rerouting
+from geodiag.hooks.sharded import Halfway, to_its_end
 
 Forward = Callable[[nn.Module, Any], Any]
 DEVICE_BYTES = 256 << 20
@@ -143,9 +145,16 @@ class AnticipatoryRouting(Rerouting):
 
     def _capture(self, batch: Any) -> Aside | None:
         try:
-            with self._as_in_training(), traceless(self.model, evaluate=False), self._choices.kept() as choices:
+            with (
+                to_its_end(self.model),
+                self._as_in_training(),
+                traceless(self.model, evaluate=False),
+                self._choices.kept() as choices,
+            ):
                 self._forward(self.model, batch)
             return self._put([c.expert_ids_TK.to(torch.int16) for c in choices])
+        except Halfway as e:
+            raise GeodiagError(f"{e}; the training ends, because the other ranks are in it still") from e
         except Exception as e:  # whatever the user's forward raises: `on_failure` says it, or raises it again
             self._give_up(e)
             return None

@@ -85,13 +85,13 @@ def attach(
     ranks = Ranks.join()
     ranks.same("cadence", plan.cadence.record())
     ranks.same("model", {k: v for k, v in layout.summary().items() if k != "missing"})
-    if ranks.strangers and policy.mode != "off":
+    if ranks.strangers and (policy.mode != "off" or resume):
         raise GeodiagError(
-            f"routing {policy.mode} on {ranks.world} ranks needs them to agree; "
+            f"{'resume' if resume else f'routing {policy.mode}'} on {ranks.world} ranks needs them to agree; "
             "call torch.distributed.init_process_group before attach"
         )
-    _check_means(policy, routing, snapshots)
-    _check_folder(Path(path), ranks.rank, snapshots, resume)
+    ranks.all_can(lambda: _check_means(policy, routing, snapshots))
+    ranks.all_can(lambda: _check_folder(Path(path), ranks.rank, snapshots, resume))
     unclamped = any(e.gate_limit is None for e in layout.experts)
 
     def create(attempt: int | None) -> Run:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from geodiag.hooks.adapters.base import Choice, Removable, RouterSite, Watch
-from geodiag.hooks.sharded import free
+from geodiag.hooks.sharded import free, sharded
 
 
 @contextmanager
@@ -113,10 +113,3 @@ class Choices:
         """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
-
-
-def sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` or FSDP manages the weights: a forward that it began it must also end."""
-    return any(
-        c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for m in model.modules() for c in type(m).__mro__
-    )

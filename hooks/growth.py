@@ -30,6 +30,7 @@ class Growth:
         self._on = False
         self._changes: list[Tensor] = []
         self._end: Tensor | None = None
+        self._failure: Exception | None = None
         self._handles: list[Removable] = []
         if layout.watch_end is None:
             return
@@ -47,31 +48,42 @@ class Growth:
         self._on, self._changes, self._end = True, [], None
         try:
             self._batch.forward_copies(copies, max(16, PROBE_TOKENS // copies))
+            if self._failure is not None:
+                raise self._failure
             assert self._end is not None, "the end is watched"
             after = (self._end[1:] - self._end[:1]).flatten(1).norm(dim=1)
             growth = torch.full((self._count,), torch.nan, device=after.device)
             growth[torch.tensor(self._layers, device=after.device)] = after / torch.stack(self._changes)
             return {"layer/perturbation_growth": growth}
         finally:
-            self._on, self._changes, self._end = False, [], None
+            self._on, self._changes, self._end, self._failure = False, [], None, None
+
+    def _guarded(self, work: Callable[[], Any]) -> Any:
+        """What fails here is raised behind the forward: of a sharded model, one that was begun must end."""
+        try:
+            return work()
+        except Exception as e:
+            self._failure = self._failure or e
+            return None
 
     def _changing(self, copy: int, layer: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if not self._on:
-                return None
-            place, name, x = _stream(args, kwargs)
-            changed = x.clone()
-            changed[copy] = _moved(x[copy], layer)
-            self._changes.append((changed[copy].float() - x[copy].float()).norm())  # as it is after rounding
-            if name is not None:
-                return args, kwargs | {name: changed}
-            return (*args[:place], changed, *args[place + 1 :]), kwargs
+            return self._guarded(lambda: self._changed(copy, layer, args, kwargs)) if self._on else None
 
         return hook
 
+    def _changed(self, copy: int, layer: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        place, name, x = _stream(args, kwargs)
+        changed = x.clone()
+        changed[copy] = _moved(x[copy], layer)
+        self._changes.append((changed[copy].float() - x[copy].float()).norm())  # as it is after rounding
+        if name is not None:
+            return args, kwargs | {name: changed}
+        return (*args[:place], changed, *args[place + 1 :]), kwargs
+
     def _ended(self, view: Callable[[], Tensor]) -> None:
         if self._on:
-            self._end = view().detach().float()
+            self._end = self._guarded(lambda: view().detach().float())
             self._batch.enough()
 
     def remove(self) -> None:

@@ -39,7 +39,7 @@ class Plan:
 
 
 class Measurement:
-    """`stand_before` the first step; then, at the end of each, `values` and `turn_over` to the next one."""
+    """`stand_before` the first step; then, at the end of each, `probed`, `values` and `turn_over` to the next one."""
 
     def __init__(
         self,
@@ -84,8 +84,15 @@ class Measurement:
         """Time that the device took for this step's probes, once it is through with them; None without probes."""
         return self._watch.last
 
+    def probed(self) -> Values:
+        """What the probes say at this step. Of several ranks each comes here once a step, whatever else fails."""
+        if not needed(PROBED, self._due):
+            return {}
+        with self._watch:
+            return self._try("probes", lambda: due_only(self._probes.run(self._due), self._due))
+
     def values(self, grad_norm: Tensor | None) -> tuple[Values, tuple[str, ...]]:
-        """What is due at this step, and the metrics of it that could not be measured this time."""
+        """What else is due at this step, and the metrics of it that could not be measured this time."""
         values = self._try("data shift", self._shift.values) | self._gradients.values(grad_norm)
         absent = []
         if self._taps.recording:
@@ -94,9 +101,6 @@ class Measurement:
             absent = [] if self._past.ready else ["flip_rate_router"]
             if not self.replaying():
                 absent.append("flip_rate_anticipatory")
-        if needed(PROBED, self._due):
-            with self._watch:
-                values |= self._try("probes", lambda: due_only(self._probes.run(self._due), self._due))
         return values, tuple(absent)
 
     def wants(self, metric: str) -> bool:
@@ -117,6 +121,14 @@ class Measurement:
         self._past = RouterPast(self.layout, self._lag)
         self._probes.forget()
         self._prepare(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs to measure as this one would have."""
+        return {"shift": self._shift.state_dict(), "probe": self._probes.batch.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._shift.load_state_dict(state["shift"])
+        self._probes.batch.load_state_dict(state["probe"])
 
     def _prepare(self, step: int) -> None:
         """Nothing of an earlier step may be read as this one's; what is due now is watched."""

@@ -3,6 +3,7 @@
 Definitions: docs/metrics.md. Orientation: `res_TNN` is the operator applied to the streams, x' = res @ x.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,12 +80,6 @@ def spectral_norm(maps: Tensor) -> Tensor:
 
 def _times(a_NNT: Tensor, b_NNT: Tensor) -> Tensor:
     return (a_NNT.unsqueeze(2) * b_NNT.unsqueeze(0)).sum(1)
-
-
-@torch.no_grad()
-def token_norms(x_T: Tensor) -> Tensor:
-    """‖x‖_F of each token, whatever shape a token has; float32."""
-    return x_T.flatten(1).float().square().sum(1).sqrt()
 
 
 @torch.no_grad()
@@ -180,3 +175,9 @@ def power_step(weight_ERC: Tensor, vector_EC: Tensor) -> tuple[Tensor, Tensor]:
     u = (weight_ERC @ vector_EC.unsqueeze(-1).to(weight_ERC.dtype)).squeeze(-1).float()
     v = (weight_ERC.mT @ u.unsqueeze(-1).to(weight_ERC.dtype)).squeeze(-1).float()
     return u.norm(dim=-1), torch.nn.functional.normalize(v, dim=-1)
+
+
+def in_order(layers: Sequence[int], values: Mapping[int, Tensor]) -> Tensor:
+    """One row a layer; NaN for those that have no value."""
+    nothing = torch.full_like(next(iter(values.values())), torch.nan, dtype=torch.float32)
+    return torch.stack([values.get(i, nothing).float() for i in layers])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from geodiag.control import RequestWatch
+from geodiag.errors import GeodiagError
 from geodiag.events import Event
 from geodiag.hooks.actions import Dials
 from geodiag.hooks.adapters import Layout
@@ -23,7 +24,7 @@ from geodiag.hooks.ranks import Ranks
 from geodiag.hooks.recorder import Facts, Recorder
 from geodiag.hooks.rerouting import Rerouting
 from geodiag.hooks.rollback import Rollback
-from geodiag.hooks.sharded import whole
+from geodiag.hooks.sharded import Halfway, whole
 from geodiag.hooks.slots import Slots
 from geodiag.hooks.snapshots import Snapshots
 from geodiag.hooks.steering import Steering
@@ -73,8 +74,8 @@ class Monitor:
         atexit.register(self.close, "interrupted")
 
     def begin(self, resume: bool) -> None:
-        """Before the first step: goes to the newest snapshot on disk, where that is wanted and there is one."""
-        resumed = self._rollback.resume({"monitor": self}, resume)
+        """Before the first step: to the newest snapshot on disk that all ranks have, where that is wanted."""
+        resumed = self._rollback.resume({"monitor": self}, resume, self._ranks)
         self._stand_before(self.next_step if resumed is None else resumed)
         self.steering.begin(self.next_step, self.run.attempt, resumed is not None)
 
@@ -105,14 +106,18 @@ class Monitor:
         began = time.perf_counter()
         step, self.next_step = self.next_step, self.next_step + 1
         loss, grad_norm = whole(loss), whole(grad_norm)
+        probed, halfway = self._probed()
         try:
             try:
-                self._record(step, loss, grad_norm, lr, began, domains, sequence_losses)
+                self._record(step, loss, grad_norm, lr, began, domains, sequence_losses, probed)
             finally:  # also where that failed: nothing of this step may be read as the next one's
                 self._measured.turn_over(self.next_step)
         except Exception as e:  # monitoring must not end a training: said once, and the next step is tried again
             self._complain("the end of a step", e)
         self._recorder.ensure(step)
+        if halfway is not None:
+            self._recorder.wait()
+            raise GeodiagError(f"{halfway}; steps up to {step} are on record in {self.run.url}") from halfway
         try:
             self._steer()
         except Exception as e:  # nor must steering
@@ -122,6 +127,15 @@ class Monitor:
             self._concert.end_if_torn(f"steps up to {step} are on record in {self.run.url}")
         self._ended_at = time.perf_counter()
         self._record_seconds = self._ended_at - began
+
+    def _probed(self) -> tuple[dict[str, Tensor], Halfway | None]:
+        """What the probes say. Where they left the other ranks alone, nothing more is heard of those."""
+        try:
+            return self._measured.probed(), None
+        except Halfway as e:
+            self._recorder.wait()
+            self._ranks.leave()
+            return {}, e
 
     def _steer(self) -> None:
         """What the steps that are through call for."""
@@ -141,8 +155,10 @@ class Monitor:
         began: float,
         domains: Sequence[str] | None,
         sequence_losses: Tensor | None,
+        probed: dict[str, Tensor],
     ) -> None:
         values, absent = self._measured.values(None if grad_norm is None else _scalar(grad_norm, self._device))
+        values |= probed
         values["loss"] = _scalar(loss, self._device)
         if sequence_losses is not None and self._measured.wants("domains.loss"):
             values["domain/loss"] = sequence_losses.detach()
@@ -215,12 +231,14 @@ class Monitor:
             "next_step": self.next_step,
             **self._recorder.observer.state_dict(),
             "controller": self.steering.controller.state_dict(),
+            "measured": self._measured.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The controller goes on with the policy that it has now."""
         self.next_step = state["next_step"]
         self._recorder.observer.load_state_dict(state)
+        self._measured.load_state_dict(state["measured"])
         controller = self.steering.controller
         policy = controller.policy
         controller.load_state_dict(state["controller"])

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geodiag.hooks.capture import sharded, traceless
+from geodiag.hooks.capture import traceless
+from geodiag.hooks.sharded import sharded, to_its_end
 
 PROBE_TOKENS = 2048
 
@@ -24,19 +25,29 @@ class ProbeBatch:
     def __init__(self, model: nn.Module, given: tuple | Mapping[str, Any] | None) -> None:
         self.model = model
         self._whole = sharded(model)
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._args: tuple = () if isinstance(given, Mapping) else tuple(given or ())
         self._kwargs: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {}
         self._autocast: tuple[str, bool, torch.dtype] | None = None
+        self._given = self.ready
 
     @property
     def ready(self) -> bool:
         """Whether there is a batch to probe with."""
         return len(self._args) + len(self._kwargs) > 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The batch, where it is not the user's own: a resumed training probes with the same."""
+        return {} if self._given else {"args": self._args, "kwargs": self._kwargs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state and not self._given:
+            self._args, self._kwargs = _changed(state["args"], state["kwargs"], lambda t: t.to(self._device))
+
     def meet(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward of the training: its autocast is the probe's too, and without a batch this one is taken,
         at most `PROBE_TOKENS` tokens of it."""
-        device = next((p.device.type for p in self.model.parameters()), "cpu")
+        device = self._device.type
         self._autocast = device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         if self.ready:
             return
@@ -86,7 +97,12 @@ class ProbeBatch:
 
     @contextmanager
     def _as_in_training(self) -> Iterator[None]:
-        with _eager(self.model), traceless(self.model, evaluate=True), suppress(Enough):
+        with (
+            to_its_end(self.model),
+            _eager(self.model),
+            traceless(self.model, evaluate=True),
+            suppress(Enough),
+        ):
             if self._autocast is None:
                 yield
                 return

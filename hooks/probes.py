@@ -5,25 +5,27 @@ growth takes one of its own, and the spectra of the weights none. Afterwards not
 gradient, random states, buffers and modes as before.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from geodiag.hooks import metrics
-from geodiag.hooks.adapters.base import Choice, Layout, RouterSite
+from geodiag.hooks.adapters.base import Choice, ExpertSite, Layout, RouterSite
 from geodiag.hooks.curvature import curvature, directions
 from geodiag.hooks.groups import COMPARED, PROBED, needed
 from geodiag.hooks.growth import Growth
 from geodiag.hooks.look import Look, Seen
 from geodiag.hooks.probe_batch import ProbeBatch
-from geodiag.hooks.sharded import gathered
+from geodiag.hooks.sharded import each_gathered
 from geodiag.hooks.spectra import WeightSpectra
 from geodiag.hooks.taps import Report
 from geodiag.hooks.tear import tear
 from geodiag.hooks.traced import Trace, choose
 
+V = TypeVar("V")
 Values = dict[str, Tensor]
 
 
@@ -90,20 +92,19 @@ class Probes:
 
     @torch.no_grad()
     def _looked(self, groups: frozenset[str]) -> Values:
+        """Each group by itself: of a sharded model every rank comes by all weights, whatever fails on the way."""
+        parts = {
+            "flips": self._flips,
+            "tear": self._tear,
+            "curvature": self._curvature,
+            "attention": self._attention,
+            "tokens": self._tokens,
+            "domains": self._domains,
+        }
+        values: Values = {}
         with self._look.taken(groups, self._then) as seen:
-            values: Values = {}
-            if "flips" in groups:
-                values |= self._flips(seen)
-            if "tear" in groups:
-                values |= self._tear(seen)
-            if "curvature" in groups:
-                values |= self._curvature(seen)
-            if "attention" in groups and seen.logits:
-                values["attn/attn_logit_max"] = _in_order([a.layer for a in self.layout.attention], seen.logits)
-            if "tokens" in groups:
-                values |= self._tokens(seen)
-            if "domains" in groups:
-                values |= self._domains(seen)
+            for group in (g for g in parts if g in groups):
+                values |= self._try(f"probe of {group}", partial(parts[group], seen))
             if groups & COMPARED:
                 self._then = seen.choices
         return values
@@ -120,37 +121,44 @@ class Probes:
         return self._by_router(found)
 
     def _tear(self, seen: Seen) -> Values:
-        found: dict[str, dict[int, Tensor]] = {"tear": {}, "tear_flipped": {}}
-        for site in self.layout.experts:
-            if (torn := seen.torn.get(site.layer)) is not None:
-                with gathered(self.layout.layers[site.layer]):
-                    found["tear"][site.layer], found["tear_flipped"][site.layer] = tear(site, torn)
-        return self._by_router(found)
+        def torn(site: ExpertSite) -> tuple[Tensor, Tensor] | None:
+            return tear(site, seen.torn[site.layer]) if site.layer in seen.torn else None
+
+        found = self._of_experts(torn)
+        parts = ({i: pair[n] for i, pair in found.items()} for n in (0, 1))
+        return self._by_router(dict(zip(("tear", "tear_flipped"), parts, strict=True)))
+
+    def _of_experts(self, work: Callable[[ExpertSite], V | None]) -> dict[int, V]:
+        """By layer, with its weights whole."""
+        sites = {e.layer: e for e in self.layout.experts if self.layout.watches(e.layer)}
+        return each_gathered(((i, self.layout.layers[i]) for i in sites), lambda i: work(sites[i]))
 
     def _by_router(self, found: dict[str, dict[int, Tensor]]) -> Values:
         layers = [r.layer for r in self.layout.routers]
-        return {f"router/{name}": _in_order(layers, values) for name, values in found.items() if values}
+        return {f"router/{name}": metrics.in_order(layers, values) for name, values in found.items() if values}
 
     def _curvature(self, seen: Seen) -> Values:
-        mean, worst, each = {}, {}, {}
-        for site in self.layout.experts:
+        def bent(site: ExpertSite) -> tuple[Tensor, Tensor, Tensor] | None:
             if site.layer not in seen.curved:
-                continue
+                return None
             x_TC, gates_TE = seen.curved[site.layer]
-            v_TC = directions(len(x_TC), x_TC.shape[1], x_TC.device)
-            with gathered(self.layout.layers[site.layer]):
-                bent_T = curvature(site, x_TC, gates_TE, v_TC)
-            mean[site.layer], worst[site.layer] = bent_T.mean(), bent_T.amax()
+            bent_T = curvature(site, x_TC, gates_TE, directions(len(x_TC), x_TC.shape[1], x_TC.device))
             chose_TE = (gates_TE != 0).float()
-            each[site.layer] = (bent_T @ chose_TE) / chose_TE.sum(0)  # 0/0, an expert that no token chose, is NaN
-        layers = [e.layer for e in self.layout.experts]
-        if not mean:
+            each_E = (bent_T @ chose_TE) / chose_TE.sum(0)  # 0/0, an expert that no token chose, is NaN
+            return bent_T.mean(), bent_T.amax(), each_E
+
+        found = self._of_experts(bent)
+        layers, names = (
+            [e.layer for e in self.layout.experts],
+            ("act/curvature", "act/curvature_max", "expert/curvature"),
+        )
+        if not found:
             return {}
-        return {
-            "act/curvature": _in_order(layers, mean),
-            "act/curvature_max": _in_order(layers, worst),
-            "expert/curvature": _in_order(layers, each),
-        }
+        return {name: metrics.in_order(layers, {i: v[n] for i, v in found.items()}) for n, name in enumerate(names)}
+
+    def _attention(self, seen: Seen) -> Values:
+        layers = [a.layer for a in self.layout.attention]
+        return {"attn/attn_logit_max": metrics.in_order(layers, seen.logits)} if seen.logits else {}
 
     def _tokens(self, seen: Seen) -> Values:
         sequences, positions = self.batch.shape
@@ -162,18 +170,18 @@ class Probes:
         ids = self.batch.token_ids
         values = {
             "trace/token": at,
-            "trace/streams": _in_order(sites, {p: x[at] for p, x in seen.streams.items()}),
+            "trace/streams": metrics.in_order(sites, {p: x[at] for p, x in seen.streams.items()}),
         }
         if ids is not None:
             values["trace/token_id"] = ids[at]
         if seen.choices:
             layers = [r.layer for r in self.layout.routers]
             experts = {i: _heaviest_first(c, at).float() for i, c in seen.choices.items()}
-            values["trace/experts"] = _in_order(layers, experts)
+            values["trace/experts"] = metrics.in_order(layers, experts)
             if seen.margins:
-                values["trace/margin"] = _in_order(layers, {i: m[at] for i, m in seen.margins.items()})
+                values["trace/margin"] = metrics.in_order(layers, {i: m[at] for i, m in seen.margins.items()})
             if seen.flips:
-                values["trace/flipped"] = _in_order(layers, {i: f[at] for i, f in seen.flips.items()})
+                values["trace/flipped"] = metrics.in_order(layers, {i: f[at] for i, f in seen.flips.items()})
         return values
 
     def _domains(self, seen: Seen) -> Values:
@@ -187,12 +195,6 @@ class Probes:
             hits, elements = zip(*seen.clamped, strict=True)
             values["probe/clamp_gate_rate"] = torch.stack(hits).sum(0) / sum(elements)
         return values
-
-
-def _in_order(layers: Sequence[int], values: Mapping[int, Tensor]) -> Tensor:
-    """One row a layer; NaN for those that have no value."""
-    nothing = torch.full_like(next(iter(values.values())), torch.nan, dtype=torch.float32)
-    return torch.stack([values.get(i, nothing).float() for i in layers])
 
 
 def _first(site: RouterSite, choice: Choice) -> Tensor:

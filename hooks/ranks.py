@@ -167,26 +167,31 @@ class Ranks:
         assert made is not None, "nobody failed"
         return made
 
-    def all_fine(self, failure: str | None, undo: Callable[[], Any] | None = None) -> None:
-        """Raises on every rank what one rank failed at."""
+    def of_all(self, value: T) -> list[T]:
+        """Every rank's `value`, in their order. Collective."""
         if self._group is None:
-            failures = [failure]
-        else:
-            failures = [None] * self.world
-            dist.all_gather_object(failures, failure, group=self._group)
-        first = next((f for f in failures if f is not None), None)
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def all_fine(self, failure: str | None, undo: Callable[[], Any] | None = None) -> None:
+        """Raises on every rank what one rank failed at. Collective."""
+        first = next((f for f in self.of_all(failure) if f is not None), None)
         if first is None:
             return
         if undo is not None:
             undo()
         raise GeodiagError(first)
 
+    def all_can(self, work: Callable[[], Any]) -> None:
+        """Does `work` on this rank as on all. GeodiagError of the first that could not, on every rank. Collective."""
+        _, failure = _try(work)
+        self.all_fine(failure)
+
     def same(self, what: str, value: Any) -> None:
-        """GeodiagError on every rank where `value` is not the same on all."""
-        if self._group is None:
-            return
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self._group)
+        """GeodiagError on every rank where `value` is not the same on all. Collective."""
+        values = self.of_all(value)
         odd = next((r for r, v in enumerate(values) if v != values[0]), None)
         if odd is not None:
             raise GeodiagError(f"rank {odd} has another {what} than rank 0; give every rank the same")

@@ -1,14 +1,19 @@
 """Going back: weights, data, routing and random states to one and the same earlier step."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from geodiag.errors import GeodiagError
 from geodiag.files import first_line
+from geodiag.hooks.ranks import Ranks
 from geodiag.hooks.rerouting import Rerouting
 from geodiag.hooks.snapshots import Snapshots
 from geodiag.hooks.state import Stateful
 from geodiag.hooks.tape import Tape
+
+_OLD = 2
+"""Times the span of all snapshots: older ones, of a training that takes none any more, are not gone back to."""
 
 
 class Rollback:
@@ -58,11 +63,6 @@ class Rollback:
             return []
         return [s for s in self.snapshots.steps if s in self._positions]
 
-    @property
-    def replayable(self) -> bool:
-        """Whether the loop takes its batches from here, so that they can come again."""
-        return self._tape is not None
-
     def after_step(self, next_step: int, calm: bool) -> None:
         """Notes where the data stands; takes a snapshot where one is due and the training is `calm`."""
         if self.snapshots is None:
@@ -74,8 +74,17 @@ class Rollback:
                 self.take(next_step)
         finally:
             if self._tape is not None:
-                kept = [self._positions[s][0] for s in self.steps]
-                self._tape.forget(min([*kept, self._tape.position]))
+                self._forget(next_step - _OLD * self.snapshots.every * self.snapshots.keep, self._tape)
+
+    def _forget(self, oldest: int, tape: Tape) -> None:
+        """Batches that no snapshot needs any more; and where none is taken any more, the snapshots before `oldest`."""
+        for step in [s for s in self._positions if s < oldest]:
+            del self._positions[step]
+        back_to = min(self.steps, default=None)
+        kept = tape.position if back_to is None else self._positions[back_to][0]
+        tape.forget(min(kept, tape.position))
+        while self._first and (step := next(iter(self._first))) < (oldest if back_to is None else back_to) - 1:
+            del self._first[step]
 
     def take(self, step: int) -> None:
         """Keeps the training as it is now, before `step`."""
@@ -94,7 +103,6 @@ class Rollback:
             self._note_position(step)
             oldest = min(self.snapshots.steps)
             self._positions = {s: p for s, p in self._positions.items() if s >= oldest}
-            self._first = {s: p for s, p in self._first.items() if s >= oldest - 1}
 
     def _note_position(self, step: int) -> None:
         if self._tape is not None:
@@ -123,30 +131,35 @@ class Rollback:
             self._routing.rewind()
             self._put_back_routing(self._routing, aside)
 
-    def resume(self, lasting: dict[str, Stateful], wanted: bool) -> int | None:
+    def resume(self, lasting: dict[str, Stateful], wanted: bool, ranks: Ranks) -> int | None:
         """The step of the newest snapshot on disk, before which the training now stands; None where there is none.
 
-        `lasting` goes into every snapshot from here on, and comes back with this one.
+        Of several ranks all go to the newest that every one of them has. Where one has none of those, or cannot read
+        its own, none goes on: GeodiagError on every rank. `lasting` goes into every snapshot from here on, and comes
+        back with this one.
         """
         if self.snapshots is None:
             return None
         self.snapshots.lasting |= lasting
-        if not wanted or not self.snapshots.steps:
-            return None
-        step = self.snapshots.steps[-1]
+        step = _newest(ranks.of_all(self.snapshots.steps)) if wanted else None
+        if step is not None:
+            ranks.all_can(partial(self._begin_at, step, self.snapshots))
+        return step
+
+    def _begin_at(self, step: int, snapshots: Snapshots) -> None:
+        """Everything as it was before `step`, in a new process."""
         try:
-            aside = self.snapshots.restore(step)
+            aside = snapshots.restore(step)
         except (OSError, ValueError) as e:
             raise GeodiagError(f"cannot resume from step {step}: {first_line(e, 300)}") from None
         self._resumed = aside["data"]
-        for name, thing in self.snapshots.lasting.items():
+        for name, thing in snapshots.lasting.items():
             if name in aside["lasting"]:
                 thing.load_state_dict(aside["lasting"][name])
         if self._routing is not None:
             self._put_back_routing(self._routing, aside)
         elif aside["routing"] and aside["routing"]["mode"] != "off":
             raise GeodiagError(f"step {step} was routed by {aside['variant']} routing; resume with that routing")
-        return step
 
     def close(self, step: int | None = None) -> None:
         """Gives everything back; before that, with a `step`, keeps on disk where the training ended."""
@@ -173,3 +186,14 @@ class Rollback:
         routing.load_state_dict(saved)
         if routing.mode != before:
             routing.on_change(before, routing.mode)
+
+
+def _newest(held: Sequence[Sequence[int]]) -> int | None:
+    """The newest step that all ranks hold; None where nobody holds any. GeodiagError where they have none in common."""
+    common = set.intersection(*map(set, held))
+    if common:
+        return max(common)
+    if any(held):
+        each = "; ".join(f"rank {r}: {', '.join(map(str, steps)) or 'none'}" for r, steps in enumerate(held))
+        raise GeodiagError(f"no snapshot is held by every rank ({each}); begin anew with another path")
+    return None

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters.base import RouterSite, RouterView
 from geodiag.hooks.aside import Aside
 from geodiag.hooks.rerouting import Rerouting
-from geodiag.hooks.shards import Shard
+from geodiag.hooks.sharded import from_part, is_spread, local
 
 DEVICE_BYTES = 256 << 20
 
@@ -39,7 +40,7 @@ class RouterLag(Rerouting):
         """Weights and biases of every router, one entry a step, today's last."""
         self._lagged: list[Tensor] = []
         """The ones that choose now, always in the same place: a compiled model does not look elsewhere."""
-        self._shards: list[Shard] = []
+        self._today: list[Tensor] = []
         self._on = self._failed = False
         self._views: list[Callable[[], RouterView] | None] = [None] * len(self.routers)
         for place, site in enumerate(self.routers):
@@ -88,6 +89,8 @@ class RouterLag(Rerouting):
             if self._on:
                 self._make_lagged()
         except Exception as e:  # a training must not end because its routing cannot look back
+            if any(is_spread(t) for t in self._today):
+                raise GeodiagError(f"router-lag failed on this rank, and the others wait for its weights: {e}") from e
             self._failed, self._wanted, self._on = True, False, False
             self._past.clear()
             self.on_failure(e)
@@ -95,20 +98,18 @@ class RouterLag(Rerouting):
 
     @torch.no_grad()
     def _remember(self) -> None:
-        today = [t for r in self.routers for t in (r.weight(), r.bias()) if t is not None]
-        self._shards = [Shard.of(t) for t in today]
-        local = [s.local for s in self._shards]
+        self._today = [t for r in self.routers for t in (r.weight(), r.bias()) if t is not None]
         room = self._device_bytes // (self.delay_steps + 1)
-        self._past.append(Aside.put(local, room))
+        self._past.append(Aside.put([local(t) for t in self._today], room))
         while len(self._past) > self.delay_steps + 1:
             self._past.popleft()
 
     @torch.no_grad()
     def _make_lagged(self) -> None:
         """Brings the weights of Δ steps ago to the place where the routers look for them."""
-        then = [s.whole(t) for s, t in zip(self._shards, self._past[0].take(), strict=True)]
+        then = [from_part(t, like) for t, like in zip(self._past[0].take(), self._today, strict=True)]
         if [(t.shape, t.device) for t in self._lagged] != [(t.shape, t.device) for t in then]:
-            self._lagged = [torch.empty_like(t, dtype=s.local.dtype) for t, s in zip(then, self._shards, strict=True)]
+            self._lagged = [torch.empty_like(t, dtype=like.dtype) for t, like in zip(then, self._today, strict=True)]
         torch._foreach_copy_(self._lagged, then)
 
     def _leave(self) -> None:

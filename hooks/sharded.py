@@ -1,16 +1,26 @@
 """Weights that are spread over ranks: what of them lies here, and the whole of them for as long as it is needed.
 
 What is a collective says so; the rest asks the other ranks for nothing. A DTensor is told by its `placements`, and a
-module that `fully_shard` manages by its class: torch.distributed takes a second to import, and is there already
-wherever one of these is.
+module that `fully_shard` manages by its class.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Halfway(BaseException):
+    """This rank has left the other ranks alone in collectives that it cannot make up for.
+
+    No Exception: who swallowed it would let the training's next collective meet the one that was left.
+    """
 
 
 def is_spread(value: Any) -> bool:
@@ -36,6 +46,33 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if is_spread(value) else value
 
 
+def from_part(part: Tensor, like: Any) -> Tensor:
+    """The whole of what `part` is this rank's part of, spread as `like` is. Collective where that is spread."""
+    if not is_spread(like):
+        return part
+    spread = type(like).from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return spread.full_tensor()
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` or FSDP manages the weights: a forward that it began it must also end."""
+    return any(
+        c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for m in model.modules() for c in type(m).__mro__
+    )
+
+
+@contextmanager
+def to_its_end(model: nn.Module) -> Iterator[None]:
+    """Inside, all ranks are in the same collectives of a sharded `model`; Halfway where this one cannot go on."""
+    try:
+        yield
+    except Exception as e:
+        if not sharded(model) or torch.distributed.get_world_size() == 1:
+            raise
+        line = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise Halfway(f"what geodiag runs on sharded weights, all ranks together, failed here ({line})") from e
+
+
 def managed(module: nn.Module) -> list[Any]:
     """The modules in `module`, itself included, that `fully_shard` gathers and frees."""
     return [m for m in module.modules() if any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
@@ -57,13 +94,35 @@ def edit(weight: Any, change: Callable[[Tensor], Any]) -> None:
 def gathered(module: nn.Module) -> Iterator[None]:
     """Inside, the weights of `module` are whole on every rank. Collective where they are spread."""
     parts = managed(module)
-    for part in parts:
-        part.unshard()
+    with to_its_end(module):
+        for part in parts:
+            part.unshard()
     try:
         yield
     finally:
         for part in parts:
             part.reshard()
+
+
+def each_gathered(modules: Iterable[tuple[K, nn.Module]], work: Callable[[K], V | None]) -> dict[K, V]:
+    """What `work` makes of each key while its module's weights are whole; None is left out.
+
+    Every rank gathers all of them, whatever it has to do there, and whatever fails: that is raised at the end.
+    """
+    found: dict[K, V] = {}
+    failure: Exception | None = None
+    for key, module in modules:
+        with gathered(module):
+            try:
+                value = work(key)
+            except Exception as e:
+                failure = failure or e
+                continue
+        if value is not None:
+            found[key] = value
+    if failure is not None:
+        raise failure
+    return found
 
 
 def free(module: nn.Module) -> None:

@@ -47,6 +47,13 @@ class DataShift:
         self._mean_C.lerp_(taken, 1 / REMEMBERED)
         return {"tokens": tokens, "data_shift": shift}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where batches have pointed so far; on the device, so that nobody waits for it."""
+        return {"mean": None if self._mean_C is None else self._mean_C.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._mean_C = None if state["mean"] is None else state["mean"].to(self._slots.device)
+
     def clear(self) -> None:
         """The step is over."""
         self._slots.clear()

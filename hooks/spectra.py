@@ -1,15 +1,14 @@
 """Spectral norms of the weights by power iteration that never starts over: one iteration a sampled step."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 from geodiag.hooks import metrics
-from geodiag.hooks.adapters.base import ExpertSite, Layout, RouterSite
-from geodiag.hooks.sharded import gathered
+from geodiag.hooks.adapters.base import Layout
+from geodiag.hooks.sharded import each_gathered
 
-_NAMES = ("gate", "up", "down")
+_ROUTER = "router/spectral_norm_router"
+_NAMES = ("spectral_norm_gate", "spectral_norm_up", "spectral_norm_down")
 _FIRST = 8
 """Iterations of the very first estimate, which has no vector to go on from."""
 
@@ -23,31 +22,27 @@ class WeightSpectra:
 
     @torch.no_grad()
     def run(self) -> dict[str, Tensor]:
-        """The estimates as they are now, one value a router or expert layer."""
-        values = {}
-        if self.layout.routers:
-            values["router/spectral_norm_router"] = torch.stack([self._router(site) for site in self.layout.routers])
-        if self.layout.experts:
-            norms_L3 = torch.stack([self._experts(site) for site in self.layout.experts])
-            values |= dict(zip((f"act/spectral_norm_{n}" for n in _NAMES), norms_L3.unbind(1), strict=True))
-        return values
+        """The estimates as they are now, one value a router or expert layer; NaN for a layer that is not watched."""
+        lay = self.layout
+        watched = [(i, layer) for i, layer in enumerate(lay.layers) if lay.watches(i)]
+        found = each_gathered(watched, self._norms)
+        owners = {_ROUTER: [r.layer for r in lay.routers]} | {
+            f"act/{n}": [e.layer for e in lay.experts] for n in _NAMES
+        }
+        by_name = {name: {i: norms[name] for i, norms in found.items() if name in norms} for name in owners}
+        return {name: metrics.in_order(owners[name], values) for name, values in by_name.items() if values}
 
-    def _router(self, site: RouterSite) -> Tensor:
-        with self._whole(site.layer):
-            return self._norm("router", site.layer, site.weight().detach().unsqueeze(0))
-
-    def _experts(self, site: ExpertSite) -> Tensor:
-        with self._whole(site.layer):
-            weights = site.weights()
-            return torch.stack([self._norm(name, site.layer, weights[name]) for name in _NAMES])
-
-    def _whole(self, layer: int) -> AbstractContextManager[None]:
-        return gathered(self.layout.layers[layer]) if self.layout.watches(layer) else nullcontext()
+    def _norms(self, layer: int) -> dict[str, Tensor]:
+        norms = {}
+        for router in (r for r in self.layout.routers if r.layer == layer):
+            norms[_ROUTER] = self._norm(_ROUTER, layer, router.weight().detach().unsqueeze(0))
+        for expert in (e for e in self.layout.experts if e.layer == layer):
+            weights = expert.weights()
+            norms |= {f"act/{n}": self._norm(n, layer, weights[n.removeprefix("spectral_norm_")]) for n in _NAMES}
+        return norms
 
     def _norm(self, name: str, layer: int, weight_ERC: Tensor) -> Tensor:
-        """Of the worst expert; NaN for a layer that is not watched."""
-        if not self.layout.watches(layer):
-            return torch.full((), torch.nan, device=weight_ERC.device)
+        """Of the worst expert."""
         key, iterations = (name, layer), 1
         if key not in self._vectors:
             # The training's random state is not ours to use; and a layer's start is its own, whatever else is watched.

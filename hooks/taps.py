@@ -123,7 +123,7 @@ class Taps:
         for i, site in enumerate(lay.sites):
             where = f"layer {site.layer} {site.site}"
             told = i in self._told
-            self._handles += site.watch_mix(self._sink(where, "mix", i, partial(self._mix, i, told)))
+            self._handles += site.watch_mix(self._sink(where, "mix" if i else "first", i, partial(self._mix, i, told)))
             if told and site.watch_written is not None:
                 sink = self._sink(f"{where} streams", "written", i, partial(self._written, i))
                 self._handles += site.watch_written(sink)
@@ -195,6 +195,8 @@ class Taps:
         x_TNC = (x if self.layout.has_stream_axis else x.unsqueeze(-2)).flatten(0, -3)
         if place == 0:
             self.slots.count_tokens(len(x_TNC))
+            if not self._one_graph() and self._due.isdisjoint(_GROUPS_OF["mix"]):
+                return
         if view.res_TNN is not None and view.post_TN is not None:
             res, post = view.res_TNN.detach().flatten(0, -3), view.post_TN.detach().flatten(0, -2)
             pre = None if view.pre_TN is None else view.pre_TN.detach().flatten(0, -2)
@@ -245,6 +247,7 @@ class Taps:
 
 
 _GROUPS_OF = {
+    "first": GROUPS,  # counts the tokens of whatever is measured
     "mix": frozenset({"gains", "streams"}),
     "written": frozenset({"streams"}),
     "branch": frozenset({"streams"}),

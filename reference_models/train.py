@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from geodiag.reference_models.data import Batch
 from geodiag.reference_models.moe import HashRouter, loads, nudge_balance
@@ -84,9 +85,15 @@ def optimizers_of(model: Transformer, config: TrainConfig) -> list[torch.optim.O
     ]
 
 
+def _attention(repeatable: bool) -> AbstractContextManager[None]:
+    """Forwards are repeatable as they are, but one of them decides which backward follows: cuDNN's never is."""
+    kinds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kinds) if repeatable else nullcontext()
+
+
 @contextmanager
 def _repeatable(wanted: bool) -> Iterator[None]:
-    """Inside, no operation may add up in an order of its own. Forwards are repeatable as they are."""
+    """Inside, no operation may add up in an order of its own."""
     if not wanted:
         yield
         return
@@ -135,10 +142,11 @@ class Trainer:
 
     def accumulate(self, batch: Batch) -> None:
         """Forward and backward on one micro-batch."""
-        output = self.forward(batch.token_ids_BS)
-        loss = self.model.loss(output, batch.targets_BS)
-        with _repeatable(self.config.deterministic):
-            (loss.total / self.config.micro_batches).backward()
+        with _attention(self.config.deterministic):
+            output = self.forward(batch.token_ids_BS)
+            loss = self.model.loss(output, batch.targets_BS)
+            with _repeatable(self.config.deterministic):
+                (loss.total / self.config.micro_batches).backward()
         with torch.no_grad():
             load_LE = torch.stack([loads(r) for r in output.routings])
             self._load_LE = load_LE if self._load_LE is None else self._load_LE + load_LE

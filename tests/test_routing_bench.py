@@ -3,6 +3,9 @@
 import gzip
 import json
 import math
+import multiprocessing
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +13,15 @@ from typing import Any
 import pytest
 
 from geodiag.benchmarks import routing, routing_cost
-from geodiag.benchmarks.routing_measures import CAP, WINDOW, Mean, against_twin, by_itself, pooled, summarise
+from geodiag.benchmarks.routing_measures import CAP, WINDOW, Mean, against_twin, by_itself, common, pooled, summarise
 from geodiag.benchmarks.routing_page import page
+from geodiag.benchmarks.routing_plan import NATURAL, PILOT_SEED, jobs, pilot, plans
 
 
 def trial(losses: list[float | None], steps: list[int] | None = None, arm: str = "none", seed: int = 0, **more: Any):
     return {
-        "scenario": {"name": "s", "fault": more.get("fault", "lr-shock@5"), "steps": len(losses)},
-        "arm": {"name": arm},
+        "scenario": {"name": "s", "fault": more.get("fault", "lr-shock@5"), "steps": len(losses), "size": "tiny"},
+        "arm": {"name": arm, "mode": "off" if arm == "none" else "auto", "actions": arm},
         "seed": seed,
         "twin": "healthy",
         "onset": 5,
@@ -30,7 +34,7 @@ def trial(losses: list[float | None], steps: list[int] | None = None, arm: str =
 
 def twin(steps: int = 30, seed: int = 0) -> dict[str, Any]:
     return trial([2.0] * steps, seed=seed, fault=None) | {
-        "scenario": {"name": "healthy", "fault": None, "steps": steps}
+        "scenario": {"name": "healthy", "fault": None, "steps": steps, "size": "tiny"}
     }
 
 
@@ -105,6 +109,25 @@ def test_spikes_are_counted_by_executed_steps() -> None:
     assert row["measures"]["spikes_per_10k"]["mean"] == 200
 
 
+@pytest.mark.parametrize(
+    ("arm", "onsets", "expected"),
+    [("rollback", [50, 60], 1.0), ("rollback", [50, 200], 0.0), ("rollback", [], None), ("route", [50, 60], None)],
+)
+def test_a_spike_comes_again_where_another_is_raised_near_its_onset(
+    arm: str, onsets: list[int], expected: float | None
+) -> None:
+    events = [{"kind": "spike", "step": o, "data": {"onset": o}} for o in onsets]
+    assert common(trial([2.0] * 300, arm=arm, events=events))["again"] == expected
+
+
+def test_without_a_twin_recovery_is_the_steps_above_the_trend_but_for_single_ones() -> None:
+    def recovery(high: list[int]) -> float:
+        return by_itself(trial([2.0 + (i in high) for i in range(100)]), 100)["recovery_steps"]
+
+    assert recovery([50]) == 0
+    assert recovery(list(range(50, 60))) == 10
+
+
 def test_trials_are_read_again_whole_lines_only(tmp_path: Path) -> None:
     one = json.dumps({"seed": 1})
     (tmp_path / "a.jsonl").write_text(f"{one}\n{one[:-3]}")
@@ -113,20 +136,39 @@ def test_trials_are_read_again_whole_lines_only(tmp_path: Path) -> None:
 
 
 def test_every_scenario_has_its_healthy_twin_and_no_job_comes_twice() -> None:
-    planned = [(s, a.name, seed) for s, a, seed, _ in routing.jobs(range(4), "cpu")]
+    planned = [(s, a.name, seed) for size in ("tiny", "small") for s, a, seed in jobs(plans(size), range(4))]
     assert len(planned) == len(set(planned))
     for scenario, _, seed in planned:
         if scenario.fault:
             assert (scenario.twin, "none", seed) in planned
 
 
+def test_a_scenario_is_not_measured_on_the_seed_that_it_was_chosen_by() -> None:
+    assert {seed for _, _, seed in pilot()} == {PILOT_SEED}
+    assert PILOT_SEED not in {seed for _, _, seed in jobs(plans("small"), range(100))}
+
+
+def test_no_trial_begins_once_the_time_is_up() -> None:
+    job = next(jobs(plans("tiny"), [0]))
+    assert routing.work((job, "cpu", time.monotonic() - 1)) is None
+
+
+def test_workers_share_the_gpus_out_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    number, seen = multiprocessing.get_context("spawn").Value("i", 0), []
+    for _ in range(3):
+        routing.settle(["2", "5"], number)
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["2", "5", "2"]
+
+
 @pytest.mark.slow
-def test_a_small_plan_is_trained_measured_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calm = replace(routing.NATURAL, lr=1e-3, steps=12, sequences=1)
+def test_a_small_plan_is_trained_measured_and_written() -> None:
+    calm = replace(NATURAL, lr=1e-3, steps=12, sequences=1)
     faulty = replace(calm, name="far", fault="far-batch@4", steps=12)
-    monkeypatch.setattr(routing, "MAIN", [(calm, ("none", "always router-lag")), (faulty, ("none",))])
-    monkeypatch.setattr(routing, "MORE", [])
-    trials = [routing.work(job) for job in routing.jobs([0], "cpu")]
+    planned = jobs([[(calm, ("none", "always router-lag")), (faulty, ("none",))]], [0])
+    ends = time.monotonic() + 600
+    trials = [t for job in planned if (t := routing.work((job, "cpu", ends)))]
     assert [t.get("failed") for t in trials] == [None] * 4
     assert all(t["steps"] == list(range(12)) for t in trials)
     lagged = next(t for t in trials if t["arm"]["name"] == "always router-lag")

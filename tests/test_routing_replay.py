@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from geodiag.benchmarks import routing_replay
-from geodiag.benchmarks.routing import NATURAL
+from geodiag.benchmarks.routing_plan import NATURAL
 from geodiag.benchmarks.routing_replay import CHANGES, Moment, replay
 from geodiag.benchmarks.routing_replay_page import page, summarise
 from geodiag.benchmarks.routing_trial import setup

@@ -288,6 +288,27 @@ def test_a_loss_that_explodes_before_there_is_a_trend_is_seen() -> None:
 # -- going back, saving, resuming ------------------------------------------------------------
 
 
+def beginning(seed: int, n: int = 150) -> np.ndarray:
+    """A training's first steps: it falls by more than 20 σ, and then the noise is 0.15."""
+    return 2.2 + 3.4 * np.exp(-np.arange(n) / 12) + 0.15 * np.random.default_rng(seed).standard_normal(n)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_soon_after_a_steep_descent_its_lag_is_not_taken_for_noise(seed: int) -> None:
+    for at in range(45, 125, 20):
+        losses = beginning(seed)
+        losses[at : at + 10] += 1.8
+        (spike,) = (s for s in detect(losses) if s.kind == "spike")
+        assert at <= spike.detected <= at + 4
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_steep_descent_that_ends_is_no_spike(seed: int) -> None:
+    assert kinds(detect(beginning(seed)))["spike"] == 0
+    corner = np.concatenate([np.linspace(5.6, 2.2, 40), np.full(110, 2.2)])
+    assert kinds(detect(corner + 0.15 * np.random.default_rng(seed).standard_normal(150)))["spike"] == 0
+
+
 def test_a_rollback_ends_the_spike_and_is_not_one() -> None:
     losses = flat()
     detector = SpikeDetector()

@@ -5,11 +5,14 @@ What the scenarios return is written to said-RANK.json.
 
 import json
 import os
+import shutil
 import signal
 import sys
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,10 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import geodiag
 from geodiag.errors import GeodiagError
+from geodiag.hooks import growth, metrics, probes
 from geodiag.hooks import monitor as monitor_module
 from geodiag.hooks import ranks as ranks_module
 from geodiag.hooks.monitor import Monitor
 from geodiag.hooks.policy import Policy
+from geodiag.hooks.shelf import folder_of
 from geodiag.reference_models.data import Batch
 from geodiag.reference_models.train import TrainConfig, Trainer
 from geodiag.reference_models.transformer import Transformer
@@ -118,6 +123,38 @@ def steer(folder: Path, parallel: str) -> dict[str, Any]:
     return {"modes": modes, "losses": seen, "weights": weights}
 
 
+def resumed(folder: Path, option: str) -> dict[str, Any]:
+    """A training with snapshots of steps 8 and 12 on disk; something of rank 1's gets lost, and both are to go on."""
+    parallel, _, accident = option.partition("-")
+
+    def twelve(resume: bool) -> tuple[int, list[float]]:
+        t, losses = made(parallel), []
+        snapshots = geodiag.Snapshots(t.model, t.optimizers, t.progress, every=4, where="disk", keep=2)
+        with geodiag.attach(t.model, t.optimizers, folder / "run", snapshots=snapshots, resume=resume) as run:
+            began = run.next_step
+            for batch in run.batches(share(step) for step in range(13)):
+                t.accumulate(batch)
+                losses.append(float(t.update().loss))
+                run.step(losses[-1])
+                if run.next_step == 12:
+                    break
+        return began, losses
+
+    _, before = twelve(resume=False)
+    mine = folder_of(folder / "run", RANK)
+    if RANK == 1 and accident == "damaged":
+        for file in (mine / "step-00000012").glob("*.distcp"):
+            file.write_bytes(b"nothing")
+    elif RANK == 1:
+        shutil.rmtree(mine / "step-00000012" if accident == "newest" else mine)
+    dist.barrier()
+    try:
+        began, after = twelve(resume=True)
+    except GeodiagError as e:
+        return {"error": str(e)}
+    return {"began": began, "before": before, "after": after}
+
+
 def asked(folder: Path, parallel: str) -> dict[str, Any]:
     """Somebody asks rank 0's folder for routing on, and later off."""
     t = made(parallel)
@@ -135,9 +172,9 @@ def asked(folder: Path, parallel: str) -> dict[str, Any]:
 
 
 def broken_inside(folder: Path, parallel: str) -> dict[str, Any]:
-    """On rank 1 everything in geodiag fails at the steps 3 to 5, and the probe on no rank."""
+    """On rank 1 everything in geodiag fails at the steps 3 to 5, but for the probes."""
     t = made(parallel)
-    run = geodiag.attach(t.model, t.optimizers, folder / "run", probe_every=50)
+    run = geodiag.attach(t.model, t.optimizers, folder / "run", probe_every=2)
     record = Monitor._record
 
     def fails(self: Monitor, step: int, *rest: Any) -> None:
@@ -150,6 +187,52 @@ def broken_inside(folder: Path, parallel: str) -> dict[str, Any]:
         losses = train(t, run, range(10))
     monitor_module.Monitor._record = record  # type: ignore[method-assign]
     return {"losses": losses}
+
+
+def broken_probe(folder: Path, parallel: str) -> dict[str, Any]:
+    """On rank 1 every probe fails at its own place: in the look's hooks, between two layers' weights, in a forward."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("on purpose")
+
+    t = made(parallel)
+    every = dict.fromkeys(("tear", "curvature", "perturbation", "spectral_norm_router", "spectral_norm_gate"), 2)
+    with (
+        geodiag.attach(t.model, t.optimizers, folder / "run", probe_every=2, every=every) as run,
+        ExitStack() as patches,
+    ):
+        places = [(probes, "tear"), (probes, "curvature"), (growth, "_moved"), (metrics, "power_step")]
+        for module, name in [*places, (metrics, "margins")] if RANK == 1 else []:
+            patches.enter_context(mock.patch.object(module, name, fails))
+        return {"losses": train(t, run, range(6))}
+
+
+def halfway(folder: Path, what: str) -> dict[str, Any]:
+    """Rank 1 cannot end a forward that geodiag runs on sharded weights: of a probe, or of a capture."""
+    t = made("fsdp")
+    routing = geodiag.AnticipatoryRouting(t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS))
+
+    def fails(*_: Any) -> None:
+        if t.steps_done >= 3 and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("on purpose")
+
+    if RANK == 1:
+        t.model.blocks[1].moe.register_forward_pre_hook(fails)
+    run = geodiag.attach(
+        t.model, t.optimizers, folder / "run", routing=routing, probe_every=3 if what == "probe" else 50
+    )
+    error = None
+    try:
+        with run:
+            for batch in routing.batches(share(step) for step in range(12)):
+                if what == "capture" and batch.step == 2:
+                    routing.enable()
+                t.accumulate(batch)
+                done = t.update()
+                run.step(done.loss)
+    except GeodiagError as e:
+        error = str(e)
+    return {"error": error}
 
 
 def one_nan(folder: Path, parallel: str) -> dict[str, Any]:
@@ -204,14 +287,19 @@ def silent(folder: Path, policy: str) -> dict[str, Any]:
 
 
 def refused(folder: Path, what: str) -> dict[str, Any]:
-    """Rank 1 cannot begin: its folder is taken, or its model is another."""
+    """Rank 1 cannot begin: its folder is taken, there are snapshots of another training, or its model is another."""
+    snapshots = None
+    if what == "snapshots" and RANK == 1:
+        (folder_of(folder / "run", RANK) / "step-00000004").mkdir(parents=True)
     if what == "folder" and RANK == 1:
         (folder / "run").mkdir(parents=True, exist_ok=True)
         (folder / "run" / "journal").write_text("no folder")
     dist.barrier()
     t = made("apart", **({"experts": 6} if what == "model" and RANK == 1 else {}))
+    if what == "snapshots":
+        snapshots = geodiag.Snapshots(t.model, where="disk")
     try:
-        geodiag.attach(t.model, t.optimizers, folder / "run")
+        geodiag.attach(t.model, t.optimizers, folder / "run", snapshots=snapshots)
     except GeodiagError as e:
         return {"error": str(e)}
     return {}

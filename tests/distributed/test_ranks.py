@@ -22,7 +22,9 @@ from tests.distributed.launch import Rank, ranks
 
 PEACEFUL = (
     *("record:ddp", "unwatched:ddp", "record:fsdp", "unwatched:fsdp", "asked:ddp", "asked:fsdp", "one_nan:ddp"),
-    *("broken_inside:ddp", "broken_inside:fsdp", "refused:folder", "refused:model", "apart:ddp"),
+    *("broken_inside:ddp", "broken_inside:fsdp", "broken_probe:ddp", "broken_probe:fsdp", "apart:ddp"),
+    *("refused:folder", "refused:model", "refused:snapshots"),
+    *("resumed:ddp-newest", "resumed:fsdp-newest", "resumed:ddp-damaged", "resumed:ddp-all"),
 )
 LOCAL = (
     "data_shift",
@@ -160,6 +162,25 @@ def test_after_going_back_both_ways_of_spreading_train_alike(steered: tuple[Path
         assert not np.allclose(whole["losses"], whole["losses"][::-1], atol=2e-3)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_resume_from_the_newest_snapshot_that_all_of_them_have(
+    together: tuple[Path, list[Rank]], parallel: str
+) -> None:
+    for said in both(together, f"resumed:{parallel}-newest"):
+        assert said["began"] == 8, "rank 0 has one of step 12"
+        assert said["after"] == said["before"][8:]
+
+
+@pytest.mark.parametrize(
+    ("accident", "words"),
+    [("damaged", "rank-1/step-00000012 is unreadable"), ("all", "(rank 0: 8, 12; rank 1: none)")],
+)
+def test_where_one_rank_cannot_resume_none_does(together: tuple[Path, list[Rank]], accident: str, words: str) -> None:
+    first, second = both(together, f"resumed:ddp-{accident}")
+    assert first == second
+    assert words in first["error"]
+
+
 def test_one_ranks_nan_is_everybodys(together: tuple[Path, list[Rank]]) -> None:
     for said in both(together, "one_nan:ddp"):
         assert said["active"] == [False] * 4 + [True, False]
@@ -181,11 +202,42 @@ def test_a_failure_inside_geodiag_on_one_rank_hangs_no_rank(together: tuple[Path
     steps = run_of(together, f"broken_inside:{parallel}").read("steps")
     assert steps[steps["rank"] == 0]["step"].tolist() == list(range(10))
     assert steps[steps["rank"] == 1]["step"].tolist() == [0, 1, 2, 6, 7, 8, 9]
-    assert together[1][1].heard.count("ZeroDivisionError") == 2, "said once a training"
+    assert together[1][1].heard.count("the end of a step: ZeroDivisionError") == 2, "said once a training"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_probes_that_fail_on_one_rank_leave_no_collective_to_the_others(
+    together: tuple[Path, list[Rank]], parallel: str
+) -> None:
+    for broken, bare in zip(
+        both(together, f"broken_probe:{parallel}"), both(together, f"unwatched:{parallel}"), strict=True
+    ):
+        assert broken["losses"] == bare["losses"]
+    layers = run_of(together, f"broken_probe:{parallel}").read("layers")
+    probed = layers[layers["step"] == 4]
+    for name in ("tear", "curvature", "perturbation_growth", "spectral_norm_router", "spectral_norm_gate"):
+        seen = probed.groupby("rank")[name].count()
+        assert (seen[0] > 0, seen[1]) == (True, 0), name
+
+
+@pytest.mark.parametrize(("what", "steps_done"), [("probe", 4), ("capture", 3)])
+def test_a_rank_that_cannot_end_a_forward_on_sharded_weights_ends_the_training(
+    tmp_path: Path, what: str, steps_done: int
+) -> None:
+    first, second = ranks(tmp_path, f"halfway:{what}")
+    assert "OutOfMemoryError: on purpose" in second.said[f"halfway:{what}"]["error"]
+    assert first.said[f"halfway:{what}"]["error"], "the other's end is noticed"
+    steps = geodiag.open_run(tmp_path / f"halfway:{what}" / "run").read("steps", ["rank", "step"])
+    assert steps[steps["rank"] == 1]["step"].tolist() == list(range(steps_done)), "a probe's own step too"
 
 
 @pytest.mark.parametrize(
-    ("what", "words"), [("folder", "cannot write a run to"), ("model", "rank 1 has another model")]
+    ("what", "words"),
+    [
+        ("folder", "cannot write a run to"),
+        ("model", "rank 1 has another model"),
+        ("snapshots", "holds snapshots of an earlier training"),
+    ],
 )
 def test_where_one_rank_cannot_begin_none_does(together: tuple[Path, list[Rank]], what: str, words: str) -> None:
     first, second = both(together, f"refused:{what}")
@@ -237,6 +289,8 @@ def test_ranks_that_cannot_talk_may_only_record(tmp_path: Path, monkeypatch: pyt
     routing = geodiag.AnticipatoryRouting(t.model, 2)
     with pytest.raises(geodiag.GeodiagError, match="init_process_group before attach"):
         geodiag.attach(t.model, t.optimizers, tmp_path / "run", routing=routing, policy="auto")
+    with pytest.raises(geodiag.GeodiagError, match="resume on 2 ranks needs them to agree"):
+        geodiag.attach(t.model, t.optimizers, tmp_path / "run", routing=routing, resume=True)
     geodiag.attach(t.model, t.optimizers, tmp_path / "run", routing=routing, quiet=True).close()
     assert not (tmp_path / "run" / "run.json").exists(), "rank 0 writes it"
 

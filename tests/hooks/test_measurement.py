@@ -56,6 +56,16 @@ def test_each_metric_is_recorded_at_its_own_cadence(tmp_path: Path) -> None:
     assert (cadence.every["layers.amax_gain_fwd"], cadence.every["layers.stream_rms"]) == (1, 3)
 
 
+def test_routers_alone_are_measured_as_among_everything(tmp_path: Path) -> None:
+    rare = dict.fromkeys(("layers", "experts", "matrices"), 100)
+    every, some = recorded(tmp_path / "a"), recorded(tmp_path / "b", every=rare | {"router_margin": 2, "max_vio": 2})
+    names = ["router_margin_mean", "router_margin_p10", "max_vio"]
+    a, b = (run.read("layers", ["step", "layer", "site", *names]) for run in (every, some))
+    a, b = (rows[(rows["step"] == 4) & (rows["site"] == "ffn")][names].to_numpy() for rows in (a, b))
+    assert np.array_equal(a, b, equal_nan=True)
+    assert np.isfinite(b[1:]).all(), "the first layer's router is a hash"
+
+
 def test_sparse_values_are_those_of_a_dense_recording(tmp_path: Path) -> None:
     dense, sparse = recorded(tmp_path / "a"), recorded(tmp_path / "b", every={"": 3, "composite": 2, "act_": 1})
     a, b = (r.read("layers").set_index(["step", "layer", "site"]) for r in (dense, sparse))

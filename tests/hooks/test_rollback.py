@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -344,6 +345,28 @@ def test_a_warning_turns_routing_on_at_the_next_step(tmp_path: Path) -> None:
     assert live.events("rollback") == [], "there is nothing to undo yet"
 
 
+def test_where_no_snapshot_is_taken_any_more_batches_are_kept_for_a_while_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = Live(tmp_path / "run", policy=geodiag.Policy(), faults=(), every=5, keep=2)
+    rollback, sizes = live.monitor._rollback, {}
+
+    def watched(step: int, loss: float) -> float:
+        if step == 12:
+            monkeypatch.setattr(geodiag.Snapshots, "take", lambda *_: False)
+        assert rollback._tape is not None
+        sizes[step] = len(rollback._tape._kept), len(rollback._first), rollback.steps
+        return loss
+
+    live.train(60, spoil=watched).monitor.close()
+    assert sizes[12] == (8, 9, [5, 10]), "what snapshots are taken of"
+    assert sizes[25] == (21, 22, [5, 10]), "two spans of all snapshots"
+    assert sizes[26][2] == [10]
+    assert sizes[31][2] == []
+    assert sizes[59] == (1, 22, [])
+    assert max(kept for kept, _, _ in sizes.values()) == 21
+
+
 # -- resume --------------------------------------------------------------------------------
 
 
@@ -368,6 +391,13 @@ def test_a_resumed_training_equals_one_that_was_never_stopped(tmp_path: Path, ro
     second.monitor.close()
     assert {s: second.losses[s] for s in range(20, 40)} == {s: whole.losses[s] for s in range(20, 40)}
     assert second.seen[0] == (20, 20)
+    for name, table in (("data_shift", "steps"), ("attn_logit_max", "layers")):
+        seen, expected = (
+            geodiag.open_run(tmp_path / run).read(table, ["step", name], steps=(21, 39))[name].to_numpy()
+            for run in ("run", "whole")
+        )
+        assert np.isfinite(expected).any()
+        assert np.array_equal(seen, expected, equal_nan=True), f"{name}: of the same batches, against the same past"
     rows = geodiag.open_run(tmp_path / "run").read("steps")
     assert rows["attempt"].tolist() == [0] * 20 + [1] * 20
     assert rows["stage1_score"][21:].notna().all(), "what was learned of every layer is not learned anew"

@@ -193,6 +193,20 @@ def test_a_resume_that_forgets_something_would_be_seen(lost: str) -> None:
 # -- recomputation -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_repeatable_training_has_repeatable_backwards_and_no_attention_whose_is_not(wanted: bool) -> None:
+    def mode() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+
+    before, seen = mode(), {}
+    t = Trainer(Transformer(config()), TrainConfig(sequences=SEQUENCES, deterministic=wanted))
+    t.model.head.register_forward_hook(lambda *_: seen.update(forward=mode()))
+    t.model.head.weight.register_hook(lambda _: seen.update(backward=mode()))
+    train(t, 1)
+    assert seen == {"forward": (False, not wanted), "backward": (wanted, not wanted)}
+    assert mode() == before == (False, True)
+
+
 def test_recomputation_gives_the_same_losses_gradients_and_weights() -> None:
     results = []
     for recompute in ("none", "layers"):

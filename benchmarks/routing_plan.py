@@ -1,0 +1,122 @@
+"""What the routing bench trains: scenarios, the arms that answer each, and the order of their trials."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from geodiag.benchmarks.routing_trial import ARMS, Arm, Scenario
+
+Plan = list[tuple[Scenario, tuple[str, ...]]]
+"""Scenario → its arms; the healthy twins of planted faults are trained too."""
+Job = tuple[Scenario, Arm, int]
+"""With its seed."""
+RESIDUALS = [(r, c) for r in ("hc", "mhc") for c in (10.0, None)]
+
+# -- tiny ----------------------------------------------------------------------------------------
+
+_FAULTY = Scenario(name="", steps=150, residual="hc")
+FAULTS = ("lr-shock@75=100", "far-batch@75", "expert-scale@75=30")
+PLANTED = [replace(_FAULTY, name=f"{f}, hc, clamp", fault=f) for f in FAULTS]
+GRID = [
+    replace(_FAULTY, name=f"{FAULTS[2]}, {r}, {'clamp' if c else 'no clamp'}", residual=r, clamp=c, fault=FAULTS[2])
+    for r, c in RESIDUALS
+    if (r, c) != ("hc", 10.0)  # that one is among the others
+]
+NATURAL = Scenario(name="learning rate 0.1, hc, clamp", steps=280, residual="hc", lr=0.1)
+NATURAL_GRID = [
+    replace(NATURAL, name=f"learning rate 0.1, {r}, {'clamp' if c else 'no clamp'}", residual=r, clamp=c)
+    for r, c in RESIDUALS
+    if (r, c) != ("hc", 10.0)
+]
+DOMAINS = Scenario(name="domains in turn, learning rate 0.03, hc", steps=240, residual="hc", lr=0.03, turn=60)
+ANSWERS = ("none", "rollback", "rollback + anticipatory", "rollback + skip-batch", "anticipatory", "router-lag")
+ALWAYS = (
+    "none",
+    "rollback",
+    "rollback + anticipatory",
+    "rollback + lower-lr",
+    "always anticipatory",
+    "always router-lag",
+)
+DELAYS = ("always anticipatory, Δ = 1", "always anticipatory, Δ = 32")
+MAIN: Plan = [
+    (NATURAL, ALWAYS),
+    (PLANTED[0].twin, ("none", "always anticipatory", "always router-lag")),
+    *((s, ANSWERS) for s in PLANTED),
+    (DOMAINS, ("none", "rollback + anticipatory", "always anticipatory")),
+]
+MORE: Plan = [
+    (NATURAL, DELAYS),
+    *((s, ("none", "always anticipatory")) for s in NATURAL_GRID),
+    *((s, ("none", "rollback + anticipatory")) for s in GRID),
+]
+"""Other delays, and the clamp with each kind of residual: after every three seeds of `MAIN`, for those seeds."""
+
+# -- small, on GPUs ------------------------------------------------------------------------------
+
+_SMALL = Scenario(name="", steps=220, residual="hc", size="small", deterministic=True)
+SMALL_LR = 0.05
+BACK = ("rollback", "rollback + noise", "rollback + anticipatory", "rollback + router-lag", "rollback + lower-lr")
+"""What differs only in what comes with going back: from the same spike on, seed by seed."""
+
+
+def driven(lr: float, residual: str = "hc", clamp: float | None = 10.0) -> Scenario:
+    """`small` at an aggressive learning rate, where spikes come by themselves."""
+    name = f"small, learning rate {lr:g}, {residual}, {'clamp' if clamp else 'no clamp'}"
+    return replace(_SMALL, name=name, lr=lr, residual=residual, clamp=clamp)
+
+
+def in_turn(lr: float) -> Scenario:
+    """`small` on one domain after the other."""
+    return replace(_SMALL, name=f"small, domains in turn, learning rate {lr:g}, hc, clamp", lr=lr, turn=55)
+
+
+def faulty(fault: str) -> Scenario:
+    """`small` at a sound learning rate with something planted."""
+    return replace(_SMALL, name=f"small, {fault}, hc, clamp", fault=fault, steps=160)
+
+
+def small(lr: float, fault: str = "lr-shock@90=30") -> list[Plan]:
+    """The most telling first: one scenario with every answer, then the rest."""
+    return [
+        [(driven(lr), ("none", *BACK, "router-lag", "always anticipatory", "always router-lag"))],
+        [
+            *((driven(lr, r, c), ("none", "rollback + anticipatory")) for r, c in RESIDUALS if (r, c) != ("hc", 10.0)),
+            (in_turn(lr / 2), ("none", "rollback + noise", "rollback + anticipatory")),
+            (faulty(fault), ("none", "rollback", "rollback + anticipatory", "router-lag")),
+        ],
+    ]
+
+
+PILOT: list[Scenario] = [
+    *(driven(lr) for lr in (0.02, 0.03, 0.05, 0.1, 0.2)),
+    *(driven(lr, "mhc") for lr in (0.05, 0.1, 0.2)),
+    in_turn(0.02),
+    faulty("lr-shock@90=30"),
+    faulty("lr-shock@90=100"),
+    faulty("far-batch@90"),
+]
+"""Which of these spike? Trained without intervention on a seed that no plan uses, and shorter."""
+PILOT_SEED = 1000
+PILOT_STEPS = 130
+
+# -- order ---------------------------------------------------------------------------------------
+
+
+def plans(size: str, lr: Sequence[float] = (SMALL_LR,)) -> list[Plan]:
+    """`tiny` has its learning rates in its names; `small` takes those at which the pilot had spikes."""
+    return [MAIN, MORE] if size == "tiny" else [plan for each in lr for plan in small(each)]
+
+
+def jobs(plans: Sequence[Plan], seeds: Sequence[int], only: Sequence[str] = (), together: int = 3) -> Iterator[Job]:
+    """`together` seeds of a plan before the next plan: whenever the time is up, every scenario has about as many."""
+    for first in range(0, len(seeds), together):
+        for plan in plans:
+            chosen = [(s, arms) for s, arms in plan if not only or any(word in s.name for word in only)]
+            pairs = [(s, arm) for s, arms in chosen for arm in arms]
+            pairs = list(dict.fromkeys([*((s.twin, "none") for s, _ in chosen if s.fault), *pairs]))
+            yield from ((s, ARMS[arm], seed) for seed in seeds[first : first + together] for s, arm in pairs)
+
+
+def pilot() -> Iterator[Job]:
+    """No plan trains on this seed: a scenario that is chosen because it spiked is measured on others."""
+    yield from ((replace(s, steps=PILOT_STEPS), ARMS["none"], PILOT_SEED) for s in PILOT)
