@@ -80,6 +80,7 @@ def experts(record: Record, view: View, look: Look, name: str, shares: bool = Fa
 def lines(record: Record, view: View, look: Look, strips: Lines, lacks: str) -> go.Figure:
     """Series of the chosen layer; `lacks` says what a layer without any has not."""
     layer = layer_of(record, view)
+    record.grids("layers", *(name for _, names in strips for name in names))  # one reading instead of one a strip
     shown = [
         Strip(titled(title, metric("layers", next(iter(names))).unit), series(record, layer, names))
         for title, names in strips

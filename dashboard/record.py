@@ -2,17 +2,19 @@
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from geodiag.dashboard.grid import SECOND_KEY, Grid, joined, merge_ranks, to_grids, values_of
+from geodiag.dashboard.grid import SECOND_KEY, Grid, joined, merge_ranks, stacked, to_grids, values_of
 from geodiag.dashboard.past import PastRun
 from geodiag.errors import GeodiagError
 from geodiag.files import Folder
 from geodiag.manifest import known_starts
+from geodiag.reading import Steps
 from geodiag.run import Run
 from geodiag.schema import METRICS, ROUTING_MODES, metrics_of
 
@@ -31,6 +33,8 @@ class Undone(NamedTuple):
 _KEPT = 24
 _REREAD = 64
 """Steps read again at each refresh: ranks write at their own pace."""
+_ROWS, _GLANCE = 1 << 22, 64
+"""Rows read at once, and the newest steps by which they are counted."""
 _WATCHED = ("run.json", "control.json", "heartbeat.json")
 
 
@@ -83,8 +87,7 @@ class Record:
         with self._lock:
             missing = [n for n in names if (table, n) not in self._grids]
             if missing:
-                rows = self.run.read_arrow(table, ["rank", "step", "layer", SECOND_KEY[table], *missing])
-                self._grids |= {(table, n): g for n, g in to_grids(table, rows, missing).items()}
+                self._grids |= {(table, n): g for n, g in self._whole(table, missing).items()}
             return [self._grids[table, n] for n in names]
 
     def events(self) -> list[dict[str, Any]]:
@@ -102,8 +105,8 @@ class Record:
             first = int(steps_S[-1]) - back + 1 if len(steps_S) else 0
             if all((table, n) in self._grids for n in names):
                 return [self._grids[table, n].window(first, None) for n in names]
-            rows = self.run.read_arrow(table, ["rank", "step", "layer", SECOND_KEY[table], *names], (first, None))
-            return [to_grids(table, rows, [n])[n] for n in names]
+            made = self._made(table, list(names), (first, None))
+            return [made[n] for n in names]
 
     def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once for each version of the run."""
@@ -123,10 +126,7 @@ class Record:
 
     def stretch(self, table: str, names: Sequence[str], first: int, last: int) -> list[Grid]:
         """The named metrics of `layers` or `experts` from step `first` to `last`, without reading the rest."""
-        rows = self.run.read_arrow(
-            table, ["rank", "step", "layer", SECOND_KEY[table], *names], steps=(max(0, first), last + 1)
-        )
-        made = to_grids(table, rows, list(names))
+        made = self._made(table, list(names), (max(0, first), last + 1))
         return [made[n] for n in names]
 
     def said(self, key: str) -> dict[str, Any]:
@@ -150,6 +150,22 @@ class Record:
         """What could not be read, file → why."""
         return dict(self.run.problems)
 
+    def _whole(self, table: str, names: list[str]) -> dict[str, Grid]:
+        """The named metrics of every step, a stretch at a time: rows take several times the room of their grid."""
+        steps_S = self.steps()["step"]
+        first, last = (int(steps_S[0]), int(steps_S[-1])) if len(steps_S) else (0, 0)
+        seen = len(self.run.read_arrow(table, ["step"], steps=(last + 1 - _GLANCE, None)))
+        wide = max(_GLANCE, _ROWS * _GLANCE // max(1, seen))
+        ends = [None, *range(first + wide, last + 1, wide), None]
+        parts = [self._made(table, names, stretch) for stretch in pairwise(ends)]
+        whole = {n: stacked([p[n] for p in parts]) for n in names}
+        known = {n: g for n, g in whole.items() if g is not None}
+        return known if len(known) == len(names) else self._made(table, names, None)
+
+    def _made(self, table: str, names: list[str], steps: Steps | None) -> dict[str, Grid]:
+        rows = self.run.read_arrow(table, ["rank", "step", "layer", SECOND_KEY[table], *names], steps)
+        return to_grids(table, rows, names)
+
     def _read_tails(self) -> None:
         if self._steps is not None:
             self._steps = None  # one small table: whole is as quick as the tail
@@ -159,8 +175,7 @@ class Record:
                 continue
             last = [s[-1] for n in names if len(s := self._grids[table, n].steps_S)]
             first = int(min(last)) - _REREAD if len(last) == len(names) else None
-            rows = self.run.read_arrow(table, ["rank", "step", "layer", SECOND_KEY[table], *names], steps=(first, None))
-            for name, tail in to_grids(table, rows, names).items():
+            for name, tail in self._made(table, names, (first, None)).items():
                 whole = joined(self._grids[table, name], tail)
                 if whole is None:
                     del self._grids[table, name]  # other rows than before: read it anew when it is asked for
