@@ -71,6 +71,11 @@ class Record:
                 self._steps = _steps_of(self.run.read_arrow("steps"))
             return self._steps
 
+    def mode(self) -> str:
+        """The newest routing mode; `off` where a step does not say."""
+        mode_S = self.steps()["routing_mode"]
+        return ROUTING_MODES[mode_S[-1]] if len(mode_S) and mode_S[-1] >= 0 else "off"
+
     def undone(self) -> list[Undone]:
         """What was rolled back, or lost to a resume: one entry an attempt, oldest first."""
         return self.memo("undone", lambda: _undone(self.run))
@@ -137,6 +142,11 @@ class Record:
     def said_attempts(self) -> dict[int, int]:
         """Attempt → its first step, as the manifest knows them."""
         return known_starts(self.run.manifest)
+
+    def has_maps(self) -> bool:
+        """Whether the model has residual maps at all, as far as the manifest says."""
+        found = self.said("found")
+        return bool(found.get("sites", True)) and found.get("streams") != 1
 
     def option(self, key: str) -> Any:
         """What the training was told, wherever its manifest says it; None where it does not."""

@@ -161,6 +161,7 @@ def _title(fig: go.Figure, place: Place, panel: int, text: str, look: Look) -> N
     fig.add_annotation(
         text=text, x=0, y=place.domains[panel][1], xref="paper", yref="paper", xanchor="left", yanchor="bottom",
         showarrow=False, font={"size": 12.5, "color": look.ink}, yshift=2, align="left",
+        bgcolor=look.paper,  # the path passes behind the words
     )  # fmt: skip
 
 

@@ -1,12 +1,15 @@
 """How every chart looks, in light and in dark: ink, paper, the few colours with a meaning, and a template."""
 
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import plotly.graph_objects as go
 
 from geodiag.dashboard.figures.colours import Scale, diverging, sequential
 
+_LINE = 46
+"""Letters of a sentence that fit side by side in the narrowest card."""
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 
 
@@ -142,7 +145,8 @@ def empty(text: str, look: Look, height: int = 220) -> go.Figure:
     fig = base(look, height)
     fig.update_xaxes(visible=False)
     fig.update_yaxes(visible=False)
-    fig.add_annotation(text=text, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper", font={"size": 14})
+    lines = "<br>".join(wrap(text, _LINE))
+    fig.add_annotation(text=lines, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper", font={"size": 14})
     return fig
 
 

@@ -93,6 +93,12 @@ def _stages(fig: go.Figure, seen: dict[str, np.ndarray], look: Look) -> None:
     columns = binned(Grid(METRICS["steps", names[0]], ((0, 0), (1, 0), (2, 0)), seen["step"], values))
     fig.update_layout(yaxis3={"tickvals": [0, 1, 2], "ticktext": list(STAGES)}, coloraxis=robust_z(look, 0.19))
     if not len(columns.left_B):
+        fig.add_scatter(x=[None], y=[None], yaxis="y3", hoverinfo="skip")  # keeps the axis, and the steps below it
+        fig.update_layout(yaxis3={"autorange": False, "range": [2.5, -0.5]}, coloraxis={"showscale": False})
+        fig.add_annotation(
+            text="No stage scores here.", x=0.5, xref="paper", y=sum(_DOMAINS["stages"]) / 2, yref="paper",
+            showarrow=False, font={"size": 13, "color": look.soft},
+        )  # fmt: skip
         return
     fig.add_heatmap(
         z=z_shade(columns.values_RB), customdata=columns.values_RB,

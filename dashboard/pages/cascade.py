@@ -196,13 +196,13 @@ def _experts(record: Record, view: View, look: Look) -> go.Figure:
         title="",
         nothing=f"No experts on record in layer {cell.layer}.",
     )
-    fig.update_layout(margin={"l": 48, "r": 60})
+    fig.update_layout(margin={"l": 48, "r": 60}, xaxis={"nticks": 5, "tickangle": 0})
     return fig
 
 
 def _maps(record: Record, view: View, look: Look) -> go.Figure:
     at = _place(record, view)
-    none = _NO_HYPER if "sites" in record.said("found") and not record.said("found")["sites"] else _NO_MAPS
+    none = _NO_MAPS if record.has_maps() else _NO_HYPER
     if at.cell is None:
         return empty(none, look, 120)
     layer, run = at.cell.layer, at.record

@@ -146,6 +146,22 @@ def test_stretches_of_other_rows_are_read_at_once(tmp_path, monkeypatch):
     assert np.array_equal(grid.values_RS, [[1, np.nan], [2, 3]], equal_nan=True)
 
 
+def test_a_training_that_never_said_its_routing_mode_is_off(tmp_path):
+    run = Run.create(tmp_path / "r")
+    run.append("steps", {"step": [0, 1], "loss": [2.0, 2.0]})
+    assert Record(open_run(tmp_path / "r")).mode() == "off"
+    run.append("steps", {"step": [2], "loss": [2.0], "routing_mode": ["drain"]})
+    run.close()
+    assert Record(open_run(tmp_path / "r")).mode() == "drain"
+
+
+def test_a_model_of_one_stream_has_no_maps(tmp_path):
+    for name, found, has in (("a", {"sites": 12, "streams": 1}, False), ("b", {"sites": []}, False),
+                             ("c", {"sites": 12, "streams": 4}, True), ("d", {}, True)):  # fmt: skip
+        Run.create(tmp_path / name, found=found).close()
+        assert Record(open_run(tmp_path / name)).has_maps() is has
+
+
 def test_worst_names_value_step_and_row():
     from geodiag.schema import METRICS
 
