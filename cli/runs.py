@@ -36,7 +36,7 @@ def _print_table(found: list["Health"]) -> None:
         column.justify = "right"
     for h in found:
         worst = h.composite.worst
-        gain = f"{number(worst.value, '×')} at step {worst.step}" if worst else "–"
+        gain = f"{number(worst.value, '×')} at step {worst.step:,}" if worst else "–"
         status = f"[{STATUS_STYLE[h.status]}]{h.status}[/]"
         step = "–" if h.last_step is None else f"{h.last_step:,}"
         table.add_row(Path(h.run).name, status, step, number(h.last_loss), str(len(h.spikes)), gain)
