@@ -52,7 +52,7 @@ def number(value: float | None, unit: str = "") -> str:
         return f"{100 * value:.3g} %"
     if unit == "×":
         return f"×{value:.4g}"
-    return f"{value:.4g}" + (f" {unit}" if unit not in ("", "1", "score") else "")
+    return f"{value + 0.0:.4g}" + (f" {unit}" if unit not in ("", "1", "score") else "")
 
 
 def place(layer: int | None, site: str | None = None, expert: int | None = None) -> str:

@@ -26,7 +26,7 @@ class Action(StrEnum):
 def routing(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The directory of a running training.")],
     action: Annotated[
-        Action, typer.Argument(metavar="auto|on|off|status", help="The policy to ask for; `status` only looks.")
+        Action, typer.Argument(metavar="ACTION", help="The policy to ask for; `status` only looks.")
     ] = Action.status,
     delay: Annotated[
         int | None,

@@ -88,12 +88,7 @@ def _stages(h: "Health") -> list["RenderableType"]:
     for title, names in KEY_METRICS.items():
         known = [n for n in names if n in h.worst]
         stage = title[6] if title.startswith("Stage") else None
-        score = h.worst.get(f"stage{stage}_score") if stage else None
-        verdict = ""
-        if stage and score:
-            left = h.left[int(stage)]
-            calm = "  [green]within its own history[/]"
-            verdict = calm if left is None else f"  [red]left its own history at step {left}[/]"
+        verdict = _verdict(h, int(stage), known) if stage else ""
         first = not parts  # its header is that of all: the columns stand below one another
         table = Table(box=None, show_header=first, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
         for name, width, side in _COLUMNS:
@@ -106,6 +101,17 @@ def _stages(h: "Health") -> list["RenderableType"]:
         if stage == "3":
             parts.append(composite_in_words(h))
     return parts
+
+
+def _verdict(h: "Health", stage: int, known: list[str]) -> str:
+    """Whether the stage was calm; nothing where neither its score nor its metrics tell."""
+    broken = [w.step for n in known if not math.isfinite((w := h.worst[n]).value) and not n.endswith("_score")]
+    left = h.left[stage]
+    if left is not None:
+        return f"  [red]left its own history at step {left:,}[/]"
+    if broken:
+        return f"  [red]not finite from step {min(broken):,} on[/]"
+    return "  [green]within its own history[/]" if f"stage{stage}_score" in h.worst else ""
 
 
 def _row(h: "Health", name: str) -> tuple[str, str, str, str]:

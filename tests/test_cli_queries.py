@@ -101,8 +101,13 @@ def test_worst_follows_the_bad_end_skips_nulls_and_puts_what_is_not_finite_first
 def test_a_run_that_is_not_finite_from_the_first_step_is_shown(tmp_path: Path, cli) -> None:
     run = Run.create(tmp_path / "nan")
     run.append("steps", {"step": range(3), "loss": [math.nan] * 3, "stage3_score": [math.inf] * 3})
+    run.append("steps", {"step": [3], "loss": [math.nan], "stage1_score": [-0.0], "stage2_score": [0.1]})
+    run.append("layers", {"step": range(3), "layer": 0, "site": "ffn", "act_amax": [1.0, math.nan, math.nan]})
     run.close()
     out = cli("show", tmp_path / "nan")
+    assert "Stage 1: local curvature  not finite from step 1 on" in out.output
+    assert "Stage 2: chart inconsistency  within its own history" in out.output
+    assert "-0 robust z" not in out.output
     assert out.exit_code == 0
     assert "loss NaN" in out.output
     assert "left its own history" in out.output
