@@ -61,7 +61,8 @@ def show(
     from geodiag.run import open_run
 
     opened = open_run(run)
-    found = health(opened)
+    shown = None if json else {name for names in KEY_METRICS.values() for name in names}
+    found = health(opened, shown)
     if json:
         print_json(found.as_json())
         return

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from geodiag.manifest import known_starts
 from geodiag.reading import Steps
 from geodiag.run import Run
 from geodiag.schema import METRICS, ROUTING_MODES, metrics_of
+from geodiag.stretches import stretches
 
 # S steps, R rows.
 
@@ -33,8 +33,6 @@ class Undone(NamedTuple):
 _KEPT = 24
 _REREAD = 64
 """Steps read again at each refresh: ranks write at their own pace."""
-_ROWS, _GLANCE = 1 << 22, 64
-"""Rows read at once, and the newest steps by which they are counted."""
 _WATCHED = ("run.json", "control.json", "heartbeat.json")
 
 
@@ -164,16 +162,16 @@ class Record:
         """The named metrics of every step, a stretch at a time: rows take several times the room of their grid."""
         steps_S = self.steps()["step"]
         first, last = (int(steps_S[0]), int(steps_S[-1])) if len(steps_S) else (0, 0)
-        seen = len(self.run.read_arrow(table, ["step"], steps=(last + 1 - _GLANCE, None)))
-        wide = max(_GLANCE, _ROWS * _GLANCE // max(1, seen))
-        ends = [None, *range(first + wide, last + 1, wide), None]
-        parts = [self._made(table, names, stretch) for stretch in pairwise(ends)]
+        parts = [
+            self._made(table, names, stretch)
+            for stretch in stretches(self.run, table, len(_keys(table)) + len(names), first, last)
+        ]
         whole = {n: stacked([p[n] for p in parts]) for n in names}
         known = {n: g for n, g in whole.items() if g is not None}
         return known if len(known) == len(names) else self._made(table, names, None)
 
     def _made(self, table: str, names: list[str], steps: Steps | None) -> dict[str, Grid]:
-        rows = self.run.read_arrow(table, ["rank", "step", "layer", SECOND_KEY[table], *names], steps)
+        rows = self.run.read_arrow(table, [*_keys(table), *names], steps)
         return to_grids(table, rows, names)
 
     def _read_tails(self) -> None:
@@ -205,6 +203,10 @@ class Record:
                 if folder != store.root or name in _WATCHED:
                     seen.append((name, e.get("size"), e.get("mtime")))
         return tuple(sorted(seen, key=str))
+
+
+def _keys(table: str) -> list[str]:
+    return ["rank", "step", "layer", SECOND_KEY[table]]
 
 
 def _reopened(run: Run) -> Run:

@@ -254,7 +254,7 @@ def test_a_reader_that_goes_away_is_no_error(make_run, tmp_path: Path) -> None:
 def test_control_c_ends_quietly_with_130(tmp_path: Path) -> None:
     code = (
         "import geodiag.health\n"
-        "def stop(run): raise KeyboardInterrupt\n"
+        "def stop(*_): raise KeyboardInterrupt\n"
         "geodiag.health.health = stop\n"
         "from geodiag.run import Run; Run.create('run').close()\n"
         "from geodiag.cli.main import main; main()"

@@ -98,6 +98,26 @@ def test_worst_follows_the_bad_end_skips_nulls_and_puts_what_is_not_finite_first
     assert (wild.step, wild.layer, wild.as_json()["value"], wild.as_json()["nonfinite"]) == (4, 7, None, "nan")
 
 
+def test_health_is_the_same_however_the_run_is_cut_into_stretches(tmp_path: Path, monkeypatch) -> None:
+    run = Run.create(tmp_path / "a")
+    record_maps(run, 1.0, 1.03, 0.03, 1.15, steps=12)
+    for step, flips, act in ((3, 0.9, 2.0), (7, 0.9, math.inf), (9, 0.1, 5.0), (11, 0.2, math.nan)):
+        run.append("layers", {"step": step, "layer": 7, "site": "ffn", "flip_rate": flips, "router_entropy": flips})
+        run.append("experts", {"step": step, "layer": 7, "expert": 1, "act_rms": act})
+    whole = health(run)
+    monkeypatch.setattr("geodiag.stretches.CELLS", 1)
+    monkeypatch.setattr("geodiag.stretches.GLANCE", 1)
+    cut = health(run)
+    assert cut.as_json() == whole.as_json()
+    found = {n: cut.worst[n].step for n in ("flip_rate", "router_entropy", "act_rms")}
+    assert found == {"flip_rate": 3, "router_entropy": 9, "act_rms": 7}, (
+        "the first of equals, and of what is not finite"
+    )
+    assert cut.composite.verdict == "within"
+    few = health(run, ["flip_rate"])
+    assert few.worst == {"flip_rate": cut.worst["flip_rate"]}
+
+
 def test_a_run_that_is_not_finite_from_the_first_step_is_shown(tmp_path: Path, cli) -> None:
     run = Run.create(tmp_path / "nan")
     run.append("steps", {"step": range(3), "loss": [math.nan] * 3, "stage3_score": [math.inf] * 3})

@@ -120,7 +120,7 @@ def test_recent_equals_the_end_of_the_whole(runs):
 
 def test_a_long_run_is_read_in_stretches_and_is_the_same(runs, monkeypatch):
     (at_once,) = Record(open_run(runs / "mhc-tear")).grids("layers", "transport_gain_fwd")
-    monkeypatch.setattr("geodiag.dashboard.record._ROWS", 1200)  # 100 steps of six layers
+    monkeypatch.setattr("geodiag.stretches.CELLS", 6000)  # 5 columns, 12 rows a step: 100 steps
     record, read = Record(open_run(runs / "mhc-tear")), []
     make = record._made
     monkeypatch.setattr(record, "_made", lambda *a: read.append(a[-1]) or make(*a))
@@ -133,8 +133,8 @@ def test_a_long_run_is_read_in_stretches_and_is_the_same(runs, monkeypatch):
 
 
 def test_stretches_of_other_rows_are_read_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("geodiag.dashboard.record._ROWS", 1)
-    monkeypatch.setattr("geodiag.dashboard.record._GLANCE", 1)
+    monkeypatch.setattr("geodiag.stretches.CELLS", 1)
+    monkeypatch.setattr("geodiag.stretches.GLANCE", 1)
     run = Run.create(tmp_path / "r")
     for step in (0, 1):
         run.append("steps", {"step": [step], "loss": [1.0]})
