@@ -2,33 +2,22 @@
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from geodiag.dashboard.grid import SECOND_KEY, Grid, joined, merge_ranks, stacked, to_grids, values_of
+from geodiag.dashboard.grid import SECOND_KEY, Grid, joined, stacked, to_grids
+from geodiag.dashboard.outcome import Undone, steps_of, undone_of
 from geodiag.dashboard.past import PastRun
 from geodiag.errors import GeodiagError
 from geodiag.files import Folder
 from geodiag.manifest import known_starts
 from geodiag.reading import Steps
 from geodiag.run import Run
-from geodiag.schema import METRICS, ROUTING_MODES, metrics_of
+from geodiag.schema import ROUTING_MODES
 from geodiag.stretches import stretches
 
 # S steps, R rows.
-
-
-class Undone(NamedTuple):
-    """Steps that a later attempt took the place of."""
-
-    attempt: int
-    step_S: np.ndarray
-    loss_S: np.ndarray
-    grad_norm_S: np.ndarray
-
 
 _KEPT = 24
 _REREAD = 64
@@ -66,7 +55,7 @@ class Record:
         """Table `steps`, ranks merged: column → values; `routing_mode` as indices into ROUTING_MODES, −1 for none."""
         with self._lock:
             if self._steps is None:
-                self._steps = _steps_of(self.run.read_arrow("steps"))
+                self._steps = steps_of(self.run.read_arrow("steps"))
             return self._steps
 
     def mode(self) -> str:
@@ -76,7 +65,7 @@ class Record:
 
     def undone(self) -> list[Undone]:
         """What was rolled back, or lost to a resume: one entry an attempt, oldest first."""
-        return self.memo("undone", lambda: _undone(self.run))
+        return self.memo("undone", lambda: undone_of(self.run))
 
     def lived(self, attempt: int | None) -> "Record":
         """The run as it stood when `attempt` was its newest; itself for None and for the newest attempt."""
@@ -216,41 +205,3 @@ def _reopened(run: Run) -> Run:
         return run  # the folder went away while it was looked at; what we hold is still true
     fresh.problems |= {k: v for k, v in run.problems.items() if k not in fresh.problems}
     return fresh
-
-
-def _steps_of(rows: pa.Table, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Columns of `steps`, ranks merged; all metrics and the routing mode, or the named metrics alone."""
-    step_n, rank_n = rows["step"].to_numpy(), rows["rank"].to_numpy()
-    steps_S, at_n = np.unique(step_n, return_inverse=True)
-    out: dict[str, np.ndarray] = {"step": steps_S}
-    for metric in [m for m in metrics_of("steps") if names is None or m.name in names]:
-        value_n, parts = values_of(rows[metric.name], metric), []
-        for rank in np.unique(rank_n):
-            one_S = np.full(len(steps_S), np.nan, np.float32)
-            one_S[at_n[rank_n == rank]] = value_n[rank_n == rank]
-            parts.append(one_S)
-        out[metric.name] = merge_ranks(parts, METRICS["steps", metric.name], steps_S.shape)
-    if names is not None:
-        return out
-    mode_S = np.full(len(steps_S), -1, np.int8)
-    modes = rows["routing_mode"].cast(pa.string()).to_pylist()
-    mode_S[at_n] = [ROUTING_MODES.index(n) if n in ROUTING_MODES else -1 for n in modes]
-    out["routing_mode"] = mode_S
-    return out
-
-
-def _undone(run: Run) -> list[Undone]:
-    starts = known_starts(run.manifest)
-    if len(starts) < 2:
-        return []
-    rows = run.read_arrow("steps", ["rank", "attempt", "step", "loss", "grad_norm"], attempt="all")
-    out = []
-    for attempt in sorted(starts):
-        ends = min((first for later, first in starts.items() if later > attempt), default=None)
-        if ends is None:
-            continue
-        gone = rows.filter(pc.and_(pc.equal(rows["attempt"], attempt), pc.greater_equal(rows["step"], ends)))
-        if len(gone):
-            merged = _steps_of(gone, ("loss", "grad_norm"))
-            out.append(Undone(attempt, merged["step"], merged["loss"], merged["grad_norm"]))
-    return out

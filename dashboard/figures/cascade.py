@@ -10,13 +10,13 @@ import plotly.graph_objects as go
 from geodiag.cascade import Cascade, StageMap
 from geodiag.dashboard.figures.bins import binned
 from geodiag.dashboard.figures.cascade_path import Place, draw_path
+from geodiag.dashboard.figures.curve import curve
 from geodiag.dashboard.figures.happenings import draw_marks, draw_undone
 from geodiag.dashboard.figures.scale import robust_z, z_shade
 from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, time_axis
-from geodiag.dashboard.figures.thin import broken, thinned
 from geodiag.dashboard.grid import Grid
 from geodiag.dashboard.marks import Mark, Span
-from geodiag.dashboard.record import Undone
+from geodiag.dashboard.outcome import Undone
 from geodiag.schema import METRICS
 
 # S steps, L layers.
@@ -115,17 +115,8 @@ def _loss(fig: go.Figure, scene: Scene, near: np.ndarray, place: Place, look: Lo
                     text="anticipatory routing on", showarrow=False, font={"size": 11, "color": look.on},
                 )  # fmt: skip
     draw_undone(fig, scene.undone, low, high, look, {"loss": "y"})
-    points = thinned(scene.steps["step"][near], loss_S)
-    fig.add_scatter(
-        x=points.x, y=points.y, mode="lines", line={"color": look.ink, "width": 1.5}, name="loss",
-        hovertemplate="loss %{y:.4g} at step %{x:,d}<extra></extra>",
-    )  # fmt: skip
-    lost = broken(scene.steps["step"][near], loss_S)
-    if len(lost):
-        fig.add_scatter(
-            x=lost, y=np.full(len(lost), b), mode="markers", name="loss not finite",
-            marker={"symbol": "x", "size": 8, "color": look.spike}, hovertemplate="NaN or infinite<extra></extra>",
-        )  # fmt: skip
+    hover = "loss %{y:.4g} at step %{x:,d}"
+    curve(fig, scene.steps["step"][near], loss_S, look, name="loss", hover=hover, extra="<extra></extra>")
 
 
 def _map(fig: go.Figure, scene: Scene, stage: int, place: Place, look: Look) -> None:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
+from geodiag.dashboard.figures.curve import curve
 from geodiag.dashboard.figures.happenings import draw_marks
 from geodiag.dashboard.figures.style import Look, axis, base, empty, time_axis
-from geodiag.dashboard.figures.thin import broken, thinned
 from geodiag.dashboard.marks import Mark
 
 
@@ -59,7 +59,7 @@ def over_steps(
         mode = "normal" if below else "nonnegative"
         fig.update_layout({f"yaxis{n}": axis(look, strip.title, domain=domain, anchor="x", nticks=5, rangemode=mode)})
         for line, colour in zip(strip.lines, look.series, strict=False):
-            _draw(fig, line, colour, f"y{n}", look)
+            curve(fig, line.step_S, line.value_S, look, name=line.label, y=f"y{n}", colour=colour)
         names = [f'<span style="color:{c}">━ {x.label}</span>' for x, c in zip(strip.lines, look.series, strict=False)]
         fig.add_annotation(
             text="<br>".join(names), x=1.005, y=top, xref="paper", yref="paper", xanchor="left", yanchor="top",
@@ -77,19 +77,3 @@ def _cut(line: Line, window: tuple[int, int] | None) -> Line:
         return line
     inside = (line.step_S >= window[0] - 1) & (line.step_S <= window[1] + 1)
     return Line(line.label, line.step_S[inside], line.value_S[inside])
-
-
-def _draw(fig: go.Figure, line: Line, colour: str, y: str, look: Look) -> None:
-    points = thinned(line.step_S, line.value_S)
-    fig.add_scatter(
-        x=points.x, y=points.y, yaxis=y, mode="lines", name=line.label, line={"color": colour, "width": 1.4},
-        hovertemplate="%{y:.4g}",
-    )  # fmt: skip
-    lost = broken(line.step_S, line.value_S)
-    if len(lost):
-        finite = points.y[np.isfinite(points.y)]
-        fig.add_scatter(
-            x=lost, y=np.full(len(lost), finite.max() if len(finite) else 1.0), yaxis=y, mode="markers",
-            name=f"{line.label} not finite", marker={"symbol": "x", "size": 7, "color": look.spike},
-            hovertemplate="NaN or infinite",
-        )  # fmt: skip

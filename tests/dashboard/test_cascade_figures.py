@@ -16,7 +16,7 @@ from geodiag.dashboard.figures.style import DARK, LIGHT
 from geodiag.dashboard.figures.timeline import timeline
 from geodiag.dashboard.figures.trajectory import Trajectory, trajectories
 from geodiag.dashboard.marks import Mark, Span
-from geodiag.dashboard.record import Undone
+from geodiag.dashboard.outcome import Undone
 
 STEPS = np.arange(100, 200)
 
