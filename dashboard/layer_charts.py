@@ -8,7 +8,7 @@ from dash import html
 from geodiag.dashboard.draw import extent, happened
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.lines import Strip, over_steps
-from geodiag.dashboard.figures.style import Look, titled
+from geodiag.dashboard.figures.style import Look
 from geodiag.dashboard.layers import layer_of, layer_options, layer_shown, series
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import card, graph, options, segments, select
@@ -82,8 +82,7 @@ def lines(record: Record, view: View, look: Look, strips: Lines, lacks: str) -> 
     layer = layer_of(record, view)
     record.grids("layers", *(name for _, names in strips for name in names))  # one reading instead of one a strip
     shown = [
-        Strip(titled(title, metric("layers", next(iter(names))).unit), series(record, layer, names))
-        for title, names in strips
+        Strip(title, series(record, layer, names), metric("layers", next(iter(names))).unit) for title, names in strips
     ]
     return over_steps(
         shown,

@@ -20,19 +20,21 @@ def curve(
     name: str,
     y: str = "y",
     colour: str = "",
-    hover: str = "%{y:.4g}",
+    unit: str = "",
+    hover: str = "",
     extra: str = "",
     few: int = 0,
 ) -> None:
     """Draws it on the axis `y`, in ink or in `colour`; fewer points than `few` are dots as well.
 
-    `extra` ends both hover texts.
+    `hover` says a value in other words than its own number, `extra` ends both hover texts.
     """
     points = thinned(step_S, value_S)
+    said = "%{y:.3p}" if unit == "share" else "%{y:.4g}"
     line: dict[str, Any] = {"color": colour or look.ink, "width": 1.4}
     fig.add_scatter(
         x=points.x, y=points.y, yaxis=y, mode="lines+markers" if len(points.x) < few else "lines", name=name,
-        line=line, marker={"size": 4}, connectgaps=False, hovertemplate=hover + extra,
+        line=line, marker={"size": 4}, connectgaps=False, hovertemplate=(hover or said) + extra,
     )  # fmt: skip
     lost = broken(step_S, value_S)
     if not len(lost):

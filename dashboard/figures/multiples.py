@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from geodiag.dashboard.figures.curve import curve
-from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, time_axis, upright
+from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, ticks_of, time_axis, upright
 
 
 class Strip(NamedTuple):
@@ -18,6 +18,7 @@ class Strip(NamedTuple):
     step_S: np.ndarray
     value_S: np.ndarray
     usual: tuple[float, float] | None
+    unit: str = ""
 
 
 _STRIP_PX, _TITLE_PX = 52, 27
@@ -40,7 +41,9 @@ def multiples(
         n = "" if i == 1 else str(i)
         top -= _TITLE_PX / inner
         domain = (max(0.0, top - _STRIP_PX / inner), top)
-        fig.update_layout({f"yaxis{n}": axis(look, domain=domain, anchor="x", nticks=3, tickformat=".3~g")})
+        fig.update_layout(
+            {f"yaxis{n}": axis(look, domain=domain, anchor="x", nticks=3, tickformat=ticks_of(strip.unit))}
+        )
         fig.add_annotation(
             text=f'<b>{strip.name}</b>  <span style="color:{look.soft}">{strip.said}</span>', x=0, y=top, xref="paper",
             yref="paper", xanchor="left", yanchor="bottom", yshift=3, showarrow=False,
@@ -54,7 +57,8 @@ def multiples(
         if cursor is not None:
             fig.add_shape(upright(cursor, look.ink, "dot", domain))
         inside = (strip.step_S >= low - 1) & (strip.step_S <= high + 1)
-        curve(fig, strip.step_S[inside], strip.value_S[inside], look, name=strip.name, y=f"y{n}", few=_FEW)
+        step_S, value_S = strip.step_S[inside], strip.value_S[inside]
+        curve(fig, step_S, value_S, look, name=strip.name, y=f"y{n}", unit=strip.unit, few=_FEW)
         top = domain[0]
     fig.update_layout(
         xaxis=time_axis(

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from geodiag.dashboard.figures.style import Look
+from geodiag.dashboard.figures.style import Look, ticks_of
 from geodiag.schema import Metric
 
 _LEAST_GAIN = 1.05
@@ -75,7 +75,7 @@ def _axis(scale: Any, low: float, high: float, unit: str, ticks: list[float] | N
         text = [f"{100 * t:.4g}%" if share else f"×{t:.4g}" if gain else f"{t:.4g}" for t in ticks]
         bar |= {"tickvals": [float(np.log10(t)) for t in ticks], "ticktext": text}
     else:
-        bar |= {"tickformat": ".3~p" if share else ".3~g", "tickprefix": "×" if gain else ""}
+        bar |= {"tickformat": ticks_of(unit), "tickprefix": "×" if gain else ""}
     return {"colorscale": scale, "cmin": low, "cmax": high, "colorbar": bar}
 
 

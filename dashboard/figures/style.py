@@ -135,9 +135,14 @@ def upright(x: float, colour: str, dash: str, domain: tuple[float, float] = (0, 
     }
 
 
+def ticks_of(unit: str) -> str:
+    """How the numbers on an axis are written: shares as percent."""
+    return ".3~p" if unit == "share" else ".3~g"
+
+
 def titled(name: str, unit: str) -> str:
-    """`loss, nats/token`; a pure number has no unit to say."""
-    return name if unit in ("1", "") else f"{name}, {unit}"
+    """`loss, nats/token`; a pure number has no unit to say, and the ticks of a share say it."""
+    return name if unit in ("1", "", "share") else f"{name}, {unit}"
 
 
 def empty(text: str, look: Look, height: int = 220) -> go.Figure:

@@ -45,7 +45,7 @@ def layout(record: Record, view: View) -> html.Div:
         tip=" ".join(about(metric("layers", n)) for n in list(OVERALL)[:8]),
         controls=select("activations-metric", _overall(view), options(OVERALL), "quantity", 230),
     )  # fmt: skip
-    tip = " ".join(about(metric("experts", n)) for n in EXPERTS)
+    tip = " ".join(about(metric("experts", n)) for n in EXPERTS) + " A blank cell: no token reached the expert."
     return html.Div([overall, one_layer(NAME, record, view, EXPERTS, "act_rms", "per expert", tip)], className="column")
 
 

@@ -171,7 +171,7 @@ def _series(record: Record, view: View, look: Look) -> go.Figure:
         share = s.metric.unit == "share"
         usual = " to ".join(percent(v) if share else number(v, 3) for v in s.usual or ())
         said = f"usually {usual}" if usual else ""
-        strips.append(Strip(f"{s.metric.name} · {s.site}", said, s.step_S, s.value_S, s.usual))
+        strips.append(Strip(f"{s.metric.name} · {s.site}", said, s.step_S, s.value_S, s.usual, s.metric.unit))
     nothing = f"Layer {cell.layer} has nothing of stage {cell.stage} on record."
     return multiples(strips, look, at.window, cell.step, nothing)
 

@@ -250,6 +250,9 @@ def test_shares_read_as_percent_and_gains_as_factors():
     share, gain = METRICS["layers", "flip_rate"], np.array([0.8, 1.3])
     assert shade(share, np.array([0.0, 0.6]), LIGHT).axis["colorbar"]["tickformat"] == ".3~p"
     assert all(t.startswith("×") for t in shade(GAIN, gain, LIGHT).axis["colorbar"]["ticktext"])
+    strip = Strip("clamped", [Line("gate", np.arange(3), np.array([0.0, 0.2, 0.4]))], "share")
+    axis = over_steps([strip], LIGHT).layout.yaxis
+    assert (axis.title.text, axis.tickformat) == ("clamped", ".3~p")
     for metric, said in ((share, ".3p"), (GAIN, "×%{")):
         fig = heat_map([Panel(grid(np.full((4, 5), 0.5), metric), "t")], LIGHT)
         assert said in fig.data[0].hovertemplate
