@@ -26,7 +26,7 @@ STAGES = {
     2: ("chart inconsistency", "the router's map is stale: wrong expert"),
     3: ("amplification", "residual maps and gradients compound it over depth"),
 }
-_LOSS_PX, _TITLE_PX, _GAP_PX = 150, 24, 10
+_LOSS_PX, _TITLE_PX, _GAP_PX, _AXIS_PX = 150, 24, 10, 46
 _LEAST_PX, _MOST_PX = 96, 190
 
 
@@ -56,10 +56,8 @@ def picture(
     near = (scene.steps["step"] >= low) & (scene.steps["step"] <= high)
     if not near.any():
         return empty("Waiting for the first step.", look, 420)
-    rows = max(1, len(scene.stages.layers))
-    tall = min(_MOST_PX, max(_LEAST_PX, 6.0 * rows))
-    inner = _TITLE_PX + _LOSS_PX + 3 * (_TITLE_PX + tall + _GAP_PX)
-    fig = base(look, round(inner + 46), hovermode="closest")
+    tall, inner = _pixels(len(scene.stages.layers))
+    fig = base(look, height_of(len(scene.stages.layers)), hovermode="closest")
     place = _stack(inner, tall, scene.stages.layers)
     for stage in STAGES:
         _map(fig, scene, stage, place, look)
@@ -80,6 +78,17 @@ def picture(
     if cell is not None:
         _frame(fig, cell, scene, look)
     return fig
+
+
+def height_of(layers: int) -> int:
+    """Pixels of the picture of a model of so many layers."""
+    return round(_pixels(layers)[1] + _AXIS_PX)
+
+
+def _pixels(layers: int) -> tuple[float, float]:
+    """Heights of one map, and of everything above the time axis."""
+    tall = min(_MOST_PX, max(_LEAST_PX, 6.0 * layers))
+    return tall, _TITLE_PX + _LOSS_PX + 3 * (_TITLE_PX + tall + _GAP_PX)
 
 
 def _stack(inner: float, tall: float, layers: np.ndarray) -> Place:

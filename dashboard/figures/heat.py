@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from geodiag.dashboard.figures.bins import Binned, binned
 from geodiag.dashboard.figures.happenings import draw_marks
 from geodiag.dashboard.figures.scale import shade
-from geodiag.dashboard.figures.style import Look, axis, base, empty, time_axis, upright
+from geodiag.dashboard.figures.style import EMPTY_PX, Look, axis, base, empty, time_axis, upright
 from geodiag.dashboard.grid import Grid, row_name
 from geodiag.dashboard.marks import Mark
 from geodiag.schema import SITES
@@ -24,7 +24,7 @@ class Panel(NamedTuple):
     title: str
 
 
-_TITLE_PX, _MOST_CROSSES = 30, 300
+_TITLE_PX, _AXIS_PX, _MOST_CROSSES = 30, 46, 300
 
 
 def heat_map(
@@ -52,10 +52,9 @@ def heat_map(
     if not shown:
         return empty(nothing, look)
     columns = [binned(g) for _, g in shown]
-    tall = [_row_pixels(len(g.rows)) * len(g.rows) for _, g in shown]
+    tall = _panel_pixels([len(g.rows) for _, g in shown])
     inner = sum(tall) + _TITLE_PX * len(tall)
-    height = inner + 46
-    fig = base(look, round(height))
+    fig = base(look, height_of([len(g.rows) for _, g in shown]))
     every = np.concatenate([c.values_RB.ravel() for c in columns])
     colours = shade(shown[0][1].metric, every, look, centre)
     bar = colours.axis.get("colorbar", {}) | {"len": 1 - _TITLE_PX / inner, "y": 0, "yanchor": "bottom"}
@@ -93,6 +92,16 @@ def heat_map(
     if step is not None:
         fig.update_layout(shapes=[*fig.layout.shapes, *(upright(step, look.ink, "dot", d) for d in domains)])
     return fig
+
+
+def height_of(rows: Sequence[int]) -> int:
+    """Pixels of a heat map whose panels have so many rows; of the sentence in its place where there are none."""
+    tall = _panel_pixels(rows)
+    return round(sum(tall) + _TITLE_PX * len(tall) + _AXIS_PX) if tall else EMPTY_PX
+
+
+def _panel_pixels(rows: Sequence[int]) -> list[float]:
+    return [_row_pixels(n) * n for n in rows if n]
 
 
 def _panel(fig: go.Figure, column: Binned, names: list[str], i: int, log: bool, grid: Grid, look: Look) -> None:

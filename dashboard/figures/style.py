@@ -10,6 +10,8 @@ from geodiag.dashboard.figures.colours import Scale, diverging, sequential
 
 _LINE = 46
 """Letters of a sentence that fit side by side in the narrowest card."""
+EMPTY_PX = 220
+"""Height of a sentence where a chart would be, unless a page says otherwise."""
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 
 
@@ -145,7 +147,7 @@ def titled(name: str, unit: str) -> str:
     return name if unit in ("1", "", "share") else f"{name}, {unit}"
 
 
-def empty(text: str, look: Look, height: int = 220) -> go.Figure:
+def empty(text: str, look: Look, height: int = EMPTY_PX) -> go.Figure:
     """A calm sentence where a chart would be."""
     fig = base(look, height)
     fig.update_xaxes(visible=False)

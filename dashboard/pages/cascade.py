@@ -13,12 +13,13 @@ from geodiag.dashboard import verdict
 from geodiag.dashboard.causes import Cell, as_lived, cascade_of, cell_of, chosen, scene_of, stages_of, window_of
 from geodiag.dashboard.cell import series_of
 from geodiag.dashboard.draw import draws, happened
-from geodiag.dashboard.figures.cascade import STAGES, picture
+from geodiag.dashboard.figures.cascade import STAGES, height_of, picture
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.maps import Tile, maps
 from geodiag.dashboard.figures.multiples import Strip, multiples
 from geodiag.dashboard.figures.style import Look, empty
 from geodiag.dashboard.figures.trajectory import trajectories
+from geodiag.dashboard.layers import sites_of
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import card, graph
 from geodiag.dashboard.record import Record
@@ -42,7 +43,8 @@ _PICTURE = (
 
 
 def layout(record: Record, view: View) -> html.Div:
-    main = card("From the origin to the loss", graph("cascade-picture", 640), tip=_PICTURE)
+    tall = height_of(len({layer for layer, _ in sites_of(record)}))
+    main = card("From the origin to the loss", graph("cascade-picture", tall), tip=_PICTURE)
     proof = card(
         "Evidence",
         table("cascade-evidence", verdict.COLUMNS, _evidence(record, view), height=None),

@@ -5,11 +5,12 @@ from dash import Dash, dcc, html
 
 from geodiag.dashboard.draw import draws, extent, happened
 from geodiag.dashboard.figures.bins import binned, worst_step
-from geodiag.dashboard.figures.heat import Panel, heat_map
+from geodiag.dashboard.figures.heat import Panel, heat_map, height_of
 from geodiag.dashboard.figures.matrix import matrices
 from geodiag.dashboard.figures.profile import Curve, profile
 from geodiag.dashboard.figures.style import Look, empty
 from geodiag.dashboard.grid import row_name
+from geodiag.dashboard.layers import sites_of
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import aria, card, graph, notice, options, segments, select
 from geodiag.dashboard.record import Record
@@ -77,7 +78,7 @@ def layout(record: Record, view: View) -> html.Div:
     main = card(
         "Over layers and steps",
         html.Div(_missing(record), id="gain-missing"),
-        graph("gain-heat", 460),
+        graph("gain-heat", height_of([len(sites_of(record))] * len(chosen(record, view)))),
         tip="Rows are sites in the order in which the streams pass them; the first is on top. "
         "Click a cell for its step and its site; drag to zoom in time.",
         controls=controls,
@@ -185,8 +186,7 @@ def _site(record: Record, view: View) -> tuple[int, int]:
 
 
 def _sites(record: Record) -> list[str]:
-    (grid,) = record.recent("layers", "stream_rms", back=20)
-    return [row_name(r) for r in grid.rows] or [row_name((0, 0))]
+    return [row_name(r) for r in sites_of(record) or [(0, 0)]]
 
 
 def _usual(library: Library, pathname: str, view: View) -> str | None:
