@@ -1,6 +1,6 @@
 """How long `geodiag cascade` takes on a long run of a deep model, and how much memory: made-up rows, real files.
 
-    python -m geodiag.benchmarks.cascade_speed [--steps 100000] [--layers 32] [--experts 8] [--run DIR]
+    geodiag bench cascade_speed [--steps 100000] [--layers 32] [--experts 8] [--run DIR]
 
 Every signal of every layer and expert is noise around a drift of its own; before each of the two spikes an expert's
 activations grow, the residual stream follows, and then the loss. The writer is a training's own.
@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ GROWTH = 0.35
 
 def write(path: Path, *, steps: int, layers: int, experts: int, seed: int = 0) -> list[tuple[int, int]]:
     """Writes the run; returns the step and the layer at which each of its two cascades began."""
-    rng = np.random.default_rng(seed)
+    rng, calm = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     origins = [(steps // 2, layers // 3), (steps - 100, layers // 2)]
     run = Run.create(path, found={"sites": 2 * layers, "routers": layers, "experts": layers * experts})
     drift = rng.uniform(0.5, 2.0, (len(SIGNALS), layers))
@@ -44,7 +46,9 @@ def write(path: Path, *, steps: int, layers: int, experts: int, seed: int = 0) -
         loss = 2.0 + 0.02 * rng.standard_normal(len(step_S)) + 0.15 * np.maximum(ill_S - LEAD, 0)
         for table, keys in (("layers", 2), ("experts", experts)):
             run.append(table, _rows(table, rng, step_S, layers, keys, drift, origins))
-        run.append("steps", {"step": step_S, "loss": loss, "lr": np.full(len(step_S), 1e-3)})
+        scores = {f"stage{i}_score": calm.gamma(4, 0.5, len(step_S)) for i in (1, 2, 3)}
+        outcome = {"step": step_S, "loss": loss, "grad_norm": calm.lognormal(0, 0.2, len(step_S))}
+        run.append("steps", outcome | scores | {"lr": np.full(len(step_S), 1e-3)})
     for at, _ in origins:
         data = {
             "kind": "spike",
@@ -128,27 +132,38 @@ def page(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("cascade_speed", __doc__)
-    parser.add_argument("--steps", type=int, default=100_000)
+def add_size(parser: Parser, steps: int, experts: int) -> None:
+    """Options of a bench on a long run: how long, how often, and whether the run is kept."""
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--experts", type=int, default=experts)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--run", type=Path, default=None, help="keep the run here, and use it if it is there")
+
+
+@contextmanager
+def long_run(options: Namespace) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The run that the options ask for, and what a result says of it; removed afterwards unless it is to be kept."""
+    home = options.run or Path(tempfile.mkdtemp()) / "long"
+    try:
+        if not home.exists():
+            write(home, steps=options.steps, layers=options.layers, experts=options.experts)
+        size = sum(f.stat().st_size for f in home.rglob("*") if f.is_file())
+        asked = {n: getattr(options, n) for n in ("steps", "layers", "experts", "times")}
+        yield home, {"settings": asked, "run_bytes": size}
+    finally:
+        if options.run is None:
+            shutil.rmtree(home.parent)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser("cascade_speed", __doc__)
+    add_size(parser, steps=100_000, experts=8)
     options = parser.parse_args(argv)
-    home = options.run or Path(tempfile.mkdtemp()) / "run"
-    if not home.exists():
-        write(home, steps=options.steps, layers=options.layers, experts=options.experts)
-    size = sum(f.stat().st_size for f in home.rglob("*") if f.is_file())
-    asked = {n: getattr(options, n) for n in ("steps", "layers", "experts", "times")}
-    result = setting("cascade_speed", argv) | {"settings": asked, "run_bytes": size} | measure(home, options.times)
-    result["command"] = result["command"].replace(
-        "geodiag bench cascade_speed", "python -m geodiag.benchmarks.cascade_speed"
-    )
+    with long_run(options) as (home, said):
+        result = setting("cascade_speed", argv) | said | measure(home, options.times)
     save("cascade_speed", result, page(result), options.out)
     say(result, page(result), options.json)
-    if options.run is None:
-        shutil.rmtree(home.parent)
 
 
 if __name__ == "__main__":

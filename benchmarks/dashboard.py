@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from geodiag.benchmarks.cascade_speed import write
+from geodiag.benchmarks.cascade_speed import add_size, long_run
 from geodiag.benchmarks.report import Parser, save, say, setting, where
 from geodiag.errors import GeodiagError
 from geodiag.run import Run
@@ -197,27 +197,15 @@ def page(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("dashboard", __doc__)
-    parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--run", type=Path, default=None, help="keep the run here, and use it if it is there")
+    add_size(parser, steps=20_000, experts=16)
     options = parser.parse_args(argv)
-    home = options.run or Path(tempfile.mkdtemp()) / "long"
-    try:
-        if not home.exists():
-            write(home, steps=options.steps, layers=options.layers, experts=options.experts)
-        size = sum(f.stat().st_size for f in home.rglob("*") if f.is_file())
-        asked = {n: getattr(options, n) for n in ("steps", "layers", "experts", "times")}
-        result = setting("dashboard", argv) | {"settings": asked, "run_bytes": size}
+    with long_run(options) as (home, said):
+        result = setting("dashboard", argv) | said
         result["pages"] = measure(home, options.steps, options.times)
         with tempfile.TemporaryDirectory() as place:  # the run that was measured stays as it is
             growing = Path(place) / home.name
             shutil.copytree(home, growing)
             result["live"] = follow(growing, options.steps, 5)
-    finally:
-        if options.run is None:
-            shutil.rmtree(home.parent)
     save("dashboard", result, page(result), options.out)
     say(result, page(result), options.json)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geodiag.cli.output import number, place, print_json, screen
+from geodiag.cli.output import number, place, print_json, prose, screen
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from geodiag.evidence import Evidence
 
 _STYLE = {1: "magenta", 2: "cyan", 3: "yellow", "data": "green", None: "red"}
+_KINDS = {"nonfinite": "Loss not finite"}
 _KNOTS = 8
 """Places of the path that are shown; the words tell of all."""
 _ROWS = 5
@@ -40,22 +41,23 @@ def cascade(
         screen().print(
             "Nothing happened to the loss: there is no cascade to tell. A step can be asked about: --spike N"
         )
-    for c in found:
-        for part in _told(c):
+    for i, c in enumerate(found):
+        for part in ["", *_told(c)] if i else _told(c):
             screen().print(part)
     for piece, why in opened.problems.items():
         screen().print(f"not read: {piece}: {why}", style="yellow", markup=False)
 
 
 def _told(c: "Cascade") -> list["RenderableType"]:
-    from rich.text import Text
-
-    parts: list[RenderableType] = [_head(c), Text(c.words), ""]
+    parts: list[RenderableType] = [_head(c), prose(c.words), ""]
     if c.onset is not None:
         parts += [_path(c), "", _evidence(c), ""]
     parts.append(_verdict(c))
-    parts += [Text(f"  but {caveat}", style="yellow") for caveat in c.caveats]
-    return [*parts, ""]
+    for caveat in c.caveats:
+        said = prose(f"but {caveat}", indent=2)
+        said.stylize("yellow")
+        parts.append(said)
+    return parts
 
 
 def _head(c: "Cascade") -> str:
@@ -64,7 +66,8 @@ def _head(c: "Cascade") -> str:
     peak, end = c.spike["peak"], c.spike["end"]
     tail = "" if peak is None else f"  peak at step {peak:,}"
     tail += "  still on" if end is None else f"  over at step {end:,}"
-    return f"[bold red]{c.spike['kind'].capitalize()} at step {c.spike_onset:,}[/][dim]{tail}[/]"
+    kind = _KINDS.get(c.spike["kind"], c.spike["kind"].capitalize())
+    return f"[bold red]{kind} at step {c.spike_onset:,}[/][dim]{tail}[/]"
 
 
 def _path(c: "Cascade") -> "RenderableType":

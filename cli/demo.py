@@ -13,12 +13,12 @@ FAULT_STEP = 150
 FAULT = f"lr-shock@{FAULT_STEP}=30"
 STEPS = 240
 
-_INTRODUCTION = f"""\
-[bold]geodiag demo[/]: {STEPS} steps of a small mixture-of-experts model with hyper-connections on real text: the
-source of this Python's own library. At step {FAULT_STEP} the learning rate becomes 30 times too large for ten
-steps, a real fault in a real training. Nobody tells the detector or the controller. When they find it, training goes
-back to a snapshot from before it and takes the same batches again, routed by older weights for a while.
-"""
+_INTRODUCTION = (
+    f"geodiag demo: {STEPS} steps of a small mixture-of-experts model with hyper-connections on real text: the source "
+    f"of this Python's own library. At step {FAULT_STEP} the learning rate becomes 30 times too large for ten steps, a "
+    "real fault in a real training. Nobody tells the detector or the controller. When they find it, training goes back "
+    "to a snapshot from before it and takes the same batches again, routed by older weights for a while."
+)
 _LINES = ("fault", "spike", "divergence", "nonfinite", "decision", "rollback", "routing", "recovered")
 
 
@@ -29,12 +29,13 @@ def demo(
 ) -> None:
     """Train a small model on real text, tear it on purpose, and see it found, answered and recovered."""
     from geodiag.cli.loop import Options, Training
-    from geodiag.cli.output import screen
+    from geodiag.cli.output import prose, screen
     from geodiag.cli.progress import watch
     from geodiag.run import open_run
 
     path = run or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
-    screen().print(_INTRODUCTION)
+    screen().print(prose(_INTRODUCTION))
+    screen().print()
     watch(Training(Options(steps=STEPS, routing="auto", rollback="memory", period=40, inject=(FAULT,), run=path)))
     _tell(open_run(path))
     if serve:

@@ -55,7 +55,7 @@ def _said(error: Any) -> Exception:
     if type(error).__name__ == "NoArgsIsHelpError":
         return error  # no arguments at all: the help is the answer
     command = error.ctx.command_path if error.ctx else "geodiag"
-    what = error.format_message().replace("Value error, ", "").rstrip(".")
+    what = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
     print_error(GeodiagError(f"{what}; see {command} --help"))
     return typer.Exit(1)
 

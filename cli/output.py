@@ -2,18 +2,34 @@
 
 import json
 import math
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from geodiag.errors import GeodiagError
 
 STATUS_STYLE = {"running": "green", "finished": "blue", "failed": "red", "interrupted": "yellow"}
 
 
+_ANY_WIDTH = 10_000
+"""A pipe or a file has no edge: what is read by another program, or by eye later, is never cut."""
+_READABLE = 100
+"""Longer lines of prose are hard to follow, however wide the terminal."""
+
+
 def screen() -> Console:
     """Where people read, lines never folded; made when used, so that it follows a redirected stdout."""
-    return Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=_ANY_WIDTH)
+
+
+def prose(words: str, indent: int = 0) -> Text:
+    """Sentences: on a terminal broken between words, in a pipe one line."""
+    width, edge = min(screen().width, _READABLE) if screen().is_terminal else _ANY_WIDTH, " " * indent
+    lines = wrap(words, width, initial_indent=edge, subsequent_indent=edge, break_long_words=False)
+    return Text("\n".join(lines))
 
 
 def print_json(data: Any) -> None:
@@ -36,7 +52,7 @@ def number(value: float | None, unit: str = "") -> str:
         return f"{100 * value:.3g} %"
     if unit == "×":
         return f"×{value:.4g}"
-    return f"{value:.4g}" + (f" {unit}" if unit not in ("", "1", "score") else "")
+    return f"{value + 0.0:.4g}" + (f" {unit}" if unit not in ("", "1", "score") else "")
 
 
 def place(layer: int | None, site: str | None = None, expert: int | None = None) -> str:

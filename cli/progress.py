@@ -5,8 +5,12 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
     from geodiag.cli.loop import Training
     from geodiag.hooks.observer import Observation
+
+_ROOM_FOR_TIME, _ROOM_FOR_BAR = 96, 124
 
 
 def watch(training: "Training") -> None:
@@ -55,18 +59,24 @@ def in_words(seen: "Observation | None", mode: str) -> str:
     return "  ".join([*parts, f"routing {mode}"])
 
 
+def columns(width: int, total: int) -> "list[ProgressColumn]":
+    """The step and what is seen at it; the time left and a bar where the terminal has room for them."""
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    count = Column(no_wrap=True, min_width=len(f"step {total}/{total}"))
+    shown: list[ProgressColumn] = [TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=count)]
+    shown += [BarColumn(bar_width=24)] if width >= _ROOM_FOR_BAR else []
+    shown += [TimeRemainingColumn()] if width >= _ROOM_FOR_TIME else []
+    return [*shown, TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))]
+
+
 def _live(training: "Training") -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
-    columns = [
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    ]
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns(console.width, training.options.steps), console=console) as progress:
         task = progress.add_task("starting", total=training.options.steps)
         for seen in training.steps():
             done = training.trainer.steps_done  # which a rollback sets back

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geodiag.cli.output import print_json, screen
+from geodiag.cli.output import print_json, prose, screen
 from geodiag.errors import GeodiagError
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ class Action(StrEnum):
 
 def routing(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The directory of a running training.")],
-    action: Annotated[Action, typer.Argument(help="The policy to ask for; `status` only looks.")],
+    action: Annotated[
+        Action, typer.Argument(metavar="ACTION", help="The policy to ask for; `status` only looks.")
+    ] = Action.status,
     delay: Annotated[
         int | None,
         typer.Option(min=0, max=64, help="Δ: route with the weights of so many steps ago.", show_default=False),
@@ -125,18 +127,20 @@ def _decision(trail: list[dict[str, Any]]) -> dict[str, Any] | None:
     return last | {name: data.get(name) for name in names}
 
 
-def _next(decision: dict[str, Any]) -> list[str]:
-    """What follows from the last decision, as far as it says."""
+def _next(decision: dict[str, Any], status: str) -> list[str]:
+    """What follows from the last decision, as far as it says; nothing once the training is over."""
+    if status != "running":
+        return []
     lines = []
     if decision["acted"] is False:
         lines.append("that was only put on record; geodiag routing RUN auto lets the controller act")
     if decision["until"] is not None:
-        lines.append(f"the period it began lasts until step {decision['until']}")
+        lines.append(f"the period it began lasts until step {decision['until']:,}")
     left, possible = decision["budget_left"], decision["possible"]
     if left == 0:
         lines.append("no other intervention: the budget is used up; asking for auto gives a new one")
     elif possible is not None:
-        lines.append(f"another intervention is possible from step {possible} on ({left} left)")
+        lines.append(f"another intervention is possible from step {possible:,} on ({left} left)")
     return lines
 
 
@@ -153,7 +157,7 @@ def _policy(run: "Run", trail: list[dict[str, Any]]) -> str | None:
 
 
 def _print_status(said: dict[str, Any]) -> None:
-    at = "no step yet" if said["step"] is None else f"step {said['step']}"
+    at = "no step yet" if said["step"] is None else f"step {said['step']:,}"
     lines = [
         f"{said['run']}: {said['status']}, {at}",
         f"policy {said['policy'] or 'unknown'}, routing {said['mode'] or 'unknown'}",
@@ -163,11 +167,13 @@ def _print_status(said: dict[str, Any]) -> None:
     if said["pending"]:
         lines.append(f"asked for {said['pending']}, not yet obeyed")
     if said["last_change"]:
-        lines.append(f"last change, step {said['last_change']['step']}: {said['last_change']['reason']}")
+        lines.append(f"last change, step {said['last_change']['step']:,}: {said['last_change']['reason']}")
     decision = said["last_decision"]
     if said["last_rollback"]:
         lines.append(f"last rollback: {said['last_rollback']['reason']}")
-    lines.append(f"last decision, step {decision['step']}: {decision['reason']}" if decision else "no decision so far")
-    lines += _next(decision) if decision else []
+    lines.append(
+        f"last decision, step {decision['step']:,}: {decision['reason']}" if decision else "no decision so far"
+    )
+    lines += _next(decision, said["status"]) if decision else []
     for line in lines:
-        screen().print(line, markup=False)
+        screen().print(prose(line))

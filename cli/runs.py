@@ -10,6 +10,9 @@ from geodiag.cli.output import STATUS_STYLE, number, print_json, screen
 if TYPE_CHECKING:
     from geodiag.health import Health
 
+_SHOWN = ("composite_gain_fwd", "composite_gain_bwd")
+"""The metrics that the table speaks of; `--json` has every one."""
+
 
 def runs(
     folder: Annotated[
@@ -21,7 +24,8 @@ def runs(
     from geodiag.health import health
     from geodiag.run import find_runs
 
-    found = [health(run) for run in find_runs(folder)]
+    shown = None if json else _SHOWN
+    found = [health(run, shown) for run in find_runs(folder)]
     if json:
         print_json([h.as_json() for h in found])
     else:
@@ -36,7 +40,7 @@ def _print_table(found: list["Health"]) -> None:
         column.justify = "right"
     for h in found:
         worst = h.composite.worst
-        gain = f"{number(worst.value, '×')} at step {worst.step}" if worst else "–"
+        gain = f"{number(worst.value, '×')} at step {worst.step:,}" if worst else "–"
         status = f"[{STATUS_STYLE[h.status]}]{h.status}[/]"
         step = "–" if h.last_step is None else f"{h.last_step:,}"
         table.add_row(Path(h.run).name, status, step, number(h.last_loss), str(len(h.spikes)), gain)

@@ -1,16 +1,16 @@
 """`geodiag show`: one run's health on one screen."""
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from geodiag.cli.output import STATUS_STYLE, number, place, print_json, screen
+from geodiag.cli.output import STATUS_STYLE, number, place, print_json, prose, screen
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from geodiag.health import Composite, Health
+    from geodiag.health import Health
     from geodiag.run import Run
 
 KEY_METRICS = {
@@ -43,6 +43,13 @@ KEY_METRICS = {
     ],
 }
 """What the screen shows; `--json` has every metric."""
+_COLUMNS: tuple[tuple[str, int, Literal["left", "right"]], ...] = (
+    ("", 22, "left"),
+    ("worst", 16, "right"),
+    ("where", 24, "left"),
+    ("healthy", 0, "left"),
+)
+"""Heading, least width and side: together no wider than a terminal of 80."""
 
 
 def show(
@@ -54,7 +61,8 @@ def show(
     from geodiag.run import open_run
 
     opened = open_run(run)
-    found = health(opened)
+    shown = None if json else {name for names in KEY_METRICS.values() for name in names}
+    found = health(opened, shown)
     if json:
         print_json(found.as_json())
         return
@@ -81,23 +89,30 @@ def _stages(h: "Health") -> list["RenderableType"]:
     for title, names in KEY_METRICS.items():
         known = [n for n in names if n in h.worst]
         stage = title[6] if title.startswith("Stage") else None
-        score = h.worst.get(f"stage{stage}_score") if stage else None
-        verdict = ""
-        if stage and score:
-            left = h.left[int(stage)]
-            calm = "  [green]within its own history[/]"
-            verdict = calm if left is None else f"  [red]left its own history at step {left}[/]"
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 1))
-        for width, side in ((22, "left"), (16, "right"), (20, "left"), (0, "left")):
-            table.add_column(min_width=width, justify=side, no_wrap=True)  # type: ignore[arg-type]
+        verdict = _verdict(h, int(stage), known) if stage else ""
+        first = not parts  # its header is that of all: the columns stand below one another
+        table = Table(box=None, show_header=first, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+        for name, width, side in _COLUMNS:
+            table.add_column(name if first else "", min_width=width, justify=side, no_wrap=True)
         for name in known:
             table.add_row(*_row(h, name))
-        parts.append(f"\n[bold]{title}[/]{verdict}" + ("" if known else "  nothing measured"))
+        parts.append(f"\n[bold]{title}[/]{verdict}" + ("" if known else "  [dim]nothing measured[/]"))
         if known:
             parts.append(table)
         if stage == "3":
-            parts.append("  " + composite_in_words(h.composite))
+            parts.append(composite_in_words(h))
     return parts
+
+
+def _verdict(h: "Health", stage: int, known: list[str]) -> str:
+    """Whether the stage was calm; nothing where neither its score nor its metrics tell."""
+    broken = [w.step for n in known if not math.isfinite((w := h.worst[n]).value) and not n.endswith("_score")]
+    left = h.left[stage]
+    if left is not None:
+        return f"  [red]left its own history at step {left:,}[/]"
+    if broken:
+        return f"  [red]not finite from step {min(broken):,} on[/]"
+    return "  [green]within its own history[/]" if f"stage{stage}_score" in h.worst else ""
 
 
 def _row(h: "Health", name: str) -> tuple[str, str, str, str]:
@@ -109,16 +124,18 @@ def _row(h: "Health", name: str) -> tuple[str, str, str, str]:
     bad = outside(name, worst, table)
     value = number(worst.value, metric.unit)
     low, high = metric.healthy or (None, None)
-    healthy = f"healthy ≤ {high:g}" if high is not None else f"healthy ≥ {low:g}" if low is not None else ""
-    where = ", ".join(w for w in (f"step {worst.step}", place(worst.layer, worst.site)) if w)
+    healthy = f"≤ {high:g}" if high is not None else f"≥ {low:g}" if low is not None else ""
+    where = ", ".join(w for w in (f"step {worst.step:,}", place(worst.layer, worst.site)) if w)
     return name, f"[red]{value}[/]" if bad else value, where, healthy
 
 
-def composite_in_words(c: "Composite") -> str:
+def composite_in_words(h: "Health") -> str:
     """The one sentence on amplification."""
+    c = h.composite
     if c.worst is None:
-        return "composite gain: no residual maps measured; this model has no hyper-connections"
-    where = f"{c.direction}, step {c.worst.step}, {place(c.worst.layer, c.worst.site)}"
+        why = "what was could not be read" if h.problems else "this model has no hyper-connections, or none was sampled"
+        return f"composite gain: no residual maps measured; {why}"
+    where = f"{c.direction}, step {c.worst.step:,}, {place(c.worst.layer, c.worst.site)}"
     gain = number(c.worst.value, "×")
     if not math.isfinite(c.worst.value):
         return f"[red]composite gain is {gain}[/] ({where})"
@@ -134,19 +151,17 @@ def _tail(h: "Health") -> list["RenderableType"]:
     from rich.text import Text
 
     parts: list[RenderableType] = [f"\n[bold]Spikes[/]  {len(h.spikes) or 'none'}"]
-    parts += [Text(f"  step {e['step']}: {e['message']}") for e in h.spikes[-5:]]
+    parts += [prose(f"step {e['step']:,}: {e['message']}", indent=2) for e in h.spikes[-5:]]
     parts += [Text(f"not read: {piece}: {why}", style="yellow") for piece, why in h.problems.items()]
     return parts
 
 
 def _why(run: "Run") -> list["RenderableType"]:
     """The cascade behind the worst spike, in words."""
-    from rich.text import Text
-
     from geodiag.cascade import explain
     from geodiag.run_spikes import spikes_of
 
     if not spikes_of(run):
         return []
     worst = explain(run)
-    return [f"\n[bold]Why[/]  step {worst.spike_onset}", Text(f"  {worst.words}")]
+    return [f"\n[bold]Why[/]  step {worst.spike_onset:,}", prose(worst.words, indent=2)]

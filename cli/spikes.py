@@ -31,7 +31,8 @@ def spikes(
         _print_table(found)
     else:
         first, last = updates[0].step, updates[-1].step
-        screen().print(f"Nothing happened to the loss in {len(updates):,} updates (steps {first:,} to {last:,}).")
+        seen = "one update" if len(updates) == 1 else f"{len(updates):,} updates"
+        screen().print(f"Nothing happened to the loss in {seen} (steps {first:,} to {last:,}).")
 
 
 def _as_json(spike: "Spike") -> dict[str, Any]:

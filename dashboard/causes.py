@@ -8,7 +8,8 @@ from geodiag.cascade import Cascade, StageMap, explain, stage_map
 from geodiag.dashboard.draw import happened
 from geodiag.dashboard.figures.cascade import STAGES, Scene
 from geodiag.dashboard.marks import spans
-from geodiag.dashboard.record import Record, Undone
+from geodiag.dashboard.outcome import Undone
+from geodiag.dashboard.record import Record
 from geodiag.dashboard.view import View
 from geodiag.errors import GeodiagError
 from geodiag.run_spikes import Seen, spikes_of

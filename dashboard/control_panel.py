@@ -14,7 +14,6 @@ from geodiag.dashboard.record import Record
 from geodiag.dashboard.words import POLICY, ROUTING, whole
 from geodiag.errors import GeodiagError
 from geodiag.events import details
-from geodiag.schema import ROUTING_MODES
 
 _CONTROLS = (*(f"ask-{m}" for m in MODES), "ask-delay")
 _DELAY, _MOST_DELAY = 8, 64
@@ -44,7 +43,7 @@ def panel(record: Record) -> html.Section:
 def state(record: Record, error: str | None = None) -> list:
     """*Asked* or not, what holds now, and why it was last decided."""
     steps, events, request = record.steps(), record.events(), record.run.pending()
-    mode = ROUTING_MODES[steps["routing_mode"][-1]] if len(steps["step"]) else "off"
+    mode = record.mode()
     since = _since(steps) if len(steps["step"]) else None
     lines: list[Any] = []
     if error:

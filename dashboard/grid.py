@@ -4,6 +4,7 @@ Where there is no value the grid holds NaN; a value that was measured and is not
 (+inf where high is bad, −inf where low is), so that a gap and a blow-up can never be confused.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,6 +163,18 @@ def joined(head: Grid, tail: Grid) -> Grid | None:
     new_RS[[head.rows.index(r) for r in tail.rows]] = tail.values_RS
     steps_S = np.concatenate([head.steps_S[:keep], tail.steps_S])
     return Grid(head.metric, head.rows, steps_S, np.concatenate([head.values_RS[:, :keep], new_RS], 1))
+
+
+def stacked(parts: Sequence[Grid]) -> Grid | None:
+    """Grids of one metric, of one stretch of steps after another, as one; None where their rows differ."""
+    some = [p for p in parts if len(p.steps_S)] or parts[:1]
+    first = some[0]
+    if any(p.rows != first.rows for p in some):
+        return None
+    if len(some) == 1:
+        return first
+    steps_S = np.concatenate([p.steps_S for p in some])
+    return Grid(first.metric, first.rows, steps_S, np.concatenate([p.values_RS for p in some], 1))
 
 
 def _index(key_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

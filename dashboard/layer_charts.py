@@ -6,10 +6,10 @@ import plotly.graph_objects as go
 from dash import html
 
 from geodiag.dashboard.draw import extent, happened
-from geodiag.dashboard.figures.heat import Panel, heat_map
+from geodiag.dashboard.figures.heat import Panel, heat_map, height_of
 from geodiag.dashboard.figures.lines import Strip, over_steps
-from geodiag.dashboard.figures.style import Look, titled
-from geodiag.dashboard.layers import layer_of, layer_options, layer_shown, series
+from geodiag.dashboard.figures.style import Look
+from geodiag.dashboard.layers import experts_of, layer_of, layer_options, layer_shown, series
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import card, graph, options, segments, select
 from geodiag.dashboard.record import Record
@@ -28,7 +28,7 @@ def one_layer(
     shown = view.over if view.over is not None and view.over in over else first
     return card(
         "One layer",
-        graph(f"{page}-experts", 220),
+        graph(f"{page}-experts", height_of([experts_of(record, layer_of(record, view))])),
         graph(f"{page}-lines", 400),
         tip=tip,
         controls=[
@@ -80,9 +80,9 @@ def experts(record: Record, view: View, look: Look, name: str, shares: bool = Fa
 def lines(record: Record, view: View, look: Look, strips: Lines, lacks: str) -> go.Figure:
     """Series of the chosen layer; `lacks` says what a layer without any has not."""
     layer = layer_of(record, view)
+    record.grids("layers", *(name for _, names in strips for name in names))  # one reading instead of one a strip
     shown = [
-        Strip(titled(title, metric("layers", next(iter(names))).unit), series(record, layer, names))
-        for title, names in strips
+        Strip(title, series(record, layer, names), metric("layers", next(iter(names))).unit) for title, names in strips
     ]
     return over_steps(
         shown,

@@ -22,6 +22,22 @@ def layers_of(record: Record) -> list[int]:
     return record.memo("layers", look)
 
 
+def sites_of(record: Record) -> list[tuple[int, int]]:
+    """Every residual site on record, in static order."""
+
+    def look() -> list[tuple[int, int]]:
+        (grid,) = record.recent("layers", "stream_rms", back=20)
+        return list(grid.rows)
+
+    return record.memo("sites", look)
+
+
+def experts_of(record: Record, layer: int) -> int:
+    """How many experts a layer has on record."""
+    (grid,) = record.memo("experts", lambda: record.recent("experts", "load", back=20))
+    return len(grid.of_layer(layer).rows)
+
+
 def layer_of(record: Record, view: View) -> int:
     """The chosen layer; else that of the chosen site, of the latest spike's first suspect, or the deepest one."""
     there = layers_of(record)

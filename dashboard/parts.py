@@ -43,9 +43,9 @@ def tip(child: Any, text: str) -> dmc.Tooltip:
 
 
 def graph(name: str, height: int) -> html.Div:
-    """A chart that is filled by a callback; the space is kept, so that nothing jumps."""
+    """A chart that is filled by a callback; its space is kept even before there is a chart, so that nothing jumps."""
     chart = dcc.Graph(id=name, figure=_blank(height), config=_CONFIG, className="chart", responsive="auto")
-    return html.Div(chart, className="chart-frame")
+    return html.Div(chart, className="chart-frame", style={"minHeight": height})
 
 
 def tile(label: str, value: Any, note: str = "", text: str = "", tone: str = "") -> Any:

@@ -2,31 +2,22 @@
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from geodiag.dashboard.grid import SECOND_KEY, Grid, joined, merge_ranks, to_grids, values_of
+from geodiag.dashboard.grid import SECOND_KEY, Grid, joined, stacked, to_grids
+from geodiag.dashboard.outcome import Undone, steps_of, undone_of
 from geodiag.dashboard.past import PastRun
 from geodiag.errors import GeodiagError
 from geodiag.files import Folder
 from geodiag.manifest import known_starts
+from geodiag.reading import Steps
 from geodiag.run import Run
-from geodiag.schema import METRICS, ROUTING_MODES, metrics_of
+from geodiag.schema import ROUTING_MODES
+from geodiag.stretches import stretches
 
 # S steps, R rows.
-
-
-class Undone(NamedTuple):
-    """Steps that a later attempt took the place of."""
-
-    attempt: int
-    step_S: np.ndarray
-    loss_S: np.ndarray
-    grad_norm_S: np.ndarray
-
 
 _KEPT = 24
 _REREAD = 64
@@ -64,12 +55,17 @@ class Record:
         """Table `steps`, ranks merged: column → values; `routing_mode` as indices into ROUTING_MODES, −1 for none."""
         with self._lock:
             if self._steps is None:
-                self._steps = _steps_of(self.run.read_arrow("steps"))
+                self._steps = steps_of(self.run.read_arrow("steps"))
             return self._steps
+
+    def mode(self) -> str:
+        """The newest routing mode; `off` where a step does not say."""
+        mode_S = self.steps()["routing_mode"]
+        return ROUTING_MODES[mode_S[-1]] if len(mode_S) and mode_S[-1] >= 0 else "off"
 
     def undone(self) -> list[Undone]:
         """What was rolled back, or lost to a resume: one entry an attempt, oldest first."""
-        return self.memo("undone", lambda: _undone(self.run))
+        return self.memo("undone", lambda: undone_of(self.run))
 
     def lived(self, attempt: int | None) -> "Record":
         """The run as it stood when `attempt` was its newest; itself for None and for the newest attempt."""
@@ -83,8 +79,7 @@ class Record:
         with self._lock:
             missing = [n for n in names if (table, n) not in self._grids]
             if missing:
-                rows = self.run.read_arrow(table, ["rank", "step", "layer", SECOND_KEY[table], *missing])
-                self._grids |= {(table, n): g for n, g in to_grids(table, rows, missing).items()}
+                self._grids |= {(table, n): g for n, g in self._whole(table, missing).items()}
             return [self._grids[table, n] for n in names]
 
     def events(self) -> list[dict[str, Any]]:
@@ -102,8 +97,8 @@ class Record:
             first = int(steps_S[-1]) - back + 1 if len(steps_S) else 0
             if all((table, n) in self._grids for n in names):
                 return [self._grids[table, n].window(first, None) for n in names]
-            rows = self.run.read_arrow(table, ["rank", "step", "layer", SECOND_KEY[table], *names], (first, None))
-            return [to_grids(table, rows, [n])[n] for n in names]
+            made = self._made(table, list(names), (first, None))
+            return [made[n] for n in names]
 
     def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once for each version of the run."""
@@ -123,10 +118,7 @@ class Record:
 
     def stretch(self, table: str, names: Sequence[str], first: int, last: int) -> list[Grid]:
         """The named metrics of `layers` or `experts` from step `first` to `last`, without reading the rest."""
-        rows = self.run.read_arrow(
-            table, ["rank", "step", "layer", SECOND_KEY[table], *names], steps=(max(0, first), last + 1)
-        )
-        made = to_grids(table, rows, list(names))
+        made = self._made(table, list(names), (max(0, first), last + 1))
         return [made[n] for n in names]
 
     def said(self, key: str) -> dict[str, Any]:
@@ -137,6 +129,11 @@ class Record:
     def said_attempts(self) -> dict[int, int]:
         """Attempt → its first step, as the manifest knows them."""
         return known_starts(self.run.manifest)
+
+    def has_maps(self) -> bool:
+        """Whether the model has residual maps at all, as far as the manifest says."""
+        found = self.said("found")
+        return bool(found.get("sites", True)) and found.get("streams") != 1
 
     def option(self, key: str) -> Any:
         """What the training was told, wherever its manifest says it; None where it does not."""
@@ -150,6 +147,22 @@ class Record:
         """What could not be read, file → why."""
         return dict(self.run.problems)
 
+    def _whole(self, table: str, names: list[str]) -> dict[str, Grid]:
+        """The named metrics of every step, a stretch at a time: rows take several times the room of their grid."""
+        steps_S = self.steps()["step"]
+        first, last = (int(steps_S[0]), int(steps_S[-1])) if len(steps_S) else (0, 0)
+        parts = [
+            self._made(table, names, stretch)
+            for stretch in stretches(self.run, table, len(_keys(table)) + len(names), first, last)
+        ]
+        whole = {n: stacked([p[n] for p in parts]) for n in names}
+        known = {n: g for n, g in whole.items() if g is not None}
+        return known if len(known) == len(names) else self._made(table, names, None)
+
+    def _made(self, table: str, names: list[str], steps: Steps | None) -> dict[str, Grid]:
+        rows = self.run.read_arrow(table, [*_keys(table), *names], steps)
+        return to_grids(table, rows, names)
+
     def _read_tails(self) -> None:
         if self._steps is not None:
             self._steps = None  # one small table: whole is as quick as the tail
@@ -159,8 +172,7 @@ class Record:
                 continue
             last = [s[-1] for n in names if len(s := self._grids[table, n].steps_S)]
             first = int(min(last)) - _REREAD if len(last) == len(names) else None
-            rows = self.run.read_arrow(table, ["rank", "step", "layer", SECOND_KEY[table], *names], steps=(first, None))
-            for name, tail in to_grids(table, rows, names).items():
+            for name, tail in self._made(table, names, (first, None)).items():
                 whole = joined(self._grids[table, name], tail)
                 if whole is None:
                     del self._grids[table, name]  # other rows than before: read it anew when it is asked for
@@ -182,6 +194,10 @@ class Record:
         return tuple(sorted(seen, key=str))
 
 
+def _keys(table: str) -> list[str]:
+    return ["rank", "step", "layer", SECOND_KEY[table]]
+
+
 def _reopened(run: Run) -> Run:
     try:
         fresh = run.refresh()
@@ -189,41 +205,3 @@ def _reopened(run: Run) -> Run:
         return run  # the folder went away while it was looked at; what we hold is still true
     fresh.problems |= {k: v for k, v in run.problems.items() if k not in fresh.problems}
     return fresh
-
-
-def _steps_of(rows: pa.Table, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Columns of `steps`, ranks merged; all metrics and the routing mode, or the named metrics alone."""
-    step_n, rank_n = rows["step"].to_numpy(), rows["rank"].to_numpy()
-    steps_S, at_n = np.unique(step_n, return_inverse=True)
-    out: dict[str, np.ndarray] = {"step": steps_S}
-    for metric in [m for m in metrics_of("steps") if names is None or m.name in names]:
-        value_n, parts = values_of(rows[metric.name], metric), []
-        for rank in np.unique(rank_n):
-            one_S = np.full(len(steps_S), np.nan, np.float32)
-            one_S[at_n[rank_n == rank]] = value_n[rank_n == rank]
-            parts.append(one_S)
-        out[metric.name] = merge_ranks(parts, METRICS["steps", metric.name], steps_S.shape)
-    if names is not None:
-        return out
-    mode_S = np.full(len(steps_S), -1, np.int8)
-    modes = rows["routing_mode"].cast(pa.string()).to_pylist()
-    mode_S[at_n] = [ROUTING_MODES.index(n) if n in ROUTING_MODES else -1 for n in modes]
-    out["routing_mode"] = mode_S
-    return out
-
-
-def _undone(run: Run) -> list[Undone]:
-    starts = known_starts(run.manifest)
-    if len(starts) < 2:
-        return []
-    rows = run.read_arrow("steps", ["rank", "attempt", "step", "loss", "grad_norm"], attempt="all")
-    out = []
-    for attempt in sorted(starts):
-        ends = min((first for later, first in starts.items() if later > attempt), default=None)
-        if ends is None:
-            continue
-        gone = rows.filter(pc.and_(pc.equal(rows["attempt"], attempt), pc.greater_equal(rows["step"], ends)))
-        if len(gone):
-            merged = _steps_of(gone, ("loss", "grad_norm"))
-            out.append(Undone(attempt, merged["step"], merged["loss"], merged["grad_norm"]))
-    return out

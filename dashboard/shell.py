@@ -4,6 +4,7 @@ from typing import Any
 from urllib.parse import quote
 
 import dash_mantine_components as dmc
+import numpy as np
 from dash import dcc, html
 from flask import has_request_context, request
 
@@ -12,13 +13,17 @@ from geodiag.dashboard.marks import KINDS
 from geodiag.dashboard.parts import aria, badge, notice, tip
 from geodiag.dashboard.record import Record
 from geodiag.dashboard.view import View
-from geodiag.dashboard.words import STATUS, whole
+from geodiag.dashboard.words import ROUTING, STATUS, whole
+from geodiag.schema import ROUTING_MODES
 
 REFRESH_MS = 1500
 _DARK = ["#e6e9f0", "#c3c9d4", "#98a2b3", "#667085", "#3a4150", "#2a303c", "#1f2430", "#171b23", "#10131a", "#0b0d12"]
 _FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 THEME_COOKIE = "geodiag-theme"
+MODES = {"warmup": "warm-up", "on": "anticipatory", "drain": "drain"}
+"""Routing modes that are drawn as bands, and what they are called beside their colour."""
 LEGEND = {kind: (kind.replace("_", " "), f"{said.capitalize()}.") for kind, said in KINDS.items()}
+LEGEND |= {mode: (f"routing: {name}", ROUTING[mode]) for mode, name in MODES.items()}
 LEGEND["undone"] = ("undone", "Steps that were rolled back: a later attempt took their place.")
 
 
@@ -91,6 +96,8 @@ def legend(record: Record | None, pathname: str) -> list:
     kinds = {m.kind for m in happened(record)}
     if record.undone():
         kinds.add("undone")
+    if pathname.rstrip("/").endswith(("/overview", "/cascade")):
+        kinds |= {ROUTING_MODES[m] for m in np.unique(record.steps()["routing_mode"]) if m > 0}
     said = {k: v for k, v in LEGEND.items() if k in kinds}
     return [
         tip(html.Span([html.I(className=f"key key-{k}"), name], tabIndex=0), why) for k, (name, why) in said.items()

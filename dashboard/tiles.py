@@ -1,4 +1,4 @@
-"""Headline numbers: seven tiles that say how the run stands, each explained in plain words."""
+"""Headline numbers: six tiles that say how the run stands, each explained in plain words."""
 
 from typing import Any
 
@@ -6,12 +6,11 @@ import numpy as np
 
 from geodiag.dashboard.draw import raised
 from geodiag.dashboard.grid import Grid, row_name
-from geodiag.dashboard.parts import badge, tile
+from geodiag.dashboard.parts import tile
 from geodiag.dashboard.record import Record
-from geodiag.dashboard.words import ROUTING, STATUS, about, metric, number, percent, whole
+from geodiag.dashboard.words import ROUTING, about, metric, number, percent, times, whole
 from geodiag.events import KINDS
 from geodiag.health import SPIKES
-from geodiag.schema import ROUTING_MODES
 
 COMPOSITES = ("composite_gain_fwd", "composite_gain_bwd")
 _HIGH_GAIN = 2.0
@@ -19,19 +18,17 @@ _HIGH_GAIN = 2.0
 
 
 def tiles(record: Record) -> list:
-    """Status, step, loss, worst composite gain, worst flip rate, routing, spikes."""
-    steps, status = record.steps(), record.run.status()
+    """Step, loss, composite gain, flip rate, routing, spikes. How the training stands is at the top of every page."""
+    steps, mode = record.steps(), record.mode()
     some = len(steps["step"]) > 0
     last = int(steps["step"][-1]) if some else None
     loss = float(steps["loss"][-1]) if some else None
-    mode = ROUTING_MODES[steps["routing_mode"][-1]] if some else "off"
     lag = float(steps["routing_lag"][-1]) if some else 0.0
     seconds = steps["step_seconds"][-50:]
     pace = f"{1 / np.nanmean(seconds):.2g} a second" if some and np.isfinite(seconds).any() else ""
     gain, flip = worst_now(record, *COMPOSITES), worst_now(record, "flip_rate")
     found = [s for s in raised(record) if s.kind in SPIKES]
     return [
-        tile("status", badge(status), "", STATUS[status]),
         tile("step", whole(last), pace, "The newest step on record."),
         tile("loss", number(loss), metric("steps", "loss").unit, about(metric("steps", "loss")), _tone(loss, np.inf)),
         _gain_tile(gain),
@@ -68,16 +65,16 @@ def worst_now(record: Record, *names: str) -> Grid | None:
 
 
 def _gain_tile(grid: Grid | None) -> Any:
-    label = "worst composite gain"
+    label = "composite gain now"
     if grid is None:
         return tile(label, "–", "no residual maps recorded", about(metric("layers", COMPOSITES[0])))
     value, _, row = grid.worst()  # type: ignore[misc]
     way = "backward" if grid.metric.name.endswith("bwd") else "forward"
-    return tile(label, f"{number(value)} ×", f"{way}, at {row_name(row)}", about(grid.metric), _tone(value, _HIGH_GAIN))
+    return tile(label, times(value), f"{way}, at {row_name(row)}", about(grid.metric), _tone(value, _HIGH_GAIN))
 
 
 def _flip_tile(grid: Grid | None) -> Any:
-    label = "worst flip rate"
+    label = "flip rate now"
     if grid is None:
         return tile(label, "–", "no router probed", about(metric("layers", "flip_rate")))
     value, _, row = grid.worst()  # type: ignore[misc]

@@ -1,5 +1,6 @@
 """Words and numbers as readers want them: help from the registry, large numbers with commas, unknowns as a dash."""
 
+import math
 import time
 from typing import Any
 
@@ -56,6 +57,11 @@ def number(value: float | None, digits: int = 4) -> str:
     if value in (float("inf"), float("-inf")):
         return "not finite"
     return f"{value:.{digits}g}"
+
+
+def times(value: float | None) -> str:
+    """A gain, as the command line writes it too: `×1.019`."""
+    return number(value) if value is None or not math.isfinite(value) else f"×{value:.4g}"
 
 
 def whole(value: int | None) -> str:

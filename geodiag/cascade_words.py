@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 def in_words(c: "Cascade") -> str:
     """One to three sentences: where and when it began, how it went on, what would have stopped it."""
     if c.onset is None:
-        return "No internal precursor found: nothing that was recorded left its range before the loss did."
+        end = "before the loss did" if c.spike else f"up to step {c.spike_onset:,}"
+        return f"No internal precursor found: nothing that was recorded left its range {end}."
     return " ".join(s for s in (_began(c), _went_on(c), _fits(c)) if s)
 
 
 def _began(c: "Cascade") -> str:
     """Where, when, and the two loudest measurements."""
     assert c.onset is not None
-    what = "the loss" if c.spike else f"step {c.spike_onset}"
-    ahead = f"{_steps(c.lead)} before {what}, at step {c.onset}" if c.lead and c.lead > 0 else f"at step {c.onset}"
+    what = "the loss" if c.spike else f"step {c.spike_onset:,}"
+    ahead = f"{_steps(c.lead)} before {what}, at step {c.onset:,}" if c.lead and c.lead > 0 else f"at step {c.onset:,}"
     if c.cause == "lr":
         e = c.evidence[0]
         rate = f"{e.value:.3g} where its schedule led to {e.usual:.3g}"

@@ -45,16 +45,17 @@ def _sampling(window: Judged, onset: int) -> list[Caveat]:
     steps = window.step_S[window.tracks.sampled_S]
     before = steps[steps < onset]
     if len(before) < ENOUGH:
-        return [Caveat(f"only {len(before)} samples before the loss tell what is usual", max(0.1, len(before) / 64))]
+        few = {0: "no sample", 1: "only one sample"}.get(len(before), f"only {len(before)} samples")
+        return [Caveat(f"{few} before the loss to tell what is usual", max(0.1, len(before) / 64))]
     said, gaps = [], np.diff(before[-4 * ENOUGH :])
     usual = int(np.median(gaps))
     if usual > 1:
         said.append(Caveat(f"layers were sampled every {usual} steps: an onset may lie {usual - 1} steps earlier", 0.9))
     for i in np.flatnonzero(gaps > _HOLE * usual):
         first = int(before[-4 * ENOUGH :][i])
-        said.append(Caveat(f"nothing was sampled from step {first + 1} to {first + int(gaps[i]) - 1}", 0.8))
+        said.append(Caveat(f"nothing was sampled from step {first + 1:,} to {first + int(gaps[i]) - 1:,}", 0.8))
     if onset - before[-1] > _HOLE * usual:
-        said.append(Caveat(f"nothing was sampled from step {int(before[-1]) + 1} to the loss", 0.5))
+        said.append(Caveat(f"nothing was sampled from step {int(before[-1]) + 1:,} to the loss", 0.5))
     return said
 
 
@@ -79,5 +80,5 @@ def _neighbours(seen: Seen, others: Sequence[Seen]) -> list[Caveat]:
         if spike is None or other.attempt != seen.attempt or other.onset >= seen.onset:
             continue
         if spike.end is None or spike.end > seen.onset:
-            return [Caveat(f"the {spike.kind} of step {other.onset} was not over", 0.8)]
+            return [Caveat(f"the {spike.kind} of step {other.onset:,} was not over", 0.8)]
     return []

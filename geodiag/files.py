@@ -46,9 +46,9 @@ def plain(data: Any) -> Any:
 
 
 def first_line(error: BaseException, width: int = 80) -> str:
-    """What went wrong, in one short line."""
+    """What went wrong, in one short line: the first sentence."""
     lines = str(error).splitlines()
-    return lines[0][:width] if lines else type(error).__name__
+    return lines[0].split(". ")[0].rstrip(".")[:width] if lines else type(error).__name__
 
 
 @dataclass(frozen=True)

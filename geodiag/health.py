@@ -1,6 +1,7 @@
 """A run's health in a few lines: the worst value of every metric, and what it says of the three stages."""
 
 import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,8 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from geodiag.files import plain
+from geodiag.merged import key_names
 from geodiag.run import Run, Status
 from geodiag.schema import METRICS, Metric, metrics_of
+from geodiag.stretches import stretches
 
 SPIKES = ("spike", "divergence", "nonfinite")
 """Kinds of events that count as a spike of the run; an outlier is over before anybody can act."""
@@ -90,14 +93,18 @@ class Health:
         }
 
 
-def health(run: Run) -> Health:
-    """Reads the run's tables once and sums them up."""
-    steps, layers, experts = (run.read_arrow(t, ranks="merged") for t in ("steps", "layers", "experts"))
+def health(run: Run, names: Collection[str] | None = None) -> Health:
+    """Sums a run up; `names` are the metrics that are wanted, None for all: what nobody asks for is not read."""
+    steps = run.read_arrow("steps", ranks="merged")
+    step_n = steps["step"].to_numpy()
+    first, last = (int(step_n.min()), int(step_n.max())) if len(step_n) else (0, 0)
     worst: dict[str, Worst] = {}
-    for table, rows in (("steps", steps), ("layers", layers), ("experts", experts)):
-        for metric in metrics_of(table):
-            if metric.worse and metric.name not in worst and (found := worst_of(rows, metric)):
-                worst[metric.name] = found
+    for table in ("steps", "layers", "experts"):
+        wanted = [m for m in metrics_of(table) if m.worse and m.name not in worst and (not names or m.name in names)]
+        if table == "steps":
+            worst |= _worst_in([steps], wanted)
+        elif wanted:
+            worst |= _worst_in(_pieces(run, table, [m.name for m in wanted], first, last), wanted)
     events = run.read_arrow("events", ["step", "kind", "message"]).to_pylist()
     losses = steps["loss"].drop_null()
     return Health(
@@ -108,11 +115,36 @@ def health(run: Run) -> Health:
         spikes=[e for e in events if e["kind"] in SPIKES],
         worst=worst,
         left={stage: _left(steps, stage) for stage in (1, 2, 3)},
-        composite=_composite(layers, worst),
+        composite=_composite(worst, _pieces(run, "layers", _PROJECTION, first, last)),
         found=_found(run),
         missing=_missing(run),
         problems=dict(run.problems),
     )
+
+
+def _pieces(run: Run, table: str, names: Sequence[str], first: int, last: int) -> Iterator[pa.Table]:
+    """The table's keys and named metrics, a stretch of steps after another."""
+    columns = [*key_names(table), *names]
+    for steps in stretches(run, table, len(columns), first, last):
+        yield run.read_arrow(table, columns, steps, ranks="merged")
+
+
+def _worst_in(pieces: Iterable[pa.Table], metrics: Sequence[Metric]) -> dict[str, Worst]:
+    """The worst value of each metric that was measured."""
+    worst: dict[str, Worst] = {}
+    for rows in pieces:
+        for metric in metrics:
+            found, known = worst_of(rows, metric), worst.get(metric.name)
+            if found and (known is None or _beats(found.value, known.value, metric.worse == "low")):
+                worst[metric.name] = found
+    return worst
+
+
+def _beats(value: float, known: float, low: bool) -> bool:
+    """Whether a later value is worse; the first that is not finite is the worst there can be."""
+    if not math.isfinite(known) or not math.isfinite(value):
+        return math.isfinite(known)
+    return value < known if low else value > known
 
 
 def _left(steps: pa.Table, stage: int) -> int | None:
@@ -145,12 +177,12 @@ def outside(name: str, worst: Worst, table: str = "layers") -> bool:
     return not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high)
 
 
-def _composite(layers: pa.Table, worst: dict[str, Worst]) -> Composite:
+def _composite(worst: dict[str, Worst], projections: Iterable[pa.Table]) -> Composite:
     ends = [n for n in ("composite_gain_fwd", "composite_gain_bwd") if n in worst]
     if not ends:
         return Composite(verdict="absent", worst=None, direction="forward", bound=None)
     name = max(ends, key=lambda n: worst[n].value if math.isfinite(worst[n].value) else math.inf)
-    top, bound = worst[name], _truncation(layers)
+    top, bound = worst[name], _truncation(projections)
     verdict: Literal["within", "flat", "grew", "nonfinite"]
     if not math.isfinite(top.value):
         verdict = "nonfinite"
@@ -163,22 +195,27 @@ def _composite(layers: pa.Table, worst: dict[str, Worst]) -> Composite:
     )
 
 
-def _truncation(layers: pa.Table) -> float | None:
+_PROJECTION = ("amax_gain_fwd_max", "amax_gain_bwd_max", "sinkhorn_residual")
+
+
+def _truncation(projections: Iterable[pa.Table]) -> float | None:
     """The largest composite that unfinished Sinkhorn iterations alone explain: what each map leaves, compounded.
 
     A doubly stochastic map that was cut short still has exact sums on the side normalised last. Where neither
     side of some map is near 1, nothing was projected, and there is nothing to explain growth away with.
     """
-    names = ["rank", "attempt", "step", "amax_gain_fwd_max", "amax_gain_bwd_max", "sinkhorn_residual"]
-    rows = layers.select(names).drop_null()
-    if not rows.num_rows:
-        return None
-    fwd, bwd, left = (rows[n].to_numpy().astype(float) for n in names[3:])
-    if not (np.minimum(np.abs(fwd - 1), np.abs(bwd - 1)) < EXACT).all():
-        return None
-    keys = np.stack([rows[n].to_numpy() for n in names[:3]])
-    _, moment = np.unique(keys, axis=1, return_inverse=True)
-    return float(np.exp(np.bincount(moment.ravel(), np.log1p(left)).max()))
+    most = None
+    for piece in projections:
+        rows = piece.select(["rank", "attempt", "step", *_PROJECTION]).drop_null()
+        if not rows.num_rows:
+            continue
+        fwd, bwd, left = (rows[n].to_numpy().astype(float) for n in _PROJECTION)
+        if not (np.minimum(np.abs(fwd - 1), np.abs(bwd - 1)) < EXACT).all():
+            return None
+        rank, attempt, step = (rows[n].to_numpy().astype(np.int64) for n in ("rank", "attempt", "step"))
+        _, moment = np.unique((rank << 48) + (attempt << 32) + step, return_inverse=True)
+        most = max(most or 0.0, float(np.exp(np.bincount(moment, np.log1p(left)).max())))
+    return most
 
 
 def _found(run: Run) -> dict[str, int]:

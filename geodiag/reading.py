@@ -40,8 +40,9 @@ def read_table(
         pieces += _read_rank(store, table, rank, full, steps, problems)
     if attempt == "newest" and pieces:
         starts = all_starts(pa.concat_tables([p.select(["attempt", "step"]) for p in pieces]), starts)
-    # Piece by piece: most are wanted whole, and filtering copies.
-    pieces = [p if (keep := _wanted(p, steps, starts, attempt)) is None else p.filter(keep) for p in pieces]
+    # Piece by piece: most are wanted whole or as a slice, and filtering copies.
+    pieces = [_cut(p, steps) for p in pieces]
+    pieces = [p if (keep := _wanted(p, starts, attempt)) is None else p.filter(keep) for p in pieces]
     rows = pa.concat_tables(pieces).unify_dictionaries() if pieces else full.empty_table()
     return _in_order(rows).select(schema.names)
 
@@ -199,20 +200,28 @@ def fit(rows: pa.Table, schema: pa.Schema) -> pa.Table | str:
     return pa.table(columns, schema=schema)
 
 
-def _wanted(rows: pa.Table, steps: Steps | None, starts: dict[int, int], attempt: int | str) -> Any:
-    """Which of a piece's rows are asked for; None for all of them."""
+def _cut(rows: pa.Table, steps: Steps | None) -> pa.Table:
+    """A piece's rows of these steps: a slice where they lie in order, as one attempt's do."""
+    low, high = steps or (None, None)
+    if low is None and high is None:
+        return rows
+    step = rows["step"].to_numpy()
+    if (step[1:] >= step[:-1]).all():
+        first = 0 if low is None else int(np.searchsorted(step, low))
+        end = len(step) if high is None else int(np.searchsorted(step, high))
+        return rows.slice(first, max(0, end - first))
+    inside = np.ones(len(step), bool) if low is None else step >= low
+    return rows.filter(pa.array(inside if high is None else inside & (step < high)))
+
+
+def _wanted(rows: pa.Table, starts: dict[int, int], attempt: int | str) -> Any:
+    """Which of a piece's rows belong to the attempt asked for; None for all of them."""
     if not len(rows):
         return None
     step, tests = rows["step"], []
-    low, high = steps or (None, None)
-    first, last = pc.min_max(step).as_py().values()
-    if low is not None and first < low:
-        tests.append(pc.greater_equal(step, low))
-    if high is not None and last >= high:
-        tests.append(pc.less(step, high))
     if attempt == "newest":
         # An attempt's rows end where a later attempt began.
-        oldest = pc.min(rows["attempt"]).as_py()
+        oldest, last = pc.min(rows["attempt"]).as_py(), pc.max(step).as_py()
         for later, start in starts.items():
             if later > oldest and last >= start:
                 tests.append(pc.or_(pc.greater_equal(rows["attempt"], later), pc.less(step, start)))

@@ -47,8 +47,10 @@ class Run:
                 run.problems["run.json"] = "written by a newer geodiag; upgrade geodiag to see all of it"
             return run
         if not looks_like_a_run(store):
-            what = "has no run.json" if store.exists() else "does not exist"
-            raise GeodiagError(f"{path} {what}; pass a run directory, e.g. sample_runs/mhc-tear")
+            inside = [n for n in store.names() if looks_like_a_run(store, n)]
+            what = "is a folder of runs" if inside else "has no run.json" if store.exists() else "does not exist"
+            example = f"{store.url.rstrip('/')}/{inside[0]}" if inside else "sample_runs/mhc-tear"
+            raise GeodiagError(f"{path} {what}; pass a run directory, e.g. {example}")
         run = cls(store, {})
         run.problems["run.json"] = "missing or unreadable; the tables are read without it"
         return run

@@ -35,6 +35,8 @@ def test_a_path_where_nothing_lies(cli, tmp_path: Path, command: tuple[str, ...]
 def test_a_folder_that_holds_no_run(cli, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     one_line(cli("show", tmp_path / "photos"), "has no run.json", "pass a run directory")
+    Run.create(tmp_path / "many/one").close()
+    one_line(cli("show", tmp_path / "many"), "is a folder of runs", f"e.g. {tmp_path}/many/one")
     one_line(cli("runs", tmp_path / "photos"), "holds no runs", "sample_runs")
 
 
@@ -252,7 +254,7 @@ def test_a_reader_that_goes_away_is_no_error(make_run, tmp_path: Path) -> None:
 def test_control_c_ends_quietly_with_130(tmp_path: Path) -> None:
     code = (
         "import geodiag.health\n"
-        "def stop(run): raise KeyboardInterrupt\n"
+        "def stop(*_): raise KeyboardInterrupt\n"
         "geodiag.health.health = stop\n"
         "from geodiag.run import Run; Run.create('run').close()\n"
         "from geodiag.cli.main import main; main()"

@@ -57,7 +57,7 @@ def test_a_spike_at_the_first_or_last_step_is_answered(tmp_path: Path, onset: in
     run = Planted(spike=onset).write(tmp_path / "run")
     confidence, said = trust(run)
     assert confidence == 0
-    assert ("samples before the loss" in said) == (onset < 20)
+    assert ("before the loss to tell what is usual" in said) == (onset < 20)
     assert stage_map(run, max(0, onset - 5), onset + 5).scores.shape[0] == 3
 
 

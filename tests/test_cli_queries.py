@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from geodiag.cli import doctor
+from geodiag.cli.output import prose
 from geodiag.control import RequestWatch
 from geodiag.events import Event
 from geodiag.health import health, worst_of
@@ -97,11 +98,36 @@ def test_worst_follows_the_bad_end_skips_nulls_and_puts_what_is_not_finite_first
     assert (wild.step, wild.layer, wild.as_json()["value"], wild.as_json()["nonfinite"]) == (4, 7, None, "nan")
 
 
+def test_health_is_the_same_however_the_run_is_cut_into_stretches(tmp_path: Path, monkeypatch) -> None:
+    run = Run.create(tmp_path / "a")
+    record_maps(run, 1.0, 1.03, 0.03, 1.15, steps=12)
+    for step, flips, act in ((3, 0.9, 2.0), (7, 0.9, math.inf), (9, 0.1, 5.0), (11, 0.2, math.nan)):
+        run.append("layers", {"step": step, "layer": 7, "site": "ffn", "flip_rate": flips, "router_entropy": flips})
+        run.append("experts", {"step": step, "layer": 7, "expert": 1, "act_rms": act})
+    whole = health(run)
+    monkeypatch.setattr("geodiag.stretches.CELLS", 1)
+    monkeypatch.setattr("geodiag.stretches.GLANCE", 1)
+    cut = health(run)
+    assert cut.as_json() == whole.as_json()
+    found = {n: cut.worst[n].step for n in ("flip_rate", "router_entropy", "act_rms")}
+    assert found == {"flip_rate": 3, "router_entropy": 9, "act_rms": 7}, (
+        "the first of equals, and of what is not finite"
+    )
+    assert cut.composite.verdict == "within"
+    few = health(run, ["flip_rate"])
+    assert few.worst == {"flip_rate": cut.worst["flip_rate"]}
+
+
 def test_a_run_that_is_not_finite_from_the_first_step_is_shown(tmp_path: Path, cli) -> None:
     run = Run.create(tmp_path / "nan")
     run.append("steps", {"step": range(3), "loss": [math.nan] * 3, "stage3_score": [math.inf] * 3})
+    run.append("steps", {"step": [3], "loss": [math.nan], "stage1_score": [-0.0], "stage2_score": [0.1]})
+    run.append("layers", {"step": range(3), "layer": 0, "site": "ffn", "act_amax": [1.0, math.nan, math.nan]})
     run.close()
     out = cli("show", tmp_path / "nan")
+    assert "Stage 1: local curvature  not finite from step 1 on" in out.output
+    assert "Stage 2: chart inconsistency  within its own history" in out.output
+    assert "-0 robust z" not in out.output
     assert out.exit_code == 0
     assert "loss NaN" in out.output
     assert "left its own history" in out.output
@@ -113,6 +139,31 @@ def test_a_run_without_a_step_is_shown(tmp_path: Path, cli) -> None:
     out = cli("show", tmp_path / "empty")
     assert (out.exit_code, "no step yet" in out.output) == (0, True)
     assert json.loads(cli("show", tmp_path / "empty", "--json").output)["last_step"] is None
+
+
+def test_a_pipe_is_never_cut_nor_folded_and_a_terminal_is_folded_between_words(make_run, cli, monkeypatch, tmp_path):
+    run, words = make_run(close=False), "it grew and grew " * 12
+    run.append("layers", {"step": 9, "layer": 31, "site": "attn", "stream_amax": 70_000.0})
+    run.event(Event(step=4, kind="spike", message=words))
+    run.close()
+    monkeypatch.setenv("COLUMNS", "40")
+    out = cli("show", tmp_path / "run").output
+    assert "≤ 65504" in out
+    assert words.strip() in out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    folded = str(prose(words, indent=2)).splitlines()
+    assert len(folded) > 1
+    assert all(len(line) <= 40 and line.startswith("  ") for line in folded)
+    assert " ".join(folded).split() == words.split()
+
+
+def test_layers_that_cannot_be_read_are_not_taken_for_a_model_without_maps(make_run, cli, tmp_path: Path) -> None:
+    make_run()
+    for part in (tmp_path / "run/layers").rglob("*.parquet"):
+        part.write_bytes(b"PAR1 and no more")
+    said = cli("show", tmp_path / "run").output
+    assert "no residual maps measured; what was could not be read" in said
+    assert "no hyper-connections" not in said
 
 
 # -- runs ----------------------------------------------------------------------------------
@@ -212,10 +263,13 @@ def test_routing_status_says_what_follows_and_when_more_is_possible(make_run, cl
     data = {"acted": True, "actions": ["route"], "restore": 3, "until": 65, "possible": 166, "budget_left": 7} | more
     run.event(Event(step=7, kind="decision", message="spike: back to the snapshot of step 3", data=data))
     run.event(Event(step=3, kind="rollback", message="back from step 7 to step 3 in 0.10 s"))
-    run.close()
-    out = " ".join(cli("routing", tmp_path / "run", "status").output.split())
+    out = " ".join(cli("routing", tmp_path / "run").output.split())  # status is what is asked for by nothing
     assert "last rollback: back from step 7 to step 3 in 0.10 s" in out
     assert all(word in out for word in words)
+    run.close()
+    out = " ".join(cli("routing", tmp_path / "run", "status").output.split())
+    assert "last rollback" in out
+    assert not any(word in out for word in words), "nothing follows once the training is over"
     said = json.loads(cli("routing", tmp_path / "run", "status", "--json").output)["last_decision"]
     assert said == {"step": 7, "reason": "spike: back to the snapshot of step 3"} | data
 
@@ -254,7 +308,7 @@ def test_doctor_compares_versions_without_the_build_tag(tmp_path: Path) -> None:
 
 def test_doctor_without_a_browser_or_space_says_what_to_do(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor._chromium().state == "missing"
+    assert doctor._chromium().state == "warn"
     assert "apt-get install chromium" in doctor._chromium().fix
     monkeypatch.setattr(doctor, "FREE_GB", 1e12)
     assert doctor._disk(tmp_path).fix
@@ -275,6 +329,7 @@ def test_one_odd_step_does_not_mean_that_a_stage_left_its_history(tmp_path: Path
         (["train", "--size", "huge"], "'huge' is not one of 'tiny', 'small'"),
         (["train", "--steps", "0"], "greater than or equal to 1"),
         (["show"], "Missing argument 'RUN'"),
+        (["routing", "run", "maybe"], "'maybe' is not one of 'auto', 'on', 'off', 'status'"),
         (["--nope"], "No such option: --nope"),
     ],
 )

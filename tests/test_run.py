@@ -128,6 +128,7 @@ def test_a_rollback_hides_the_steps_it_abandoned_and_keeps_them_on_record(tmp_pa
     assert losses(run, attempt=np.int64(1)) == [(1, 4, 2.0), (1, 5, 2.0)]
     assert len(losses(run, attempt="all")) == 8
     assert losses(run, steps=(5, None)) == [(1, 5, 2.0)]
+    assert losses(run, attempt="all", steps=(3, 5)) == [(0, 3, 1.0), (0, 4, 1.0), (1, 4, 2.0)]
     with pytest.raises(GeodiagError, match="no attempt 'latest'"):
         run.read("steps", attempt="latest")
 

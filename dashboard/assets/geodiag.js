@@ -30,7 +30,7 @@ cells.Kind = (p) => el("span", { className: `kind kind-${p.value}` }, p.value);
 cells.Spark = (p) => {
   const known = (p.value || []).map((y, i) => [i, y]).filter(([, y]) => y !== null);
   if (known.length < 2) return "–";
-  const [w, h, pad] = [140, 26, 3];
+  const [w, h, pad] = [104, 26, 3];
   const ys = known.map(([, y]) => y);
   const [low, high] = [Math.min(...ys), Math.max(...ys)];
   const x = (i) => pad + (i / (p.value.length - 1)) * (w - 2 * pad);

@@ -10,13 +10,13 @@ import plotly.graph_objects as go
 from geodiag.cascade import Cascade, StageMap
 from geodiag.dashboard.figures.bins import binned
 from geodiag.dashboard.figures.cascade_path import Place, draw_path
+from geodiag.dashboard.figures.curve import curve
 from geodiag.dashboard.figures.happenings import draw_marks, draw_undone
 from geodiag.dashboard.figures.scale import robust_z, z_shade
 from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, time_axis
-from geodiag.dashboard.figures.thin import broken, thinned
 from geodiag.dashboard.grid import Grid
 from geodiag.dashboard.marks import Mark, Span
-from geodiag.dashboard.record import Undone
+from geodiag.dashboard.outcome import Undone
 from geodiag.schema import METRICS
 
 # S steps, L layers.
@@ -26,7 +26,7 @@ STAGES = {
     2: ("chart inconsistency", "the router's map is stale: wrong expert"),
     3: ("amplification", "residual maps and gradients compound it over depth"),
 }
-_LOSS_PX, _TITLE_PX, _GAP_PX = 150, 24, 10
+_LOSS_PX, _TITLE_PX, _GAP_PX, _AXIS_PX = 150, 24, 10, 46
 _LEAST_PX, _MOST_PX = 96, 190
 
 
@@ -56,10 +56,8 @@ def picture(
     near = (scene.steps["step"] >= low) & (scene.steps["step"] <= high)
     if not near.any():
         return empty("Waiting for the first step.", look, 420)
-    rows = max(1, len(scene.stages.layers))
-    tall = min(_MOST_PX, max(_LEAST_PX, 6.0 * rows))
-    inner = _TITLE_PX + _LOSS_PX + 3 * (_TITLE_PX + tall + _GAP_PX)
-    fig = base(look, round(inner + 46), hovermode="closest")
+    tall, inner = _pixels(len(scene.stages.layers))
+    fig = base(look, height_of(len(scene.stages.layers)), hovermode="closest")
     place = _stack(inner, tall, scene.stages.layers)
     for stage in STAGES:
         _map(fig, scene, stage, place, look)
@@ -80,6 +78,17 @@ def picture(
     if cell is not None:
         _frame(fig, cell, scene, look)
     return fig
+
+
+def height_of(layers: int) -> int:
+    """Pixels of the picture of a model of so many layers."""
+    return round(_pixels(layers)[1] + _AXIS_PX)
+
+
+def _pixels(layers: int) -> tuple[float, float]:
+    """Heights of one map, and of everything above the time axis."""
+    tall = min(_MOST_PX, max(_LEAST_PX, 6.0 * layers))
+    return tall, _TITLE_PX + _LOSS_PX + 3 * (_TITLE_PX + tall + _GAP_PX)
 
 
 def _stack(inner: float, tall: float, layers: np.ndarray) -> Place:
@@ -115,17 +124,8 @@ def _loss(fig: go.Figure, scene: Scene, near: np.ndarray, place: Place, look: Lo
                     text="anticipatory routing on", showarrow=False, font={"size": 11, "color": look.on},
                 )  # fmt: skip
     draw_undone(fig, scene.undone, low, high, look, {"loss": "y"})
-    points = thinned(scene.steps["step"][near], loss_S)
-    fig.add_scatter(
-        x=points.x, y=points.y, mode="lines", line={"color": look.ink, "width": 1.5}, name="loss",
-        hovertemplate="loss %{y:.4g} at step %{x:,d}<extra></extra>",
-    )  # fmt: skip
-    lost = broken(scene.steps["step"][near], loss_S)
-    if len(lost):
-        fig.add_scatter(
-            x=lost, y=np.full(len(lost), b), mode="markers", name="loss not finite",
-            marker={"symbol": "x", "size": 8, "color": look.spike}, hovertemplate="NaN or infinite<extra></extra>",
-        )  # fmt: skip
+    hover = "loss %{y:.4g} at step %{x:,d}"
+    curve(fig, scene.steps["step"][near], loss_S, look, name="loss", hover=hover, extra="<extra></extra>")
 
 
 def _map(fig: go.Figure, scene: Scene, stage: int, place: Place, look: Look) -> None:
@@ -161,6 +161,7 @@ def _title(fig: go.Figure, place: Place, panel: int, text: str, look: Look) -> N
     fig.add_annotation(
         text=text, x=0, y=place.domains[panel][1], xref="paper", yref="paper", xanchor="left", yanchor="bottom",
         showarrow=False, font={"size": 12.5, "color": look.ink}, yshift=2, align="left",
+        bgcolor=look.paper,  # the path passes behind the words
     )  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def _lead(cascade: Cascade, asked: str) -> str:
 def _outside(cascade: Cascade, end_said: str) -> str:
     if cascade.cause == "lr" and cascade.evidence:
         e = cascade.evidence[0]
-        what = f"learning rate × {e.value / e.usual:.3g}"
+        what = f"learning rate ×{e.value / e.usual:.3g}"
     else:
         what = f"the batch: {cascade.domain}" if cascade.domain else "the batch"
     return f"<b>{what}</b><br>{end_said.replace('<br>', ' ')}"

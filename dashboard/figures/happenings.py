@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from geodiag.dashboard.figures.style import Look, faded, upright
 from geodiag.dashboard.figures.thin import thinned
 from geodiag.dashboard.marks import Mark
-from geodiag.dashboard.record import Undone
+from geodiag.dashboard.outcome import Undone
 
 _MOST = 60
 _DASH = {"spike": "dash", "early_warning": "dot", "rollback": "solid", "attempt": "dashdot"}

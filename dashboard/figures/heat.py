@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from geodiag.dashboard.figures.bins import Binned, binned
 from geodiag.dashboard.figures.happenings import draw_marks
 from geodiag.dashboard.figures.scale import shade
-from geodiag.dashboard.figures.style import Look, axis, base, empty, time_axis, upright
+from geodiag.dashboard.figures.style import EMPTY_PX, Look, axis, base, empty, time_axis, upright
 from geodiag.dashboard.grid import Grid, row_name
 from geodiag.dashboard.marks import Mark
 from geodiag.schema import SITES
@@ -24,7 +24,7 @@ class Panel(NamedTuple):
     title: str
 
 
-_TITLE_PX, _MOST_CROSSES = 30, 300
+_TITLE_PX, _AXIS_PX, _MOST_CROSSES = 30, 46, 300
 
 
 def heat_map(
@@ -52,10 +52,9 @@ def heat_map(
     if not shown:
         return empty(nothing, look)
     columns = [binned(g) for _, g in shown]
-    tall = [_row_pixels(len(g.rows)) * len(g.rows) for _, g in shown]
+    tall = _panel_pixels([len(g.rows) for _, g in shown])
     inner = sum(tall) + _TITLE_PX * len(tall)
-    height = inner + 46
-    fig = base(look, round(height))
+    fig = base(look, height_of([len(g.rows) for _, g in shown]))
     every = np.concatenate([c.values_RB.ravel() for c in columns])
     colours = shade(shown[0][1].metric, every, look, centre)
     bar = colours.axis.get("colorbar", {}) | {"len": 1 - _TITLE_PX / inner, "y": 0, "yanchor": "bottom"}
@@ -95,18 +94,27 @@ def heat_map(
     return fig
 
 
+def height_of(rows: Sequence[int]) -> int:
+    """Pixels of a heat map whose panels have so many rows; of the sentence in its place where there are none."""
+    tall = _panel_pixels(rows)
+    return round(sum(tall) + _TITLE_PX * len(tall) + _AXIS_PX) if tall else EMPTY_PX
+
+
+def _panel_pixels(rows: Sequence[int]) -> list[float]:
+    return [_row_pixels(n) * n for n in rows if n]
+
+
 def _panel(fig: go.Figure, column: Binned, names: list[str], i: int, log: bool, grid: Grid, look: Look) -> None:
     value_RB = np.where(np.isinf(column.values_RB), np.nan, column.values_RB)
-    unit = "" if grid.metric.unit == "1" else f" {grid.metric.unit}"
     when = f"worst of {column.width} steps around %{{x:,.0f}}" if column.merged else "step %{x:,.0f}"
     shown = {"z": value_RB}
     if log:
         # A zero is a value, the lowest colour there is; only NaN may look like a gap.
         shown = {"z": np.log10(np.maximum(value_RB, 1e-30)), "customdata": value_RB}
-    number = "%{customdata:.5g}" if log else "%{z:.5g}"
+    number = _hover("customdata" if log else "z", grid.metric.unit)
     fig.add_heatmap(
         **shown, x0=float(column.left_B[0]) + (column.width - 1) / 2, dx=column.width, y=names, coloraxis="coloraxis",
-        yaxis=f"y{_n(i)}", hovertemplate=f"<b>%{{y}}</b> · {when}<br>{grid.metric.name} {number}{unit}<extra></extra>",
+        yaxis=f"y{_n(i)}", hovertemplate=f"<b>%{{y}}</b> · {when}<br>{grid.metric.name} {number}<extra></extra>",
         hoverongaps=False, name=grid.metric.name,
     )  # fmt: skip
     r, b = np.nonzero(np.isinf(column.values_RB))
@@ -117,6 +125,15 @@ def _panel(fig: go.Figure, column: Binned, names: list[str], i: int, log: bool, 
             mode="markers", marker={"symbol": "x-thin", "size": 6, "line": {"width": 1.5, "color": look.spike}},
             hovertemplate="<b>%{y}</b> · step %{x:,.0f}<br>NaN or infinite<extra></extra>",
         )  # fmt: skip
+
+
+def _hover(value: str, unit: str) -> str:
+    """A value under the pointer: `59.4%`, `×1.019`, `3.2 nats`."""
+    if unit == "share":
+        return f"%{{{value}:.3p}}"
+    if unit == "×":
+        return f"×%{{{value}:.5g}}"
+    return f"%{{{value}:.5g}}" + ("" if unit in ("1", "") else f" {unit}")
 
 
 def _names(grid: Grid, experts: bool) -> list[str]:

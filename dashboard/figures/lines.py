@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
+from geodiag.dashboard.figures.curve import curve
 from geodiag.dashboard.figures.happenings import draw_marks
-from geodiag.dashboard.figures.style import Look, axis, base, empty, time_axis
-from geodiag.dashboard.figures.thin import broken, thinned
+from geodiag.dashboard.figures.style import Look, axis, base, empty, ticks_of, time_axis, titled
 from geodiag.dashboard.marks import Mark
 
 
@@ -25,6 +25,7 @@ class Strip(NamedTuple):
 
     title: str
     lines: Sequence[Line]
+    unit: str = ""
 
 
 _GAP_PX, _STRIP_PX = 18, 118
@@ -43,8 +44,8 @@ def over_steps(
 
     `extent` is the range of the time axis where there is no window.
     """
-    shown = [Strip(s.title, [_cut(n, window) for n in s.lines]) for s in strips]
-    shown = [Strip(s.title, [n for n in s.lines if not np.isnan(n.value_S).all()]) for s in shown]
+    shown = [s._replace(lines=[_cut(n, window) for n in s.lines]) for s in strips]
+    shown = [s._replace(lines=[n for n in s.lines if not np.isnan(n.value_S).all()]) for s in shown]
     shown = [s for s in shown if s.lines]
     if not shown:
         return empty(nothing, look, 160)
@@ -57,9 +58,11 @@ def over_steps(
         # A rate that stayed 0 must not be drawn as if it could be negative.
         below = any((line.value_S < 0).any() for line in strip.lines)
         mode = "normal" if below else "nonnegative"
-        fig.update_layout({f"yaxis{n}": axis(look, strip.title, domain=domain, anchor="x", nticks=5, rangemode=mode)})
+        kind = {"domain": domain, "anchor": "x", "nticks": 5, "rangemode": mode}
+        kind |= {"tickformat": ticks_of(strip.unit)} if strip.unit == "share" else {}
+        fig.update_layout({f"yaxis{n}": axis(look, titled(strip.title, strip.unit), **kind)})
         for line, colour in zip(strip.lines, look.series, strict=False):
-            _draw(fig, line, colour, f"y{n}", look)
+            curve(fig, line.step_S, line.value_S, look, name=line.label, y=f"y{n}", colour=colour, unit=strip.unit)
         names = [f'<span style="color:{c}">━ {x.label}</span>' for x, c in zip(strip.lines, look.series, strict=False)]
         fig.add_annotation(
             text="<br>".join(names), x=1.005, y=top, xref="paper", yref="paper", xanchor="left", yanchor="top",
@@ -77,19 +80,3 @@ def _cut(line: Line, window: tuple[int, int] | None) -> Line:
         return line
     inside = (line.step_S >= window[0] - 1) & (line.step_S <= window[1] + 1)
     return Line(line.label, line.step_S[inside], line.value_S[inside])
-
-
-def _draw(fig: go.Figure, line: Line, colour: str, y: str, look: Look) -> None:
-    points = thinned(line.step_S, line.value_S)
-    fig.add_scatter(
-        x=points.x, y=points.y, yaxis=y, mode="lines", name=line.label, line={"color": colour, "width": 1.4},
-        hovertemplate="%{y:.4g}",
-    )  # fmt: skip
-    lost = broken(line.step_S, line.value_S)
-    if len(lost):
-        finite = points.y[np.isfinite(points.y)]
-        fig.add_scatter(
-            x=lost, y=np.full(len(lost), finite.max() if len(finite) else 1.0), yaxis=y, mode="markers",
-            name=f"{line.label} not finite", marker={"symbol": "x", "size": 7, "color": look.spike},
-            hovertemplate="NaN or infinite",
-        )  # fmt: skip

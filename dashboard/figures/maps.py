@@ -64,7 +64,7 @@ def _tile(fig: go.Figure, tile: Tile, i: int, x: tuple[float, float], y: tuple[f
         texttemplate="%{text}" if len(tile.cell_NN) <= 4 else None, textfont={"size": 9.5},
         hovertemplate=f"{tile.title}<br>out %{{y}}, in %{{x}}: %{{z:.4f}}<extra></extra>",
     )  # fmt: skip
-    _say(fig, f"<b>{tile.title}</b><br>gain {tile.gain:.3g} ×", x[0], y[1], look.ink, 11)
+    _say(fig, f"<b>{tile.title}</b><br>gain ×{tile.gain:.3g}", x[0], y[1], look.ink, 11)
 
 
 def _say(fig: go.Figure, text: str, x: float, y: float, colour: str, size: float) -> None:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, time_axis, upright
-from geodiag.dashboard.figures.thin import broken, thinned
+from geodiag.dashboard.figures.curve import curve
+from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, ticks_of, time_axis, upright
 
 
 class Strip(NamedTuple):
@@ -18,9 +18,12 @@ class Strip(NamedTuple):
     step_S: np.ndarray
     value_S: np.ndarray
     usual: tuple[float, float] | None
+    unit: str = ""
 
 
 _STRIP_PX, _TITLE_PX = 52, 27
+_FEW = 24
+"""Fewer samples than this are seen as dots too: a line alone would hide how few they are."""
 
 
 def multiples(
@@ -38,7 +41,9 @@ def multiples(
         n = "" if i == 1 else str(i)
         top -= _TITLE_PX / inner
         domain = (max(0.0, top - _STRIP_PX / inner), top)
-        fig.update_layout({f"yaxis{n}": axis(look, domain=domain, anchor="x", nticks=3, tickformat=".3~g")})
+        fig.update_layout(
+            {f"yaxis{n}": axis(look, domain=domain, anchor="x", nticks=3, tickformat=ticks_of(strip.unit))}
+        )
         fig.add_annotation(
             text=f'<b>{strip.name}</b>  <span style="color:{look.soft}">{strip.said}</span>', x=0, y=top, xref="paper",
             yref="paper", xanchor="left", yanchor="bottom", yshift=3, showarrow=False,
@@ -51,7 +56,9 @@ def multiples(
             )  # fmt: skip
         if cursor is not None:
             fig.add_shape(upright(cursor, look.ink, "dot", domain))
-        _line(fig, strip, n, window, look)
+        inside = (strip.step_S >= low - 1) & (strip.step_S <= high + 1)
+        step_S, value_S = strip.step_S[inside], strip.value_S[inside]
+        curve(fig, step_S, value_S, look, name=strip.name, y=f"y{n}", unit=strip.unit, few=_FEW)
         top = domain[0]
     fig.update_layout(
         xaxis=time_axis(
@@ -60,22 +67,3 @@ def multiples(
         margin={"l": 48, "r": 10, "t": 2, "b": 30},
     )
     return fig
-
-
-def _line(fig: go.Figure, strip: Strip, n: str, window: tuple[int, int], look: Look) -> None:
-    inside = (strip.step_S >= window[0] - 1) & (strip.step_S <= window[1] + 1)
-    step_S, value_S = strip.step_S[inside], strip.value_S[inside]
-    points = thinned(step_S, value_S)
-    few = len(points.x) < 24
-    fig.add_scatter(
-        x=points.x, y=points.y, yaxis=f"y{n}", mode="lines+markers" if few else "lines", name=strip.name,
-        line={"color": look.ink, "width": 1.4}, marker={"size": 4}, hovertemplate="%{y:.4g}",
-    )  # fmt: skip
-    lost = broken(step_S, value_S)
-    if len(lost):
-        finite = points.y[np.isfinite(points.y)]
-        fig.add_scatter(
-            x=lost, y=np.full(len(lost), finite.max() if len(finite) else 1.0), yaxis=f"y{n}", mode="markers",
-            name=f"{strip.name} not finite", marker={"symbol": "x", "size": 7, "color": look.spike},
-            hovertemplate="NaN or infinite",
-        )  # fmt: skip

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from geodiag.dashboard.figures.style import Look
+from geodiag.dashboard.figures.style import Look, ticks_of
 from geodiag.schema import Metric
 
 _LEAST_GAIN = 1.05
@@ -69,11 +69,13 @@ def robust_z(look: Look, length: float) -> dict[str, Any]:
 
 def _axis(scale: Any, low: float, high: float, unit: str, ticks: list[float] | None) -> dict[str, Any]:
     bar: dict[str, Any] = {"thickness": 10, "outlinewidth": 0, "tickfont": {"size": 11}, "x": 1.01, "nticks": 6}
-    bar["title"] = {"text": unit if unit != "1" else "", "font": {"size": 12}}
+    share, gain = unit == "share", unit == "×"
+    bar["title"] = {"text": "" if share or gain or unit == "1" else unit, "font": {"size": 12}}
     if ticks is not None:
-        bar |= {"tickvals": [float(np.log10(t)) for t in ticks], "ticktext": [f"{t:.4g}" for t in ticks]}
+        text = [f"{100 * t:.4g}%" if share else f"×{t:.4g}" if gain else f"{t:.4g}" for t in ticks]
+        bar |= {"tickvals": [float(np.log10(t)) for t in ticks], "ticktext": text}
     else:
-        bar["tickformat"] = ".3~g"
+        bar |= {"tickformat": ticks_of(unit), "tickprefix": "×" if gain else ""}
     return {"colorscale": scale, "cmin": low, "cmax": high, "colorbar": bar}
 
 

@@ -1,12 +1,17 @@
 """How every chart looks, in light and in dark: ink, paper, the few colours with a meaning, and a template."""
 
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import plotly.graph_objects as go
 
 from geodiag.dashboard.figures.colours import Scale, diverging, sequential
 
+_LINE = 46
+"""Letters of a sentence that fit side by side in the narrowest card."""
+EMPTY_PX = 220
+"""Height of a sentence where a chart would be, unless a page says otherwise."""
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 
 
@@ -132,17 +137,23 @@ def upright(x: float, colour: str, dash: str, domain: tuple[float, float] = (0, 
     }
 
 
+def ticks_of(unit: str) -> str:
+    """How the numbers on an axis are written: shares as percent."""
+    return ".3~p" if unit == "share" else ".3~g"
+
+
 def titled(name: str, unit: str) -> str:
-    """`loss, nats/token`; a pure number has no unit to say."""
-    return name if unit in ("1", "") else f"{name}, {unit}"
+    """`loss, nats/token`; a pure number has no unit to say, and the ticks of a share say it."""
+    return name if unit in ("1", "", "share") else f"{name}, {unit}"
 
 
-def empty(text: str, look: Look, height: int = 220) -> go.Figure:
+def empty(text: str, look: Look, height: int = EMPTY_PX) -> go.Figure:
     """A calm sentence where a chart would be."""
     fig = base(look, height)
     fig.update_xaxes(visible=False)
     fig.update_yaxes(visible=False)
-    fig.add_annotation(text=text, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper", font={"size": 14})
+    lines = "<br>".join(wrap(text, _LINE))
+    fig.add_annotation(text=lines, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper", font={"size": 14})
     return fig
 
 

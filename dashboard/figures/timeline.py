@@ -6,13 +6,13 @@ import numpy as np
 import plotly.graph_objects as go
 
 from geodiag.dashboard.figures.bins import binned
+from geodiag.dashboard.figures.curve import curve
 from geodiag.dashboard.figures.happenings import draw_marks, draw_undone
 from geodiag.dashboard.figures.scale import robust_z, z_shade
 from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, time_axis, titled, upright
-from geodiag.dashboard.figures.thin import broken, thinned
 from geodiag.dashboard.grid import Grid
 from geodiag.dashboard.marks import Mark, Span, Spike
-from geodiag.dashboard.record import Undone
+from geodiag.dashboard.outcome import Undone
 from geodiag.schema import METRICS
 
 # S steps.
@@ -56,7 +56,7 @@ def timeline(
     inside = [s for s in spikes if s.onset <= high and (s.end or s.peak or s.detected) >= low]
     draw_undone(fig, undone, low, high, look, {"loss": "y", "grad_norm": "y2"})
     for name, y in (("loss", "y"), ("grad_norm", "y2")):
-        _line(fig, seen, name, y, look)
+        curve(fig, seen["step"], seen[name], look, name=name.replace("_", " "), y=y)
     _stages(fig, seen, look)
     _spike_marks(fig, seen, inside, undone, look)
     draw_marks(fig, marks, (low, high), look)
@@ -70,29 +70,18 @@ def _title(name: str) -> str:
     return titled({"grad_norm": "grad norm"}.get(name, name), metric.unit)
 
 
-def _line(fig: go.Figure, seen: dict[str, np.ndarray], name: str, y: str, look: Look) -> None:
-    points = thinned(seen["step"], seen[name])
-    line = {"color": look.ink, "width": 1.4}
-    fig.add_scatter(
-        x=points.x, y=points.y, yaxis=y, mode="lines", line=line, name=name.replace("_", " "), connectgaps=False,
-        hovertemplate="%{y:.4g}",
-    )  # fmt: skip
-    lost = broken(seen["step"], seen[name])
-    if len(lost):
-        finite = points.y[np.isfinite(points.y)]
-        top = np.full(len(lost), finite.max() if len(finite) else 1.0)
-        fig.add_scatter(
-            x=lost, y=top, yaxis=y, mode="markers", name=f"{name.replace('_', ' ')} not finite",
-            marker={"symbol": "x", "size": 8, "color": look.spike}, hovertemplate="NaN or infinite",
-        )  # fmt: skip
-
-
 def _stages(fig: go.Figure, seen: dict[str, np.ndarray], look: Look) -> None:
     names = [f"stage{i}_score" for i in (1, 2, 3)]
     values = np.stack([seen[n] for n in names])
     columns = binned(Grid(METRICS["steps", names[0]], ((0, 0), (1, 0), (2, 0)), seen["step"], values))
     fig.update_layout(yaxis3={"tickvals": [0, 1, 2], "ticktext": list(STAGES)}, coloraxis=robust_z(look, 0.19))
     if not len(columns.left_B):
+        fig.add_scatter(x=[None], y=[None], yaxis="y3", hoverinfo="skip")  # keeps the axis, and the steps below it
+        fig.update_layout(yaxis3={"autorange": False, "range": [2.5, -0.5]}, coloraxis={"showscale": False})
+        fig.add_annotation(
+            text="No stage scores here.", x=0.5, xref="paper", y=sum(_DOMAINS["stages"]) / 2, yref="paper",
+            showarrow=False, font={"size": 13, "color": look.soft},
+        )  # fmt: skip
         return
     fig.add_heatmap(
         z=z_shade(columns.values_RB), customdata=columns.values_RB,

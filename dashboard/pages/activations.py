@@ -4,9 +4,10 @@ import plotly.graph_objects as go
 from dash import Dash, html
 
 from geodiag.dashboard.draw import draws
+from geodiag.dashboard.figures.heat import height_of
 from geodiag.dashboard.figures.style import Look
 from geodiag.dashboard.layer_charts import Lines, all_layers, experts, layer_controls, lines, one_layer
-from geodiag.dashboard.layers import pick_layer
+from geodiag.dashboard.layers import layers_of, pick_layer
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import card, graph, notice, options, select
 from geodiag.dashboard.record import Record
@@ -41,11 +42,11 @@ def layout(record: Record, view: View) -> html.Div:
     overall = card(
         "Over layers and steps",
         *_missing(record),
-        graph("activations-heat", 260),
+        graph("activations-heat", height_of([len(layers_of(record))])),
         tip=" ".join(about(metric("layers", n)) for n in list(OVERALL)[:8]),
         controls=select("activations-metric", _overall(view), options(OVERALL), "quantity", 230),
     )  # fmt: skip
-    tip = " ".join(about(metric("experts", n)) for n in EXPERTS)
+    tip = " ".join(about(metric("experts", n)) for n in EXPERTS) + " A blank cell: no token reached the expert."
     return html.Div([overall, one_layer(NAME, record, view, EXPERTS, "act_rms", "per expert", tip)], className="column")
 
 

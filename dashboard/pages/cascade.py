@@ -13,12 +13,13 @@ from geodiag.dashboard import verdict
 from geodiag.dashboard.causes import Cell, as_lived, cascade_of, cell_of, chosen, scene_of, stages_of, window_of
 from geodiag.dashboard.cell import series_of
 from geodiag.dashboard.draw import draws, happened
-from geodiag.dashboard.figures.cascade import STAGES, picture
+from geodiag.dashboard.figures.cascade import STAGES, height_of, picture
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.maps import Tile, maps
 from geodiag.dashboard.figures.multiples import Strip, multiples
 from geodiag.dashboard.figures.style import Look, empty
 from geodiag.dashboard.figures.trajectory import trajectories
+from geodiag.dashboard.layers import sites_of
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import card, graph
 from geodiag.dashboard.record import Record
@@ -43,7 +44,8 @@ _PICTURE = (
 
 
 def layout(record: Record, view: View) -> html.Div:
-    main = card("From the origin to the loss", graph("cascade-picture", 640), tip=_PICTURE)
+    tall = height_of(len({layer for layer, _ in sites_of(record)}))
+    main = card("From the origin to the loss", graph("cascade-picture", tall), tip=_PICTURE)
     proof = card(
         "Evidence",
         table("cascade-evidence", verdict.COLUMNS, _evidence(record, view), height=None),
@@ -172,7 +174,7 @@ def _series(record: Record, view: View, look: Look) -> go.Figure:
         share = s.metric.unit == "share"
         usual = " to ".join(percent(v) if share else number(v, 3) for v in s.usual or ())
         said = f"usually {usual}" if usual else ""
-        strips.append(Strip(f"{s.metric.name} · {s.site}", said, s.step_S, s.value_S, s.usual))
+        strips.append(Strip(f"{s.metric.name} · {s.site}", said, s.step_S, s.value_S, s.usual, s.metric.unit))
     nothing = f"Layer {cell.layer} has nothing of stage {cell.stage} on record."
     return multiples(strips, look, at.window, cell.step, nothing)
 
@@ -197,13 +199,13 @@ def _experts(record: Record, view: View, look: Look) -> go.Figure:
         title="",
         nothing=f"No experts on record in layer {cell.layer}.",
     )
-    fig.update_layout(margin={"l": 48, "r": 60})
+    fig.update_layout(margin={"l": 48, "r": 60}, xaxis={"nticks": 5, "tickangle": 0})
     return fig
 
 
 def _maps(record: Record, view: View, look: Look) -> go.Figure:
     at = _place(record, view)
-    none = _NO_HYPER if "sites" in record.said("found") and not record.said("found")["sites"] else _NO_MAPS
+    none = _NO_MAPS if record.has_maps() else _NO_HYPER
     if at.cell is None:
         return empty(none, look, 120)
     layer, run = at.cell.layer, at.record

@@ -5,11 +5,12 @@ from dash import Dash, dcc, html
 
 from geodiag.dashboard.draw import draws, extent, happened
 from geodiag.dashboard.figures.bins import binned, worst_step
-from geodiag.dashboard.figures.heat import Panel, heat_map
+from geodiag.dashboard.figures.heat import Panel, heat_map, height_of
 from geodiag.dashboard.figures.matrix import matrices
 from geodiag.dashboard.figures.profile import Curve, profile
 from geodiag.dashboard.figures.style import Look, empty
 from geodiag.dashboard.grid import row_name
+from geodiag.dashboard.layers import sites_of
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import aria, card, graph, notice, options, segments, select
 from geodiag.dashboard.record import Record
@@ -58,26 +59,26 @@ QUANTITIES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
 _WAYS = ("forward", "backward")
 
 
-def quantity(view: View) -> str:
-    """The quantity that the view asks for; an unknown one is composite gain."""
-    return view.metric if view.metric in QUANTITIES else "composite"
+def quantity(record: Record, view: View) -> str:
+    """The quantity that the view asks for; else composite gain, or transport gain where there are no maps."""
+    return view.metric if view.metric in QUANTITIES else "composite" if record.has_maps() else "transport"
 
 
-def chosen(view: View) -> tuple[str, ...]:
+def chosen(record: Record, view: View) -> tuple[str, ...]:
     """The metrics that the view asks for; an unknown way over tokens is the quantity's first."""
-    over = QUANTITIES[quantity(view)][1]
+    over = QUANTITIES[quantity(record, view)][1]
     return over.get(view.over or "mean") or next(iter(over.values()))
 
 
 def layout(record: Record, view: View) -> html.Div:
     controls = [
-        select("gain-metric", quantity(view), options({k: v[0] for k, v in QUANTITIES.items()}), "quantity"),
+        select("gain-metric", quantity(record, view), options({k: v[0] for k, v in QUANTITIES.items()}), "quantity"),
         segments("gain-over", view.over if view.over in _OVER else "mean", options(_OVER), "over tokens"),
     ]  # fmt: skip
     main = card(
         "Over layers and steps",
         html.Div(_missing(record), id="gain-missing"),
-        graph("gain-heat", 460),
+        graph("gain-heat", height_of([len(sites_of(record))] * len(chosen(record, view)))),
         tip="Rows are sites in the order in which the streams pass them; the first is on top. "
         "Click a cell for its step and its site; drag to zoom in time.",
         controls=controls,
@@ -100,6 +101,7 @@ def layout(record: Record, view: View) -> html.Div:
         graph("gain-matrices", 250),
         controls=select("gain-site-choice", row_name(_site(record, view)), _sites(record), "site", 110),
         tip="Token means at their newest sample up to the step. Rows are streams out, columns streams in.",
+        style={} if record.has_maps() else {"display": "none"},
     )
     return html.Div([main, html.Div([deep, maps], className="side")], className="split wide-side")
 
@@ -113,7 +115,7 @@ def register(app: Dash, library: Library) -> None:
     draws(app, library, "gain-step", "max", lambda r, v, look: max(1, _last(r)))
     draws(app, library, "gain-missing", "children", lambda r, v, look: _missing(r))
     controls = {
-        "gain-metric": Control("metric", "composite"),
+        "gain-metric": Control("metric", lambda pathname, view: _usual(library, pathname, view)),
         "gain-over": Control("over", "mean"),
         "gain-site-choice": Control("site", lambda pathname, view: _worst_site(library, pathname, view)),
         "gain-step": Control("step", lambda pathname, view: _newest(library, pathname, view)),
@@ -130,7 +132,7 @@ def step_of(record: Record, view: View) -> int | None:
 
 
 def _heat(record: Record, view: View, look: Look) -> go.Figure:
-    grids = record.grids("layers", *chosen(view))
+    grids = record.grids("layers", *chosen(record, view))
     panels = [Panel(g, _sentence(g.metric.name, look)) for g in grids]
     site = row_name(view.site) if view.site else None
     waiting = (
@@ -154,7 +156,7 @@ def _profile(record: Record, view: View, look: Look) -> go.Figure:
     step = step_of(record, view)
     if step is None:
         return empty("Waiting for the first step.", look, 310)
-    grids = [g.measured() for g in record.grids("layers", *chosen(view))]
+    grids = [g.measured() for g in record.grids("layers", *chosen(record, view))]
     curves = [Curve(_way(g.metric.name), g, g.at(step)) for g in grids if g.rows]
     return profile(curves, look, row_name(view.site) if view.site else None)
 
@@ -184,8 +186,12 @@ def _site(record: Record, view: View) -> tuple[int, int]:
 
 
 def _sites(record: Record) -> list[str]:
-    (grid,) = record.recent("layers", "stream_rms", back=20)
-    return [row_name(r) for r in grid.rows] or [row_name((0, 0))]
+    return [row_name(r) for r in sites_of(record) or [(0, 0)]]
+
+
+def _usual(library: Library, pathname: str, view: View) -> str | None:
+    record = library.at(pathname)
+    return quantity(record, view.but(metric=None)) if record else None
 
 
 def _worst_site(library: Library, pathname: str, view: View) -> str | None:
@@ -199,7 +205,7 @@ def _clicked(library: Library, pathname: str, view: View, name: str, point: dict
         return view
     if name == "gain-profile":
         return view.but(site=site)
-    grid = record.grids("layers", *chosen(view))[point.get("curveNumber", 0) % len(chosen(view))]
+    grid = record.grids("layers", *chosen(record, view))[point.get("curveNumber", 0) % len(chosen(record, view))]
     grid = grid.window(view.low, view.high)
     column = binned(grid.measured())
     step = worst_step(grid, grid.rows.index(site), round(point["x"] - (column.width - 1) / 2), column.width)
@@ -212,11 +218,10 @@ def _newest(library: Library, pathname: str, view: View) -> int:
 
 
 def _missing(record: Record) -> list:
-    found = record.said("found")
-    if "sites" in found and not found["sites"]:
-        return [notice("This run has no hyper-connections: there are no residual maps, so no composite gain. "
-                       "Transport gain, stream and gradient norms are recorded.")]  # fmt: skip
-    return []
+    if record.has_maps():
+        return []
+    return [notice("This run has no hyper-connections: there are no residual maps, so no composite gain. "
+                   "Transport gain, stream and gradient norms are recorded.")]  # fmt: skip
 
 
 def _sentence(name: str, look: Look) -> str:

@@ -5,9 +5,10 @@ from dash import Dash, html
 
 from geodiag.dashboard import control_panel
 from geodiag.dashboard.draw import draws
+from geodiag.dashboard.figures.heat import height_of
 from geodiag.dashboard.figures.style import Look
 from geodiag.dashboard.layer_charts import Lines, all_layers, experts, layer_controls, lines, one_layer
-from geodiag.dashboard.layers import pick_layer
+from geodiag.dashboard.layers import layers_of, pick_layer
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import card, graph, notice, options, segments
 from geodiag.dashboard.record import Record
@@ -37,7 +38,7 @@ def layout(record: Record, view: View) -> html.Div:
     flips = card(
         "Flips",
         *_missing(record),
-        graph("routing-flips", 260),
+        graph("routing-flips", height_of([len(layers_of(record))])),
         tip=" ".join(f"{label}: {metric('layers', n).help}" for n, label in FLIPS.items()),
         controls=segments("routing-metric", _flip(view), options(FLIPS), "kind of flip"),
     )

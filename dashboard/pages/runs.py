@@ -23,22 +23,21 @@ _SPARK, _MANY = 90, 40
 _NUMBER = {"filter": "agNumberColumnFilter", "type": "rightAligned"}
 _COMMAS = {"function": "params.value == null ? '–' : d3.format(',')(params.value)"}
 _DIGITS = {"function": "params.value == null ? '–' : d3.format('.4g')(params.value)"}
-_GAIN = {"function": "params.value == null ? '–' : d3.format('.4g')(params.value) + ' × at ' + params.data.gain_at"}
+_GAIN = {"function": "params.value == null ? '–' : '×' + d3.format('.4g')(params.value) + ' at ' + params.data.gain_at"}
 _LOSS_HELP, _GAIN_HELP = about(metric("steps", "loss")), about(metric("layers", COMPOSITES[0]))
 _COLUMNS: list[dict[str, Any]] = [
-    {"field": "name", "headerName": "run", "flex": 1, "minWidth": 150, "cellRenderer": "RunLink"},
-    {"field": "status", "headerName": "status", "width": 124, "cellRenderer": "Status"},
-    {"field": "step", "headerName": "last step", "width": 106, "valueFormatter": _COMMAS, **_NUMBER},
-    {"field": "spark", "headerName": "loss over steps", "width": 176, "cellRenderer": "Spark", "cellDataType": False,
+    {"field": "name", "headerName": "run", "flex": 1, "minWidth": 112, "cellRenderer": "RunLink"},
+    {"field": "status", "headerName": "status", "width": 106, "cellRenderer": "Status"},
+    {"field": "step", "headerName": "last step", "width": 86, "valueFormatter": _COMMAS, **_NUMBER},
+    {"field": "spark", "headerName": "loss over steps", "width": 128, "cellRenderer": "Spark", "cellDataType": False,
      "sortable": False, "filter": False},
-    {"field": "loss", "headerName": "loss", "width": 92, "headerTooltip": _LOSS_HELP,
+    {"field": "loss", "headerName": "loss", "width": 70, "headerTooltip": _LOSS_HELP,
      "valueFormatter": _DIGITS, **_NUMBER},
-    {"field": "spikes", "headerName": "spikes", "width": 92, **_NUMBER},
-    {"field": "gain", "headerName": "worst composite gain", "width": 180, "headerTooltip": _GAIN_HELP,
+    {"field": "spikes", "headerName": "spikes", "width": 70, **_NUMBER},
+    {"field": "gain", "headerName": "composite gain now", "width": 146, "headerTooltip": _GAIN_HELP,
      "valueFormatter": _GAIN, **_NUMBER},
-    {"field": "residual", "headerName": "residual", "width": 104},
-    {"field": "size", "headerName": "size", "width": 90},
-    {"field": "began", "headerName": "began, UTC", "width": 154, "sort": "desc"},
+    {"field": "model", "headerName": "model", "width": 102},
+    {"field": "began", "headerName": "began, UTC", "width": 138, "sort": "desc"},
 ]  # fmt: skip
 
 
@@ -86,8 +85,7 @@ def _row(record: Record) -> dict[str, Any]:
         "spikes": len([s for s in raised(record) if s.kind in SPIKES]),
         "gain": value if value is not None and np.isfinite(value) else None,
         "gain_at": row_name(at) if at else "",
-        "residual": str(record.option("residual") or "–"),
-        "size": str(record.option("size") or "–"),
+        "model": ", ".join(str(said) for key in ("residual", "size") if (said := record.option(key))) or "–",
         "began": utc(record.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
     }
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from geodiag.reference_models.kernels import mhc_stats
 from geodiag.reference_models.kernels.launch import cdiv, check_shape, check_streams, power_of_two
 from geodiag.reference_models.kernels.mhc_after_device import after_backward, after_forward
+from geodiag.reference_models.kernels.operation import operation
 
 # T tokens, N streams, C channels
 
@@ -22,8 +23,7 @@ def _lanes(x: Tensor, most: int) -> dict[str, int]:
     return {"BL": lanes, "VEC": vec, "num_warps": max(lanes // 32, 1)}
 
 
-@torch.library.custom_op("geodiag::mhc_after", mutates_args=())
-def _mhc_after(
+def _forward(
     x: Tensor,
     branch: Tensor,
     post: Tensor,
@@ -39,8 +39,7 @@ def _mhc_after(
     return out, stats
 
 
-@torch.library.custom_op("geodiag::mhc_after_backward", mutates_args=())
-def _mhc_after_backward(
+def _backward(
     x: Tensor, branch: Tensor, post: Tensor, res: Tensor, grad: Tensor, wants_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t, n, c = x.shape
@@ -52,13 +51,11 @@ def _mhc_after_backward(
     return dx, d_branch, d_post, d_res
 
 
-@_mhc_after.register_fake
-def _(x, branch, post, res, link, link_res, flag):
+def _fake(x, branch, post, res, link, link_res, flag):
     return _outputs(x, flag is not None)
 
 
-@_mhc_after_backward.register_fake
-def _(x, branch, post, res, grad, wants_dx):
+def _fake_backward(x, branch, post, res, grad, wants_dx):
     dx = torch.empty_like(x) if wants_dx else x.new_empty(0)
     return dx, torch.empty_like(branch), torch.empty_like(post), torch.empty_like(res)
 
@@ -80,7 +77,8 @@ def after_grad(ctx, grad, _stats):
     return (None, *rest, grad, saved[3], None) if ctx.linked else (dx, *rest, None, None, None)
 
 
-_mhc_after.register_autograd(after_grad, setup_context=keep)
+_mhc_after_backward = operation("mhc_after_backward", _backward, _fake_backward)
+_mhc_after = operation("mhc_after", _forward, _fake, keep, after_grad)
 
 
 def mhc_after_linked(

@@ -16,33 +16,30 @@ from geodiag.reference_models.kernels.launch import (
 )
 from geodiag.reference_models.kernels.mhc_after import after_grad, keep
 from geodiag.reference_models.kernels.mhc_after_project_device import after_project, split_rows
+from geodiag.reference_models.kernels.operation import operation
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number
 
 TILE = (64, 32, 4, 3)
-"""Tokens, channels, warps and stages of the fused kernel by tiles, as measured on an H100 (docs/kernels.md)."""
-
-
-def slices(channels: int) -> int:
-    """Partial sums of the projection: the more, the better the last wave of programs fills the machine."""
-    return 8 if channels % (8 * TILE[1]) == 0 else 4
+"""Tokens, channels, warps and stages of the fused kernel by tiles, as measured on an H200 (docs/kernels.md)."""
+SLICES = 4
+"""Partial sums of the projection: a constant, so that no shape depends on the number of tokens but by itself."""
 
 
 def fuses(x_TNC: Tensor) -> bool:
     """Whether the fused kernel serves these streams: four of bfloat16 on a Hopper GPU (and Triton's interpreter)."""
     n, c = x_TNC.shape[-2:]
-    served = x_TNC.dtype == torch.bfloat16 and n == 4 and c % (TILE[1] * slices(c)) == 0
+    served = x_TNC.dtype == torch.bfloat16 and n == 4 and c % (TILE[1] * SLICES) == 0
     return not x_TNC.is_cuda or (served and has_copy_engine(x_TNC.device))
 
 
 def _outputs(x: Tensor, measured: bool) -> tuple[Tensor, Tensor, Tensor]:
-    t, n, c = x.shape
-    shape = mhc_stats.streams_shape(t if measured else 0, slices(c))
-    return torch.empty_like(x), floats(x, *shape), floats(x, slices(c), t, padded(n * n + 2 * n))
+    t, n, _ = x.shape
+    shape = mhc_stats.streams_shape(t if measured else 0, SLICES)
+    return torch.empty_like(x), floats(x, *shape), floats(x, SLICES, t, padded(n * n + 2 * n))
 
 
-@torch.library.custom_op("geodiag::mhc_after_project", mutates_args=())
-def _mhc_after_project(
+def _forward(
     x: Tensor,
     branch: Tensor,
     post: Tensor,
@@ -64,7 +61,7 @@ def _mhc_after_project(
     x, branch = (v if v.data_ptr() % 16 == 0 else v.clone() for v in (x, branch))
     bt, bc, warps, stages = TILE if two else (16, 32, 4, 1)
     block = (bt, bc) if two else None
-    after_project[(cdiv(t, bt) * slices(c),)](
+    after_project[(cdiv(t, bt) * SLICES,)](
         tiles(x, block),
         tiles(branch, block),
         post,
@@ -79,8 +76,8 @@ def _mhc_after_project(
         C=c,
         KP=kp,
         P=2 if two else 1,
-        S=slices(c),
-        SLICE=cdiv(cdiv(c, slices(c)), bc) * bc,
+        S=SLICES,
+        SLICE=cdiv(cdiv(c, SLICES), bc) * bc,
         BT=bt,
         BC=bc,
         TMA=two,
@@ -90,8 +87,7 @@ def _mhc_after_project(
     return out, stats, part
 
 
-@_mhc_after_project.register_fake
-def _(x, branch, post, res, link, link_res, flag, phi):
+def _fake(x, branch, post, res, link, link_res, flag, phi):
     return _outputs(x, flag is not None)
 
 
@@ -100,7 +96,7 @@ def _grad(ctx, grad, _stats, _part):
     return *after_grad(ctx, grad, _stats), None
 
 
-_mhc_after_project.register_autograd(_grad, setup_context=keep)
+_mhc_after_project = operation("mhc_after_project", _forward, _fake, keep, _grad)
 
 
 def mhc_after_project(

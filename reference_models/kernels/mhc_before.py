@@ -21,6 +21,7 @@ from geodiag.reference_models.kernels.launch import (
     tiles,
     two_parts,
 )
+from geodiag.reference_models.kernels.operation import operation
 from geodiag.reference_models.kernels.reference import Mix
 from geodiag.reference_models.kernels.sinkhorn import check_sinkhorn
 
@@ -82,8 +83,7 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
     return part
 
 
-@torch.library.custom_op("geodiag::mhc_before", mutates_args=())
-def _mhc_before(
+def _forward(
     x: Tensor,
     phi: Tensor,
     alpha: Tensor,
@@ -127,8 +127,7 @@ def _mhc_before(
     return out
 
 
-@_mhc_before.register_fake
-def _(x, phi, alpha, bias, iterations, eps, norm_eps, order, flag, projected):
+def _fake(x, phi, alpha, bias, iterations, eps, norm_eps, order, flag, projected):
     return _outputs(x, flag is not None)
 
 
@@ -145,7 +144,7 @@ def _grad(ctx, d_inner, d_pre, d_post, d_res, d_logits, _h, _rms, _stats, d_next
     return *mhc_before_backward.backward(*ctx.saved_tensors, *given, *ctx.rest), *(None,) * 6
 
 
-_mhc_before.register_autograd(_grad, setup_context=_keep)
+_mhc_before = operation("mhc_before", _forward, _fake, _keep, _grad)
 
 
 class Linked(NamedTuple):

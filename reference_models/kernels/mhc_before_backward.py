@@ -17,17 +17,17 @@ from geodiag.reference_models.kernels.launch import (
     two_parts,
 )
 from geodiag.reference_models.kernels.mhc_before_backward_device import add_up, coefficients, dx_dphi, inner_to_pre
+from geodiag.reference_models.kernels.operation import operation
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
 
-DX_TILE = (64, 64, 8, 3)
-"""Tokens, channels, warps and stages of `dx_dphi` by tiles, as measured on an H100 (docs/kernels.md)."""
+DX_TILE = (32, 64, 4, 3)
+"""Tokens, channels, warps and stages of `dx_dphi` by tiles, as measured on an H200 (docs/kernels.md)."""
 COEFFICIENTS = (16, 1)
 """Tokens and warps of a program of `coefficients`, likewise."""
 
 
-@torch.library.custom_op("geodiag::mhc_before_backward", mutates_args=())
-def backward(
+def _backward(
     x: Tensor,
     phi: Tensor,
     alpha: Tensor,
@@ -128,6 +128,8 @@ def backward(
     return dx, dphi, dalpha, dbias
 
 
-@backward.register_fake
-def _(x, phi, alpha, bias, *rest):
+def _fake(x, phi, alpha, bias, *rest):
     return torch.empty_like(x), torch.empty_like(phi), torch.empty_like(alpha), torch.empty_like(bias)
+
+
+backward = operation("mhc_before_backward", _backward, _fake)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from geodiag.reference_models.kernels.launch import cdiv, check_shape, floats, power_of_two
+from geodiag.reference_models.kernels.operation import operation
 from geodiag.reference_models.kernels.reference import Routing
 
 # T tokens, E experts, K experts per token
@@ -157,8 +158,7 @@ def _outputs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     )
 
 
-@torch.library.custom_op("geodiag::route", mutates_args=())
-def _route(
+def _forward(
     logits: Tensor, bias: Tensor, before: Tensor | None, given: Tensor | None, k: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     t, e = logits.shape
@@ -170,10 +170,7 @@ def _route(
     return out
 
 
-@torch.library.custom_op("geodiag::route_backward", mutates_args=())
-def _route_backward(
-    logits: Tensor, ids: Tensor, d_scores: Tensor | None, d_weights: Tensor | None, scale: float
-) -> Tensor:
+def _backward(logits: Tensor, ids: Tensor, d_scores: Tensor | None, d_weights: Tensor | None, scale: float) -> Tensor:
     t, e = logits.shape
     out = torch.empty_like(logits)
     if t:
@@ -184,13 +181,11 @@ def _route_backward(
     return out
 
 
-@_route.register_fake
-def _(logits, bias, before, given, k, scale):
+def _fake(logits, bias, before, given, k, scale):
     return _outputs(logits, k)
 
 
-@_route_backward.register_fake
-def _(logits, ids, d_scores, d_weights, scale):
+def _fake_backward(logits, ids, d_scores, d_weights, scale):
     return torch.empty_like(logits)
 
 
@@ -205,7 +200,8 @@ def _grad(ctx, d_scores, _ids, d_weights, _per_token, _load):
     return _route_backward(*ctx.saved_tensors, *given, ctx.scale), *(None,) * 5
 
 
-_route.register_autograd(_grad, setup_context=_keep)
+_route_backward = operation("route_backward", _backward, _fake_backward)
+_route = operation("route", _forward, _fake, _keep, _grad)
 
 
 def route(

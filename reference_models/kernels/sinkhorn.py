@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from geodiag.reference_models.kernels.launch import STREAMS, cdiv
+from geodiag.reference_models.kernels.operation import operation
 
 # T tokens, N streams; a tile is (BT, N, N)
 
@@ -118,8 +119,7 @@ def _launch(logits: Tensor, iterations: int, order: str) -> tuple[tuple[int], in
     return (cdiv(tokens, block),), tokens, meta
 
 
-@torch.library.custom_op("geodiag::sinkhorn", mutates_args=())
-def _sinkhorn(logits: Tensor, iterations: int, eps: float, order: str) -> Tensor:
+def _forward(logits: Tensor, iterations: int, eps: float, order: str) -> Tensor:
     out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     grid, tokens, meta = _launch(logits, iterations, order)
     if tokens:
@@ -127,8 +127,7 @@ def _sinkhorn(logits: Tensor, iterations: int, eps: float, order: str) -> Tensor
     return out
 
 
-@torch.library.custom_op("geodiag::sinkhorn_backward", mutates_args=())
-def _sinkhorn_backward(logits: Tensor, grad: Tensor, iterations: int, eps: float, order: str) -> Tensor:
+def _backward(logits: Tensor, grad: Tensor, iterations: int, eps: float, order: str) -> Tensor:
     out = torch.empty_like(logits)
     grid, tokens, meta = _launch(logits, iterations, order)
     if tokens:
@@ -136,13 +135,11 @@ def _sinkhorn_backward(logits: Tensor, grad: Tensor, iterations: int, eps: float
     return out
 
 
-@_sinkhorn.register_fake
-def _(logits, iterations, eps, order):
+def _fake(logits, iterations, eps, order):
     return torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
 
 
-@_sinkhorn_backward.register_fake
-def _(logits, grad, iterations, eps, order):
+def _fake_backward(logits, grad, iterations, eps, order):
     return torch.empty_like(logits)
 
 
@@ -155,7 +152,8 @@ def _grad(ctx, grad):
     return _sinkhorn_backward(*ctx.saved_tensors, grad, *ctx.rest), None, None, None
 
 
-_sinkhorn.register_autograd(_grad, setup_context=_keep)
+_sinkhorn_backward = operation("sinkhorn_backward", _backward, _fake_backward)
+_sinkhorn = operation("sinkhorn", _forward, _fake, _keep, _grad)
 
 
 def check_sinkhorn(iterations: int, order: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from geodiag.reference_models.kernels.launch import FLOATS, cdiv, power_of_two
+from geodiag.reference_models.kernels.operation import operation
 from geodiag.reference_models.kernels.reference import Activated
 from geodiag.reference_models.kernels.swiglu_counts import per_expert
 from geodiag.reference_models.kernels.swiglu_device import swiglu_bwd, swiglu_fwd
@@ -82,8 +83,7 @@ PARTS = 4
 """Rows of a counting program, which is one warp: its lanes meet once for all of them, and wait for no other warp."""
 
 
-@torch.library.custom_op("geodiag::clamped_glu", mutates_args=())
-def _glu(
+def _forward(
     x: Tensor,
     gate_limit: float | None,
     up_limit: float | None,
@@ -120,8 +120,7 @@ def _outputs(x: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(a, f), torch.empty(experts, 8, dtype=torch.float32, device=x.device)
 
 
-@torch.library.custom_op("geodiag::clamped_glu_backward", mutates_args=())
-def _glu_backward(
+def _backward(
     x: Tensor,
     grad: Tensor,
     gate_limit: float | None,
@@ -141,13 +140,11 @@ def _glu_backward(
     return dx
 
 
-@_glu.register_fake
-def _(x, gate_limit, up_limit, alpha, up_offset, interleaved, clamp_after, ends, flag):
+def _fake(x, gate_limit, up_limit, alpha, up_offset, interleaved, clamp_after, ends, flag):
     return _outputs(x, ends)
 
 
-@_glu_backward.register_fake
-def _(x, grad, *rest):
+def _fake_backward(x, grad, *rest):
     return torch.empty_like(x)
 
 
@@ -162,7 +159,8 @@ def _grad(ctx, grad, _counts):
     return (dx, *[None] * 8)
 
 
-_glu.register_autograd(_grad, setup_context=_keep)
+_glu_backward = operation("clamped_glu_backward", _backward, _fake_backward)
+_glu = operation("clamped_glu", _forward, _fake, _keep, _grad)
 
 
 def _flat(gate_up_A2F: Tensor) -> Tensor:

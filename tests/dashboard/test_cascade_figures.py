@@ -16,7 +16,7 @@ from geodiag.dashboard.figures.style import DARK, LIGHT
 from geodiag.dashboard.figures.timeline import timeline
 from geodiag.dashboard.figures.trajectory import Trajectory, trajectories
 from geodiag.dashboard.marks import Mark, Span
-from geodiag.dashboard.record import Undone
+from geodiag.dashboard.outcome import Undone
 
 STEPS = np.arange(100, 200)
 
@@ -142,7 +142,7 @@ def test_a_cause_outside_the_layers_begins_at_the_loss_and_is_named():
                     path=(onset(2, 1, 159), LOSS))  # fmt: skip
     fig = picture(scene(), LIGHT, found)
     assert paths(fig)[0][:2] == (158, fig.layout.yaxis.domain[0])
-    assert any("learning rate × 30" in (a.text or "") for a in fig.layout.annotations)
+    assert any("learning rate ×30" in (a.text or "") for a in fig.layout.annotations)
     batch = cascade(stage="data", layer=None, expert=None, cause="data", domain="codecs", onset=160, lead=0, path=())
     assert any("the batch: codecs" in (a.text or "") for a in picture(scene(), LIGHT, batch).layout.annotations)
 

@@ -131,6 +131,23 @@ def test_the_loss_axis_says_its_unit():
     assert fig.layout.xaxis.title.text == "step"
 
 
+def test_without_stage_scores_the_steps_stay_below_and_it_says_so():
+    steps = steps_table() | {f"stage{i}_score": np.full(100, np.nan, np.float32) for i in (1, 2, 3)}
+    fig = timeline(steps, [], [], LIGHT)
+    assert "No stage scores here." in [a.text for a in fig.layout.annotations]
+    assert "y3" in [t.yaxis for t in fig.data]  # the axis that the steps are anchored to
+    assert fig.layout.xaxis.anchor == "y3"
+    scored = timeline(steps_table(), [], [], LIGHT)
+    assert "No stage scores here." not in [a.text for a in scored.layout.annotations]
+
+
+def test_a_long_sentence_in_an_empty_chart_is_broken_where_the_narrowest_card_ends():
+    fig = matrices({}, LIGHT)
+    lines = fig.layout.annotations[0].text.split("<br>")
+    assert " ".join(lines) == "No token-mean maps on record for this site up to this step."
+    assert len(lines) == 2
+
+
 def test_an_empty_run_waits_calmly():
     fig = timeline(steps_table(0), [], [], LIGHT)
     assert fig.layout.annotations[0].text == "Waiting for the first step."
@@ -227,6 +244,18 @@ def test_panels_share_one_colour_axis_and_one_time_axis():
     fig = heat_map([Panel(grid(np.ones((4, 5))), "a"), Panel(grid(np.full((4, 5), 3)), "b")], LIGHT)
     assert {t.coloraxis for t in fig.data} == {"coloraxis"}
     assert {t.xaxis for t in fig.data} == {None}
+
+
+def test_shares_read_as_percent_and_gains_as_factors():
+    share, gain = METRICS["layers", "flip_rate"], np.array([0.8, 1.3])
+    assert shade(share, np.array([0.0, 0.6]), LIGHT).axis["colorbar"]["tickformat"] == ".3~p"
+    assert all(t.startswith("×") for t in shade(GAIN, gain, LIGHT).axis["colorbar"]["ticktext"])
+    strip = Strip("clamped", [Line("gate", np.arange(3), np.array([0.0, 0.2, 0.4]))], "share")
+    axis = over_steps([strip], LIGHT).layout.yaxis
+    assert (axis.title.text, axis.tickformat) == ("clamped", ".3~p")
+    for metric, said in ((share, ".3p"), (GAIN, "×%{")):
+        fig = heat_map([Panel(grid(np.full((4, 5), 0.5), metric), "t")], LIGHT)
+        assert said in fig.data[0].hovertemplate
 
 
 def test_values_of_every_size_get_a_colour_axis_with_few_ticks():

@@ -150,13 +150,52 @@ def test_switching_quantity_and_layer_changes_the_charts_and_the_address(page):
     assert "layer 2" in page.evaluate(title.replace("routing-experts", "activations-experts"))
 
 
+SHIFTS = """window.shifted = 0; new PerformanceObserver((seen) => {
+  for (const shift of seen.getEntries()) window.shifted += shift.value; }).observe({type: "layout-shift"});"""
+NO_ROOM = """addEventListener("DOMContentLoaded", () => { const style = document.createElement("style");
+  style.textContent = ".chart-frame { min-height: 0 !important }"; document.head.append(style); });"""
+
+
+def shifted(page, name: str) -> float:
+    """How much of the window moved while a page was built, as the browser counts it."""
+    page.goto(f"{page.home}run/mhc-tear/{name}")
+    until(page, "document.querySelectorAll('.chart').length && [...document.querySelectorAll('.chart')]"
+          ".every(c => c.querySelector('.js-plotly-plot')?.layout?.xaxis?.visible !== false)")  # fmt: skip
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(300)
+    return page.evaluate("window.shifted")
+
+
+def test_nothing_jumps_while_a_page_is_built(page):
+    page.add_init_script(SHIFTS)
+    for name in ("overview", "cascade", "gain", "routing", "activations"):
+        assert shifted(page, name) < 0.02, name
+    page.add_init_script(NO_ROOM)
+    assert shifted(page, "cascade") > 0.05, "where no room is kept, it does"
+
+
 def test_a_run_without_hyper_connections_says_so_and_shows_the_rest(page):
     page.goto(f"{page.home}run/plain/gain")
     page.get_by_text("no hyper-connections").wait_for()
-    page.get_by_text("Not recorded in this run: it has no such map.").wait_for()
-    page.locator("#gain-metric").click()
-    page.get_by_role("option", name="transport gain").click()
     until(page, "document.querySelector('#gain-heat .js-plotly-plot')?.data?.some(t => t.type === 'heatmap')")
+    assert page.locator("#gain-metric").input_value() == "transport gain"
+    assert not page.get_by_text("Maps of one site").is_visible()
+    page.locator("#gain-metric").click()
+    page.get_by_role("option", name="composite gain").click()
+    page.get_by_text("Not recorded in this run: it has no such map.").wait_for()
+
+
+def test_in_a_narrow_window_nothing_is_cut_and_charts_keep_their_room(page):
+    page.set_viewport_size({"width": 420, "height": 800})
+    for name in ("overview", "cascade", "gain", "routing", "activations", "events"):
+        page.goto(f"{page.home}run/mhc-tear/{name}")
+        page.locator(".card").first.wait_for()
+        if name != "events":
+            until(page, "document.querySelector('main .chart .main-svg')?.clientWidth >= 600")
+        assert page.evaluate("document.documentElement.scrollWidth") == 420
+        tabs = page.locator(".tabs").bounding_box()
+        assert tabs["y"] > page.locator(".crumb.here").bounding_box()["y"]  # a line of their own
+        assert page.locator(".crumb.here").inner_text() == "mhc-tear"
 
 
 def test_an_empty_run_waits_calmly_on_every_page(page):

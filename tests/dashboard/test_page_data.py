@@ -118,6 +118,50 @@ def test_recent_equals_the_end_of_the_whole(runs):
     assert np.array_equal(few.values_RS, whole.values_RS[:, -5:])
 
 
+def test_a_long_run_is_read_in_stretches_and_is_the_same(runs, monkeypatch):
+    (at_once,) = Record(open_run(runs / "mhc-tear")).grids("layers", "transport_gain_fwd")
+    monkeypatch.setattr("geodiag.stretches.CELLS", 6000)  # 5 columns, 12 rows a step: 100 steps
+    record, read = Record(open_run(runs / "mhc-tear")), []
+    make = record._made
+    monkeypatch.setattr(record, "_made", lambda *a: read.append(a[-1]) or make(*a))
+    (grid,) = record.grids("layers", "transport_gain_fwd")
+    assert read[:2] == [(None, 100), (100, 200)]
+    assert len(read) == 6
+    assert grid.rows == at_once.rows
+    assert np.array_equal(grid.steps_S, at_once.steps_S)
+    assert np.array_equal(grid.values_RS, at_once.values_RS, equal_nan=True)
+
+
+def test_stretches_of_other_rows_are_read_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("geodiag.stretches.CELLS", 1)
+    monkeypatch.setattr("geodiag.stretches.GLANCE", 1)
+    run = Run.create(tmp_path / "r")
+    for step in (0, 1):
+        run.append("steps", {"step": [step], "loss": [1.0]})
+    run.append("layers", rows(0, stream_rms=[1.0, 2.0]))
+    run.append("layers", {"step": [1], "layer": [0], "site": ["ffn"], "stream_rms": [3.0]})
+    run.close()
+    (grid,) = Record(open_run(tmp_path / "r")).grids("layers", "stream_rms")
+    assert grid.rows == ((0, 0), (0, 1))
+    assert np.array_equal(grid.values_RS, [[1, np.nan], [2, 3]], equal_nan=True)
+
+
+def test_a_training_that_never_said_its_routing_mode_is_off(tmp_path):
+    run = Run.create(tmp_path / "r")
+    run.append("steps", {"step": [0, 1], "loss": [2.0, 2.0]})
+    assert Record(open_run(tmp_path / "r")).mode() == "off"
+    run.append("steps", {"step": [2], "loss": [2.0], "routing_mode": ["drain"]})
+    run.close()
+    assert Record(open_run(tmp_path / "r")).mode() == "drain"
+
+
+def test_a_model_of_one_stream_has_no_maps(tmp_path):
+    for name, found, has in (("a", {"sites": 12, "streams": 1}, False), ("b", {"sites": []}, False),
+                             ("c", {"sites": 12, "streams": 4}, True), ("d", {}, True)):  # fmt: skip
+        Run.create(tmp_path / name, found=found).close()
+        assert Record(open_run(tmp_path / name)).has_maps() is has
+
+
 def test_worst_names_value_step_and_row():
     from geodiag.schema import METRICS
 
