@@ -15,9 +15,9 @@ _SEED = 7
 
 def directions(tokens: int, channels: int, device: torch.device) -> Tensor:
     """A random unit vector for each token, (T, C): the same ones every time."""
-    generator = torch.Generator().manual_seed(_SEED)
-    drawn = torch.randn(tokens, channels, generator=generator)
-    return torch.nn.functional.normalize(drawn, dim=-1).to(device)
+    generator = torch.Generator(device).manual_seed(_SEED)
+    drawn = torch.randn(tokens, channels, generator=generator, device=device)
+    return torch.nn.functional.normalize(drawn, dim=-1)
 
 
 @torch.no_grad()

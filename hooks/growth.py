@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geodiag.hooks import metrics
 from geodiag.hooks.adapters.base import Layout, Removable
 from geodiag.hooks.probe_batch import PROBE_TOKENS, ProbeBatch
 
@@ -52,9 +53,8 @@ class Growth:
                 raise self._failure
             assert self._end is not None, "the end is watched"
             after = (self._end[1:] - self._end[:1]).flatten(1).norm(dim=1)
-            growth = torch.full((self._count,), torch.nan, device=after.device)
-            growth[torch.tensor(self._layers, device=after.device)] = after / torch.stack(self._changes)
-            return {"layer/perturbation_growth": growth}
+            growth = dict(zip(self._layers, after / torch.stack(self._changes), strict=True))
+            return {"layer/perturbation_growth": metrics.in_order(range(self._count), growth)}
         finally:
             self._on, self._changes, self._end, self._failure = False, [], None, None
 

@@ -46,9 +46,10 @@ class WeightSpectra:
         key, iterations = (name, layer), 1
         if key not in self._vectors:
             # The training's random state is not ours to use; and a layer's start is its own, whatever else is watched.
-            generator = torch.Generator().manual_seed(layer)
-            start = torch.randn(weight_ERC.shape[0], weight_ERC.shape[-1], generator=generator)
-            self._vectors[key] = torch.nn.functional.normalize(start, dim=-1).to(weight_ERC.device)
+            generator = torch.Generator(weight_ERC.device).manual_seed(layer)
+            shape = weight_ERC.shape[0], weight_ERC.shape[-1]
+            start = torch.randn(shape, generator=generator, device=weight_ERC.device)
+            self._vectors[key] = torch.nn.functional.normalize(start, dim=-1)
             iterations = _FIRST
         for _ in range(iterations):
             norm_E, self._vectors[key] = metrics.power_step(weight_ERC, self._vectors[key])

@@ -29,8 +29,8 @@ class Torn(NamedTuple):
 
 def pick(flipped_T: Tensor) -> Tensor:
     """`TOKENS` tokens, flipped ones first, a fixed random choice among them; nothing is read on the host."""
-    generator = torch.Generator().manual_seed(_SEED)
-    lot_T = torch.rand(len(flipped_T), generator=generator).to(flipped_T.device)
+    generator = torch.Generator(flipped_T.device).manual_seed(_SEED)
+    lot_T = torch.rand(len(flipped_T), generator=generator, device=flipped_T.device)
     return (flipped_T.float() + 0.5 * lot_T).topk(min(TOKENS, len(flipped_T))).indices
 
 
