@@ -110,6 +110,7 @@ def common(trial: Mapping[str, Any]) -> dict[str, float | None]:
     return {
         "spikes_per_10k": 1e4 * len(spikes) / len(trial["steps"]),
         "again": _again(trial["arm"], spikes),
+        "steps_before": _steps_before(trial["events"], spikes),
         "flips": flips.get("flip_rate"),
         "flips_anticipatory": flips["flip_rate_anticipatory"],
         "flips_router": flips["flip_rate_router"],
@@ -122,6 +123,13 @@ def _again(arm: Mapping[str, Any], spikes: Sequence[Mapping[str, Any]]) -> float
         return None
     first, *later = (e["data"]["onset"] for e in spikes)
     return float(any(onset <= first + AFTER for onset in later))
+
+
+def _steps_before(events: Sequence[Mapping[str, Any]], spikes: Sequence[Mapping[str, Any]]) -> float | None:
+    """From where training went back to first, to the onset: so long any change had to grow. None where it never did."""
+    restored = (e["data"]["restore"] for e in events if e["kind"] == "decision" and e["data"].get("acted"))
+    first = next((step for step in restored if step is not None), None)
+    return None if first is None else float(spikes[0]["data"]["onset"] - first)
 
 
 def summarise(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -12,8 +12,22 @@ _SHOWN = {
     "final_loss": ("final", 3),
     "spikes_per_10k": ("spikes / 10 k", 0),
     "again": ("again", 2),
+    "steps_before": ("before", 0),
 }
 _POOLED = ("peak", "excess", "recovery_steps", "steps_lost", "final_loss", "spikes_per_10k", "again")
+
+
+_MEANINGS = f"""\
+- peak, excess (area, nats · steps), recovery (steps) and final loss: with a planted fault against the training of the
+  same seed with nothing planted; otherwise above the training's own trend, and the final loss itself. Every executed
+  step counts, the ones that were rolled back too.
+- lost: steps executed more than once.
+- again: of trainings that went back, the share whose first spike was raised again within {AFTER} steps of its onset.
+- before: steps from where they went back to first, to that onset, in which a change could grow. Routing asks for at
+  least Δ, and so does the noise that it is compared with.
+- flips at Δ: on the probe batch; in earlier trials of `tiny`, of cached against live choices where routing was on,
+  else of the router's own update alone.
+"""
 
 
 def page(result: dict[str, Any]) -> str:
@@ -21,13 +35,8 @@ def page(result: dict[str, Any]) -> str:
         "# What rolling back and routing by older weights buys",
         "",
         f"{result['trials']} trainings, {result['steps']} steps. Mean over seeds and its 95 % interval (bootstrap).",
-        "Planted faults: peak, excess (area, nats · steps), recovery (steps) and final loss against the training of",
-        "the same seed with nothing planted. Otherwise: above the training's own trend, and the final loss itself.",
-        "Every executed step counts, the ones that were rolled back too; `lost` are steps executed more than once.",
-        f"`again`: of trainings that went back, the share whose first spike was raised again within {AFTER} steps of",
-        "its onset. `flips at Δ`: on the probe batch; in earlier trials of `tiny`, of cached against live choices",
-        "where routing was on, else of the router's own update alone.",
         "",
+        _MEANINGS,
         *result["places"],
         "",
     ]

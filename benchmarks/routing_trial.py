@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from geodiag.hooks.adapters import find_layout
 from geodiag.hooks.attach import attach
 from geodiag.hooks.faults import Fault, Faults
 from geodiag.hooks.policy import Policy
-from geodiag.hooks.rerouting import rerouting
+from geodiag.hooks.rerouting import Rerouting, rerouting
 from geodiag.hooks.snapshots import Snapshots
 from geodiag.reference_models.config import sized
 from geodiag.reference_models.data import Batch, Loader
@@ -50,7 +50,7 @@ ARMS = {
     for a in (
         Arm(name="none", mode="off"),
         Arm(name="rollback", actions="rollback"),
-        Arm(name="rollback + noise", actions="rollback", noise=1e-6),
+        Arm(name="rollback + noise", actions="rollback,route", variant="unchanged", noise=1e-6),
         Arm(name="rollback + anticipatory", actions="rollback,route"),
         Arm(name="anticipatory", actions="route"),
         Arm(name="router-lag", actions="route", variant="router-lag"),
@@ -108,6 +108,26 @@ class Domains(Loader):
         return self._each[step // self._turn % len(self._each)].batch(step)
 
 
+class Unchanged(Rerouting):
+    """Routes nothing: with it, training goes back as far as for routing by weights of Δ steps ago."""
+
+    variant = "unchanged"
+    lag = queued = 0
+    replaying = False
+
+    def batches(self, source: Iterable[Any]) -> Iterator[Any]:
+        return iter(source)
+
+    def rewind(self) -> None:
+        """There is nothing prepared."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"delay_steps": self.delay_steps, "mode": self.mode}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is nothing to load."""
+
+
 @cache
 def _corpus() -> Corpus:
     return open_corpus("stdlib")
@@ -147,9 +167,8 @@ def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[
     trainer, loader = setup(scenario, seed, where)
     model, vocab = trainer.model, trainer.model.config.vocab
     faults = Faults([Fault.parse(scenario.fault)] if scenario.fault else [], find_layout(model))
-    options = {"forward": lambda m, b: m(b.token_ids_BS)}
     with tempfile.TemporaryDirectory() as folder:
-        routing = rerouting(arm.variant, model, arm.delay, **options)
+        routing = _routing(arm, model)
         snapshots = None
         if "rollback" in arm.actions:
             snapshots = Snapshots(model, trainer.optimizers, trainer.progress, every=20)
@@ -198,6 +217,12 @@ def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[
         "losses": [x if math.isfinite(x) else None for x in losses],
         **seen,
     }
+
+
+def _routing(arm: Arm, model: Transformer) -> Rerouting:
+    if arm.variant == Unchanged.variant:
+        return Unchanged(model, arm.delay, micro_batches=1)
+    return rerouting(arm.variant, model, arm.delay, forward=lambda m, b: m(b.token_ids_BS))
 
 
 def _recorded(path: Path) -> dict[str, Any]:

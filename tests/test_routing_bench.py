@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from geodiag.benchmarks import routing, routing_cost
 from geodiag.benchmarks.routing_measures import CAP, WINDOW, Mean, against_twin, by_itself, common, pooled, summarise
 from geodiag.benchmarks.routing_page import page
 from geodiag.benchmarks.routing_plan import NATURAL, PILOT_SEED, jobs, pilot, plans
+from geodiag.benchmarks.routing_trial import perturb
 
 
 def trial(losses: list[float | None], steps: list[int] | None = None, arm: str = "none", seed: int = 0, **more: Any):
@@ -104,7 +106,7 @@ def test_an_interval_narrows_with_seeds_and_leaves_out_what_is_unknown() -> None
 
 
 def test_spikes_are_counted_by_executed_steps() -> None:
-    events = [{"kind": k, "step": 1} for k in ("spike", "outlier", "divergence", "decision")]
+    events = [{"kind": k, "step": 1, "data": {}} for k in ("spike", "outlier", "divergence", "decision")]
     row = next(r for r in summarise([trial([2.0] * 100, fault=None, events=events)]) if r["arm"] == "none")
     assert row["measures"]["spikes_per_10k"]["mean"] == 200
 
@@ -118,6 +120,16 @@ def test_a_spike_comes_again_where_another_is_raised_near_its_onset(
 ) -> None:
     events = [{"kind": "spike", "step": o, "data": {"onset": o}} for o in onsets]
     assert common(trial([2.0] * 300, arm=arm, events=events))["again"] == expected
+
+
+def test_a_change_has_the_steps_from_the_first_snapshot_gone_back_to() -> None:
+    def decision(restore: int | None, acted: bool = True) -> dict[str, Any]:
+        return {"kind": "decision", "step": 60, "data": {"restore": restore, "acted": acted}}
+
+    spike = {"kind": "spike", "step": 55, "data": {"onset": 50}}
+    back = trial([2.0] * 90, arm="rollback", events=[spike, decision(None), decision(40), spike, decision(20)])
+    assert common(back)["steps_before"] == 10
+    assert common(trial([2.0] * 90, events=[spike, decision(40, acted=False)]))["steps_before"] is None
 
 
 def test_without_a_twin_recovery_is_the_steps_above_the_trend_but_for_single_ones() -> None:
@@ -162,23 +174,36 @@ def test_workers_share_the_gpus_out_among_them(monkeypatch: pytest.MonkeyPatch) 
     assert seen == ["2", "5", "2"]
 
 
+def test_noise_is_small_the_same_for_a_draw_and_another_for_the_next() -> None:
+    models = [torch.nn.Linear(30, 30) for _ in range(4)]
+    for model, draw in zip(models[:3], (1, 1, 2), strict=True):
+        model.load_state_dict(models[3].state_dict())
+        perturb(model, 1e-6, draw)
+    first, same, other, before = (m.weight.detach() for m in models)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert 0 < float(((first - before) / before).abs().max()) < 1e-5
+
+
 @pytest.mark.slow
 def test_a_small_plan_is_trained_measured_and_written() -> None:
     calm = replace(NATURAL, lr=1e-3, steps=12, sequences=1)
     faulty = replace(calm, name="far", fault="far-batch@4", steps=12)
-    planned = jobs([[(calm, ("none", "always router-lag")), (faulty, ("none",))]], [0])
+    planned = jobs([[(calm, ("none", "always router-lag", "rollback + noise")), (faulty, ("none",))]], [0])
     ends = time.monotonic() + 600
     trials = [t for job in planned if (t := routing.work((job, "cpu", ends)))]
-    assert [t.get("failed") for t in trials] == [None] * 4
+    assert [t.get("failed") for t in trials] == [None] * 5
     assert all(t["steps"] == list(range(12)) for t in trials)
     lagged = next(t for t in trials if t["arm"]["name"] == "always router-lag")
     plain = next(t for t in trials if t["arm"]["name"] == "none" and t["scenario"]["name"] == calm.name)
     assert lagged["losses"][:8] == plain["losses"][:8], "the same seed and data; until the warm-up is over"
     assert lagged["losses"][9:] != plain["losses"][9:]
+    noise = next(t for t in trials if t["arm"]["name"] == "rollback + noise")
+    assert noise["losses"] == plain["losses"], "noise comes with going back and not before"
     rows = summarise(trials)
     far = next(r for r in rows if r["scenario"] == "far")
     assert far["measures"]["excess"]["mean"] > 0
-    result = {"rows": rows, "pooled": pooled(trials), "trials": 4, "steps": 48, "command": "c", "versions": {}}
+    result = {"rows": rows, "pooled": pooled(trials), "trials": 5, "steps": 60, "command": "c", "versions": {}}
     said = page(result | {"places": ["here"]})
     assert "| always router-lag | 1 |" in said
 
