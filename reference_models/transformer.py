@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from geodiag.reference_models.attention import Attention, rotary_table
 from geodiag.reference_models.config import ModelConfig
-from geodiag.reference_models.kernels.reference import Projected, Routing, Written
+from geodiag.reference_models.kernels.reference import Projected, Routing
 from geodiag.reference_models.mhc import HyperConnection, PlainResidual, ReadOut
 from geodiag.reference_models.moe import MoE, sequence_balance_loss
 from geodiag.reference_models.norm import RMSNorm
@@ -50,7 +50,7 @@ class Layer(nn.Module):
         run: Kept = KEPT,
         projected: Projected | None = None,
         next_phi: Tensor | None = None,
-    ) -> tuple[Written, Routing]:
+    ) -> tuple[Tensor, Routing, Projected | None]:
         """`run` says what the backward will find, and what it will make anew. `projected` comes from the layer before;
         `next_phi` is of the layer behind, whose first site finds its streams projected by it."""
         mix, hidden = run.before(self.attn_hc, self.attn_norm, x_BSNC, projected)
@@ -58,7 +58,8 @@ class Layer(nn.Module):
         x_BSNC, projected, _ = run.after(self.attn_hc, x_BSNC, branch, mix, self.ffn_hc.next_phi)
         mix, hidden = run.before(self.ffn_hc, self.ffn_norm, x_BSNC, projected)
         out = run.inside(self.moe, hidden, token_ids_BS)
-        return run.after(self.ffn_hc, x_BSNC, out.hidden_BSC, mix, next_phi), out.routing
+        x_BSNC, projected, _ = run.after(self.ffn_hc, x_BSNC, out.hidden_BSC, mix, next_phi)
+        return x_BSNC, out.routing, projected
 
 
 def _connection(config: ModelConfig, site: int) -> HyperConnection | PlainResidual:
@@ -120,10 +121,10 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             if self.config.recompute == "layers" and differentiated:
                 arguments = (token_ids_BS, self.rotary, KEPT, projected, behind[i])
-                (x, projected, _), routing = checkpoint(layer, x, *arguments, use_reentrant=False)
+                x, routing, projected = checkpoint(layer, x, *arguments, use_reentrant=False)
             else:
                 run = Recomputed(x, projected) if forgets and i % length == 0 else run
-                (x, projected, _), routing = layer(x, token_ids_BS, self.rotary, run, projected, behind[i])
+                x, routing, projected = layer(x, token_ids_BS, self.rotary, run, projected, behind[i])
             routings.append(routing)
         return Output(self.head(self.norm(self.read_out(x))), tuple(routings))
 
