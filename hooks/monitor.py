@@ -191,10 +191,13 @@ class Monitor:
     # -- going back --------------------------------------------------------------------------
 
     def _keep(self) -> None:
-        """A snapshot, where one is due; not of a training whose loss is out of its range."""
-        last = self.last
-        calm = last is None or not (last.verdict.active or last.verdict.raised)
-        self._rollback.after_step(self.next_step, calm)
+        """A snapshot, where one is due."""
+        self._rollback.after_step(self.next_step, self._calm)
+
+    @property
+    def _calm(self) -> bool:
+        """Nobody wants to come back to a training whose loss is out of its range."""
+        return self.last is None or not (self.last.verdict.active or self.last.verdict.raised)
 
     def _go_back(self, step: int, skip: range | None) -> int:
         """Training stands before `step` again, and writes it under the next attempt, which is returned."""
@@ -266,11 +269,9 @@ class Monitor:
         self._ranks.leave()
 
     def _last_snapshot(self, status: Status) -> int | None:
-        """The step to be kept at the end; none where nobody wants to go on from, such as within a spike."""
+        """The step to be kept at the end, if any."""
         self._recorder.wait()
-        seen = self.last
-        calm = seen is None or not (seen.verdict.active or seen.verdict.raised)
-        return self.next_step if status == "finished" and calm else None
+        return self.next_step if status == "finished" and self._calm else None
 
     def __enter__(self) -> "Monitor":
         return self
