@@ -29,6 +29,8 @@ DELAY = 8
 FLIPS = ("flip_rate", "flip_rate_anticipatory", "flip_rate_router")
 PERIOD = 50
 _NEVER = 1 << 30
+_ROOM = 16 << 30
+"""Bytes for snapshots; how many there are must not hang on who else runs on the machine."""
 _CPU = torch.device("cpu")
 
 
@@ -171,7 +173,7 @@ def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[
         routing = _routing(arm, model)
         snapshots = None
         if "rollback" in arm.actions:
-            snapshots = Snapshots(model, trainer.optimizers, trainer.progress, every=20)
+            snapshots = Snapshots(model, trainer.optimizers, trainer.progress, every=20, max_bytes=_ROOM)
         monitor = attach(
             model,
             trainer.optimizers,

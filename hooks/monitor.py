@@ -118,7 +118,8 @@ class Monitor:
         self._recorder.ensure(step)
         if halfway is not None:
             self._recorder.wait()
-            raise GeodiagError(f"{halfway}; steps up to {step} are on record in {self.run.url}") from halfway
+            fix = "pass attach(..., probe=...) of a batch that the model can run"
+            raise GeodiagError(f"{halfway}; {fix}; steps up to {step} are on record in {self.run.url}") from halfway
         try:
             self._steer()
         except Exception as e:  # nor must steering
