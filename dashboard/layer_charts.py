@@ -29,7 +29,7 @@ def one_layer(
     return card(
         "One layer",
         graph(f"{page}-experts", height_of([experts_of(record, layer_of(record, view))])),
-        graph(f"{page}-lines", 400),
+        graph(f"{page}-lines", 460),
         tip=tip,
         controls=[
             segments(f"{page}-over", shown, options(over), label),

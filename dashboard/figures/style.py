@@ -122,7 +122,8 @@ def time_axis(look: Look, reach: tuple[float, float] | None, title: str = "step"
     if reach and reach[1] - reach[0] < FEW_STEPS:
         given["dtick"] = 1  # a step between two steps is none
     # The address knows the range: whatever it says wins over what the browser remembers.
-    usual = {"fixedrange": False, "tickformat": ",d", "nticks": 9, "uirevision": str(reach)}
+    usual: dict[str, Any] = {"fixedrange": False, "tickformat": ",d", "nticks": 9, "uirevision": str(reach)}
+    usual["unifiedhovertitle"] = {"text": "step %{x:,d}"}
     return axis(look, title, **usual | given | more)
 
 

@@ -1,6 +1,7 @@
 """The overview: loss with what happened to it, gradient norm, and the three stages, on one time axis."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -119,16 +120,17 @@ def _spike_marks(
                 fillcolor=look.spike, opacity=0.75, line_width=0,
             )  # fmt: skip
     texts = [_words(s) for s in spikes]
-    for name, at, symbol, size in (
-        ("onset", [s.onset for s in spikes], "circle-open", 12),
-        ("peak", [s.peak for s in spikes], "diamond", 9),
+    told: dict[str, Any] = {"hovertemplate": "%{text}<extra></extra>"}
+    for name, at, symbol, size, hover in (
+        ("onset", [s.onset for s in spikes], "circle-open", 12, told),
+        ("peak", [s.peak for s in spikes], "diamond", 9, {"hoverinfo": "skip"}),  # its onset tells of both
     ):
         known = [(x, t, s) for x, t, s in zip(at, texts, spikes, strict=True) if x is not None]
         if known:
             fig.add_scatter(
                 x=[x for x, *_ in known], y=[_loss_at(seen, undone, s, x) for x, _, s in known], mode="markers",
                 marker={"symbol": symbol, "size": size, "color": look.spike, "line": {"width": 2, "color": look.spike}},
-                name=f"spike {name}", text=[t for _, t, _ in known], hovertemplate="%{text}",
+                name=f"spike {name}", text=[t for _, t, _ in known], **hover,
             )  # fmt: skip
 
 
