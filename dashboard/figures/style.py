@@ -97,7 +97,7 @@ def base(look: Look, height: int, **layout: Any) -> go.Figure:
         hoverlabel={"bgcolor": look.paper, "bordercolor": look.line, "font": {"family": FONT, "color": look.ink}},
         dragmode="zoom",
         showlegend=False,
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": look.line, "activecolor": look.soft},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": look.cursor, "activecolor": look.ink},
         **layout,
     )
     return fig
