@@ -37,7 +37,7 @@ _DRAWN = """(() => {
   return document.querySelectorAll('.card').length > 0 && charts.length === document.querySelectorAll('.chart').length
     && charts.every(full);
 })()"""
-_PATIENCE = 120.0
+_PATIENCE, _AFTER_MS = 120.0, 300
 
 
 class Server:
@@ -68,20 +68,24 @@ class Reader:
 
     def __init__(self, browser: Any, server: Server) -> None:
         self._tab, self._server = browser.new_page(viewport={"width": 1440, "height": 900}), server
-        self._bytes = 0
-        self._tab.on("requestfinished", self._count)
+        self._answered: list[Any] = []
+        self._tab.on("requestfinished", lambda request: self._answered.append(request))
         self._tab.goto(server.url)
         self._tab.wait_for_load_state("networkidle")
         self._home = self._tab.url.split("/run/")[0].rstrip("/")
 
     def opens(self, path: str) -> dict[str, float]:
         """Seconds until every chart of a page is drawn, the server's own seconds, and the bytes of its answers."""
-        self._bytes, cpu, began = 0, self._server.cpu_seconds(), time.perf_counter()
+        self._answered.clear()
+        cpu, began = self._server.cpu_seconds(), time.perf_counter()
         self._tab.goto(f"{self._home}{path}")
         self._until(_DRAWN)
         seconds = time.perf_counter() - began
         self._tab.wait_for_load_state("networkidle")
-        return {"seconds": seconds, "cpu_seconds": self._server.cpu_seconds() - cpu, "bytes": self._bytes}
+        self._tab.wait_for_timeout(_AFTER_MS)  # the last answer's end is told a little after its chart is drawn
+        figures = [r for r in self._answered if "_dash-update-component" in r.url]
+        size = sum(r.sizes()["responseBodySize"] for r in figures)
+        return {"seconds": seconds, "cpu_seconds": self._server.cpu_seconds() - cpu, "bytes": size}
 
     def sees_step(self, step: int) -> float:
         """Seconds until the page says that the run has reached `step`."""
@@ -98,10 +102,6 @@ class Reader:
             if time.monotonic() > end:
                 raise GeodiagError(f"the page did not get there within {_PATIENCE:.0f} s: {expression}")
             self._tab.wait_for_timeout(10)
-
-    def _count(self, request: Any) -> None:
-        if "_dash-update-component" in request.url:
-            self._bytes += request.sizes()["responseBodySize"]
 
 
 @contextmanager

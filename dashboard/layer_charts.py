@@ -3,17 +3,17 @@
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
-from dash import html
+from dash import Dash, html
 
-from geodiag.dashboard.draw import extent, happened
+from geodiag.dashboard.draw import Drawing, draws, extent, happened
 from geodiag.dashboard.figures.heat import Panel, heat_map, height_of
 from geodiag.dashboard.figures.lines import Strip, over_steps
 from geodiag.dashboard.figures.style import Look
-from geodiag.dashboard.layers import experts_of, layer_of, layer_options, layer_shown, series
+from geodiag.dashboard.layers import experts_of, layer_of, layer_options, layer_shown, pick_layer, series
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import card, graph, options, segments, select
 from geodiag.dashboard.record import Record
-from geodiag.dashboard.steer import Control
+from geodiag.dashboard.steer import Control, steer
 from geodiag.dashboard.view import View
 from geodiag.dashboard.words import metric
 
@@ -29,7 +29,7 @@ def one_layer(
     return card(
         "One layer",
         graph(f"{page}-experts", height_of([experts_of(record, layer_of(record, view))])),
-        graph(f"{page}-lines", 400),
+        graph(f"{page}-lines", 460),
         tip=tip,
         controls=[
             segments(f"{page}-over", shown, options(over), label),
@@ -38,12 +38,18 @@ def one_layer(
     )  # fmt: skip
 
 
-def layer_controls(page: str, library: Library, first: str) -> dict[str, Control]:
-    """What `one_layer` is steered by."""
-    return {
-        f"{page}-over": Control("over", first),
+def register(
+    app: Dash, library: Library, page: str, charts: Mapping[str, Drawing], metric_first: str, over_first: str
+) -> None:
+    """Draws the charts of a page, and steers them by its metric, by its layer, and by clicks on a row of layers."""
+    for chart, make in charts.items():
+        draws(app, library, f"{page}-{chart}", "figure", make)
+    controls = {
+        f"{page}-metric": Control("metric", metric_first),
+        f"{page}-over": Control("over", over_first),
         f"{page}-layer": Control("layer", lambda pathname, view: layer_shown(library, pathname, view)),
     }
+    steer(app, controls, [f"{page}-{chart}" for chart in charts], pick_layer)
 
 
 def all_layers(record: Record, view: View, look: Look, name: str, title: str, nothing: str) -> go.Figure:

@@ -7,12 +7,14 @@ import dash_mantine_components as dmc
 import plotly.graph_objects as go
 from dash import dcc, html
 
+_REMOVED = ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d", "zoom2d", "sendChartToCloud"]
 _CONFIG: Any = {
     "displaylogo": False,
+    "plotlyServerURL": "",  # what is measured stays here: plotly would offer to upload a chart
     "responsive": True,
     "doubleClick": "autosize",
     "displayModeBar": "hover",
-    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d", "zoom2d"],
+    "modeBarButtonsToRemove": _REMOVED,
     "showTips": False,
 }
 

@@ -2,6 +2,7 @@
 
 import operator
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -207,8 +208,8 @@ def _cut(rows: pa.Table, steps: Steps | None) -> pa.Table:
         return rows
     step = rows["step"].to_numpy()
     if (step[1:] >= step[:-1]).all():
-        first = 0 if low is None else int(np.searchsorted(step, low))
-        end = len(step) if high is None else int(np.searchsorted(step, high))
+        first = 0 if low is None else bisect_left(step, low)  # numpy's own search copies the column to compare it
+        end = len(step) if high is None else bisect_left(step, high)
         return rows.slice(first, max(0, end - first))
     inside = np.ones(len(step), bool) if low is None else step >= low
     return rows.filter(pa.array(inside if high is None else inside & (step < high)))

@@ -58,7 +58,8 @@ def _read_run(target: str) -> list[Update]:
     try:
         run = open_run(target)
     except GeodiagError as error:
-        raise GeodiagError(f"{error}, or a CSV with the columns step,loss") from None
+        other = ", or a CSV with the columns step,loss" if "pass a run directory" in str(error) else ""
+        raise GeodiagError(f"{error}{other}") from None
     # All attempts: a spike that was rolled back did happen.
     table = run.read_arrow("steps", ["step", "loss", "grad_norm"], attempt="all", ranks="merged")
     return [Update(row["step"], row["loss"], row["grad_norm"]) for row in table.to_pylist() if row["loss"] is not None]

@@ -23,7 +23,7 @@ def curve(
     unit: str = "",
     hover: str = "",
     extra: str = "",
-    few: int = 0,
+    few: int = 2,
 ) -> None:
     """Draws it on the axis `y`, in ink or in `colour`; fewer points than `few` are dots as well.
 

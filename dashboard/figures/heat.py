@@ -158,7 +158,7 @@ def _ticks(grid: Grid, names: list[str], experts: bool) -> list[tuple[str, str]]
 
 
 def _row_pixels(rows: int) -> float:
-    return 24 if rows <= 8 else 18 if rows <= 16 else 8 if rows <= 40 else max(2.5, 280 / rows)
+    return 24 if rows <= 12 else 18 if rows <= 16 else 8 if rows <= 40 else max(2.5, 280 / rows)
 
 
 def _n(i: int) -> str:

@@ -50,7 +50,7 @@ def over_steps(
     if not shown:
         return empty(nothing, look, 160)
     inner = _STRIP_PX * len(shown) + _GAP_PX * (len(shown) - 1)
-    fig = base(look, inner + 54, hovermode="x unified", hoversubplots="axis")
+    fig = base(look, inner + 70, hovermode="x unified", hoversubplots="axis")
     top = 1.0
     for i, strip in enumerate(shown, 1):
         n = "" if i == 1 else str(i)
@@ -70,6 +70,7 @@ def over_steps(
         )  # fmt: skip
         top -= (_STRIP_PX + _GAP_PX) / inner
     reach = window or ((extent[0] - 0.5, extent[1] + 0.5) if extent else None)
+    fig.update_layout(margin={"t": 22})  # where the buttons appear, above the names of the lines
     fig.update_layout(xaxis=time_axis(look, reach, anchor=f"y{'' if len(shown) == 1 else len(shown)}"))
     draw_marks(fig, marks, window or (-np.inf, np.inf), look)
     return fig

@@ -31,6 +31,9 @@ def maps(groups: Sequence[tuple[str, Sequence[Tile]]], look: Look, nothing: str,
     groups = [(when, tiles) for when, tiles in groups if tiles]
     if not groups:
         return empty(nothing, look, 120)
+    groups = [(when, tiles) for when, tiles in groups if all(np.isfinite(t.cell_NN).any() for t in tiles)]
+    if not groups:
+        return empty("The residual maps are not finite here.", look, 120)
     inner = tile_px + 3 * _TITLE_PX
     fig = base(look, inner + 10)
     count = max(_FEW, sum(len(tiles) for _, tiles in groups))

@@ -14,6 +14,8 @@ def matrices(maps: dict[str, np.ndarray], look: Look, height: int = 250) -> go.F
     """Rows are streams out, columns streams in. Colour runs from −1 to 1 at least, with 0 in the middle."""
     if not maps:
         return empty("No token-mean maps on record for this site up to this step.", look, height)
+    if not any(np.isfinite(m).any() for m in maps.values()):
+        return empty("The maps of this site are not finite here.", look, height)
     fig = base(look, height)
     reach = max(1.0, *(float(np.nanmax(np.abs(m))) for m in maps.values()))
     rows = {k: m.reshape(1, -1) if 1 in m.shape else m for k, m in maps.items()}  # a column of numbers reads as a row

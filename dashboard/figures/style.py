@@ -10,6 +10,8 @@ from geodiag.dashboard.figures.colours import Scale, diverging, sequential
 
 _LINE = 46
 """Letters of a sentence that fit side by side in the narrowest card."""
+FEW_STEPS = 9
+"""A time axis of fewer steps names each of them."""
 EMPTY_PX = 220
 """Height of a sentence where a chart would be, unless a page says otherwise."""
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
@@ -95,7 +97,7 @@ def base(look: Look, height: int, **layout: Any) -> go.Figure:
         hoverlabel={"bgcolor": look.paper, "bordercolor": look.line, "font": {"family": FONT, "color": look.ink}},
         dragmode="zoom",
         showlegend=False,
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": look.line, "activecolor": look.soft},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": look.cursor, "activecolor": look.ink},
         **layout,
     )
     return fig
@@ -116,9 +118,12 @@ def axis(look: Look, title: str = "", **more: Any) -> dict:
 
 def time_axis(look: Look, reach: tuple[float, float] | None, title: str = "step", **more: Any) -> dict:
     """The step axis that all charts of a page share: a drag on it zooms. `reach` fixes its range."""
-    given = {"range": list(reach)} if reach else {}
+    given: dict[str, Any] = {"range": list(reach)} if reach else {}
+    if reach and reach[1] - reach[0] < FEW_STEPS:
+        given["dtick"] = 1  # a step between two steps is none
     # The address knows the range: whatever it says wins over what the browser remembers.
-    usual = {"fixedrange": False, "tickformat": ",d", "nticks": 9, "uirevision": str(reach)}
+    usual: dict[str, Any] = {"fixedrange": False, "tickformat": ",d", "nticks": 9, "uirevision": str(reach)}
+    usual["unifiedhovertitle"] = {"text": "step %{x:,d}"}
     return axis(look, title, **usual | given | more)
 
 

@@ -1,6 +1,7 @@
 """The overview: loss with what happened to it, gradient norm, and the three stages, on one time axis."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -9,7 +10,7 @@ from geodiag.dashboard.figures.bins import binned
 from geodiag.dashboard.figures.curve import curve
 from geodiag.dashboard.figures.happenings import draw_marks, draw_undone
 from geodiag.dashboard.figures.scale import robust_z, z_shade
-from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, time_axis, titled, upright
+from geodiag.dashboard.figures.style import FEW_STEPS, Look, axis, base, empty, faded, time_axis, titled, upright
 from geodiag.dashboard.grid import Grid
 from geodiag.dashboard.marks import Mark, Span, Spike
 from geodiag.dashboard.outcome import Undone
@@ -42,11 +43,12 @@ def timeline(
     if not len(steps["step"]):
         return empty("Waiting for the first step.", look, height)
     low, high = window or (int(steps["step"][0]), int(steps["step"][-1]))
+    reach: tuple[float, float] | None = window or ((low - 0.5, high + 0.5) if high - low < FEW_STEPS else None)
     near = (steps["step"] >= low - 1) & (steps["step"] <= high + 1)
     seen = {k: v[near] for k, v in steps.items()}
     fig = base(look, height, hovermode="x unified", hoversubplots="axis")
     fig.update_layout(
-        xaxis=time_axis(look, window, anchor="y3", showspikes=True, spikemode="across", spikethickness=1),
+        xaxis=time_axis(look, reach, anchor="y3", showspikes=True, spikemode="across", spikethickness=1),
         yaxis=axis(look, _title("loss"), domain=_DOMAINS["loss"], type="log" if log else "linear"),
         yaxis2=axis(look, _title("grad_norm"), domain=_DOMAINS["grad_norm"], rangemode="tozero"),
         yaxis3=axis(look, domain=_DOMAINS["stages"], autorange="reversed", showgrid=False, ticks=""),
@@ -118,16 +120,17 @@ def _spike_marks(
                 fillcolor=look.spike, opacity=0.75, line_width=0,
             )  # fmt: skip
     texts = [_words(s) for s in spikes]
-    for name, at, symbol, size in (
-        ("onset", [s.onset for s in spikes], "circle-open", 12),
-        ("peak", [s.peak for s in spikes], "diamond", 9),
+    told: dict[str, Any] = {"hovertemplate": "%{text}<extra></extra>"}
+    for name, at, symbol, size, hover in (
+        ("onset", [s.onset for s in spikes], "circle-open", 12, told),
+        ("peak", [s.peak for s in spikes], "diamond", 9, {"hoverinfo": "skip"}),  # its onset tells of both
     ):
         known = [(x, t, s) for x, t, s in zip(at, texts, spikes, strict=True) if x is not None]
         if known:
             fig.add_scatter(
                 x=[x for x, *_ in known], y=[_loss_at(seen, undone, s, x) for x, _, s in known], mode="markers",
                 marker={"symbol": symbol, "size": size, "color": look.spike, "line": {"width": 2, "color": look.spike}},
-                name=f"spike {name}", text=[t for _, t, _ in known], hovertemplate="%{text}",
+                name=f"spike {name}", text=[t for _, t, _ in known], **hover,
             )  # fmt: skip
 
 

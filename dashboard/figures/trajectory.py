@@ -34,6 +34,8 @@ def trajectories(now: Sequence[Trajectory], usual: Sequence[Trajectory], look: L
     """One panel a projection; `usual` are the same tokens at a sample from before, drawn faintly."""
     if not now:
         return empty(nothing, look, 120)
+    if not any(np.isfinite(t.projection_P2).any() for t in now):
+        return empty("The traced tokens are not finite here.", look, 120)
     names = max((list(t.place_P) for t in now), key=len)
     inner = _PANEL_PX + _TITLE_PX
     fig = base(look, inner + 40, hovermode="closest")

@@ -3,15 +3,14 @@
 import plotly.graph_objects as go
 from dash import Dash, html
 
-from geodiag.dashboard.draw import draws
+from geodiag.dashboard import layer_charts
 from geodiag.dashboard.figures.heat import height_of
 from geodiag.dashboard.figures.style import Look
-from geodiag.dashboard.layer_charts import Lines, all_layers, experts, layer_controls, lines, one_layer
-from geodiag.dashboard.layers import layers_of, pick_layer
+from geodiag.dashboard.layer_charts import Lines, all_layers, experts, lines, one_layer
+from geodiag.dashboard.layers import layers_of
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import card, graph, notice, options, select
 from geodiag.dashboard.record import Record
-from geodiag.dashboard.steer import Control, steer
 from geodiag.dashboard.view import View
 from geodiag.dashboard.words import about, counterfactual, metric
 
@@ -51,11 +50,8 @@ def layout(record: Record, view: View) -> html.Div:
 
 
 def register(app: Dash, library: Library) -> None:
-    draws(app, library, "activations-heat", "figure", _heat)
-    draws(app, library, "activations-experts", "figure", _experts)
-    draws(app, library, "activations-lines", "figure", _lines)
-    controls = {"activations-metric": Control("metric", "gate_amax")} | layer_controls(NAME, library, "act_rms")
-    steer(app, controls, ["activations-heat", "activations-experts", "activations-lines"], pick_layer)
+    charts = {"heat": _heat, "experts": _experts, "lines": _lines}
+    layer_charts.register(app, library, NAME, charts, "gate_amax", "act_rms")
 
 
 def _overall(view: View) -> str:

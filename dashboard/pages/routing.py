@@ -3,16 +3,14 @@
 import plotly.graph_objects as go
 from dash import Dash, html
 
-from geodiag.dashboard import control_panel
-from geodiag.dashboard.draw import draws
+from geodiag.dashboard import control_panel, layer_charts
 from geodiag.dashboard.figures.heat import height_of
 from geodiag.dashboard.figures.style import Look
-from geodiag.dashboard.layer_charts import Lines, all_layers, experts, layer_controls, lines, one_layer
-from geodiag.dashboard.layers import layers_of, pick_layer
+from geodiag.dashboard.layer_charts import Lines, all_layers, experts, lines, one_layer
+from geodiag.dashboard.layers import layers_of
 from geodiag.dashboard.library import Library
 from geodiag.dashboard.parts import card, graph, notice, options, segments
 from geodiag.dashboard.record import Record
-from geodiag.dashboard.steer import Control, steer
 from geodiag.dashboard.view import View
 from geodiag.dashboard.words import about, metric
 from geodiag.schema import ROUTING_MODES
@@ -51,11 +49,8 @@ def layout(record: Record, view: View) -> html.Div:
 
 
 def register(app: Dash, library: Library) -> None:
-    draws(app, library, "routing-flips", "figure", _flips)
-    draws(app, library, "routing-experts", "figure", _experts)
-    draws(app, library, "routing-lines", "figure", _lines)
-    controls = {"routing-metric": Control("metric", "flip_rate")} | layer_controls(NAME, library, "load")
-    steer(app, controls, ["routing-flips", "routing-experts", "routing-lines"], pick_layer)
+    charts = {"flips": _flips, "experts": _experts, "lines": _lines}
+    layer_charts.register(app, library, NAME, charts, "flip_rate", "load")
 
 
 def _flip(view: View) -> str:

@@ -14,7 +14,7 @@ from geodiag.dashboard.parts import card
 from geodiag.dashboard.record import Record
 from geodiag.dashboard.table import table
 from geodiag.dashboard.tiles import COMPOSITES, worst_now
-from geodiag.dashboard.words import about, metric, utc
+from geodiag.dashboard.words import about, metric, number, utc
 from geodiag.health import SPIKES
 
 NAME, TITLE = "runs", "Runs"
@@ -22,19 +22,21 @@ _SPARK, _MANY = 90, 40
 
 _NUMBER = {"filter": "agNumberColumnFilter", "type": "rightAligned"}
 _COMMAS = {"function": "params.value == null ? '–' : d3.format(',')(params.value)"}
-_DIGITS = {"function": "params.value == null ? '–' : d3.format('.4g')(params.value)"}
-_GAIN = {"function": "params.value == null ? '–' : '×' + d3.format('.4g')(params.value) + ' at ' + params.data.gain_at"}
+_DIGITS = {"function": "params.value == null ? params.data.no_loss : d3.format('.4g')(params.value)"}
+_TIMES = "'×' + d3.format('.4g')(params.value) + params.data.gain_at"
+_GAIN = {"function": f"params.value == null ? params.data.no_gain : {_TIMES}"}
 _LOSS_HELP, _GAIN_HELP = about(metric("steps", "loss")), about(metric("layers", COMPOSITES[0]))
 _COLUMNS: list[dict[str, Any]] = [
-    {"field": "name", "headerName": "run", "flex": 1, "minWidth": 112, "cellRenderer": "RunLink"},
+    {"field": "name", "headerName": "run", "flex": 1, "minWidth": 104, "cellRenderer": "RunLink",
+     "tooltipField": "name"},
     {"field": "status", "headerName": "status", "width": 106, "cellRenderer": "Status"},
     {"field": "step", "headerName": "last step", "width": 86, "valueFormatter": _COMMAS, **_NUMBER},
     {"field": "spark", "headerName": "loss over steps", "width": 128, "cellRenderer": "Spark", "cellDataType": False,
      "sortable": False, "filter": False},
-    {"field": "loss", "headerName": "loss", "width": 70, "headerTooltip": _LOSS_HELP,
+    {"field": "loss", "headerName": "loss", "width": 82, "headerTooltip": _LOSS_HELP,
      "valueFormatter": _DIGITS, **_NUMBER},
-    {"field": "spikes", "headerName": "spikes", "width": 70, **_NUMBER},
-    {"field": "gain", "headerName": "composite gain now", "width": 146, "headerTooltip": _GAIN_HELP,
+    {"field": "spikes", "headerName": "spikes", "width": 82, **_NUMBER},
+    {"field": "gain", "headerName": "gain now", "width": 140, "headerTooltip": _GAIN_HELP,
      "valueFormatter": _GAIN, **_NUMBER},
     {"field": "model", "headerName": "model", "width": 102},
     {"field": "began", "headerName": "began, UTC", "width": 138, "sort": "desc"},
@@ -82,9 +84,11 @@ def _row(record: Record) -> dict[str, Any]:
         "step": int(steps["step"][-1]) if some else None,
         "spark": _spark(steps),
         "loss": loss,
+        "no_loss": number(float(steps["loss"][-1]) if some else None),
         "spikes": len([s for s in raised(record) if s.kind in SPIKES]),
         "gain": value if value is not None and np.isfinite(value) else None,
-        "gain_at": row_name(at) if at else "",
+        "no_gain": number(value),
+        "gain_at": f" at {row_name(at)}" if at else "",
         "model": ", ".join(str(said) for key in ("residual", "size") if (said := record.option(key))) or "–",
         "began": utc(record.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
     }

@@ -8,6 +8,7 @@ from geodiag.dashboard.figures.bins import binned, worst_step
 from geodiag.dashboard.figures.colours import oklab
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.lines import Line, Strip, over_steps
+from geodiag.dashboard.figures.maps import Tile, maps
 from geodiag.dashboard.figures.matrix import matrices
 from geodiag.dashboard.figures.profile import Curve, profile
 from geodiag.dashboard.figures.scale import shade
@@ -139,6 +140,22 @@ def test_without_stage_scores_the_steps_stay_below_and_it_says_so():
     assert fig.layout.xaxis.anchor == "y3"
     scored = timeline(steps_table(), [], [], LIGHT)
     assert "No stage scores here." not in [a.text for a in scored.layout.annotations]
+
+
+def test_a_run_of_one_step_is_seen_and_its_axis_names_that_step():
+    fig = timeline(steps_table(1), [], [], LIGHT)
+    assert next(t for t in fig.data if t.name == "loss").mode == "lines+markers"
+    assert (list(fig.layout.xaxis.range), fig.layout.xaxis.dtick) == ([-0.5, 0.5], 1)
+    long = timeline(steps_table(100), [], [], LIGHT)
+    assert next(t for t in long.data if t.name == "loss").mode == "lines"
+    assert long.layout.xaxis.dtick is None
+
+
+def test_maps_that_are_not_finite_say_so():
+    nan, ones = np.full((4, 4), np.nan), np.eye(4)
+    assert "not finite" in matrices({"res": nan}, LIGHT).layout.annotations[0].text
+    assert "not finite" in maps([("now", [Tile("a", nan)])], LIGHT, "none").layout.annotations[0].text
+    assert len(maps([("before", [Tile("a", ones)]), ("now", [Tile("a", nan)])], LIGHT, "none").data) == 1
 
 
 def test_a_long_sentence_in_an_empty_chart_is_broken_where_the_narrowest_card_ends():

@@ -174,6 +174,13 @@ def test_nothing_jumps_while_a_page_is_built(page):
     assert shifted(page, "cascade") > 0.05, "where no room is kept, it does"
 
 
+def test_no_button_of_a_chart_leads_elsewhere(page):
+    page.goto(f"{page.home}run/mhc-tear/overview")
+    chart(page, "overview-timeline")
+    titles = page.evaluate("[...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)")
+    assert titles == ["Download plot as a PNG", "Reset axes"]
+
+
 def test_a_run_without_hyper_connections_says_so_and_shows_the_rest(page):
     page.goto(f"{page.home}run/plain/gain")
     page.get_by_text("no hyper-connections").wait_for()
