@@ -35,12 +35,16 @@ class Routed(NamedTuple):
 
 @triton.jit
 def _affinity(z):
-    """√softplus, and its derivative. log1p of a small e^z is e^z itself, which log(1 + e^z) would lose."""
+    """√softplus, and its derivative. log1p of a small e^z is e^z itself, which log(1 + e^z) would lose.
+
+    Where softplus underflows, the root's derivative would be 0/0: held at the smallest number, it is 0.
+    """
     e = tl.exp(-tl.abs(z))
     log1p = tl.where(e < 1e-4, e * (1 - 0.5 * e), tl.log(1 + e))
-    soft = tl.where(z > 0, z, 0.0) + log1p + 0.0 * z
-    score = tl.sqrt(soft)
-    return score, 0.5 * tl.sigmoid(z) / score
+    soft = tl.where(z > 0, z, 0.0) + log1p
+    held = soft < 1.1754943508222875e-38
+    score = tl.sqrt(tl.where(held, 1.1754943508222875e-38, soft)) + 0.0 * z
+    return score, tl.where(held, 0.0, 0.5 * tl.sigmoid(z) / score)
 
 
 @triton.jit(do_not_specialize=["T"])
