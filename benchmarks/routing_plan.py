@@ -82,7 +82,7 @@ def small(lr: float, fault: str = "lr-shock@90=30") -> list[Plan]:
         [
             *((driven(lr, r, c), ("none", "rollback + anticipatory")) for r, c in RESIDUALS if (r, c) != ("hc", 10.0)),
             (in_turn(lr / 2), ("none", "rollback + noise", "rollback + anticipatory")),
-            (faulty(fault), ("none", "rollback", "rollback + anticipatory", "router-lag")),
+            (faulty(fault), ("none", *BACK, "router-lag")),
         ],
     ]
 
