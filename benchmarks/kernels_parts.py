@@ -55,7 +55,8 @@ def operations(clock: Clock, peers: Path | None) -> Iterator[dict[str, object]]:
     name = f"clamped SwiGLU {rows_A} × {width}"
     steps: list[Step] = [lambda v=v: clamped_swiglu(v) for v in gate_up]  # type: ignore[misc]
     yield _one(clock, f"{name} forward", "geodiag", steps, moved)
-    steps = [lambda v=v: counted_glu(v, ends) for v in gate_up]  # type: ignore[misc]
+    on = torch.ones((), dtype=torch.int32, device="cuda")
+    steps = [lambda v=v: counted_glu(v, ends, flag=on) for v in gate_up]  # type: ignore[misc]
     yield _one(clock, f"{name} forward, counted", "geodiag", steps, moved)
     grad = torch.randn(rows_A, width, device="cuda", dtype=torch.bfloat16)
     leaves = [v.requires_grad_() for v in gate_up]

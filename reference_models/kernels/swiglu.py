@@ -81,6 +81,8 @@ def _blocks(x: Tensor, f: int) -> tuple[int, int]:
 
 PARTS = 4
 """Rows of a counting program, which is one warp: its lanes meet once for all of them, and wait for no other warp."""
+RECORDS = 2048
+"""Records that an expert's program adds up at a time: most experts have no more in a training step."""
 
 
 def _forward(
@@ -110,7 +112,8 @@ def _forward(
         tile = {"E": experts, "EP": power_of_two(experts), "PARTS": parts, "BR": br, "BF": bf}
         swiglu_fwd[grid](x, out, flag, ends, part, a, **meta, **tile, num_warps=warps)
     if experts:
-        per_expert[(experts,)](part, flag, ends, counts, columns, F=f, BA=ba, BR=512, num_warps=8)
+        records = RECORDS if x.is_cuda else 256
+        per_expert[(experts,)](part, flag, ends, counts, columns, F=f, BA=ba, BR=records, num_warps=8)
     return out, counts
 
 
