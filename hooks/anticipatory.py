@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from geodiag.errors import GeodiagError
-from geodiag.hooks.adapters.base import RouterSite
+from geodiag.hooks.adapters.base import RouterSite, first_in_line
 from geodiag.hooks.aside import Aside
 from geodiag.hooks.capture import Choices, traceless
 from geodiag.hooks.rerouting import Mode, Rerouting
@@ -74,7 +74,7 @@ class AnticipatoryRouting(Rerouting):
         # First in line, so that whoever watches the router sees the choice that is used.
         self._handles += [
             self._choices,
-            *(r.module.register_forward_hook(self._replay(i, r), prepend=True) for i, r in enumerate(self.routers)),
+            *(first_in_line(r.module, self._replay(i, r)) for i, r in enumerate(self.routers)),
         ]
 
     @property

@@ -72,11 +72,13 @@ class Slots:
         self.slots *= 2
         self._lay_out(self._storages.copy())
 
+    def buffer(self, name: str) -> Tensor:
+        """For who writes by `assign`."""
+        return self._buffers[name]
+
     def put(self, name: str, place: int, value: Tensor) -> None:
         """Assigns `value` to this micro-batch's slot of a place."""
-        target = self._buffers[name][:, place]
-        value = value.detach().to(torch.float32).reshape(1, *target.shape[1:])
-        target.index_copy_(0, self.current.remainder(self.slots), value)
+        assign(self._buffers[name], self.current, place, value)
 
     def put_all(self, name: str, values_P: Tensor, places: list[int]) -> None:
         """`put` of several places at once, in rising order."""
@@ -165,3 +167,10 @@ class Slots:
         self.current.fill_(-1)
         for storage in self._storages.values():
             storage.fill_(torch.nan)
+
+
+def assign(buffer: Tensor, current: Tensor, place: int, value: Tensor) -> None:
+    """Assigns `value` to a place of a buffer (M, P, …), in the slot that `current` says."""
+    target = buffer[:, place]
+    value = value.detach().to(torch.float32).reshape(1, *target.shape[1:])
+    target.index_copy_(0, current.remainder(len(buffer)), value)

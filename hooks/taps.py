@@ -28,6 +28,7 @@ from geodiag.hooks.groups import TAPPED
 from geodiag.hooks.measure import Maps, Routed
 from geodiag.hooks.reduction import Reduction, Report, keeps
 from geodiag.hooks.slots import Slots
+from geodiag.hooks.stream_gradients import StreamGradients
 
 # T tokens, N streams, C channels, E experts, K experts per token, A assignments, F expert dim, P places
 
@@ -57,6 +58,7 @@ class Taps:
         self._due = GROUPS
         self._broken: set[str] = set()
         self._reduction = Reduction(layout, slots, report, lambda: self.replaying())
+        self._gradients = StreamGradients(slots, self._reduction, report)
         self._recorded: set[tuple[str, int]] = set()
         self._handles: list[Removable] = []
         self._declare()
@@ -190,7 +192,7 @@ class Taps:
     def _mix(self, place: int, told: bool, view: MixView) -> None:
         streams = view.streams_TNC
         if streams.requires_grad and (self._one_graph() or "streams" in self._due):
-            streams.register_hook(lambda grad: self._grad(place, grad))
+            self._gradients.watch(place, streams)
         x = streams.detach()
         x_TNC = (x if self.layout.has_stream_axis else x.unsqueeze(-2)).flatten(0, -3)
         if place == 0:
@@ -211,19 +213,6 @@ class Taps:
     def _branch(self, place: int, branch: Tensor) -> None:
         sample = self.slots.sample(branch.detach().flatten(0, -2))
         self._reduction.saw("branch", place, (torch.linalg.vector_norm(sample, dim=-1, dtype=torch.float32),))
-
-    def _grad(self, place: int, grad: Tensor) -> None:
-        if "gradients" in self._broken:
-            return
-        try:
-            norm = torch.linalg.vector_norm(grad.detach(), dtype=torch.float32)
-            if keeps():
-                self._reduction.saw("grad", place, (norm,))
-            else:
-                self.slots.put("grad_square", place, norm.square())
-        except Exception as e:  # as in `_sink`
-            self._broken.add("gradients")
-            self._report("gradients", e)
 
     @torch.no_grad()
     def _router(self, place: int, site: RouterSite, view: RouterView) -> None:

@@ -226,6 +226,19 @@ def scaling(module: nn.Module, scaled: Callable[[Any, float], Any]) -> Callable[
     """A forward hook, first in line, that replaces the module's output by `scaled(output, factor)`."""
 
     def plant(factor: float) -> Removable:
-        return module.register_forward_hook(lambda _m, _a, output: scaled(output, factor), prepend=True)
+        return first_in_line(module, lambda _m, _a, output: scaled(output, factor))
 
     return plant
+
+
+def first_in_line(module: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any]) -> Removable:
+    """A forward hook before all that are there.
+
+    torch's own `prepend` leaves the hooks in one order for who calls them and in another for who counts them, and
+    torch.compile before 2.13 counts: it would take one hook's variables for another's. Here both orders are the same.
+    """
+    handle = module.register_forward_hook(hook)
+    hooks = module._forward_hooks
+    for key in list(hooks)[:-1]:
+        hooks[key] = hooks.pop(key)
+    return handle

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import geodiag
 from geodiag.errors import GeodiagError
+from geodiag.hooks.adapters.base import first_in_line
 from geodiag.hooks.anticipatory import AnticipatoryRouting
 from tests.hooks import small
 from tests.hooks.test_monitor import layers_equal
@@ -45,13 +47,15 @@ def recorded(
         routing = AnticipatoryRouting(t.model, delay, forward=lambda m, ids: m(ids[:, :-1]))
     policy = "off" if routing is None else "on"
     probe = (small.tokens(999)[:, :-1],)
+    counters.clear()
     with small.watch(
         t, path, probe=probe, probe_every=1, routing=routing, policy=policy, micro_batches=micro_batches
     ) as monitor:
         if way is not None:
-            t.model = compiled(t.model, way, backend)
+            t.forward = compiled(t.model, way, backend)
         data = (small.tokens(s) for s in range(steps))
         losses = [small.one_step(t, ids, monitor) for ids in (routing.batches(data) if routing else data)]
+    assert bool(counters["stats"]["unique_graphs"]) == (way is not None), "compiled, or not"
     return losses, geodiag.open_run(path)
 
 
@@ -92,6 +96,15 @@ def test_past_the_limit_of_recompilation_layers_run_eager_and_are_recorded_all_t
 
 
 @pytest.mark.slow
+def test_gradients_are_recorded_where_the_backward_is_traced_too(tmp_path: Path) -> None:
+    """As the default backend does it, which then generates code."""
+    eager, other = (recorded(tmp_path / (w or "a"), w, 2, backend="aot_eager") for w in (None, "in place"))
+    assert other[0] == eager[0]
+    same(eager[1], other[1])
+    assert other[1].read("layers")["transport_gain_bwd"].notna().all()
+
+
+@pytest.mark.slow
 def test_micro_batches_of_a_compiled_training_are_all_recorded(tmp_path: Path) -> None:
     eager, other = (recorded(tmp_path / (w or "eager"), w, 2, micro_batches=2)[1] for w in (None, "in place"))
     same(eager, other)
@@ -116,3 +129,26 @@ def test_a_hook_that_comes_after_the_first_call_is_indeed_not_seen() -> None:
     model[0].register_forward_hook(lambda *_: seen.append(1))
     faster(torch.ones(1, 4))
     assert seen == []
+
+
+def test_who_comes_first_in_line_is_called_first_and_counted_first() -> None:
+    """torch.compile before 2.13 counts; torch's own `prepend` changes only the calling."""
+
+    def orders(prepend: bool) -> tuple[list[str], list[str]]:
+        module, called = torch.nn.Identity(), []
+        for name in "ab":
+            module.register_forward_hook(lambda *_, name=name: called.append(name))
+        if prepend:
+            module.register_forward_hook(lambda *_: called.append("c"), prepend=True)
+        else:
+            first_in_line(module, lambda *_: called.append("c"))
+        module(torch.ones(1))
+        by_count = [module._forward_hooks[key] for key in dict.keys(module._forward_hooks)]
+        seen = called.copy()
+        called.clear()
+        for hook in by_count:
+            hook(module, (), None)
+        return seen, called
+
+    assert orders(prepend=False) == (["c", "a", "b"], ["c", "a", "b"])
+    assert orders(prepend=True) == (["c", "a", "b"], ["a", "b", "c"])
