@@ -2,7 +2,7 @@
 
 import json
 import math
-from textwrap import wrap
+from textwrap import TextWrapper
 from typing import Any
 
 from rich.console import Console
@@ -28,8 +28,8 @@ def screen() -> Console:
 def prose(words: str, indent: int = 0) -> Text:
     """Sentences: on a terminal broken between words, in a pipe one line."""
     width, edge = min(screen().width, _READABLE) if screen().is_terminal else _ANY_WIDTH, " " * indent
-    lines = wrap(words, width, initial_indent=edge, subsequent_indent=edge, break_long_words=False)
-    return Text("\n".join(lines))
+    fold = TextWrapper(width, edge, edge, break_long_words=False, break_on_hyphens=False)  # a path stays in one piece
+    return Text(fold.fill(words))
 
 
 def print_json(data: Any) -> None:

@@ -173,6 +173,7 @@ class Trend:
         self._steps = deque(state["steps"], maxlen=self._steps.maxlen)
         self._unbroken = deque(state["unbroken"], maxlen=self._unbroken.maxlen)
         self._last, self._carry, self._carried = state["last"], state["carry"], state["carried"]
+        self._fell = state["fell"]
 
 
 def _solve_carry(ratio: float) -> float:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from geodiag.manifest import known_starts
+from geodiag.manifest import all_starts, known_starts
 from geodiag.run import Run
 from geodiag.schema import METRICS, SITES
 from geodiag.signals import SIGNALS, Series
@@ -75,13 +76,14 @@ def rows_of_attempt(run: Run, table: str, names: list[str], first: int, last: in
     """Rows of a table, steps `first` to `last`, as that attempt lived them; the newest unless one is named."""
     keys = ["rank", "attempt", "step"]
     names = [n for n in names if (table, n) in METRICS or n in ("layer", "site", "expert", "domain")]
-    starts = known_starts(run.manifest)
-    if attempt is None or not any(later > attempt for later in starts):
+    if attempt is None:
         return run.read_arrow(table, keys + names, (first, last + 1))
+    # A later attempt may be writing already, of which the manifest that was read does not know yet.
     rows = run.read_arrow(table, keys + names, (first, last + 1), attempt="all")
+    rows = rows.filter(pc.less_equal(rows["attempt"], attempt))
     mine, step = rows["attempt"].to_numpy(), rows["step"].to_numpy()
-    keep = mine <= attempt
-    for later, start in starts.items():
+    keep = np.ones(len(rows), bool)
+    for later, start in all_starts(rows, known_starts(run.manifest)).items():
         if later <= attempt:
             keep &= (mine >= later) | (step < start)
     return rows.filter(pa.array(keep))

@@ -37,8 +37,13 @@ class ProbeBatch:
         return len(self._args) + len(self._kwargs) > 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The batch, where it is not the user's own: a resumed training probes with the same."""
-        return {} if self._given else {"args": self._args, "kwargs": self._kwargs}
+        """The batch, where it is not the user's own: a resumed training probes with the same.
+
+        A batch of more than tensors and plain values (a mask that is a function, a cache) may be what no disk can keep:
+        a training resumed without it takes the first that it meets.
+        """
+        plain = all(isinstance(v, Tensor | bool | int | float | str | None) for v in _values(self._args, self._kwargs))
+        return {"args": self._args, "kwargs": self._kwargs} if plain and not self._given else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state and not self._given:
@@ -125,9 +130,13 @@ def _changed(args: tuple, kwargs: dict[str, Any], change: Callable[[Tensor], Ten
     return tuple(one(a) for a in args), {k: one(v) for k, v in kwargs.items()}
 
 
+def _values(args: tuple, kwargs: dict[str, Any]) -> tuple:
+    return *args, *kwargs.values()
+
+
 def _leading(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     """The argument that shows how many sequences and positions there are: the token ids, or else the first batch."""
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1]
+    tensors = [v for v in _values(args, kwargs) if isinstance(v, Tensor) and v.dim() > 1]
     return next((t for t in tensors if t.dim() == 2 and not t.is_floating_point()), next(iter(tensors), None))
 
 

@@ -21,7 +21,8 @@ class Teller:
 
     def __init__(self, run: Run, complain: Callable[[Exception, int], None]) -> None:
         self._run, self._complain = run, complain
-        self._thread: Worker | None = None
+        # From the start: at an end without `close` a spike may still wait, and an ending interpreter starts no thread.
+        self._thread = Worker("geodiag-teller")
         self._waiting: list[Spike] = []
         self._step = 0
 
@@ -41,12 +42,9 @@ class Teller:
     def close(self) -> None:
         """Waits until everything is told."""
         self.tell()
-        if self._thread is not None:
-            self._thread.stop()
+        self._thread.stop()
 
     def _ask(self, spike: Spike) -> None:
-        if self._thread is None:
-            self._thread = Worker("geodiag-teller")
         self._thread.submit(partial(self._explain, spike, self._run.attempt, self._step))
 
     def _explain(self, spike: Spike, attempt: int, step: int) -> None:

@@ -166,6 +166,17 @@ def test_a_run_that_is_still_written_is_read_as_it_stands(tmp_path: Path) -> Non
     run.close()
 
 
+def test_an_attempt_is_read_whole_while_the_next_one_begins(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run")
+    run.append("steps", {"step": range(20), "loss": [1.0] * 20})
+    before = Run.open(tmp_path / "run")
+    run.next_attempt()
+    run.append("steps", {"step": range(10, 15), "loss": [2.0] * 5})
+    assert read_tracks(before, 0, 19, attempt=0).outcome["loss"].tolist() == [1.0] * 20
+    assert read_tracks(before, 0, 19, attempt=1).outcome["loss"].tolist() == [1.0] * 10 + [2.0] * 5
+    run.close()
+
+
 def test_a_part_that_cannot_be_read_is_a_caveat(tmp_path: Path) -> None:
     run = expert_fault().write(tmp_path / "run")
     part = next((tmp_path / "run/experts/rank-0").glob("*.parquet"))

@@ -155,6 +155,8 @@ def test_a_pipe_is_never_cut_nor_folded_and_a_terminal_is_folded_between_words(m
     assert len(folded) > 1
     assert all(len(line) <= 40 and line.startswith("  ") for line in folded)
     assert " ".join(folded).split() == words.split()
+    path = "/runs/an-experiment-with-a-name-longer-than-a-line"
+    assert path in str(prose(f"{path}: finished"))
 
 
 def test_layers_that_cannot_be_read_are_not_taken_for_a_model_without_maps(make_run, cli, tmp_path: Path) -> None:

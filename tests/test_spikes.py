@@ -354,6 +354,17 @@ def test_a_resumed_detector_says_what_an_uninterrupted_one_says(cut: int) -> Non
     assert after.state_dict() == whole.state_dict()
 
 
+def test_a_detector_resumed_behind_a_steep_descent_still_knows_of_it() -> None:
+    losses = 2.0 + 11.0 * np.exp(-np.arange(140) / 15) + 0.02 * flat(140)
+    whole, before, after = SpikeDetector(), SpikeDetector(), SpikeDetector()
+    for step in range(70):
+        whole.update(step, losses[step])
+        before.update(step, losses[step])
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    for step in range(70, 140):
+        assert repr(whole.update(step, losses[step])) == repr(after.update(step, losses[step]))
+
+
 def test_the_state_does_not_grow() -> None:
     detector, sizes = SpikeDetector(), []
     for step, loss in enumerate(flat(3000)):

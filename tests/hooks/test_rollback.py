@@ -404,6 +404,38 @@ def test_a_resumed_training_equals_one_that_was_never_stopped(tmp_path: Path, ro
     assert "resumed from the snapshot of step 20: attempt 1" in [e["message"] for e in second.events("attempt")]
 
 
+def test_a_training_whose_batches_no_disk_can_keep_has_snapshots_and_resumes(tmp_path: Path) -> None:
+    """A mask that is a function, as flexible attention has them: probed with, and met anew after a resume."""
+
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small.trainer("plain").model
+
+        def forward(self, ids: Tensor, mask: Callable[[Tensor], Tensor]) -> Any:
+            return self.inner(mask(ids))
+
+    def train(last: int, resume: bool = False) -> int:
+        model = Masked()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        snapshots = geodiag.Snapshots(model, optimizer, every=2, where="disk")
+        options: dict[str, Any] = {"snapshots": snapshots, "resume": resume, "quiet": True}
+        with geodiag.attach(model, optimizer, tmp_path / "run", **options) as monitor:
+            began = monitor.next_step
+            for step in monitor.batches(range(last)):
+                loss = model(small.tokens(step)[:, :-1], lambda ids: ids).logits_BSV.square().mean()
+                loss.backward()
+                optimizer.step()
+                monitor.step(loss)
+                snapshots.wait()
+        return began
+
+    train(5)
+    assert train(12, resume=True) == 5
+    probed = geodiag.open_run(tmp_path / "run").read("layers", ["step", "attn_logit_max"])
+    assert probed["attn_logit_max"][probed["step"] == 10].notna().any()
+
+
 def test_a_resumed_training_remembers_what_was_decided(tmp_path: Path) -> None:
     """Resumed inside a rollback's cooldown, it is still resting, and still has one intervention fewer."""
     policy = geodiag.Policy(mode="auto", actions="rollback", cooldown=100)

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter, filesystem
 
 import geodiag
 from geodiag.hooks.snapshots import Snapshots
@@ -273,6 +274,31 @@ def test_a_full_disk_is_said_once_and_leaves_nothing_half(tmp_path: Path, monkey
     snapshots.wait()
     assert snapshots.steps == [3]
     assert [p.name for p in (tmp_path / "snapshots/rank-0").iterdir()] == ["step-00000003"]
+    snapshots.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_one_of_torchs_threads_is_full_and_the_snapshot_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots = shots("disk", tmp_path, nn.Linear(2, 2), keep=1)
+    snapshots.take(1, {})
+    snapshots.wait()
+    write, refused = filesystem._write_item, threading.Event()
+
+    def full(*args: Any, **more: Any) -> Any:
+        if threading.current_thread().name != "geodiag-snapshots":
+            refused.set()
+            raise OSError(28, "No space left on device")
+        assert refused.wait(60), "no other thread took anything"
+        return write(*args, **more)
+
+    monkeypatch.setattr(filesystem, "_write_item", full)
+    snapshots.take(2, {})
+    snapshots.wait()
+    assert snapshots.steps == [1]
+    with pytest.raises(OSError, match=r"\d of the snapshot's \d pieces were not written; free some disk"):
+        snapshots.take(3, {})
     snapshots.close()
 
 

@@ -1,5 +1,7 @@
 """The cascade behind a spike as an event: told once for each, while nobody waits, and never in a training's way."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -123,3 +125,27 @@ def test_a_failure_is_said_once_and_training_goes_on(
     problems = [r["message"] for r in run.read_arrow("events").to_pylist() if r["kind"] == "problem"]
     assert problems == ["could not record the cascade behind a spike: ZeroDivisionError: no such window"]
     assert capsys.readouterr().err.count("no such window") == 1
+
+
+def test_an_interpreter_that_ends_without_close_tells_the_last_spike_and_closes_the_run(tmp_path: Path) -> None:
+    script = f"""
+import atexit, threading
+from pathlib import Path
+from tests.hooks import small
+
+ending, begin = threading.Event(), threading.Thread.start
+
+def start(thread):  # as of Python 3.12
+    if ending.is_set():
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+    begin(thread)
+
+threading.Thread.start = start
+monitor = small.watch(small.trainer(), Path({str(tmp_path / "run")!r}))
+atexit.register(ending.set)
+for step in range(100):
+    monitor.step(3.0 + 0.01 * (step % 2) + (3.0 if step >= 94 else 0.0))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert geodiag.open_run(tmp_path / "run").manifest["status"] == "interrupted"
+    assert len(told(tmp_path / "run")) == 1
