@@ -65,7 +65,8 @@ def _head(c: "Cascade") -> str:
         return f"[bold]Step {c.spike_onset:,}[/]  [dim]the loss did not leave its trend here[/]"
     peak, end = c.spike["peak"], c.spike["end"]
     tail = "" if peak is None else f"  peak at step {peak:,}"
-    tail += "  still on" if end is None else f"  over at step {end:,}"
+    over = "over at" if end is None or end > c.spike_onset else "training went back to"
+    tail += "  still on" if end is None else f"  {over} step {end:,}"
     kind = _KINDS.get(c.spike["kind"], c.spike["kind"].capitalize())
     return f"[bold red]{kind} at step {c.spike_onset:,}[/][dim]{tail}[/]"
 

@@ -65,7 +65,7 @@ def _chosen(run: Run, known: Sequence[Seen], spike: int | Spike | Seen | None) -
         return known[spike]
     for seen in known:
         assert seen.spike is not None
-        if seen.onset <= spike <= (seen.spike.end if seen.spike.end is not None else seen.spike.detected):
+        if seen.onset <= spike <= max(seen.spike.detected, seen.spike.end or 0):
             return seen
     last = run.last_step()
     if last is None or not 0 <= spike <= last:

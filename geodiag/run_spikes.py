@@ -1,6 +1,6 @@
 """A run's spikes, as the detector said them while it trained; where it could not, as it says them now."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from geodiag.events import details
 from geodiag.health import SPIKES
@@ -21,17 +21,19 @@ class Seen:
 def spikes_of(run: Run) -> list[Seen]:
     """Spikes, divergences and non-finite losses of all attempts, in the order in which they were raised."""
     rows = run.read_arrow("events", ["kind", "step", "data", "attempt", "rank"]).to_pylist()
-    ended = {}
-    for row in rows:
-        data = details(row["data"])
-        if row["kind"] == "recovered" and (spike := _spike(data)):
-            ended[row["attempt"], spike.kind, spike.detected] = spike
     found: dict[tuple, Seen] = {}
-    for row in rows:
-        spike = _spike(details(row["data"])) if row["kind"] in SPIKES else None
-        if spike is not None:
-            key = row["attempt"], spike.kind, spike.detected
-            found.setdefault(key, Seen(spike=ended.get(key, spike), onset=spike.onset, attempt=row["attempt"]))
+    newest: dict[tuple, tuple] = {}
+    for row in rows:  # by attempt, then by step
+        spike = _spike(details(row["data"]))
+        if spike is None:
+            continue
+        same = spike.kind, spike.detected
+        if row["kind"] in SPIKES:
+            newest[same] = key = (row["attempt"], *same)
+            found.setdefault(key, Seen(spike=spike, onset=spike.onset, attempt=row["attempt"]))
+        elif row["kind"] == "recovered" and same in newest:
+            # What training went back from is over in the attempt after it.
+            found[newest[same]] = replace(found[newest[same]], spike=spike)
     return sorted(found.values(), key=lambda s: (s.attempt or 0, s.onset)) or _found_again(run)
 
 

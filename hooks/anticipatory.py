@@ -146,10 +146,10 @@ class AnticipatoryRouting(Rerouting):
     def _capture(self, batch: Any) -> Aside | None:
         try:
             with (
+                self._choices.kept() as choices,  # around the rest: what it misses, a forward at its end has left out
                 to_its_end(self.model),
                 self._as_in_training(),
                 traceless(self.model, evaluate=False),
-                self._choices.kept() as choices,
             ):
                 self._forward(self.model, batch)
             return self._put([c.expert_ids_TK.to(torch.int16) for c in choices])

@@ -339,3 +339,16 @@ def test_a_learning_rate_off_its_schedule_is_named_even_where_no_layer_moved(tmp
     lr[248:] *= 10
     found = explain(Planted(lr=lr).write(tmp_path / "run"))
     assert (found.cause, found.layer, found.onset) == ("lr", None, 248)
+
+
+def test_a_spike_that_training_went_back_from_is_over(tmp_path: Path, cli) -> None:
+    run = Planted(spike=None).write(tmp_path / "run", close=False)
+    data = {"kind": "spike", "detected": 254, "onset": 250, "peak": 252, "end": None, "score": 9.0}
+    run.event(Event(step=254, kind="spike", message="", data=data))
+    assert "still on" in cli("cascade", tmp_path / "run").output
+    run.next_attempt()
+    run.event(Event(step=240, kind="recovered", message="", data=data | {"end": 240}))
+    run.close()
+    assert "training went back to step 240" in cli("cascade", tmp_path / "run").output
+    for step in (250, 254):
+        assert explain(tmp_path / "run", step).spike == data | {"end": 240}

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import geodiag
+from geodiag.hooks import sharded
 from geodiag.hooks.anticipatory import AnticipatoryRouting
 from geodiag.hooks.aside import Aside
 from geodiag.hooks.capture import Choices, traceless
@@ -78,6 +80,22 @@ def test_a_router_that_chose_nothing_is_a_failed_capture() -> None:
     routing.enable()
     with pytest.raises(ValueError, match="2 of 2 routers chose nothing in this forward"):
         list(routing.batches(source(t, steps=3)))
+
+
+def test_of_sharded_weights_only_a_forward_that_breaks_off_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded, "sharded", lambda _: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    failures: list[Exception] = []
+
+    def capture(forward: Any) -> Any:
+        routing = AnticipatoryRouting(trainer().model, 1, forward=forward)
+        routing.on_failure = failures.append
+        return routing._capture(small.tokens(0))
+
+    assert capture(lambda model, ids: model.embed(ids)) is None
+    assert "routers chose nothing" in str(failures)
+    with pytest.raises(geodiag.GeodiagError, match="ZeroDivisionError"):
+        capture(lambda model, ids: 1 / 0)
 
 
 @pytest.fixture
