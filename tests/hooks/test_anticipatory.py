@@ -292,13 +292,24 @@ def test_recomputation_replays_the_same_ids() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_both_kinds_of_checkpoint_replay(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reentrant kind runs its first forward without gradient; it is the training step all the same."""
+    from torch.utils._pytree import tree_flatten, tree_unflatten
     from torch.utils.checkpoint import checkpoint
 
     from geodiag.reference_models import transformer
 
-    monkeypatch.setattr(
-        transformer, "checkpoint", lambda f, *a, use_reentrant: checkpoint(f, *a, use_reentrant=reentrant)
-    )
+    def either(layer: Any, *args: Any, use_reentrant: bool) -> Any:
+        """Flat on the way out: the reentrant kind differentiates no tensor that lies inside another tuple."""
+        spec = None
+
+        def flat(*args: Any) -> tuple:
+            nonlocal spec
+            leaves, spec = tree_flatten(layer(*args))
+            return tuple(leaves)
+
+        leaves = checkpoint(flat, *args, use_reentrant=reentrant)
+        return tree_unflatten(leaves, spec)
+
+    monkeypatch.setattr(transformer, "checkpoint", either)
     t = trainer(recompute="layers")
     routing = routing_of(t, 2)
     seen: list[Tensor] = []
