@@ -103,8 +103,7 @@ class _Sinkhorn(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         start, *history = ctx.saved_tensors
-        for side in reversed(ctx.sides):
-            total, m = history.pop(), history.pop()
+        for side, m, total in zip(reversed(ctx.sides), history[-2::-2], history[::-2], strict=True):
             grad = (grad - (grad * m).sum(side, keepdim=True)) / total
         grad = start * (grad - (grad * start).sum(ctx.first, keepdim=True))
         return grad, None, None, None
