@@ -58,6 +58,7 @@ class Sums:
             return
         norms, total = np.sqrt(squares), np.sqrt(squares.sum())
         # The optimizer sees clipped gradients; a trainer that knows the norm before says it: back by that factor.
-        with np.errstate(invalid="ignore", divide="ignore"):  # an infinite norm over another is a NaN, and is recorded so
+        # An infinite norm over another is a NaN, and is recorded so.
+        with np.errstate(invalid="ignore", divide="ignore"):
             host["layer/grad_norm"] = (norms[:-1] * (before / total if known else 1.0)).astype(np.float32)
         host["grad_norm"] = np.array([before if known else total], np.float32)
