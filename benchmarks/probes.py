@@ -144,3 +144,7 @@ def page(result: dict[str, Any]) -> str:
     for size, r in good.items():
         lines.append(f"| {size} | " + " | ".join(f"{r['groups'][g]['ms']:.1f}" for g in groups) + " |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -62,7 +62,7 @@ class Growth:
         """What fails here is raised behind the forward: of a sharded model, one that was begun must end."""
         try:
             return work()
-        except Exception as e:
+        except Exception as e:  # raised by `run`, when the forward is over
             self._failure = self._failure or e
             return None
 

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from geodiag.reference_models.config import Kernels, ModelConfig
 from geodiag.reference_models.kernels import reference
@@ -48,7 +47,8 @@ class HyperConnection(nn.Module):
     @property
     def next_phi(self) -> Tensor | None:
         """By what the site before may project this one's streams: nothing, if it lies spread over ranks until used."""
-        return None if self.config.residual == "hc" or isinstance(self.phi, DTensor) else self.phi
+        spread = hasattr(self.phi, "full_tensor")  # as the trainer asks: torch.distributed need not be there
+        return None if self.config.residual == "hc" or spread else self.phi
 
     def forward(self, x_BSNC: Tensor, projected: Projected | None = None) -> Mix:
         c = self.config
