@@ -74,7 +74,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _size(text: str) -> tuple[int, int]:
+def token_and_channel_counts(text: str) -> tuple[int, int]:
     tokens, _, channels = text.partition("x")
     return int(tokens), int(channels)
 
@@ -83,7 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("kernels", __doc__)
     parser.add_argument("--peers", type=Path, help="folder of unpacked wheels: transformer-engine, liger-kernel")
     parser.add_argument("--others", action="store_true", help="also torch.compile and eager, at the first size")
-    parser.add_argument("--size", type=_size, action="append", metavar="TOKENSxCHANNELS", help="of a site; repeatable")
+    parser.add_argument(
+        "--size",
+        type=token_and_channel_counts,
+        action="append",
+        metavar="TOKENSxCHANNELS",
+        help="of a site; repeatable",
+    )
     parser.add_argument("--repeats", type=int, default=40, help="replays a figure is the median of [%(default)s]")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():

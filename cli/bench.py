@@ -6,6 +6,7 @@ import typer
 
 BENCHES = {
     "kernels": "The Triton kernels of the reference model against the byte floor and their peers; needs a GPU.",
+    "kernels_bytes": "Bytes that each kernel of a site moves, by the GPU's counters; needs a GPU and ncu.",
     "kernels_training": "A training on Triton kernels against the same on reference kernels; needs a GPU.",
     "step_time": "A training step of the reference model: residuals, recomputation, the monitor; needs a GPU.",
     "overhead": "What recording costs a training step.",
