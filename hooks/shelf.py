@@ -97,9 +97,10 @@ class Shelf:
             try:
                 writer = FileSystemWriter(half, thread_count=4)
                 state = {**tensors, _REST: Rest(tree, aside, list(tensors))}
-                saved = dcp.save(state, storage_writer=writer, no_dist=True)
-                # What torch's other writing threads fail at is raised nowhere.
-                lost = state.keys() - {entry.fqn for entry in saved.storage_data or ()}
+                dcp.save(state, storage_writer=writer, no_dist=True)
+                # What torch's other writing threads fail at is raised nowhere, and torch 2.11 returns nothing of it.
+                written = FileSystemReader(half).read_metadata().storage_data
+                lost = state.keys() - {entry.fqn for entry in written or ()}
                 if lost:
                     raise OSError(f"{len(lost)} of the snapshot's {len(state)} pieces were not written; free some disk")
                 half.rename(self.folder / f"step-{step:08d}")
