@@ -158,7 +158,7 @@ def test_with_routing_it_goes_back_far_enough_to_be_on_at_the_onset(tmp_path: Pa
     assert [b for _, b in live.seen[-40:]] == list(range(30, STEPS)), "looking ahead loses no batch"
     expected = clean()
     assert [live.losses[s] for s in range(36)] == expected[:36], "up to the routing it is the clean run"
-    assert live.losses[STEPS - 1] < expected[0], "and behind it, it trains"
+    assert max(live.losses[s] for s in range(36, STEPS)) < 1.05 * max(expected), "and behind it, as if nothing had been"
 
 
 def test_delay_0_and_rollback_together_are_still_the_clean_run(tmp_path: Path) -> None:
