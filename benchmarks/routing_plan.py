@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from geodiag.benchmarks.routing_trial import ARMS, Arm, Scenario
+from geodiag.benchmarks.routing_trial import ARMS, RAISED_AT, Arm, Scenario
 
 Plan = list[tuple[Scenario, tuple[str, ...]]]
 """Scenario → its arms; the healthy twins of planted faults are trained too."""
@@ -54,7 +54,7 @@ MORE: Plan = [
 # -- small, on GPUs ------------------------------------------------------------------------------
 
 _SMALL = Scenario(name="", steps=220, residual="hc", size="small", deterministic=True)
-SMALL_LR = 0.05
+SMALL_LR = 0.1
 BACK = ("rollback", "rollback + noise", "rollback + anticipatory", "rollback + router-lag", "rollback + lower-lr")
 """What differs only in what comes with going back: from the same spike on, seed by seed."""
 
@@ -75,14 +75,23 @@ def faulty(fault: str) -> Scenario:
     return replace(_SMALL, name=f"small, {fault}, hc, clamp", fault=fault, steps=160)
 
 
+def raised(factor: float, residual: str = "hc", clamp: float | None = 10.0) -> Scenario:
+    """`small` at a sound learning rate that goes far too high and stays there: what spikes then, spikes again."""
+    name = f"small, learning rate × {factor:g} from step {RAISED_AT}, {residual}, {'clamp' if clamp else 'no clamp'}"
+    return replace(_SMALL, name=name, raised=factor, residual=residual, clamp=clamp, steps=190)
+
+
 def small(lr: float, fault: str = "lr-shock@90=30") -> list[Plan]:
     """The most telling first: one scenario with every answer, then the rest."""
+    few = ("none", "rollback + noise", "rollback + anticipatory")
     return [
-        [(driven(lr), ("none", *BACK, "router-lag", "always anticipatory", "always router-lag"))],
+        [(raised(30), ("none", *BACK, "anticipatory", "router-lag", "always anticipatory", "always router-lag"))],
         [
-            *((driven(lr, r, c), ("none", "rollback + anticipatory")) for r, c in RESIDUALS if (r, c) != ("hc", 10.0)),
-            (in_turn(lr / 2), ("none", "rollback + noise", "rollback + anticipatory")),
-            (faulty(fault), ("none", *BACK, "router-lag")),
+            *((raised(30, r, c), ("none", "rollback + anticipatory")) for r, c in RESIDUALS if (r, c) != ("hc", 10.0)),
+            (raised(10), (*few, "rollback + lower-lr")),
+            (driven(lr), (*few, "rollback + lower-lr")),
+            (in_turn(lr / 2), few),
+            (faulty(fault), ("none", "rollback", "rollback + anticipatory")),
         ],
     ]
 
@@ -94,6 +103,8 @@ PILOT: list[Scenario] = [
     faulty("lr-shock@90=30"),
     faulty("lr-shock@90=100"),
     faulty("far-batch@90"),
+    raised(10),
+    raised(30),
 ]
 """Which of these spike? Trained without intervention on a seed that no plan uses, and shorter."""
 PILOT_SEED = 1000

@@ -28,6 +28,7 @@ from geodiag.reference_models.transformer import Transformer
 DELAY = 8
 FLIPS = ("flip_rate", "flip_rate_anticipatory", "flip_rate_router")
 PERIOD = 50
+RAISED_AT = 90
 _NEVER = 1 << 30
 _ROOM = 16 << 30
 """Bytes for snapshots; how many there are must not hang on who else runs on the machine."""
@@ -78,6 +79,8 @@ class Scenario:
     lr: float = 3e-3
     clamp: float | None = 10.0
     fault: str | None = None
+    raised: float = 1.0
+    """Factor on the learning rate from step `RAISED_AT` on: a schedule that goes too high, and stays there."""
     turn: int = 0
     """Steps after which the data changes to the next domain, abruptly; 0 for all of them mixed."""
     sequences: int = 4
@@ -197,7 +200,7 @@ def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[
             for batch in monitor.batches(data()):
                 step = trainer.steps_done
                 faults.before_step(step)
-                trainer.lr_scale = faults.lr_scale
+                trainer.lr_scale = faults.lr_scale * (scenario.raised if step >= RAISED_AT else 1.0)
                 done = trainer.step(batch)
                 executed.append((step, done.loss.detach()))
                 monitor.step(done.loss, grad_norm=done.grad_norm, lr=done.lr)

@@ -5,8 +5,7 @@ import json
 import math
 import multiprocessing
 import os
-import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from geodiag.benchmarks import routing, routing_cost
 from geodiag.benchmarks.routing_measures import CAP, WINDOW, Mean, against_twin, by_itself, common, pooled, summarise
 from geodiag.benchmarks.routing_page import page
-from geodiag.benchmarks.routing_plan import NATURAL, PILOT_SEED, jobs, pilot, plans
+from geodiag.benchmarks.routing_plan import NATURAL, PILOT_SEED, Job, jobs, pilot, plans
 from geodiag.benchmarks.routing_trial import perturb
 
 
@@ -160,9 +159,34 @@ def test_a_scenario_is_not_measured_on_the_seed_that_it_was_chosen_by() -> None:
     assert PILOT_SEED not in {seed for _, _, seed in jobs(plans("small"), range(100))}
 
 
-def test_no_trial_begins_once_the_time_is_up() -> None:
-    job = next(jobs(plans("tiny"), [0]))
-    assert routing.work((job, "cpu", time.monotonic() - 1)) is None
+def test_no_trial_begins_once_the_time_is_up(tmp_path: Path) -> None:
+    assert routing.run(jobs(plans("tiny"), [0]), 1, 0.0, tmp_path) == []
+
+
+def test_what_answers_a_spike_is_trained_only_where_there_was_one() -> None:
+    arms = ("none", "always anticipatory", "rollback", "rollback + noise")
+    plan = routing.Plan(jobs([[(NATURAL, arms)]], [0, 1], together=1), "cpu")
+
+    def ended(job: Job, *kinds: str) -> dict[str, Any]:
+        scenario, arm, seed = job
+        events = [{"kind": kind} for kind in kinds]
+        return {"scenario": asdict(scenario), "arm": asdict(arm), "seed": seed, "losses": [1.0], "events": events}
+
+    first = [plan.next() for _ in range(4)]
+    assert [(j[1].name, j[2]) for j in first if j] == [(a, seed) for seed in (0, 1) for a in arms[:2]]
+    assert plan.next() is None
+    calm = plan.ended(ended(first[0], "attempt", "outlier"))
+    assert [t["arm"]["name"] for t in calm] == ["none", "rollback", "rollback + noise"]
+    assert [t.get("same", False) for t in calm] == [False, True, True]
+    assert plan.next() is None
+    assert len(plan.ended(ended(first[1], "spike"))) == 1, "what is always on answers nothing"
+    assert len(plan.ended(ended(first[2], "spike"))) == 1
+    assert [j[1].name for j in iter(plan.next, None)] == ["rollback", "rollback + noise"]
+
+
+def test_on_a_gpu_that_adds_up_otherwise_every_time_all_are_trained() -> None:
+    plan = routing.Plan(jobs([[(NATURAL, ("none", "rollback"))]], [0]), "cuda")
+    assert [j[1].name for j in iter(plan.next, None)] == ["none", "rollback"]
 
 
 def test_workers_share_the_gpus_out_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,8 +214,7 @@ def test_a_small_plan_is_trained_measured_and_written() -> None:
     calm = replace(NATURAL, lr=1e-3, steps=12, sequences=1)
     faulty = replace(calm, name="far", fault="far-batch@4", steps=12)
     planned = jobs([[(calm, ("none", "always router-lag", "rollback + noise")), (faulty, ("none",))]], [0])
-    ends = time.monotonic() + 600
-    trials = [t for job in planned if (t := routing.work((job, "cpu", ends)))]
+    trials = [routing.work((job, "cpu")) for job in planned]
     assert [t.get("failed") for t in trials] == [None] * 5
     assert all(t["steps"] == list(range(12)) for t in trials)
     lagged = next(t for t in trials if t["arm"]["name"] == "always router-lag")

@@ -56,7 +56,7 @@ def _forward(
     k, w, two = n * n + 2 * n, n * c, two_parts(x)
     kp = padded(k)
     parts = torch.empty(2 * kp if two else kp, w, dtype=torch.bfloat16 if two else torch.float32, device=x.device)
-    split_rows[(cdiv(w, 64),)](phi, parts, w, K=k, KP=kp, BW=64, P=2 if two else 1, num_warps=4)
+    split_rows[(cdiv(w, 64),)](phi, parts, w, N=n, K=k, KP=kp, BW=64, P=2 if two else 1, num_warps=4)
     # The copy engine wants 16-byte addresses, which only a view into the middle of something lacks.
     x, branch = (v if v.data_ptr() % 16 == 0 else v.clone() for v in (x, branch))
     bt, bc, warps, stages = TILE if two else (16, 32, 4, 1)
@@ -66,7 +66,7 @@ def _forward(
         tiles(branch, block),
         post,
         res,
-        tiles(parts, (2 * kp, bc) if two else None),
+        tiles(parts, (2 * kp, bc * n) if two else None),
         out,
         part,
         flag,

@@ -12,17 +12,44 @@ from geodiag.reference_models.kernels.mhc_before_backward_device import tile
 
 
 @triton.jit
-def split_rows(phi_ptr, parts_ptr, W, K: tl.constexpr, KP: tl.constexpr, BW: tl.constexpr, P: tl.constexpr):
-    """parts = [high; low], (2·KP, W): φ transposed, in two bfloat16 parts, or in float32 as it is where P is 1."""
+def split_rows(
+    phi_ptr, parts_ptr, W, N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BW: tl.constexpr, P: tl.constexpr
+):
+    """parts = [high; low], (2·KP, W): φ transposed, in two bfloat16 parts, or in float32 as it is where P is 1.
+
+    Its columns are the streams of the first channel, then those of the second.
+    """
     w = tl.program_id(0) * BW + tl.arange(0, BW)
+    source = w % N * (W // N) + w // N
     k = tl.arange(0, KP)
     live = (w < W)[None, :]
-    phi = tl.load(phi_ptr + w[None, :] * K + k[:, None], live & (k < K)[:, None], 0.0).to(tl.float32)
+    phi = tl.load(phi_ptr + source[None, :] * K + k[:, None], live & (k < K)[:, None], 0.0).to(tl.float32)
     out = parts_ptr + k[:, None] * W + w[None, :]
     high = phi.to(parts_ptr.dtype.element_ty)
     tl.store(out, high, live)
     if P == 2:
         tl.store(out + KP * W, phi - high.to(tl.float32), live)
+
+
+@triton.jit
+def own(x):
+    """Each lane's sum of eight neighbours."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), 2)
+
+
+@triton.jit
+def interleaved(v, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """N tiles (BT, BC) as one of (BT, BC * N), stream after stream for each channel: no number leaves its lane."""
+    if N == 1:
+        one = v[0]
+    elif N == 2:
+        one = tl.join(v[0], v[1])
+    elif N == 4:
+        one = tl.join(tl.join(v[0], v[2]), tl.join(v[1], v[3]))
+    else:
+        even = tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6]))
+        one = tl.join(even, tl.join(tl.join(v[1], v[5]), tl.join(v[3], v[7])))
+    return tl.reshape(one, (BT, BC * N))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -66,25 +93,26 @@ def after_project(
     # Transposed: the new streams are then the factor that tensor cores read from shared memory, and are made once, in
     # the layout in which they are stored.
     acc = tl.zeros((P * KP, BT), tl.float32)
-    after = tl.zeros((BT,), tl.float32)
-    amax = tl.zeros((BT,), tl.float32)
-    wrote = tl.zeros((BT,), tl.float32)
-    kept = tl.zeros((BT,), tl.float32)
-    before = tl.zeros((BT,), tl.float32)
+    # Sums stay within a lane's own eight channels until the loop is over.
+    after = tl.zeros((BT, BC // 8), tl.float32)
+    amax = after
+    wrote = after
+    kept = after
+    before = after
     for b0 in tl.range(0, SLICE, BC, num_stages=STAGES):
         c0 = s * SLICE + b0
         c = c0 + tl.arange(0, BC)
         inside = live & (c < C)[None, :]
         branch = tile(branch_ptr, t0, 0, c0, t, c, inside, 1, C, TMA)
         xs = ()
-        phis = ()
+        news = ()
+        if TMA:
+            phi = parts_ptr.load([0, c0 * N])
+        else:
+            w = c0 * N + tl.arange(0, BC * N)
+            phi = tl.load(parts_ptr + rows[:, None] * (N * C) + w[None, :], (w < N * C)[None, :], 0.0)
         for j in tl.static_range(N):
             xs = xs + (tile(x_ptr, t0, j, c0, t, c, inside, N, C, TMA),)
-            if TMA:
-                phis = phis + (parts_ptr.load([0, j * C + c0]),)
-            else:
-                phi = tl.load(parts_ptr + rows[:, None] * (N * C) + (j * C + c)[None, :], (c < C)[None, :], 0.0)
-                phis = phis + (phi,)
         squares = tl.zeros((BT, BC), tl.float32)
         mixed_squares = tl.zeros((BT, BC), tl.float32)
         read_squares = tl.zeros((BT, BC), tl.float32)
@@ -102,21 +130,28 @@ def after_project(
                 most = tl.maximum(most, tl.abs(new))
                 mixed_squares += mixed * mixed
                 read_squares += xs[i].to(tl.float32) * xs[i].to(tl.float32)
-            if P == 2:
-                acc = tl.dot(phis[i], tl.trans(rounded), acc)
-            else:
-                acc = tl.dot(phis[i], tl.trans(rounded.to(tl.float32)), acc, input_precision="tf32x3")
-        after += tl.sum(squares, 1)
+            news = news + (rounded,)
+        both = tl.trans(interleaved(news, N, BT, BC))
+        if P == 2:
+            acc = tl.dot(phi, both, acc)
+        else:
+            acc = tl.dot(phi, both.to(tl.float32), acc, input_precision="tf32x3")
+        after += own(squares)
         if flag_ptr is not None:
-            amax = tl.maximum(amax, tl.max(most, 1))
-            kept += tl.sum(mixed_squares, 1)
-            before += tl.sum(read_squares, 1)
-            wrote += tl.sum(branch.to(tl.float32) * branch.to(tl.float32), 1)
+            amax = tl.maximum(amax, tl.max(tl.reshape(most, (BT, BC // 8, 8)), 2))
+            kept += own(mixed_squares)
+            before += own(read_squares)
+            wrote += own(branch.to(tl.float32) * branch.to(tl.float32))
+    after = tl.sum(after, 1)
     u = tl.trans(tl.sum(tl.reshape(acc, (P, KP, BT)), 0))
     u = tl.where(k[None, :] == K, after[:, None], u)
     tl.store(part_ptr + (s * T.to(tl.int64) + t[:, None]) * KP + k[None, :], u, live)
     if flag_ptr is not None:
         row = stats_ptr + (t * S + s) * 5
+        amax = tl.max(amax, 1)
+        wrote = tl.sum(wrote, 1)
+        kept = tl.sum(kept, 1)
+        before = tl.sum(before, 1)
         off = tl.where(tl.load(flag_ptr) != 0, 0.0, float("nan"))
         gain = tl.zeros((BT,), tl.float32)
         for i in tl.static_range(N):

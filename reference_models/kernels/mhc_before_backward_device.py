@@ -6,6 +6,7 @@
 import triton
 import triton.language as tl
 
+from geodiag.reference_models.kernels.device_math import sigmoid
 from geodiag.reference_models.kernels.sinkhorn import project_vjp
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
@@ -93,9 +94,9 @@ def coefficients(
     rms = tl.load(rms_ptr + t, live, 1.0)
     a_pre, a_post, a_res = tl.load(alpha_ptr), tl.load(alpha_ptr + 1), tl.load(alpha_ptr + 2)
 
-    gate = tl.sigmoid(a_pre * h_pre + tl.load(bias_ptr + n)[None, :])
+    gate = sigmoid(a_pre * h_pre + tl.load(bias_ptr + n)[None, :])
     d_pre = d_pre * gate * (1 - gate)
-    gate = tl.sigmoid(a_post * h_post + tl.load(bias_ptr + N + n)[None, :])
+    gate = sigmoid(a_post * h_post + tl.load(bias_ptr + N + n)[None, :])
     d_post = d_post * 2 * gate * (1 - gate)
     logits = a_res * h_res + tl.load(bias_ptr + nn)
     d_res = tl.zeros((BT, N, N), tl.float32)
@@ -189,9 +190,8 @@ def dx_dphi(
         phi = tl.load(phi_ptr + offsets, (c < C)[:, None] & (k < K)[None, :], 0.0)
         phis = phis + (phi.to(tl.float32 if WIDE else tl.bfloat16),)
         dphis = dphis + (tl.zeros((BC, KP), tl.float32),)
-    # All programs march through the tokens together, from the last ones, which `inner_to_pre` has left in the cache.
-    for behind in tl.range(chunk, tl.cdiv(T, BT), tl.num_programs(1), num_stages=STAGES):
-        t0 = (tl.cdiv(T, BT) - 1 - behind) * BT
+    for block in tl.range(chunk, tl.cdiv(T, BT), tl.num_programs(1), num_stages=STAGES):
+        t0 = block * BT
         t = t0 + tl.arange(0, BT).to(tl.int64)
         live = (t < T)[:, None]
         inside = live & (c < C)[None, :]

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from geodiag.reference_models.kernels import mhc_stats
+from geodiag.reference_models.kernels.device_math import sigmoid
 from geodiag.reference_models.kernels.sinkhorn import project
 
 # T tokens, N streams, C channels, W = N·C, K = N² + 2N coefficients, KP their padded number, S slices of W
@@ -135,7 +136,7 @@ def _store_maps(
     all_TNN = tl.broadcast_to(live[:, None, None], (BM, N, N))
     h_post, rms = _gates(part_ptr, t, live, N, T, S, norm_eps, N, C, KP)
     h_res = _map(part_ptr, t, live, rms, T, S, N, KP)
-    post = 2 * tl.sigmoid(tl.load(alpha_ptr + 1) * h_post + tl.load(bias_ptr + N + n)[None, :])
+    post = 2 * sigmoid(tl.load(alpha_ptr + 1) * h_post + tl.load(bias_ptr + N + n)[None, :])
     logits = tl.load(alpha_ptr + 2) * h_res + tl.load(bias_ptr + 2 * N + nn)
     res = project(logits, eps, ITERATIONS, ROWS_FIRST)
     tl.store(h_ptr + t[:, None] * K + N + n[None, :], h_post, live[:, None])
@@ -175,7 +176,7 @@ def _store_inner(
     n = tl.arange(0, N)
     live = t < T
     h_pre, rms = _gates(part_ptr, t, live, 0, T, S, norm_eps, N, C, KP)
-    pre = tl.sigmoid(tl.load(alpha_ptr) * h_pre + tl.load(bias_ptr + n)[None, :]) + eps
+    pre = sigmoid(tl.load(alpha_ptr) * h_pre + tl.load(bias_ptr + n)[None, :]) + eps
     tl.store(rms_ptr + t, rms, live)
     tl.store(h_ptr + t[:, None] * K + n[None, :], h_pre, live[:, None])
     tl.store(pre_ptr + t[:, None] * N + n[None, :], pre, live[:, None])

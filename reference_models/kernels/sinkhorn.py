@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from geodiag.reference_models.kernels.device_math import exp, inverse
 from geodiag.reference_models.kernels.launch import STREAMS, cdiv
 from geodiag.reference_models.kernels.operation import operation
 
@@ -18,13 +19,13 @@ from geodiag.reference_models.kernels.operation import operation
 def half_step(m, eps, AXIS: tl.constexpr):
     """One side normalised, and what it was divided by."""
     d = tl.sum(m, AXIS) + eps
-    return m * tl.expand_dims(1.0 / d, AXIS), d
+    return m * tl.expand_dims(inverse(d), AXIS), d
 
 
 @triton.jit
 def softmax(logits, AXIS: tl.constexpr):
-    m = tl.exp(logits - tl.expand_dims(tl.max(logits, AXIS), AXIS))
-    return m * tl.expand_dims(1.0 / tl.sum(m, AXIS), AXIS)
+    m = exp(logits - tl.expand_dims(tl.max(logits, AXIS), AXIS))
+    return m * tl.expand_dims(inverse(tl.sum(m, AXIS)), AXIS)
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def project(logits, eps, ITERATIONS: tl.constexpr, ROWS_FIRST: tl.constexpr):
 @triton.jit
 def half_step_vjp(m, g, d, AXIS: tl.constexpr):
     """Undoes one half step: the matrix before it and its gradient, from the divisor that was kept."""
-    g = (g - tl.expand_dims(tl.sum(g * m, AXIS), AXIS)) * tl.expand_dims(1.0 / d, AXIS)
+    g = (g - tl.expand_dims(tl.sum(g * m, AXIS), AXIS)) * tl.expand_dims(inverse(d), AXIS)
     return m * tl.expand_dims(d, AXIS), g
 
 

@@ -110,6 +110,7 @@ def _forward(
     if a:
         grid = (cdiv(a, ba), columns)
         tile = {"E": experts, "EP": power_of_two(experts), "PARTS": parts, "BR": br, "BF": bf}
+        tile["VEC"] = min(16 // x.itemsize, bf)
         swiglu_fwd[grid](x, out, flag, ends, part, a, **meta, **tile, num_warps=warps)
     if experts:
         records = RECORDS if x.is_cuda else 256

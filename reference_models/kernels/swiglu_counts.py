@@ -20,9 +20,20 @@ def nan_max(a, b):
 
 
 @triton.jit
+def most(x):
+    """The largest magnitude among each lane's own, or NaN: (BR, lanes, VEC) to (BR, lanes)."""
+    return tl.reduce(tl.abs(x), 2, nan_max)
+
+
+@triton.jit
 def largest(most):
-    """The largest of a tile of magnitudes as a whole number with its bits: above infinity's where there is a NaN."""
+    """The largest of all lanes' as a whole number with its bits: above infinity's where there is a NaN."""
     return tl.max(tl.max(most.to(tl.int32, bitcast=True), 1), 0)
+
+
+@triton.jit
+def summed(lanes):
+    return tl.sum(tl.sum(lanes, 1), 0)
 
 
 @triton.jit
@@ -35,18 +46,67 @@ def _beyond(bits, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def record(
+def hits(g, u, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, ALPHA: tl.constexpr, AFTER: tl.constexpr):
+    """Each lane's hits of the gate's limit, with up's above in the upper half of the same word; and up's below."""
+    _, _, gate_hit = gated(g.to(tl.float32), GATE_LIMIT, ALPHA, AFTER)
+    _, high, low = clamp_up(u.to(tl.float32), UP_LIMIT, 0.0)
+    # A tile has fewer than 65536 elements.
+    return tl.sum(gate_hit.to(tl.int32) + (high.to(tl.int32) << 16), 2), tl.sum(low.to(tl.int32), 2)
+
+
+@triton.jit
+def write(part_ptr, both, low, gate_most, up_most, out_most, squares):
+    """A record's eight words: three counts, three extrema's bits, Σ product²; the last is not read."""
+    i = tl.arange(0, 8)
+    word = tl.where(i == 0, both & 0xFFFF, tl.where(i == 1, both >> 16, low))
+    word = tl.where(i == 3, gate_most, word)
+    word = tl.where(i == 4, up_most, word)
+    word = tl.where(i == 5, out_most, word)
+    word = tl.where(i == 6, squares.to(tl.int32, bitcast=True), word)
+    tl.store(part_ptr + i, word)
+
+
+@triton.jit
+def record_whole(
+    part_ptr,
+    gates,
+    ups,
+    gate_most,
+    up_most,
+    out_most,
+    squares,
+    GATE_LIMIT: tl.constexpr,
+    UP_LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    AFTER: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """A tile of one expert: of most, the extrema say that there is no hit to count."""
+    gate = largest(gate_most)
+    up = largest(up_most)
+    both = 0
+    low = 0
+    # Only a value beyond a limit can have hit it.
+    if (_beyond(gate, GATE_LIMIT) | _beyond(up, UP_LIMIT)) != 0:
+        boths = tl.zeros(gate_most.shape, tl.int32)
+        lows = boths
+        for r in tl.static_range(PARTS):
+            two, one = hits(gates[r], ups[r], GATE_LIMIT, UP_LIMIT, ALPHA, AFTER)
+            boths += two
+            lows += one
+        both = summed(boths)
+        low = summed(lows)
+    write(part_ptr, both, low, gate, up, largest(out_most), summed(squares))
+
+
+@triton.jit
+def record_share(
     part_ptr,
     x_ptr,
     a0,
     f,
     start,
     end,
-    gate_most,
-    up_most,
-    out_most,
-    squares,
-    KNOWN: tl.constexpr,
     F: tl.constexpr,
     GATE_LIMIT: tl.constexpr,
     UP_LIMIT: tl.constexpr,
@@ -57,44 +117,27 @@ def record(
     PARTS: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Eight words for the tile's rows from `start` to `end`: three counts, three extrema's bits, Σ product².
-
-    Reads the tile once more, from the cache: for its hits, which most tiles do not have, and, unless they are KNOWN,
-    for extrema and squares, of a tile that several experts share.
-    """
-    both = tl.zeros(gate_most.shape, tl.int32)
-    lows = both
-    if KNOWN:
-        # Only a value beyond a limit can have hit it.
-        beyond = _beyond(largest(gate_most), GATE_LIMIT) | _beyond(largest(up_most), UP_LIMIT)
-    else:
-        beyond = 1
-        gate_most = tl.zeros(gate_most.shape, tl.float32)
-        up_most = gate_most
-        out_most = gate_most
-        squares = gate_most
-    if beyond != 0:
-        for r in range(PARTS):
-            a = a0 + r * BR + tl.arange(0, BR)
-            g, u = load_both(x_ptr, a, f, (a >= start) & (a < end), F, INTERLEAVED)
-            act, _, gate_hit = gated(g.to(tl.float32), GATE_LIMIT, ALPHA, AFTER)
-            held, high, low = clamp_up(u.to(tl.float32), UP_LIMIT, OFFSET)
-            # Two counts in one word: a tile has fewer than 65536 elements.
-            both += gate_hit.to(tl.int32) + (high.to(tl.int32) << 16)
-            lows += low.to(tl.int32)
-            if not KNOWN:
-                gate_most = nan_max(gate_most, tl.abs(g.to(tl.float32)))
-                up_most = nan_max(up_most, tl.abs(u.to(tl.float32)))
-                out_most = nan_max(out_most, tl.abs(act * held))
-                squares += act * held * act * held
-    two = tl.sum(tl.sum(both, 1), 0)
-    i = tl.arange(0, 8)
-    word = tl.where(i == 0, two & 0xFFFF, tl.where(i == 1, two >> 16, tl.sum(tl.sum(lows, 1), 0)))
-    word = tl.where(i == 3, largest(gate_most), word)
-    word = tl.where(i == 4, largest(up_most), word)
-    word = tl.where(i == 5, largest(out_most), word)
-    word = tl.where(i == 6, tl.sum(tl.sum(squares, 1), 0).to(tl.int32, bitcast=True), word)
-    tl.store(part_ptr + i, word)
+    """The rows from `start` to `end` of a tile that several experts share: it is read once more, from the cache."""
+    squares = tl.zeros((BR, f.shape[0]), tl.float32)
+    gate_most = squares
+    up_most = squares
+    out_most = squares
+    boths = tl.zeros(squares.shape, tl.int32)
+    lows = boths
+    for r in range(PARTS):
+        a = a0 + r * BR + tl.arange(0, BR)
+        g, u = load_both(x_ptr, a, f, (a >= start) & (a < end), F, INTERLEAVED)
+        two, one = hits(g, u, GATE_LIMIT, UP_LIMIT, ALPHA, AFTER)
+        boths += two
+        lows += one
+        act, _, _ = gated(g.to(tl.float32), GATE_LIMIT, ALPHA, AFTER)
+        held, _, _ = clamp_up(u.to(tl.float32), UP_LIMIT, OFFSET)
+        gate_most = nan_max(gate_most, most(g.to(tl.float32)))
+        up_most = nan_max(up_most, most(u.to(tl.float32)))
+        out_most = nan_max(out_most, most(act * held))
+        squares += tl.sum(act * held * act * held, 2)
+    both = summed(boths)
+    write(part_ptr, both, summed(lows), largest(gate_most), largest(up_most), largest(out_most), summed(squares))
 
 
 @triton.jit(do_not_specialize=["COLUMNS"])

@@ -6,10 +6,50 @@
 import triton
 import triton.language as tl
 
-from geodiag.reference_models.kernels.swiglu_counts import nan_max, record
+from geodiag.reference_models.kernels.swiglu_counts import most, nan_max, record_share, record_whole
 from geodiag.reference_models.kernels.swiglu_math import clamp_up, columns, gated, load_both
 
 # A rows (one token at one expert), F expert dim, E experts
+
+
+@triton.jit
+def _activate(
+    out_ptr,
+    gates,
+    ups,
+    a0,
+    f,
+    A,
+    F: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
+    UP_LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    OFFSET: tl.constexpr,
+    AFTER: tl.constexpr,
+    PARTS: tl.constexpr,
+    BR: tl.constexpr,
+    MEASURED: tl.constexpr,
+):
+    """Writes the products of all parts; each lane's largest |gate|, |up|, |product| and Σ product², if MEASURED."""
+    squares = tl.zeros((BR, f.shape[0]), tl.float32)
+    gate_most = squares
+    up_most = squares
+    out_most = squares
+    for r in tl.static_range(PARTS):
+        a = a0 + r * BR + tl.arange(0, BR)
+        g = gates[r].to(tl.float32)
+        u = ups[r].to(tl.float32)
+        act, _, _ = gated(g, GATE_LIMIT, ALPHA, AFTER)
+        held, _, _ = clamp_up(u, UP_LIMIT, OFFSET)
+        out = act * held
+        tl.store(out_ptr + a[:, None, None] * F + f[None], out, (a < A)[:, None, None] & (f < F)[None])
+        if MEASURED:
+            # Outside, g and u read as 0 and so is the product, whatever the offset.
+            gate_most = nan_max(gate_most, most(g))
+            up_most = nan_max(up_most, most(u))
+            out_most = nan_max(out_most, most(out))
+            squares += tl.sum(out * out, 2)
+    return gate_most, up_most, out_most, squares
 
 
 @triton.jit(do_not_specialize=["A"])
@@ -32,13 +72,14 @@ def swiglu_fwd(
     PARTS: tl.constexpr,
     BR: tl.constexpr,
     BF: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     """PARTS · BR rows, BF columns; where rows are counted, one record for each expert that the rows belong to.
 
     Rows are sorted by expert and `ends` is where each expert's end, so record `block + expert` is nobody else's.
     """
     a0 = tl.program_id(0).to(tl.int64) * (PARTS * BR)
-    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    f = tl.program_id(1) * BF + (tl.arange(0, BF // VEC) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
     gates = ()
     ups = ()
     # All loads before the first store, behind which the compiler would keep them.
@@ -47,45 +88,42 @@ def swiglu_fwd(
         g, u = load_both(x_ptr, a, f, a < A, F, INTERLEAVED)
         gates = gates + (g,)
         ups = ups + (u,)
-    gate_most = tl.zeros((BR, BF), tl.float32)
-    up_most = gate_most
-    out_most = gate_most
-    squares = gate_most
-    for r in tl.static_range(PARTS):
-        a = a0 + r * BR + tl.arange(0, BR)
-        g = gates[r].to(tl.float32)
-        u = ups[r].to(tl.float32)
-        act, _, _ = gated(g, GATE_LIMIT, ALPHA, AFTER)
-        held, _, _ = clamp_up(u, UP_LIMIT, OFFSET)
-        out = act * held
-        tl.store(out_ptr + a[:, None] * F + f[None, :], out, (a < A)[:, None] & (f < F)[None, :])
-        if part_ptr is not None:
-            # Outside, g and u read as 0 and so is the product, whatever the offset.
-            gate_most = nan_max(gate_most, tl.abs(g))
-            up_most = nan_max(up_most, tl.abs(u))
-            out_most = nan_max(out_most, tl.abs(out))
-            squares += out * out
-    if part_ptr is not None:  # noqa: SIM102 - decided when compiling; the flag, on the device
-        if tl.load(flag_ptr) != 0:
-            e = tl.arange(0, EP)
-            ends = tl.load(ends_ptr + e, e < E, A)
-            behind = tl.minimum(a0 + PARTS * BR, A)
-            first = tl.sum((ends <= a0).to(tl.int32), 0)
-            last = tl.sum((ends < behind).to(tl.int32), 0)
-            part = part_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 8
-            if first == last:
-                record(
-                    part + first * tl.num_programs(1) * 8,
+    if part_ptr is None:
+        _activate(out_ptr, gates, ups, a0, f, A, F, GATE_LIMIT, UP_LIMIT, ALPHA, OFFSET, AFTER, PARTS, BR, False)
+    elif tl.load(flag_ptr) != 0:
+        e = tl.arange(0, EP)
+        ends = tl.load(ends_ptr + e, e < E, A)
+        gate_most, up_most, out_most, squares = _activate(
+            out_ptr, gates, ups, a0, f, A, F, GATE_LIMIT, UP_LIMIT, ALPHA, OFFSET, AFTER, PARTS, BR, True
+        )
+        behind = tl.minimum(a0 + PARTS * BR, A)
+        first = tl.sum((ends <= a0).to(tl.int32), 0)
+        last = tl.sum((ends < behind).to(tl.int32), 0)
+        part = part_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 8
+        if first == last:
+            record_whole(
+                part + first * tl.num_programs(1) * 8,
+                gates,
+                ups,
+                gate_most,
+                up_most,
+                out_most,
+                squares,
+                GATE_LIMIT,
+                UP_LIMIT,
+                ALPHA,
+                AFTER,
+                PARTS,
+            )
+        else:
+            for mine in range(first, last + 1):
+                record_share(
+                    part + mine * tl.num_programs(1) * 8,
                     x_ptr,
                     a0,
                     f,
-                    a0,
-                    behind,
-                    gate_most,
-                    up_most,
-                    out_most,
-                    squares,
-                    True,
+                    tl.sum(tl.where(e == mine - 1, ends, 0), 0),
+                    tl.minimum(tl.sum(tl.where(e == mine, ends, 0), 0), behind),
                     F,
                     GATE_LIMIT,
                     UP_LIMIT,
@@ -96,32 +134,8 @@ def swiglu_fwd(
                     PARTS,
                     BR,
                 )
-            else:
-                for mine in range(first, last + 1):
-                    start = tl.sum(tl.where(e == mine - 1, ends, 0), 0)
-                    end = tl.minimum(tl.sum(tl.where(e == mine, ends, 0), 0), behind)
-                    record(
-                        part + mine * tl.num_programs(1) * 8,
-                        x_ptr,
-                        a0,
-                        f,
-                        start,
-                        end,
-                        gate_most,
-                        up_most,
-                        out_most,
-                        squares,
-                        False,
-                        F,
-                        GATE_LIMIT,
-                        UP_LIMIT,
-                        ALPHA,
-                        OFFSET,
-                        INTERLEAVED,
-                        AFTER,
-                        PARTS,
-                        BR,
-                    )
+    else:
+        _activate(out_ptr, gates, ups, a0, f, A, F, GATE_LIMIT, UP_LIMIT, ALPHA, OFFSET, AFTER, PARTS, BR, False)
 
 
 @triton.jit(do_not_specialize=["A"])

@@ -6,6 +6,8 @@
 import triton
 import triton.language as tl
 
+from geodiag.reference_models.kernels.device_math import sigmoid
+
 # A rows (one token at one expert), F expert dim, E experts
 
 
@@ -15,7 +17,7 @@ def gated(g, LIMIT: tl.constexpr, ALPHA: tl.constexpr, AFTER: tl.constexpr):
     held = g
     if LIMIT is not None and not AFTER:
         held = tl.where(g > LIMIT, LIMIT, g)
-    s = tl.sigmoid(ALPHA * held)
+    s = sigmoid(ALPHA * held)
     act = held * s
     slope = s * (1 + ALPHA * held * (1 - s))
     hit = g > float("inf")
@@ -50,8 +52,9 @@ def columns(f, F: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def load_both(x_ptr, a, f, live, F: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Gates and ups of rows a, (BR), and columns f, (lanes, VEC): (BR, lanes, VEC), so that a lane sums its own."""
     gate_column, up_column = columns(f, F, INTERLEAVED)
-    inside = live[:, None] & (f < F)[None, :]
-    g = tl.load(x_ptr + a[:, None] * (2 * F) + gate_column[None, :], inside, 0.0)
-    u = tl.load(x_ptr + a[:, None] * (2 * F) + up_column[None, :], inside, 0.0)
+    inside = live[:, None, None] & (f < F)[None]
+    g = tl.load(x_ptr + a[:, None, None] * (2 * F) + gate_column[None], inside, 0.0)
+    u = tl.load(x_ptr + a[:, None, None] * (2 * F) + up_column[None], inside, 0.0)
     return g, u
