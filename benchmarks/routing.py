@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.seeds:
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         planned = jobs(
-            plans(options.size, options.lr), seeds, options.only, together=2 if options.size == "small" else 3
+            plans(options.size, options.lr), seeds, options.only, together=4 if options.size == "small" else 3
         )
         trials += run(planned, options.workers, options.minutes, options.out, options.device)
     trials.sort(key=order)
