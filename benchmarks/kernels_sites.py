@@ -120,11 +120,14 @@ def measure(clock: Clock, contestant: Contestant, tokens: int, channels: int) ->
 
 
 def sites(clock: Clock, sizes: list[tuple[int, int]], peers: Path | None, others: bool) -> Iterator[dict[str, object]]:
-    """One row a size and contestant; last, at the first size alone, what takes minutes and tens of gigabytes."""
-    rounds = [(size, list(contestants(peers))) for size in sizes]
+    """One row a size and contestant: everything at the first size, then geodiag at the others, last the peers there."""
+    everyone = list(contestants(peers))
+    ours = [c for c in everyone if c.by.startswith("geodiag")]
+    theirs = [c for c in everyone if c not in ours]
     if others:
-        plain = [Contestant("eager", reference_site), Contestant("torch.compile", torch.compile(reference_site))]
-        rounds.append((sizes[0], plain))
+        everyone += [Contestant("eager", reference_site), Contestant("torch.compile", torch.compile(reference_site))]
+    first, *rest = sizes
+    rounds = [(first, everyone), *((size, ours) for size in rest), *((size, theirs) for size in rest)]
     for (tokens, channels), taking_part in rounds:
         for contestant in taking_part:
             yield measure(clock, contestant, tokens, channels)
@@ -136,7 +139,8 @@ def markdown(rows: list[dict]) -> list[str]:
         "| tokens × C | by | forward, µs | × floor | both, µs | × floor | peak, MB | in excess of results, MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for r in rows:
+    sizes = list(dict.fromkeys((r["tokens"], r["channels"]) for r in rows))
+    for r in sorted(rows, key=lambda r: sizes.index((r["tokens"], r["channels"]))):
         lines.append(
             f"| {r['tokens']} × {r['channels']} | {r['by']} | {r['forward_us']:.0f} | "
             f"{r['forward_us'] / r['floor_us']:.2f} | {r['both_us']:.0f} | {r['both_us'] / r['floor_both_us']:.2f} | "

@@ -162,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("routing", __doc__)
     parser.add_argument("--size", choices=["tiny", "small"], default="tiny", help="of the model [%(default)s]")
     parser.add_argument("--lr", type=float, nargs="*", default=[SMALL_LR], help="at which small is driven")
+    parser.add_argument("--arms", nargs="*", default=[], help="only these, with no intervention")
     parser.add_argument("--pilot", action="store_true", help="train each scenario of small once, and say which spike")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--first-seed", type=int, default=0)
@@ -185,6 +186,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         planned = jobs(
             plans(options.size, options.lr), seeds, options.only, together=4 if options.size == "small" else 3
         )
+        if options.arms:
+            unknown = set(options.arms) - ARMS.keys()
+            if unknown:
+                parser.error(f"no arm is called {unknown.pop()!r}; there are {', '.join(ARMS)}")
+            planned = (job for job in planned if job[1].name in ("none", *options.arms))
         trials += run(planned, options.workers, options.minutes, options.out, options.device)
     trials.sort(key=order)
     result["trials"], result["places"] = len(trials), sorted({t["place"] for t in trials})

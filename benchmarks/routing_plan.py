@@ -34,6 +34,7 @@ ALWAYS = (
     "rollback",
     "rollback + anticipatory",
     "rollback + lower-lr",
+    "rollback + anticipatory + lower-lr",
     "always anticipatory",
     "always router-lag",
 )
@@ -55,7 +56,14 @@ MORE: Plan = [
 
 _SMALL = Scenario(name="", steps=220, residual="hc", size="small", deterministic=True)
 SMALL_LR = 0.1
-BACK = ("rollback", "rollback + noise", "rollback + anticipatory", "rollback + router-lag", "rollback + lower-lr")
+BACK = (
+    "rollback",
+    "rollback + noise",
+    "rollback + anticipatory",
+    "rollback + router-lag",
+    "rollback + lower-lr",
+    "rollback + anticipatory + lower-lr",
+)
 """What differs only in what comes with going back: from the same spike on, seed by seed."""
 
 

@@ -60,6 +60,7 @@ ARMS = {
         Arm(name="rollback + router-lag", actions="rollback,route", variant="router-lag"),
         Arm(name="rollback + skip-batch", actions="rollback,skip-batch"),
         Arm(name="rollback + lower-lr", actions="rollback,lower-lr=0.5"),
+        Arm(name="rollback + anticipatory + lower-lr", actions="rollback,route,lower-lr=0.5"),
         Arm(name="always anticipatory", mode="on"),
         Arm(name="always anticipatory, Δ = 1", mode="on", delay=1),
         Arm(name="always anticipatory, Δ = 32", mode="on", delay=32),

@@ -41,10 +41,9 @@ def project(logits, eps, ITERATIONS: tl.constexpr, ROWS_FIRST: tl.constexpr):
 
 
 @triton.jit
-def half_step_vjp(m, g, d, AXIS: tl.constexpr):
-    """Undoes one half step: the matrix before it and its gradient, from the divisor that was kept."""
-    g = (g - tl.expand_dims(tl.sum(g * m, AXIS), AXIS)) * tl.expand_dims(inverse(d), AXIS)
-    return m * tl.expand_dims(d, AXIS), g
+def half_step_vjp(m, gm, d, AXIS: tl.constexpr):
+    """Undoes one half step, from the divisor that was kept: the matrix before it, and its gradient times it."""
+    return m * tl.expand_dims(d, AXIS), gm - m * tl.expand_dims(tl.sum(gm, AXIS), AXIS)
 
 
 @triton.jit
@@ -52,7 +51,8 @@ def project_vjp(logits, g, eps, ITERATIONS: tl.constexpr, ROWS_FIRST: tl.constex
     """Gradient of `project` with respect to the logits.
 
     Every iterate is a diagonal scaling of the next, so the 2·ITERATIONS divisors (N numbers each) replay the whole
-    history backwards from the final matrix. Unrolled, they live in registers.
+    history backwards from the final matrix. Unrolled, they live in registers. What is carried is not the gradient but
+    its product with the matrix, element by element, for which a half step has no division.
     """
     FIRST: tl.constexpr = 2 if ROWS_FIRST else 1
     p = softmax(logits, FIRST)
@@ -62,11 +62,14 @@ def project_vjp(logits, g, eps, ITERATIONS: tl.constexpr, ROWS_FIRST: tl.constex
         m, first = half_step(m, eps, FIRST)
         m, second = half_step(m, eps, 3 - FIRST)
         divisors = divisors + (first, second)
+    gm = g * m
     for i in tl.static_range(ITERATIONS - 1):
-        m, g = half_step_vjp(m, g, divisors[2 * (ITERATIONS - 1 - i)], 3 - FIRST)
-        m, g = half_step_vjp(m, g, divisors[2 * (ITERATIONS - 1 - i) - 1], FIRST)
-    m, g = half_step_vjp(m, g, divisors[0], 3 - FIRST)
-    return p * (g - tl.expand_dims(tl.sum(g * p, FIRST), FIRST))
+        m, gm = half_step_vjp(m, gm, divisors[2 * (ITERATIONS - 1 - i)], 3 - FIRST)
+        m, gm = half_step_vjp(m, gm, divisors[2 * (ITERATIONS - 1 - i) - 1], FIRST)
+    m, gm = half_step_vjp(m, gm, divisors[0], 3 - FIRST)
+    if eps != 0:
+        gm *= p * inverse(p + eps)
+    return gm - p * tl.expand_dims(tl.sum(gm, FIRST), FIRST)
 
 
 @triton.jit

@@ -81,6 +81,8 @@ def _blocks(x: Tensor, f: int) -> tuple[int, int]:
 
 PARTS = 4
 """Rows of a counting program, which is one warp: its lanes meet once for all of them, and wait for no other warp."""
+REGISTERS = 80
+"""Of a lane that counts: it would take half as many again, and too few programs would be there to hide its loads."""
 RECORDS = 2048
 """Records that an expert's program adds up at a time: most experts have no more in a training step."""
 
@@ -111,7 +113,8 @@ def _forward(
         grid = (cdiv(a, ba), columns)
         tile = {"E": experts, "EP": power_of_two(experts), "PARTS": parts, "BR": br, "BF": bf}
         tile["VEC"] = min(16 // x.itemsize, bf)
-        swiglu_fwd[grid](x, out, flag, ends, part, a, **meta, **tile, num_warps=warps)
+        limit = {"maxnreg": REGISTERS} if experts else {}
+        swiglu_fwd[grid](x, out, flag, ends, part, a, **meta, **tile, num_warps=warps, **limit)
     if experts:
         records = RECORDS if x.is_cuda else 256
         per_expert[(experts,)](part, flag, ends, counts, columns, F=f, BA=ba, BR=records, num_warps=8)

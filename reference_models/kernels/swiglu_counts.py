@@ -47,18 +47,19 @@ def _beyond(bits, LIMIT: tl.constexpr):
 
 @triton.jit
 def hits(g, u, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, ALPHA: tl.constexpr, AFTER: tl.constexpr):
-    """Each lane's hits of the gate's limit, with up's above in the upper half of the same word; and up's below."""
+    """Each lane's hits of the gate's limit, of up's above and of up's below, a byte each: it has few elements."""
     _, _, gate_hit = gated(g.to(tl.float32), GATE_LIMIT, ALPHA, AFTER)
     _, high, low = clamp_up(u.to(tl.float32), UP_LIMIT, 0.0)
-    # A tile has fewer than 65536 elements.
-    return tl.sum(gate_hit.to(tl.int32) + (high.to(tl.int32) << 16), 2), tl.sum(low.to(tl.int32), 2)
+    return tl.sum(gate_hit.to(tl.int32) + tl.where(high, 1 << 8, tl.where(low, 1 << 16, 0)), 2)
 
 
 @triton.jit
-def write(part_ptr, both, low, gate_most, up_most, out_most, squares):
+def write(part_ptr, counts, gate_most, up_most, out_most, squares):
     """A record's eight words: three counts, three extrema's bits, Σ product²; the last is not read."""
+    # Two sums in one word: a tile has fewer than 65536 elements.
+    two = summed((counts & 0xFF) + ((counts & 0xFF00) << 8))
     i = tl.arange(0, 8)
-    word = tl.where(i == 0, both & 0xFFFF, tl.where(i == 1, both >> 16, low))
+    word = tl.where(i == 0, two & 0xFFFF, tl.where(i == 1, two >> 16, summed(counts >> 16)))
     word = tl.where(i == 3, gate_most, word)
     word = tl.where(i == 4, up_most, word)
     word = tl.where(i == 5, out_most, word)
@@ -84,19 +85,12 @@ def record_whole(
     """A tile of one expert: of most, the extrema say that there is no hit to count."""
     gate = largest(gate_most)
     up = largest(up_most)
-    both = 0
-    low = 0
+    counts = tl.zeros(gate_most.shape, tl.int32)
     # Only a value beyond a limit can have hit it.
     if (_beyond(gate, GATE_LIMIT) | _beyond(up, UP_LIMIT)) != 0:
-        boths = tl.zeros(gate_most.shape, tl.int32)
-        lows = boths
         for r in tl.static_range(PARTS):
-            two, one = hits(gates[r], ups[r], GATE_LIMIT, UP_LIMIT, ALPHA, AFTER)
-            boths += two
-            lows += one
-        both = summed(boths)
-        low = summed(lows)
-    write(part_ptr, both, low, gate, up, largest(out_most), summed(squares))
+            counts += hits(gates[r], ups[r], GATE_LIMIT, UP_LIMIT, ALPHA, AFTER)
+    write(part_ptr, counts, gate, up, largest(out_most), summed(squares))
 
 
 @triton.jit
@@ -122,22 +116,18 @@ def record_share(
     gate_most = squares
     up_most = squares
     out_most = squares
-    boths = tl.zeros(squares.shape, tl.int32)
-    lows = boths
+    counts = tl.zeros(squares.shape, tl.int32)
     for r in range(PARTS):
         a = a0 + r * BR + tl.arange(0, BR)
         g, u = load_both(x_ptr, a, f, (a >= start) & (a < end), F, INTERLEAVED)
-        two, one = hits(g, u, GATE_LIMIT, UP_LIMIT, ALPHA, AFTER)
-        boths += two
-        lows += one
+        counts += hits(g, u, GATE_LIMIT, UP_LIMIT, ALPHA, AFTER)
         act, _, _ = gated(g.to(tl.float32), GATE_LIMIT, ALPHA, AFTER)
         held, _, _ = clamp_up(u.to(tl.float32), UP_LIMIT, OFFSET)
         gate_most = nan_max(gate_most, most(g.to(tl.float32)))
         up_most = nan_max(up_most, most(u.to(tl.float32)))
         out_most = nan_max(out_most, most(act * held))
         squares += tl.sum(act * held * act * held, 2)
-    both = summed(boths)
-    write(part_ptr, both, summed(lows), largest(gate_most), largest(up_most), largest(out_most), summed(squares))
+    write(part_ptr, counts, largest(gate_most), largest(up_most), largest(out_most), summed(squares))
 
 
 @triton.jit(do_not_specialize=["COLUMNS"])
