@@ -32,6 +32,7 @@ ANSWERS = ("none", "rollback", "rollback + anticipatory", "rollback + skip-batch
 ALWAYS = (
     "none",
     "rollback",
+    "rollback + noise",
     "rollback + anticipatory",
     "rollback + lower-lr",
     "rollback + anticipatory + lower-lr",

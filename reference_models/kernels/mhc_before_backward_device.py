@@ -265,16 +265,15 @@ def add_up(
     last = tl.num_programs(0) - 1
     if pid < last - 1:
         i = pid * BLOCK + tl.arange(0, BLOCK)
-        p = tl.arange(0, 16)
         total = tl.zeros((BLOCK,), tl.float32)
-        for p0 in range(0, P, 16):
-            inside = (p0 + p < P)[:, None] & (i < SIZE)[None, :]
-            total += tl.sum(tl.load(dphi_part_ptr + (p0 + p)[:, None] * SIZE + i[None, :], inside, 0.0), 0)
+        part = dphi_part_ptr + i
+        for _ in range(P):
+            total += tl.load(part, i < SIZE, 0.0)
+            part += SIZE
         tl.store(dphi_ptr + i, total, i < SIZE)
     else:
         K: tl.constexpr = N * N + 2 * N
-        # As many at a time as registers hold: their loads wait for one another a few times only.
-        ROWS: tl.constexpr = 16384 // KP
+        ROWS: tl.constexpr = 8192 // KP
         k = tl.arange(0, KP)
         wants_alpha = last - pid == 0
         sums = tl.zeros((ROWS, KP), tl.float32)
