@@ -178,7 +178,8 @@ def pooled(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         names = ("peak", "excess", "recovery_steps", "final_loss", "spikes_per_10k", "steps_lost")
         means = {n: vars(Mean.of([m[n] - p[n] for m, p in pairs])) for n in names}
         again = [m["again"] for m, _ in pairs if m["again"] is not None]
-        rows.append({"size": model, "arm": arm, "again": vars(Mean.of(again))} | means)
+        spiked = sum(p["spikes_per_10k"] > 0 for _, p in pairs)
+        rows.append({"size": model, "arm": arm, "spiked": spiked, "again": vars(Mean.of(again))} | means)
     return rows
 
 

@@ -45,12 +45,14 @@ def page(result: dict[str, Any]) -> str:
         lines += [
             f"## `{size}`: all that spike by themselves, against no intervention",
             "",
-            "Differences, paired by scenario and seed; below 0 is better. `again` is no difference.",
+            "Differences, paired by scenario and seed; below 0 is better. `again` is no difference. Where no spike was",
+            "raised, an answer is the training without one, bit for bit, and counts as a pair that differs by 0.",
             "",
-            f"| arm | pairs | {' | '.join(_SHOWN[n][0] for n in _POOLED)} |",
+            f"| arm | pairs, with a spike | {' | '.join(_SHOWN[n][0] for n in _POOLED)} |",
             "|---|---|" + "---|" * len(_POOLED),
             *(
-                f"| {r['arm']} | {r['peak']['n']} | {' | '.join(_cell(r[n], _SHOWN[n][1]) for n in _POOLED)} |"
+                f"| {r['arm']} | {r['peak']['n']}, {r['spiked']} | "
+                f"{' | '.join(_cell(r[n], _SHOWN[n][1]) for n in _POOLED)} |"
                 for r in rows
             ),
             "",

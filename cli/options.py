@@ -17,6 +17,11 @@ CHANGEABLE = {
 """What a resumed training may have otherwise than the one that it goes on with."""
 
 
+GOING_BACK = "rollback,route,lower-lr=0.5"
+"""What auto does by itself with snapshots to go back to. Going back needs a change with it, and of those that were tried
+half the learning rate is the one that helped at both sizes of model, also beside routing (docs/routing.md)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What a training is asked to be; recorded in the run's manifest."""
@@ -63,7 +68,7 @@ class Options:
 
         actions = self.actions
         if actions is None:
-            actions = "route" if self.rollback == "none" else "rollback,route"
+            actions = "route" if self.rollback == "none" else GOING_BACK
         try:
             policy = Policy(
                 mode=self.routing,  # type: ignore[arg-type]

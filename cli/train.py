@@ -22,7 +22,7 @@ _MODE = "anticipatory: all weights of Δ steps ago choose the experts; router-la
 _ON = "What auto answers, with commas: spike, warning, schedule:START-END."
 _ACTIONS = (
     "What auto does, with commas: rollback, skip-batch, route, lower-lr=FACTOR, clamp=LIMIT.  "
-    "(default: route, and rollback with --rollback)"
+    "(default: route; with --rollback rollback,route,lower-lr=0.5)"
 )
 _ROLLBACK = "Where snapshots are kept to go back to; from disk, a killed training can also be resumed."
 _BYTES = "Budget of all snapshots in bytes, e.g. 64e9.  (default: half of what is free)"

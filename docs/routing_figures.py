@@ -54,17 +54,17 @@ def curves(trials: Sequence[Mapping[str, Any]], scenario: str, arms: Sequence[st
 
 def routed(trial: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Spans of executed steps that were routed by older weights, from the events in their order."""
-    spans: list[tuple[int, int]] = []
-    start, at = None, 0
     steps = trial["steps"]
+    begins = [0, *(i for i in range(1, len(steps)) if steps[i] < steps[i - 1]), len(steps)]
+    spans: list[tuple[int, int]] = []
+    start, attempt = None, -1
     for event in trial["events"]:
-        if event["kind"] == "attempt" and event["step"] < steps[min(at, len(steps) - 1)]:
-            at = next((i for i in range(at, len(steps)) if i and steps[i] < steps[i - 1]), at)
-        while at < len(steps) - 1 and steps[at] < event["step"]:
-            at += 1
-        if event["kind"] == "routing":
-            to = event["data"]["to"]
-            if to == "on":
+        if event["kind"] == "attempt":
+            attempt += 1
+        elif event["kind"] == "routing":
+            within = range(begins[attempt], begins[attempt + 1])
+            at = next((i for i in within if steps[i] >= event["step"]), begins[attempt + 1])
+            if event["data"]["to"] == "on":
                 start = at
             elif start is not None:
                 spans.append((start, at))
@@ -87,7 +87,7 @@ def against_none(rows: Sequence[Mapping[str, Any]], measure: str, title: str) ->
     figure.add_vline(0, line={"color": LIGHT.ink, "width": 1})
     figure.update_xaxes(title=title)
     figure.update_yaxes(autorange="reversed", tickfont_size=12)
-    return styled(figure, 1000, 26 * len(found) + 90)
+    return styled(figure, 1250, 24 * len(found) + 90)
 
 
 def styled(figure: go.Figure, width: int, height: int) -> go.Figure:
@@ -130,12 +130,14 @@ def main() -> None:
     natural = trials_of(trials, "learning rate 0.1, hc, clamp")
     # The seed in which going back alone went back most often.
     seed = max((len(t["steps"]), t["seed"]) for t in natural if t["arm"]["name"] == "rollback")[1]
-    arms = ("none", "rollback", "rollback + anticipatory", "always anticipatory")
+    arms = ("none", "rollback", "rollback + anticipatory", "rollback + lower-lr")
+    small = "small, learning rate × 30 from step 90, hc, clamp"
     shoot(
         {
             options.out / "routing-natural.png": curves(natural, "learning rate 0.1, hc, clamp", arms, seed),
+            options.out / "routing-small.png": curves(trials, small, arms, 0),
             options.out / "routing-excess.png": against_none(
-                summarise(trials), "excess", "excess loss against no intervention, nats · steps (left is better)"
+                summarise(trials), "excess", "excess loss against no intervention, nats · steps"
             ),
         }
     )
