@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from geodiag.hooks.controller import TROUBLE
+
 CAP = 12.0
 """Nats that a loss counts at most, infinite ones too: about twice what guessing bytes costs."""
 SLACK = 0.3
@@ -105,7 +107,7 @@ def by_itself(trial: Mapping[str, Any], steps: int) -> dict[str, float]:
 
 def common(trial: Mapping[str, Any]) -> dict[str, float | None]:
     """What is counted alike everywhere: spikes by 10 000 executed steps, flips, steps that were routed."""
-    spikes = [e for e in trial["events"] if e["kind"] in ("spike", "divergence", "nonfinite")]
+    spikes = [e for e in trial["events"] if e["kind"] in TROUBLE]
     flips = trial["flips"]
     return {
         "spikes_per_10k": 1e4 * len(spikes) / len(trial["steps"]),

@@ -17,7 +17,8 @@ _INTRODUCTION = (
     f"geodiag demo: {STEPS} steps of a small mixture-of-experts model with hyper-connections on real text: the source "
     f"of this Python's own library. At step {FAULT_STEP} the learning rate becomes 30 times too large for ten steps, a "
     "real fault in a real training. Nobody tells the detector or the controller. When they find it, training goes back "
-    "to a snapshot from before it and takes the same batches again, routed by older weights for a while."
+    "to a snapshot from before it and takes the same batches again, routed by older weights and at half the learning "
+    "rate for a while."
 )
 _LINES = ("fault", "spike", "divergence", "nonfinite", "decision", "rollback", "routing", "recovered")
 

@@ -18,8 +18,8 @@ CHANGEABLE = {
 
 
 GOING_BACK = "rollback,route,lower-lr=0.5"
-"""What auto does by itself with snapshots to go back to. Going back needs a change with it, and of those that were tried
-half the learning rate is the one that helped at both sizes of model, also beside routing (docs/routing.md)."""
+"""What auto does by itself with snapshots to go back to. Going back needs a change with it, and of those that were
+measured half the learning rate is the one that helped at both sizes of model, beside routing too (docs/routing.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

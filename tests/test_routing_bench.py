@@ -3,16 +3,16 @@
 import gzip
 import json
 import math
-import multiprocessing
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from geodiag.benchmarks import routing, routing_cost
+from geodiag.benchmarks import routing, routing_cost, routing_workers
 from geodiag.benchmarks.routing_measures import CAP, WINDOW, Mean, against_twin, by_itself, common, pooled, summarise
 from geodiag.benchmarks.routing_page import page
 from geodiag.benchmarks.routing_plan import NATURAL, PILOT_SEED, Job, jobs, pilot, plans
@@ -160,42 +160,73 @@ def test_a_scenario_is_not_measured_on_the_seed_that_it_was_chosen_by() -> None:
 
 
 def test_no_trial_begins_once_the_time_is_up(tmp_path: Path) -> None:
-    assert routing.run(jobs(plans("tiny"), [0]), 1, 0.0, tmp_path) == []
+    assert routing_workers.run(jobs(plans("tiny"), [0]), 1, 0.0, tmp_path) == []
 
 
 def test_what_answers_a_spike_is_trained_only_where_there_was_one() -> None:
     arms = ("none", "always anticipatory", "rollback", "rollback + noise")
-    plan = routing.Plan(jobs([[(NATURAL, arms)]], [0, 1], together=1), "cpu")
+    plan = routing_workers.Schedule(jobs([[(NATURAL, arms)]], [0, 1], together=1), "cpu")
 
     def ended(job: Job, *kinds: str) -> dict[str, Any]:
         scenario, arm, seed = job
         events = [{"kind": kind} for kind in kinds]
         return {"scenario": asdict(scenario), "arm": asdict(arm), "seed": seed, "losses": [1.0], "events": events}
 
-    first = [plan.next() for _ in range(4)]
-    assert [(j[1].name, j[2]) for j in first if j] == [(a, seed) for seed in (0, 1) for a in arms[:2]]
+    first = [job for _ in range(4) if (job := plan.next())]
+    assert [(j[1].name, j[2]) for j in first] == [(a, seed) for seed in (0, 1) for a in arms[:2]]
     assert plan.next() is None
-    calm = plan.ended(ended(first[0], "attempt", "outlier"))
+    calm = plan.ended(first[0], ended(first[0], "attempt", "outlier"))
     assert [t["arm"]["name"] for t in calm] == ["none", "rollback", "rollback + noise"]
     assert [t.get("same", False) for t in calm] == [False, True, True]
     assert plan.next() is None
-    assert len(plan.ended(ended(first[1], "spike"))) == 1, "what is always on answers nothing"
-    assert len(plan.ended(ended(first[2], "spike"))) == 1
-    assert [j[1].name for j in iter(plan.next, None)] == ["rollback", "rollback + noise"]
+    assert len(plan.ended(first[1], ended(first[1], "spike"))) == 1, "what is always on answers nothing"
+    assert len(plan.ended(first[2], ended(first[2], "spike"))) == 1
+    assert [plan.next(late=True)[1].name for _ in range(2)] == ["rollback", "rollback + noise"]  # type: ignore[index]
+    assert plan.next() is None
+
+
+def test_answers_are_trained_where_the_training_without_them_failed() -> None:
+    job, *_ = planned = list(jobs([[(NATURAL, ("none", "rollback"))]], [0]))
+    plan = routing_workers.Schedule(planned * 2, "cpu")
+    assert plan.next(late=True) is None
+    assert plan.next() == job
+    assert plan.ended(job, None) == []
+    assert [j[1].name for j in iter(plan.next, None)] == ["rollback"], "once, although it was asked for twice"
 
 
 def test_on_a_gpu_that_adds_up_otherwise_every_time_all_are_trained() -> None:
-    plan = routing.Plan(jobs([[(NATURAL, ("none", "rollback"))]], [0]), "cuda")
+    plan = routing_workers.Schedule(jobs([[(NATURAL, ("none", "rollback"))]], [0]), "cuda")
     assert [j[1].name for j in iter(plan.next, None)] == ["none", "rollback"]
 
 
-def test_workers_share_the_gpus_out_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {})
-    number, seen = multiprocessing.get_context("spawn").Value("i", 0), []
-    for _ in range(3):
-        routing.settle(["2", "5"], number)
-        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-    assert seen == ["2", "5", "2"]
+def test_workers_share_the_gpus_out_among_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str | None] = []
+    monkeypatch.setattr(routing_workers, "visible", lambda: ["2", "5"])
+    monkeypatch.setattr(routing_workers, "Worker", lambda gpu: made.append(gpu) or mock.Mock())
+    routing_workers.run([], 3, 1.0, tmp_path, "cuda")
+    assert made == ["2", "5", "2"]
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_or_whose_process_dies_leaves_the_others_theirs(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    calm = replace(NATURAL, lr=1e-3, steps=4, sequences=1)
+    dies, fails = replace(calm, name="dies", residual=Killer()), replace(calm, name="fails", residual="no such thing")
+    planned = jobs([[(dies, ("none", "always router-lag")), (fails, ("none",)), (calm, ("none",))]], [0])
+    found = routing_workers.run(planned, 1, 5.0, tmp_path)
+    assert [t["scenario"]["name"] for t in found] == [calm.name]
+    said = capsys.readouterr().out
+    assert "dies, none, seed 0: its process ended with exit code 7" in said
+    assert "fails, none, seed 0: " in said
+    assert (tmp_path / "trials.jsonl").read_text().count("\n") == 1
+
+
+class Killer(str):
+    """A residual that ends the process which unpacks it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (7,)
 
 
 def test_noise_is_small_the_same_for_a_draw_and_another_for_the_next() -> None:
@@ -214,7 +245,7 @@ def test_a_small_plan_is_trained_measured_and_written() -> None:
     calm = replace(NATURAL, lr=1e-3, steps=12, sequences=1)
     faulty = replace(calm, name="far", fault="far-batch@4", steps=12)
     planned = jobs([[(calm, ("none", "always router-lag", "rollback + noise")), (faulty, ("none",))]], [0])
-    trials = [routing.work((job, "cpu")) for job in planned]
+    trials = [routing_workers.train(job, "cpu") for job in planned]
     assert [t.get("failed") for t in trials] == [None] * 5
     assert all(t["steps"] == list(range(12)) for t in trials)
     lagged = next(t for t in trials if t["arm"]["name"] == "always router-lag")

@@ -32,13 +32,13 @@ def split_rows(
 
 
 @triton.jit
-def own(x):
+def _own(x):
     """Each lane's sum of eight neighbours."""
     return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), 2)
 
 
 @triton.jit
-def interleaved(v, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+def _interleaved(v, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     """N tiles (BT, BC) as one of (BT, BC * N), stream after stream for each channel: no number leaves its lane."""
     if N == 1:
         one = v[0]
@@ -131,17 +131,17 @@ def after_project(
                 mixed_squares += mixed * mixed
                 read_squares += xs[i].to(tl.float32) * xs[i].to(tl.float32)
             news = news + (rounded,)
-        both = tl.trans(interleaved(news, N, BT, BC))
+        stacked = tl.trans(_interleaved(news, N, BT, BC))
         if P == 2:
-            acc = tl.dot(phi, both, acc)
+            acc = tl.dot(phi, stacked, acc)
         else:
-            acc = tl.dot(phi, both.to(tl.float32), acc, input_precision="tf32x3")
-        after += own(squares)
+            acc = tl.dot(phi, stacked.to(tl.float32), acc, input_precision="tf32x3")
+        after += _own(squares)
         if flag_ptr is not None:
             amax = tl.maximum(amax, tl.max(tl.reshape(most, (BT, BC // 8, 8)), 2))
-            kept += own(mixed_squares)
-            before += own(read_squares)
-            wrote += own(branch.to(tl.float32) * branch.to(tl.float32))
+            kept += _own(mixed_squares)
+            before += _own(read_squares)
+            wrote += _own(branch.to(tl.float32) * branch.to(tl.float32))
     after = tl.sum(after, 1)
     u = tl.trans(tl.sum(tl.reshape(acc, (P, KP, BT)), 0))
     u = tl.where(k[None, :] == K, after[:, None], u)

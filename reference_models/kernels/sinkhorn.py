@@ -168,7 +168,10 @@ def check_sinkhorn(iterations: int, order: str) -> None:
 
 
 def sinkhorn(logits_TNN: Tensor, iterations: int = 20, eps: float = 0.0, order: str = "columns-first") -> Tensor:
-    """`reference.sinkhorn` in one kernel each way."""
+    """`reference.sinkhorn` in one kernel each way.
+
+    With eps = 0 a row or column whose logits are all 87 below the others' is NaN: float32 ends there, on a GPU.
+    """
     check_sinkhorn(iterations, order)
     if logits_TNN.shape[-1] not in STREAMS or logits_TNN.shape[-1] != logits_TNN.shape[-2]:
         raise ValueError(f"logits are (…, N, N) with N one of {STREAMS}, not {tuple(logits_TNN.shape)}")

@@ -82,7 +82,8 @@ def _blocks(x: Tensor, f: int) -> tuple[int, int]:
 PARTS = 4
 """Rows of a counting program, which is one warp: its lanes meet once for all of them, and wait for no other warp."""
 REGISTERS = 80
-"""Of a lane that counts: it would take half as many again, and too few programs would be there to hide its loads."""
+"""Of a lane that counts, where it would take half as many again, and too few programs be there to hide its loads. Wider
+numbers, alternating columns and a clamp behind the gate need more: held to this, they would spill."""
 RECORDS = 2048
 """Records that an expert's program adds up at a time: most experts have no more in a training step."""
 
@@ -113,7 +114,8 @@ def _forward(
         grid = (cdiv(a, ba), columns)
         tile = {"E": experts, "EP": power_of_two(experts), "PARTS": parts, "BR": br, "BF": bf}
         tile["VEC"] = min(16 // x.itemsize, bf)
-        limit = {"maxnreg": REGISTERS} if experts else {}
+        lean = x.itemsize == 2 and not interleaved and not clamp_after
+        limit = {"maxnreg": REGISTERS} if experts and lean else {}
         swiglu_fwd[grid](x, out, flag, ends, part, a, **meta, **tile, num_warps=warps, **limit)
     if experts:
         records = RECORDS if x.is_cuda else 256

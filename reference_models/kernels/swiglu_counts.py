@@ -26,13 +26,13 @@ def most(x):
 
 
 @triton.jit
-def largest(most):
+def _largest(magnitudes):
     """The largest of all lanes' as a whole number with its bits: above infinity's where there is a NaN."""
-    return tl.max(tl.max(most.to(tl.int32, bitcast=True), 1), 0)
+    return tl.max(tl.max(magnitudes.to(tl.int32, bitcast=True), 1), 0)
 
 
 @triton.jit
-def summed(lanes):
+def _summed(lanes):
     return tl.sum(tl.sum(lanes, 1), 0)
 
 
@@ -46,7 +46,7 @@ def _beyond(bits, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def hits(g, u, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, ALPHA: tl.constexpr, AFTER: tl.constexpr):
+def _hits(g, u, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, ALPHA: tl.constexpr, AFTER: tl.constexpr):
     """Each lane's hits of the gate's limit, of up's above and of up's below, a byte each: it has few elements."""
     _, _, gate_hit = gated(g.to(tl.float32), GATE_LIMIT, ALPHA, AFTER)
     _, high, low = clamp_up(u.to(tl.float32), UP_LIMIT, 0.0)
@@ -54,12 +54,12 @@ def hits(g, u, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, ALPHA: tl.const
 
 
 @triton.jit
-def write(part_ptr, counts, gate_most, up_most, out_most, squares):
+def _write(part_ptr, counts, gate_most, up_most, out_most, squares):
     """A record's eight words: three counts, three extrema's bits, Σ product²; the last is not read."""
-    # Two sums in one word: a tile has fewer than 65536 elements.
-    two = summed((counts & 0xFF) + ((counts & 0xFF00) << 8))
+    # Two sums in one word: a tile has fewer than 32768 elements.
+    two = _summed((counts & 0xFF) + ((counts & 0xFF00) << 8))
     i = tl.arange(0, 8)
-    word = tl.where(i == 0, two & 0xFFFF, tl.where(i == 1, two >> 16, summed(counts >> 16)))
+    word = tl.where(i == 0, two & 0xFFFF, tl.where(i == 1, two >> 16, _summed(counts >> 16)))
     word = tl.where(i == 3, gate_most, word)
     word = tl.where(i == 4, up_most, word)
     word = tl.where(i == 5, out_most, word)
@@ -83,14 +83,14 @@ def record_whole(
     PARTS: tl.constexpr,
 ):
     """A tile of one expert: of most, the extrema say that there is no hit to count."""
-    gate = largest(gate_most)
-    up = largest(up_most)
+    gate = _largest(gate_most)
+    up = _largest(up_most)
     counts = tl.zeros(gate_most.shape, tl.int32)
     # Only a value beyond a limit can have hit it.
     if (_beyond(gate, GATE_LIMIT) | _beyond(up, UP_LIMIT)) != 0:
         for r in tl.static_range(PARTS):
-            counts += hits(gates[r], ups[r], GATE_LIMIT, UP_LIMIT, ALPHA, AFTER)
-    write(part_ptr, counts, gate, up, largest(out_most), summed(squares))
+            counts += _hits(gates[r], ups[r], GATE_LIMIT, UP_LIMIT, ALPHA, AFTER)
+    _write(part_ptr, counts, gate, up, _largest(out_most), _summed(squares))
 
 
 @triton.jit
@@ -120,14 +120,14 @@ def record_share(
     for r in range(PARTS):
         a = a0 + r * BR + tl.arange(0, BR)
         g, u = load_both(x_ptr, a, f, (a >= start) & (a < end), F, INTERLEAVED)
-        counts += hits(g, u, GATE_LIMIT, UP_LIMIT, ALPHA, AFTER)
+        counts += _hits(g, u, GATE_LIMIT, UP_LIMIT, ALPHA, AFTER)
         act, _, _ = gated(g.to(tl.float32), GATE_LIMIT, ALPHA, AFTER)
         held, _, _ = clamp_up(u.to(tl.float32), UP_LIMIT, OFFSET)
         gate_most = nan_max(gate_most, most(g.to(tl.float32)))
         up_most = nan_max(up_most, most(u.to(tl.float32)))
         out_most = nan_max(out_most, most(act * held))
         squares += tl.sum(act * held * act * held, 2)
-    write(part_ptr, counts, largest(gate_most), largest(up_most), largest(out_most), summed(squares))
+    _write(part_ptr, counts, _largest(gate_most), _largest(up_most), _largest(out_most), _summed(squares))
 
 
 @triton.jit(do_not_specialize=["COLUMNS"])
@@ -138,7 +138,7 @@ def per_expert(part_ptr, flag_ptr, ends_ptr, out_ptr, COLUMNS, F: tl.constexpr, 
     end = tl.load(ends_ptr + e)
     i = tl.arange(0, 8)
     counts = tl.zeros((8,), tl.int64)
-    most = tl.zeros((8,), tl.int32)
+    highest = tl.zeros((8,), tl.int32)
     squares = tl.zeros((8,), tl.float32)
     enabled = tl.load(flag_ptr) != 0
     if enabled & (end > start):
@@ -148,9 +148,9 @@ def per_expert(part_ptr, flag_ptr, ends_ptr, out_ptr, COLUMNS, F: tl.constexpr, 
             r = r0 + tl.arange(0, BR)
             word = tl.load(part_ptr + r[:, None] * 8 + i[None, :], (r < behind)[:, None], 0)
             counts += tl.sum(word.to(tl.int64), 0)
-            most = tl.maximum(most, tl.max(word, 0))
+            highest = tl.maximum(highest, tl.max(word, 0))
             squares += tl.sum(word.to(tl.float32, bitcast=True), 0)
-    value = tl.where(i < 3, counts.to(tl.float32), most.to(tl.float32, bitcast=True))
+    value = tl.where(i < 3, counts.to(tl.float32), highest.to(tl.float32, bitcast=True))
     value = tl.where(i == 6, squares, value)
     value = tl.where(i == 7, (end - start).to(tl.float32) * F, value)
     tl.store(out_ptr + e * 8 + i, tl.where(enabled, value, float("nan")))

@@ -54,8 +54,12 @@ def shape(device):
     return ("cuda", torch.bfloat16, 4, 256, 777) if device == "cuda" else ("cpu", torch.float32, 4, 72, 21)
 
 
-def test_two_sites_are_the_definition_s(device, error, tolerance):
-    leaves = inputs(*shape(device))
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_two_sites_are_the_definition_s(device, error, tolerance, n):
+    where, dtype, _, c, tokens = shape(device)
+    if where == "cuda" and n != 4:
+        pytest.skip("on a GPU it serves four streams")
+    leaves = inputs(where, dtype, n, c, tokens)
     ours, want = run(fused, leaves), run(truth, [v.double() for v in leaves])
     for name in NAMES:
         # Two sites, two roundings of the stream between them.

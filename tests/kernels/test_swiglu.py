@@ -33,7 +33,7 @@ def definition(x, a: Activation):
 
 
 @pytest.mark.parametrize("limit", [10.0, 1.0, None])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_value_and_gradient_are_the_reference_s(device, error, tolerance, dtype, limit):
     x = (6 * torch.randn(19, 2 * 40, device=device)).to(dtype).requires_grad_()
     up = torch.randn(19, 40, device=device).to(dtype)
@@ -69,6 +69,23 @@ def test_every_model_s_variant_with_exact_counts(device, error, activation):
         assert int(counted.elements_E[e]) == int(rows.sum()) * 24
         assert float(counted.squares_E[e]) == pytest.approx(float(want[rows].square().sum()), rel=1e-4)
     assert (counted.hits_E3.sum() > 0) == (activation is not FREE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_of_two_bytes_are_counted_exactly_infinite_ones_too(device, dtype):
+    x = (6 * torch.randn(70, 2 * 24, device=device)).to(dtype)
+    x[3, 0], x[5, 30], x[60, 1] = float("inf"), -float("inf"), float("nan")
+    expert = torch.arange(70, device=device) * 4 // 70
+    counted = counted_glu(x, ends(expert, 4))
+    gate, up = x.float().chunk(2, -1)
+    for e in range(4):
+        rows = expert == e
+        want = [int(m[rows].sum()) for m in (gate > 10, up > 10, up < -10)]
+        assert counted.hits_E3[e].tolist() == want
+        most = gate[rows].abs().max()
+        torch.testing.assert_close(counted.extrema_E3[e, 0], most, rtol=0, atol=0, equal_nan=True)
+    assert counted.extrema_E3[3, 0].isnan()
+    assert counted.extrema_E3[0, :2].isinf().all()
 
 
 def test_exactly_at_the_limit_is_no_hit_and_has_a_gradient(device):
