@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from geodiag.export import Exported
 
 _RUN = "A run directory; a path or a URL. It may be training."
-_OUT = "Folder to make.  (default: RUN-tensorboard or RUN-csv in this folder)"
+_OUT = "Folder to make.  (default: exports/FORMAT/RUN)"
 _TABLES = "Tables, with commas or repeated.  (default: all of them; as curves, all but experts, tokens and matrices)"
 _METRICS = "Metrics by name or pattern, with commas or repeated, e.g. loss,'amax_gain*'.  (default: all)"
 _STEPS = "A:B for the steps A ≤ step < B; either end may be left out.  (default: all)"

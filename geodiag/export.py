@@ -102,7 +102,7 @@ def export(
                 if advance:
                     advance(done, len(pieces), table)
             if not files.values:
-                raise GeodiagError(f"{run.url} has nothing of that to export; {pieces.held()}")
+                raise GeodiagError(f"{run.url} recorded nothing of what is asked for; {pieces.held()}")
             with told(out):
                 files.finish()
         except BaseException:

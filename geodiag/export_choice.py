@@ -52,6 +52,8 @@ def choose(
 
     Of metrics that are named every place is wanted; of all of them, that many curves would serve nobody.
     """
+    if to == "csv" and places is not None:
+        raise GeodiagError("--places is about curves, a CSV has every place; leave it out, or pass --to tensorboard")
     possible = _TABLES[to]["all"]
     named = _named_tables(to, tables, possible)
     wanted = _named_metrics(metrics)

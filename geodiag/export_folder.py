@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from geodiag.errors import GeodiagError
@@ -15,8 +15,8 @@ MARK = "export.json"
 
 
 def default_out(run: Run, to: str) -> Path:
-    """`hc-csv` in the current folder, for `sample_runs/hc`."""
-    return Path(f"{run.name or 'run'}-{to}")
+    """`exports/tensorboard/hc` for `sample_runs/hc`: TensorBoard shows all runs of a folder beside one another."""
+    return Path("exports", to, run.name or "run")
 
 
 def refuse_early(out: Path, run: Run, force: bool) -> None:
@@ -34,6 +34,8 @@ def refuse_early(out: Path, run: Run, force: bool) -> None:
         return
     except OSError as e:
         raise cannot_write(out, e) from None
+    if os.path.ismount(out):
+        raise GeodiagError(f"{out} is a disk of its own, which cannot be put in place whole; pass a folder in it")
     if inside and not force:
         how = "pass --force to replace that export, or another --out" if MARK in inside else "pass another --out"
         raise GeodiagError(f"{out} exists and is not empty; {how}")
@@ -46,6 +48,7 @@ def whole_folder(out: Path, force: bool) -> Iterator[Path]:
     """A hidden folder beside `out` to write into; it becomes `out` when all went well, and is gone when not."""
     here = out.resolve()
     tmp, old = (here.with_name(f".{here.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    made = [p for p in here.parents if not p.exists()]
     try:
         here.parent.mkdir(parents=True, exist_ok=True)
         tmp.mkdir()
@@ -61,6 +64,9 @@ def whole_folder(out: Path, force: bool) -> Iterator[Path]:
         if old.exists() and not here.exists():
             os.replace(old, here)
         shutil.rmtree(tmp, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # somebody else's file may be there by now
+                parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -25,7 +25,8 @@ class Pieces:
         clock = run.read_arrow("steps", ["attempt", "step", "step_seconds"], attempt="all", ranks="merged")
         self._check()
         self.times = WallTimes(clock, run.manifest)
-        step = clock["step"].to_numpy()
+        step, attempt = clock["step"].to_numpy(), clock["attempt"].to_numpy()
+        self._attempts = ", ".join(str(a) for a in np.unique(attempt).tolist())
         self._ends = (int(step.min()), int(step.max())) if len(step) else None
         self._plan = [(t, s) for t in choice.tables for s in self._stretches(t, running)]
 
@@ -40,7 +41,7 @@ class Pieces:
         """Which steps there are to choose from, in words."""
         if self._ends is None:
             return "it recorded no step yet; wait for the first one"
-        return f"it holds steps {self._ends[0]} to {self._ends[1]}; choose others, or other metrics"
+        return f"it holds steps {self._ends[0]} to {self._ends[1]} of attempt {self._attempts}; choose from these"
 
     def _stretches(self, table: str, running: bool) -> list[Steps]:
         """Ranges of steps that cover what is wanted; of a run that trains, up to the step it is at."""

@@ -67,18 +67,21 @@ class EventFiles:
                 known.add(tag)
                 metric = metric_of(tag)
                 entry.metadata.plugin_data.plugin_name = "scalars"
+                entry.metadata.data_class = self._pb.SCALAR
                 entry.metadata.summary_description = f"{metric.help} Unit: {metric.unit}"
         writer.write(event.SerializeToString())
         self.values += len(points)
 
     def _write_events(self, rows: pa.Table) -> None:
-        for row in rows.to_pylist():
+        times = self._times.of(rows["attempt"].to_numpy(), rows["step"].to_numpy())
+        for row, usual in zip(rows.to_pylist(), times.tolist(), strict=True):
+            row["time"] = usual if row["time"] is None else row["time"]
             sub = self._sub(row["attempt"], row["rank"])
             self._trail.setdefault(sub, []).append(row)
             self._text(sub, f"events/{row['kind']}", event_text(row), row["step"], row["time"])
 
-    def _text(self, sub: str, tag: str, text: str, step: int, time: float | None) -> None:
-        self._summary(sub, self._pb.text(tag, text), step, time or 0.0)
+    def _text(self, sub: str, tag: str, text: str, step: int, time: float) -> None:
+        self._summary(sub, self._pb.text(tag, text), step, time)
         self._tags[sub].add(tag)
         self.values += 1
 
@@ -107,7 +110,7 @@ class _Protos:
 
     def __init__(self) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary
         from tensorboard.plugins.hparams import metadata as of_hparams
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
         from tensorboard.plugins.text import metadata as of_texts
@@ -115,6 +118,7 @@ class _Protos:
         from tensorboard.util.tensor_util import make_tensor_proto
 
         self.Event, self.RecordWriter, self._Summary = Event, RecordWriter, Summary
+        self.SCALAR = DATA_CLASS_SCALAR
         self._of_hparams, self._Data = of_hparams, HParamsPluginData
         self._of_texts, self._tensor = of_texts, make_tensor_proto
 
@@ -139,5 +143,5 @@ def _protos() -> _Protos:
         return _Protos()
     except ImportError as e:
         raise GeodiagError(
-            f"--to tensorboard needs tensorboard ({e}); pip install 'geodiag[tensorboard]', or pass --to csv"
+            f"--to tensorboard needs a package that is not here ({e}); pip install tensorboard, or pass --to csv"
         ) from None
