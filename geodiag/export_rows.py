@@ -49,7 +49,7 @@ class Pieces:
         if self._ends is None or table == "events":
             return [(low, high)]
         if running:
-            high = min(self._ends[1] + 1, self._ends[1] + 1 if high is None else high)
+            high = self._ends[1] + 1 if high is None else min(high, self._ends[1] + 1)
         first = max(self._ends[0], self._ends[0] if low is None else low)
         last = min(self._ends[1], self._ends[1] if high is None else high - 1)
         if first > last:

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from geodiag.benchmarks.export_speed import main
 from geodiag.events import Event
 from geodiag.run import Run, open_run
 from geodiag.schema import METRICS, SCHEMAS
@@ -466,3 +467,11 @@ def test_control_c_leaves_nothing(tmp_path: Path, to: str) -> None:
         _, complaint = process.communicate(timeout=60)
     assert (process.returncode, complaint) == (130, "")
     assert os.listdir(tmp_path) == []
+
+
+def test_the_bench_says_what_an_export_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--steps", "100", "--layers", "2", "--experts", "2", "--out", str(tmp_path)])
+    assert "100 steps of 2 layers" in capsys.readouterr().out
+    formats = json.loads((tmp_path / "export_speed.json").read_text())["formats"]
+    assert formats["csv"]["rows"] == 100 * (1 + 2 * 2 + 2 * 2) + 2
+    assert formats["tensorboard"]["rows"] == 100 * (1 + 2 * 2) + 2
