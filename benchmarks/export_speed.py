@@ -50,7 +50,8 @@ def page(result: dict[str, Any]) -> str:
         "# How long an export takes",
         "",
         f"{asked['steps']:,} steps of {asked['layers']} layers and {asked['experts']} experts, "
-        f"{result['run_bytes'] / 1e9:.1f} GB; `geodiag export RUN --to …` with every default, the best of {asked['times']}.",
+        f"{result['run_bytes'] / 1e9:.1f} GB; `geodiag export RUN --to …` with every default, "
+        f"best of {asked['times']}.",
         "",
         "| to | rows read | written | on the clock | processor | memory, at most |",
         "|---|---:|---:|---:|---:|---:|",
