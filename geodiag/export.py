@@ -37,7 +37,7 @@ class Files(Protocol):
 
     @property
     def values(self) -> int:
-        """What was written so far: points of curves and texts, or rows."""
+        """What was taken so far: points of curves and events, or rows."""
 
     def write(self, table: str, rows: pa.Table) -> None:
         """Appends rows, which lie in the order of their steps."""

@@ -35,7 +35,7 @@ class EventFiles:
 
     def write(self, table: str, rows: pa.Table) -> None:
         if table == "events":
-            self._write_events(rows)
+            self._keep_events(rows)
             return
         times = self._times.of(rows["attempt"].to_numpy(), rows["step"].to_numpy())
         for moment in curves(table, rows, self._choice.places == "summary"):
@@ -45,7 +45,11 @@ class EventFiles:
 
     def finish(self) -> None:
         for sub, events in self._trail.items():
-            last = events[-1]
+            # TensorBoard drops what it has of a tag from a step on when that step comes again: in order, one text each.
+            for (kind, step), rows in sorted(_together(events).items()):
+                text = "\n\n---\n\n".join(event_text(row) for row in rows)
+                self._text(sub, f"events/{kind}", text, step, rows[-1]["time"])
+            last = max(events, key=lambda row: row["step"])
             self._text(sub, "events", trail(events), last["step"], last["time"])
         self.abandon()
 
@@ -72,18 +76,16 @@ class EventFiles:
         writer.write(event.SerializeToString())
         self.values += len(points)
 
-    def _write_events(self, rows: pa.Table) -> None:
+    def _keep_events(self, rows: pa.Table) -> None:
         times = self._times.of(rows["attempt"].to_numpy(), rows["step"].to_numpy())
         for row, usual in zip(rows.to_pylist(), times.tolist(), strict=True):
             row["time"] = usual if row["time"] is None else row["time"]
-            sub = self._sub(row["attempt"], row["rank"])
-            self._trail.setdefault(sub, []).append(row)
-            self._text(sub, f"events/{row['kind']}", event_text(row), row["step"], row["time"])
+            self._trail.setdefault(self._sub(row["attempt"], row["rank"]), []).append(row)
+        self.values += len(rows)
 
     def _text(self, sub: str, tag: str, text: str, step: int, time: float) -> None:
         self._summary(sub, self._pb.text(tag, text), step, time)
         self._tags[sub].add(tag)
-        self.values += 1
 
     def _summary(self, sub: str, summary: Any, step: int, time: float) -> None:
         event = self._pb.Event(step=step, wall_time=time, summary=summary)
@@ -103,6 +105,14 @@ class EventFiles:
             self._summary(sub, self._pb.text("configuration", configuration(config)), 0, time)
             self._summary(sub, self._pb.hparams(hyperparameters(config), time), 0, time)
         return self._open[sub]
+
+
+def _together(events: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """The events of one kind and step, in the order in which they happened."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in sorted(events, key=lambda row: row["time"]):
+        found.setdefault((row["kind"], row["step"]), []).append(row)
+    return found
 
 
 class _Protos:

@@ -218,6 +218,24 @@ def test_events_and_configuration_are_texts(cli, tmp_path: Path) -> None:
     assert b"options.residual" in hparams
 
 
+def test_events_that_share_a_step_and_those_of_repeated_steps_are_all_told(cli, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run")
+    for step, message in ((5, "first"), (5, "second"), (9, "third")):
+        run.append("steps", {"step": [step], "loss": [1.0]})
+        run.event(Event(step=step, kind="decision", message=message))
+    run.next_attempt()
+    run.append("steps", {"step": [7], "loss": [1.0]})
+    run.event(Event(step=7, kind="decision", message="again"))
+    run.close()
+    export(cli, tmp_path / "run", "tensorboard", tmp_path / "out")
+    told = [
+        (t.step, t.tensor_proto.string_val[0].decode()) for t in opened(tmp_path / "out").Tensors("events/decision")
+    ]
+    assert [step for step, _ in told] == [5, 7, 9], "a step that comes back would make TensorBoard drop the later ones"
+    assert "first" in told[0][1]
+    assert "second" in told[0][1]
+
+
 def test_wall_times_are_those_that_were_recorded(cli, tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run")
     run.append("steps", {"step": range(5), "loss": 1.0, "step_seconds": [None, 2, 2, 2, 2]})
