@@ -12,6 +12,7 @@ BENCHES = {
     "overhead": "What recording costs a training step.",
     "cascade": "What the cascade says of planted faults: stage, layer, lead, and false alarms.",
     "cascade_speed": "How long the cascade of a long, deep run takes, and how much memory.",
+    "export_speed": "How long the export of a long, deep run takes, and how much memory.",
     "dashboard": "How fast the page is on a long run, in a real browser.",
     "probes": "What the probes cost: each alone, and at their default cadence as a share of a step.",
     "rollback": "What snapshots and going back cost, and whether what comes back is the same to the bit.",

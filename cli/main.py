@@ -13,6 +13,7 @@ from geodiag.cli.cascade import cascade
 from geodiag.cli.dashboard import dashboard
 from geodiag.cli.demo import demo
 from geodiag.cli.doctor import doctor
+from geodiag.cli.export import export
 from geodiag.cli.output import print_error
 from geodiag.cli.routing import routing
 from geodiag.cli.runs import runs
@@ -94,6 +95,7 @@ app.command(rich_help_panel=_LOOK)(show)
 app.command(rich_help_panel=_LOOK)(spikes)
 app.command(rich_help_panel=_LOOK)(cascade)
 app.command(rich_help_panel=_LOOK)(routing)
+app.command(rich_help_panel=_LOOK)(export)
 app.command(rich_help_panel=_HERE)(doctor)
 app.add_typer(bench, rich_help_panel=_HERE)
 

@@ -1,7 +1,9 @@
-"""A training on one live line: what to look at while it runs."""
+"""Long work on one live line: a training, and what to look at while it runs; or so many pieces of something."""
 
 import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -89,3 +91,17 @@ def _plain(training: "Training") -> None:
         done = training.trainer.steps_done
         if done == total or done % max(total // 20, 1) == 0:
             print(f"step {done}/{total}  {in_words(seen, training.routing.mode)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def bar(beginning: str) -> "Iterator[Callable[[int, int, str], None]]":
+    """A bar that is gone when the work is done, and nothing where nobody looks: `advance(done, total, what)`."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, what: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(beginning, total=None)
+        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)

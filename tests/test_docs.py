@@ -65,7 +65,7 @@ def test_the_catalogue_page_is_the_registry_printed() -> None:
 
 def test_the_map_in_the_readme_is_the_tree(readme: str) -> None:
     drawn = set(re.findall(r"^(?:[│├└─ ]*)([a-z_]+)/", readme, flags=re.MULTILINE))
-    hidden = {"build", "dist", "runs"}
+    hidden = {"build", "dist", "exports", "runs"}
     real = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith((".", "_"))}
     real = {n for n in real if not n.endswith(".egg-info")} - hidden
     assert real - drawn == set(), "folders that the map does not show"

@@ -1,0 +1,53 @@
+"""When each step was: the time at which its attempt began, and the seconds of every step since."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+
+class WallTimes:
+    """Seconds since 1970 by attempt and step, as far as the run recorded them."""
+
+    def __init__(self, steps: pa.Table, manifest: dict[str, Any]) -> None:
+        """`steps` has attempt, step and step_seconds of all attempts, one row each."""
+        created = manifest.get("created")
+        self._fallback = float(created) if isinstance(created, int | float) else time.time()
+        attempt, step = (steps[n].to_numpy().astype(np.int64) for n in ("attempt", "step"))
+        order = np.argsort(_key(attempt, step), kind="stable")
+        attempt, step = attempt[order], step[order]
+        seconds = steps["step_seconds"].to_numpy()[order].astype(np.float64)
+        self._keys = _key(attempt, step)
+        self._times = np.full(len(step), self._fallback)
+        begun = _begun(manifest)
+        for a in np.unique(attempt).tolist():
+            of = attempt == a
+            self._times[of] = begun.get(a, self._fallback) + _since_first(step[of], seconds[of])
+
+    def of(self, attempt: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """The time at which these steps ended; of a step that left no time, that of the step before it."""
+        if not len(self._keys):
+            return np.full(len(step), self._fallback)
+        at = np.searchsorted(self._keys, _key(attempt.astype(np.int64), step.astype(np.int64)), side="right") - 1
+        return self._times[np.maximum(at, 0)]
+
+
+def _key(attempt: np.ndarray, step: np.ndarray) -> np.ndarray:
+    return (attempt << 32) + step
+
+
+def _begun(manifest: dict[str, Any]) -> dict[int, float]:
+    """Attempt → when its first step was recorded."""
+    said = manifest.get("attempts")
+    entries = [e for e in said if isinstance(e, dict)] if isinstance(said, list) else []
+    return {
+        e["attempt"]: float(e["time"]) for e in entries if "attempt" in e and isinstance(e.get("time"), int | float)
+    }
+
+
+def _since_first(step: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Seconds from the end of the first step; a step that left none took no time, rather than an invented one."""
+    took = np.where(np.isfinite(seconds), seconds, 0.0)
+    took[1:] *= np.diff(step)
+    return np.cumsum(took) - took[0]
