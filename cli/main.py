@@ -14,6 +14,7 @@ from geodiag.cli.dashboard import dashboard
 from geodiag.cli.demo import demo
 from geodiag.cli.doctor import doctor
 from geodiag.cli.output import print_error
+from geodiag.cli.report import report
 from geodiag.cli.routing import routing
 from geodiag.cli.runs import runs
 from geodiag.cli.show import show
@@ -93,6 +94,7 @@ app.command(rich_help_panel=_LOOK)(runs)
 app.command(rich_help_panel=_LOOK)(show)
 app.command(rich_help_panel=_LOOK)(spikes)
 app.command(rich_help_panel=_LOOK)(cascade)
+app.command(rich_help_panel=_LOOK)(report)
 app.command(rich_help_panel=_LOOK)(routing)
 app.command(rich_help_panel=_HERE)(doctor)
 app.add_typer(bench, rich_help_panel=_HERE)

@@ -49,7 +49,7 @@ def layout(record: Record, view: View) -> html.Div:
 
 
 def register(app: Dash, library: Library) -> None:
-    charts = {"flips": _flips, "experts": _experts, "lines": _lines}
+    charts = {"flips": draw_flips, "experts": _experts, "lines": draw_lines}
     layer_charts.register(app, library, NAME, charts, "flip_rate", "load")
 
 
@@ -57,7 +57,7 @@ def _flip(view: View) -> str:
     return view.metric if view.metric in FLIPS else "flip_rate"
 
 
-def _flips(record: Record, view: View, look: Look) -> go.Figure:
+def draw_flips(record: Record, view: View, look: Look) -> go.Figure:
     name = _flip(view)
     return all_layers(record, view, look, name, metric("layers", name).help, _nothing(record, name))
 
@@ -66,7 +66,7 @@ def _experts(record: Record, view: View, look: Look) -> go.Figure:
     return experts(record, view, look, view.over if view.over in LOADS else "load", shares=True)
 
 
-def _lines(record: Record, view: View, look: Look) -> go.Figure:
+def draw_lines(record: Record, view: View, look: Look) -> go.Figure:
     return lines(record, view, look, _LINES, "learned router")
 
 
