@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from geodiag import __version__
 from geodiag.cli.bench import bench
 from geodiag.cli.cascade import cascade
+from geodiag.cli.compare import compare
 from geodiag.cli.dashboard import dashboard
 from geodiag.cli.demo import demo
 from geodiag.cli.doctor import doctor
@@ -95,6 +96,7 @@ app.command(rich_help_panel=_LOOK)(show)
 app.command(rich_help_panel=_LOOK)(spikes)
 app.command(rich_help_panel=_LOOK)(cascade)
 app.command(rich_help_panel=_LOOK)(report)
+app.command(rich_help_panel=_LOOK)(compare)
 app.command(rich_help_panel=_LOOK)(routing)
 app.command(rich_help_panel=_HERE)(doctor)
 app.add_typer(bench, rich_help_panel=_HERE)

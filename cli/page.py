@@ -5,6 +5,9 @@ from pathlib import Path
 
 from geodiag.errors import GeodiagError
 
+OUT = "File to write, or a folder for it."
+OPEN = "Open the page in a browser."
+JSON = "Print JSON; a page is then written only with --out or --open."
 _LONGEST = 80
 """Letters of a name that is made from the runs' names."""
 

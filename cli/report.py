@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from geodiag.cli.output import STATUS_STYLE, number, print_json, prose, screen
-from geodiag.cli.page import size_of, write_page
+from geodiag.cli.page import JSON, OPEN, OUT, size_of, write_page
 
 if TYPE_CHECKING:
     from geodiag.dashboard.paper.report import Report
-
-OUT = "File to write, or a folder for it."
-JSON = "Print JSON instead; a page is written only where --out says so."
 
 
 def report(
@@ -21,7 +18,7 @@ def report(
         Path | None, typer.Option("--out", metavar="FILE.html", help=f"{OUT}  (default: report-RUN.html)")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help=JSON)] = False,
-    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    open_browser: Annotated[bool, typer.Option("--open", help=OPEN)] = False,
 ) -> None:
     """Write one HTML file that tells a run: health, loss, the cascade behind each spike, gain, routing, activations.
 
@@ -54,7 +51,7 @@ def _say(told: "Report", path: Path) -> None:
     for c in told.cascades:
         screen().print(prose(f"step {c.spike_onset:,}: {c.words}", indent=2))
     if told.untold:
-        screen().print(f"  and {told.untold:,} lesser spikes: geodiag cascade RUN tells all")
+        screen().print(f"  and {told.untold:,} more: geodiag cascade RUN tells of all")
     for piece, why in told.record.problems().items():
         screen().print(f"not read: {piece}: {why}", style="yellow", markup=False)
     screen().print(f"wrote {escape(str(path))} ({size_of(path)})")

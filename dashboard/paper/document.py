@@ -19,6 +19,8 @@ from geodiag.dashboard.parts import CHART_CONFIG, aria
 
 _HERE = Path(__file__).parent
 _ASSETS = _HERE.parent / "assets"
+_SENTENCE_PX = 130
+"""Height of a sentence where a chart would be."""
 
 
 class Paper:
@@ -35,6 +37,8 @@ class Paper:
         """
         name = f"chart-{len(self._charts)}"
         made = both(make)
+        if not made["figure"]["data"]:
+            made["figure"]["layout"]["height"] = _SENTENCE_PX  # nothing will be drawn here later
         self._charts.append({"id": name, "axis": axis} | made)
         height = made["figure"]["layout"].get("height", 300)
         inside = html.Div(id=name, className="chart", style={"height": height}, role="img", **aria(what))

@@ -23,7 +23,10 @@ Rows = Sequence[Sequence[Any] | html.Tr]
 
 
 def grid(heads: Sequence[Any], rows: Rows, numbers: Sequence[int] = (), name: str = "") -> html.Div:
-    """A table, of rows of cells or of ready rows; the columns in `numbers` stand to the right. It keeps to itself what is too wide for the window."""
+    """A table, of cells or of ready rows; the columns in `numbers` stand to the right.
+
+    What is too wide for the window moves inside it, under the finger.
+    """
     sides = ["num" if i in numbers else None for i in range(len(heads))]
     first = html.Thead(html.Tr([html.Th(h, className=s, scope="col") for h, s in zip(heads, sides, strict=True)]))
     rest = [

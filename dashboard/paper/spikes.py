@@ -19,12 +19,12 @@ from geodiag.dashboard.words import number, whole
 
 def told(record: Record, paper: Paper, cascades: tuple[Cascade, ...], untold: int) -> list[Any]:
     """One block a spike; where there is none, the most unusual step instead of an empty place."""
+    more = f"{untold:,} more spike{'s' * (untold != 1)}, not told here: geodiag cascade RUN tells of all."
     if not cascades:
-        return [_calm(record, paper)]
+        return [card("Spikes", notice(more))] if untold else [_calm(record, paper)]
     links = [html.Span(html.A(f"step {whole(c.spike_onset)}", href=f"#spike-{c.spike_onset}"), className="choice")
              for c in cascades]  # fmt: skip
     strip = html.Nav(links, className="choices", **aria("spikes of this run"))
-    more = f"{untold:,} lesser spikes are not told here: geodiag cascade RUN tells all."
     head = [strip] if len(cascades) > 1 else []
     return [*head, *([notice(more)] if untold else []), *(_block(record, paper, c) for c in cascades)]
 

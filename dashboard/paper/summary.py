@@ -55,7 +55,7 @@ def head(record: Record, health: Health, cascades: Sequence[Cascade]) -> html.Se
 
 def _calm(h: Health) -> str:
     if h.last_step is None:
-        return "Nothing is recorded yet."
+        return "No step is on record."
     c = h.composite
     said = f"{STATUS[h.status]} The loss never left its trend."
     if c.worst is None or c.verdict not in ("grew", "nonfinite"):
