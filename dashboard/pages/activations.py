@@ -30,7 +30,7 @@ OVERALL = {
     "spectral_norm_down": "down weights' norm",
 }
 EXPERTS = {"act_rms": "RMS", "act_amax": "amax", "clamp_hits": "clamp hits"}
-_LINES: Lines = (
+LINES: Lines = (
     ("clamped", {"clamp_gate_rate": "gate", "clamp_up_high_rate": "up high", "clamp_up_low_rate": "up low"}),
     ("amax", {"gate_amax": "gate", "up_amax": "up", "act_amax": "activation"}),
     ("max / median", {"expert_norm_max_median": "experts"}),
@@ -71,7 +71,7 @@ def _experts(record: Record, view: View, look: Look) -> go.Figure:
 
 
 def draw_lines(record: Record, view: View, look: Look) -> go.Figure:
-    return lines(record, view, look, _LINES, "gated units")
+    return lines(record, view, look, LINES, "gated units")
 
 
 def _nothing(record: Record) -> str:

@@ -72,7 +72,7 @@ class Comparison:
         return {name: v for name, v in values.items() if any(x != v[0] for x in v)}
 
     def shared(self) -> dict[str, Any]:
-        """The newest step that all runs with a loss have, and each one's mean over up to 50 shared steps until there."""
+        """The newest step that all runs with a loss have, and the mean loss of each over up to 50 shared steps."""
         common: np.ndarray | None = None
         for s in self.sides:
             steps = s.record.steps()

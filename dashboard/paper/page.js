@@ -3,7 +3,7 @@
 (() => {
   const { charts, template, config } = JSON.parse(document.getElementById("data").textContent);
   const system = window.matchMedia("(prefers-color-scheme: dark)");
-  const PRINTED = 700; // the width of a sheet between its margins, in CSS pixels
+  const PRINTED = 670; // what a sheet leaves a chart between its margins and its frame, in CSS pixels
   let look = null;
   let zooming = false;
 
@@ -50,7 +50,7 @@
 
   window.addEventListener("beforeprint", () => {
     wear("light");
-    charts.forEach((c) => { draw(c); Plotly.relayout(c.id, { width: Math.min(PRINTED, document.getElementById(c.id).clientWidth) }); });
+    charts.forEach((c) => { draw(c); Plotly.relayout(c.id, { width: PRINTED }); });
   });
   window.addEventListener("afterprint", () => {
     follow();

@@ -53,6 +53,7 @@ class Report:
         """The file. `now` is when it was made, in seconds since 1970."""
         record, run = self.record, self.record.run
         paper = Paper(f"{run.name} · geodiag report")
+        record.grids("layers", *_shown(record))  # one reading of a long table instead of five
         sections = [
             ("health", "Health", _summary(self)),
             ("loss", "Loss", _loss(record, paper)),
@@ -77,6 +78,12 @@ def report(run: Run) -> Report:
     found = [c for c in (cascade_of(record, step) for step in chosen) if isinstance(c, Cascade)]
     names = {name for names in KEY_METRICS.values() for name in names}
     return Report(record=record, health=health(run, names), cascades=tuple(found), untold=len(worst) - len(found))
+
+
+def _shown(record: Record) -> list[str]:
+    """What the charts of all steps are drawn from."""
+    of_lines = [name for _, names in (*routing.LINES, *activations.LINES) for name in names]
+    return list(dict.fromkeys([*gain.chosen(record, View()), "flip_rate", "gate_amax", *of_lines]))
 
 
 def _summary(r: Report) -> list:
