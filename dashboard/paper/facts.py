@@ -8,7 +8,7 @@ from typing import Any
 from dash import html
 
 from geodiag.cascade_words import where
-from geodiag.dashboard.parts import card, notice, tip
+from geodiag.dashboard.parts import card, notice
 from geodiag.dashboard.record import Record
 from geodiag.dashboard.words import about, number, percent, times, utc, whole
 from geodiag.events import KINDS
@@ -34,6 +34,11 @@ def grid(heads: Sequence[Any], rows: Rows, numbers: Sequence[int] = (), name: st
         for row in rows
     ]
     return html.Div(html.Table([first, html.Tbody(rest)], className=f"plain {name}".strip()), className="sheet")
+
+
+def hint(text: str, why: str, name: str = "") -> html.Span:
+    """A word in a table with its explanation, in the browser's own way: a table cuts off what hangs over it."""
+    return html.Span(text, title=why, className=f"hint {name}".strip())
 
 
 def metric_of(name: str) -> Metric:
@@ -73,7 +78,7 @@ def _row(name: str, worst: Worst) -> Sequence[Any]:
     low, high = metric.healthy or (None, None)
     healthy = f"≤ {high:,g}" if high is not None else f"≥ {low:g}" if low is not None else ""
     said = value(worst.value, metric)
-    return [tip(html.Span(name), about(metric)), html.B(f"! {said}", className="alarm") if bad else said,
+    return [hint(name, about(metric)), html.B(f"! {said}", className="alarm") if bad else said,
             place(worst), healthy]  # fmt: skip
 
 
@@ -91,7 +96,7 @@ def trail(record: Record) -> html.Section:
     events = record.events()
     shown = events[-MOST_EVENTS:]
     rows = [
-        [whole(e["step"]), tip(html.Span(e["kind"], className=f"kind kind-{e['kind']}"), KINDS.get(e["kind"], "")),
+        [whole(e["step"]), hint(e["kind"], KINDS.get(e["kind"], ""), f"kind kind-{e['kind']}"),
          e["message"] or "", " · ".join(where(e["layer"], e["site"], e["expert"]).split(", ")),
          str(e["attempt"] or 0), utc(e["time"])]
         for e in shown

@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import plotly.graph_objects as go
 from dash import html
 
 from geodiag.cascade import Cascade
 from geodiag.dashboard.causes import cascade_of
+from geodiag.dashboard.draw import extent
+from geodiag.dashboard.figures.style import Look
 from geodiag.dashboard.layers import layer_of
 from geodiag.dashboard.pages import activations, gain, overview, routing
 from geodiag.dashboard.paper import facts, spikes, summary
@@ -93,12 +96,16 @@ def _summary(r: Report) -> list:
 
 def _loss(record: Record, paper: Paper) -> html.Section:
     keys = html.Div(legend(record, "/overview"), className="keys")
-    chart = paper.chart(
-        partial(overview.draw_timeline, record, View()), "Loss, gradient norm and stages over steps", "run"
-    )
+    chart = paper.chart(partial(_timeline, record), "Loss, gradient norm and stages over steps", "run")
     return card(
         "Loss, gradient, stages", keys, chart, tip=f"{about(metric('steps', 'loss'))} {overview.STAGES} {_COLUMNS}"
     )
+
+
+def _timeline(record: Record, look: Look) -> go.Figure:
+    """The overview's, on the same stretch of steps as the maps below it."""
+    fig, ends = overview.draw_timeline(record, View(), look), extent(record)
+    return fig.update_xaxes(range=[ends[0] - 0.5, ends[1] + 0.5]) if ends else fig
 
 
 def _gain(r: Report, paper: Paper) -> html.Div:
@@ -106,7 +113,7 @@ def _gain(r: Report, paper: Paper) -> html.Div:
     step = worst.step if worst else None
     record, view = r.record, View(step=step)
     name = gain.QUANTITIES[gain.quantity(record, view)][0]
-    when = f"at step {whole(step)}, the worst" if step is not None else "at the newest step"
+    when = f"at step {whole(step)}" if step is not None else "at the newest step"
     lacks = [] if record.has_maps() else [notice("No hyper-connections, so no residual maps and no composite gain.")]
     main = card(
         f"{name.capitalize()} over layers and steps",
@@ -117,7 +124,8 @@ def _gain(r: Report, paper: Paper) -> html.Div:
     deep = card(
         f"Down the stack, {when}",
         paper.chart(partial(gain.draw_profile, record, view), f"{name} over depth {when}"),
-        tip="Every site at one step. Forward gains multiply from the input, backward gains from the output.",
+        tip="Every site at the step of the worst composite gain, or else at the newest. Forward gains multiply from "
+        "the input, backward gains from the output.",
     )
     return html.Div([html.Div(main, className="column"), html.Div(deep, className="side")], className="split wide-side")
 

@@ -8,8 +8,8 @@ from dash import html
 from geodiag.dashboard.figures.overlay import stroke
 from geodiag.dashboard.figures.style import DARK, LIGHT
 from geodiag.dashboard.paper.compared import Comparison, Side
-from geodiag.dashboard.paper.facts import grid, metric_of, place, plainly, value
-from geodiag.dashboard.parts import badge, notice, tip
+from geodiag.dashboard.paper.facts import grid, hint, metric_of, place, plainly, value
+from geodiag.dashboard.parts import badge, notice
 from geodiag.dashboard.shell import problems
 from geodiag.dashboard.words import about, number, utc, whole
 from geodiag.key_metrics import KEY_METRICS
@@ -38,12 +38,11 @@ def head(c: Comparison, title: str) -> html.Section:
             model or str(s.record.said("found").get("family") or "–"),
             utc(s.record.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
         ])  # fmt: skip
-    n, last = shared["steps"], whole(at)
-    mean = tip(html.Span("loss, shared"), f"Mean over the {n} newest steps that all runs have, up to step {last}.")
-    heads = ["run", "status", "last step", "tokens", mean, "newest loss", "spikes", "model", "began, UTC"]
-    lacks = [notice("These runs have no step in common.")] if at is None else []
+    mean = f"loss, shared: mean over the {shared['steps']} newest steps that all runs have, up to step {whole(at)}"
+    heads = ["run", "status", "last step", "tokens", "loss, shared", "newest loss", "spikes", "model", "began, UTC"]
+    said = notice("These runs have no step in common." if at is None else mean)
     wrong = [html.Div([html.B(s.label), *problems(s.record)]) for s in c.sides if s.record.problems()]
-    return html.Section([html.H1(title), grid(heads, rows, (2, 3, 4, 5, 6)), *lacks, *wrong], className="card runs-of")
+    return html.Section([html.H1(title), grid(heads, rows, (2, 3, 4, 5, 6)), said, *wrong], className="card runs-of")
 
 
 def metrics(c: Comparison) -> html.Div:
@@ -55,7 +54,7 @@ def metrics(c: Comparison) -> html.Div:
         if known:
             rows.append(html.Tr(html.Th(title, colSpan=1 + 2 * len(c.sides), scope="rowgroup")))
         for name in known:
-            cells: list[Any] = [tip(html.Span(name), about(metric_of(name)))]
+            cells: list[Any] = [hint(name, about(metric_of(name)))]
             for i, s in enumerate(c.sides):
                 cells += _cells(s, i, name, told[name]["better"])
             rows.append(cells)

@@ -10,7 +10,7 @@ from geodiag.dashboard import verdict
 from geodiag.dashboard.causes import most_unusual
 from geodiag.dashboard.pages import cascade as page
 from geodiag.dashboard.paper.document import Paper
-from geodiag.dashboard.paper.facts import grid
+from geodiag.dashboard.paper.facts import grid, hint
 from geodiag.dashboard.parts import aria, card, notice
 from geodiag.dashboard.record import Record
 from geodiag.dashboard.view import View
@@ -56,7 +56,7 @@ def _block(record: Record, paper: Paper, found: Cascade) -> html.Div:
 
 def _evidence(found: Cascade) -> list[html.Section]:
     rows = [
-        [r["stage"], r["where"], html.Span(r["metric"], title=r["help"]), whole(r["step"]), r["value"], r["usual"],
+        [r["stage"], r["where"], hint(r["metric"], r["help"]), whole(r["step"]), r["value"], r["usual"],
          "≥ 1000" if r["score"] >= 1000 else number(r["score"], 3)]
         for r in verdict.rows(found)
     ]  # fmt: skip
