@@ -107,8 +107,6 @@ def _line(fig: go.Figure, track: Track, panel: Panel, value_S: np.ndarray, k: in
     colour, dash = stroke(k, look)
     before = len(fig.data)
     shown_S = value_S if panel.floor is None else np.maximum(value_S, panel.floor)  # NaN stays NaN
-    if np.isnan(value_S).all():
-        shown_S = np.full(len(value_S), np.nan)
     hover = f"{panel.title} %{{y:.4g}}"
     curve(fig, track.step_S, shown_S, look, name=escape(track.label), y=f"y{n}", colour=colour, hover=hover)
     for j, trace in enumerate(fig.data[before:]):

@@ -61,7 +61,11 @@ def _evidence(found: Cascade) -> list[html.Section]:
         for r in verdict.rows(found)
     ]  # fmt: skip
     heads = ["stage", "where", "metric", "from step", "value", "usually", "robust z"]
-    return [card("Evidence", grid(heads, rows, (3, 4, 5, 6)), tip="What left its range at the origin.")] if rows else []
+    return (
+        [card("Evidence", grid(heads, rows, (3, 4, 5, 6), "evidence"), tip="What left its range at the origin.")]
+        if rows
+        else []
+    )
 
 
 def _calm(record: Record, paper: Paper) -> html.Section:
