@@ -10,11 +10,13 @@ from typer.core import TyperGroup
 from geodiag import __version__
 from geodiag.cli.bench import bench
 from geodiag.cli.cascade import cascade
+from geodiag.cli.compare import compare
 from geodiag.cli.dashboard import dashboard
 from geodiag.cli.demo import demo
 from geodiag.cli.doctor import doctor
 from geodiag.cli.export import export
 from geodiag.cli.output import print_error
+from geodiag.cli.report import report
 from geodiag.cli.routing import routing
 from geodiag.cli.runs import runs
 from geodiag.cli.show import show
@@ -94,6 +96,8 @@ app.command(rich_help_panel=_LOOK)(runs)
 app.command(rich_help_panel=_LOOK)(show)
 app.command(rich_help_panel=_LOOK)(spikes)
 app.command(rich_help_panel=_LOOK)(cascade)
+app.command(rich_help_panel=_LOOK)(report)
+app.command(rich_help_panel=_LOOK)(compare)
 app.command(rich_help_panel=_LOOK)(routing)
 app.command(rich_help_panel=_LOOK)(export)
 app.command(rich_help_panel=_HERE)(doctor)

@@ -13,36 +13,6 @@ if TYPE_CHECKING:
     from geodiag.health import Health
     from geodiag.run import Run
 
-KEY_METRICS = {
-    "Outcome": ["loss", "grad_norm", "spike_score"],
-    "Stage 1: local curvature": [
-        "stage1_score",
-        "clamp_gate_rate",
-        "clamp_up_high_rate",
-        "clamp_up_low_rate",
-        "act_amax",
-        "expert_norm_max_median",
-    ],
-    "Stage 2: chart inconsistency": [
-        "stage2_score",
-        "flip_rate",
-        "flip_top1",
-        "flip_rate_router",
-        "router_entropy",
-        "max_vio",
-    ],
-    "Stage 3: amplification": [
-        "stage3_score",
-        "amax_gain_fwd_max",
-        "amax_gain_bwd_max",
-        "composite_gain_fwd",
-        "composite_gain_bwd",
-        "transport_gain_bwd",
-        "stream_amax",
-        "sinkhorn_residual",
-    ],
-}
-"""What the screen shows; `--json` has every metric."""
 _COLUMNS: tuple[tuple[str, int, Literal["left", "right"]], ...] = (
     ("", 22, "left"),
     ("worst", 16, "right"),
@@ -58,6 +28,7 @@ def show(
 ) -> None:
     """Show one run's health on one screen: the worst value of each key metric, where and when."""
     from geodiag.health import health
+    from geodiag.key_metrics import KEY_METRICS
     from geodiag.run import open_run
 
     opened = open_run(run)
@@ -84,6 +55,8 @@ def _head(h: "Health") -> str:
 
 def _stages(h: "Health") -> list["RenderableType"]:
     from rich.table import Table
+
+    from geodiag.key_metrics import KEY_METRICS
 
     parts: list[RenderableType] = []
     for title, names in KEY_METRICS.items():

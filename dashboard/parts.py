@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from dash import dcc, html
 
 _REMOVED = ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d", "zoom2d", "sendChartToCloud"]
-_CONFIG: Any = {
+CHART_CONFIG: Any = {
     "displaylogo": False,
     "plotlyServerURL": "",  # what is measured stays here: plotly would offer to upload a chart
     "responsive": True,
@@ -17,6 +17,7 @@ _CONFIG: Any = {
     "modeBarButtonsToRemove": _REMOVED,
     "showTips": False,
 }
+"""What plotly offers around every chart."""
 
 
 def card(title: str, *children: Any, tip: str = "", controls: Any = None, **more: Any) -> html.Section:
@@ -46,7 +47,7 @@ def tip(child: Any, text: str) -> dmc.Tooltip:
 
 def graph(name: str, height: int) -> html.Div:
     """A chart that is filled by a callback; its space is kept even before there is a chart, so that nothing jumps."""
-    chart = dcc.Graph(id=name, figure=_blank(height), config=_CONFIG, className="chart", responsive="auto")
+    chart = dcc.Graph(id=name, figure=_blank(height), config=CHART_CONFIG, className="chart", responsive="auto")
     return html.Div(chart, className="chart-frame", style={"minHeight": height})
 
 

@@ -176,6 +176,11 @@ class Run:
     def name(self) -> str:
         return self._store.root.rsplit("/", 1)[-1]
 
+    @property
+    def address(self) -> str:
+        """Protocol and absolute path: the same, however the run was spelt."""
+        return self._store.fs.unstrip_protocol(self._store.root)
+
     def read_arrow(
         self,
         table: str,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import pairwise
 
 import plotly.graph_objects as go
@@ -139,7 +140,7 @@ def _outside(cascade: Cascade, end_said: str) -> str:
         e = cascade.evidence[0]
         what = f"learning rate ×{e.value / e.usual:.3g}"
     else:
-        what = f"the batch: {cascade.domain}" if cascade.domain else "the batch"
+        what = f"the batch: {escape(cascade.domain)}" if cascade.domain else "the batch"
     return f"<b>{what}</b><br>{end_said.replace('<br>', ' ')}"
 
 

@@ -128,7 +128,7 @@ def _spike_marks(
         known = [(x, t, s) for x, t, s in zip(at, texts, spikes, strict=True) if x is not None]
         if known:
             fig.add_scatter(
-                x=[x for x, *_ in known], y=[_loss_at(seen, undone, s, x) for x, _, s in known], mode="markers",
+                x=[x for x, *_ in known], y=[loss_at(seen, undone, s.attempt, x) for x, _, s in known], mode="markers",
                 marker={"symbol": symbol, "size": size, "color": look.spike, "line": {"width": 2, "color": look.spike}},
                 name=f"spike {name}", text=[t for _, t, _ in known], **hover,
             )  # fmt: skip
@@ -144,10 +144,10 @@ def _words(spike: Spike) -> str:
     return " · ".join(p for p in [spike.kind, *parts, score] if p)
 
 
-def _loss_at(seen: dict[str, np.ndarray], undone: Sequence[Undone], spike: Spike, step: int) -> float | None:
-    """The loss that the spike's own attempt had at a step."""
+def loss_at(seen: dict[str, np.ndarray], undone: Sequence[Undone], attempt: int | None, step: int) -> float | None:
+    """The loss that an attempt, a spike's own, had at a step."""
     for old in undone:
-        if old.attempt == spike.attempt and (value := _value_at(old.step_S, old.loss_S, step)) is not None:
+        if old.attempt == attempt and (value := _value_at(old.step_S, old.loss_S, step)) is not None:
             return value
     return _value_at(seen["step"], seen["loss"], step)
 

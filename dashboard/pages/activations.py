@@ -30,10 +30,10 @@ OVERALL = {
     "spectral_norm_down": "down weights' norm",
 }
 EXPERTS = {"act_rms": "RMS", "act_amax": "amax", "clamp_hits": "clamp hits"}
-_LINES: Lines = (
+LINES: Lines = (
     ("clamped", {"clamp_gate_rate": "gate", "clamp_up_high_rate": "up high", "clamp_up_low_rate": "up low"}),
     ("amax", {"gate_amax": "gate", "up_amax": "up", "act_amax": "activation"}),
-    ("max / median", {"expert_norm_max_median": "expert norm"}),
+    ("max / median", {"expert_norm_max_median": "experts"}),
 )
 
 
@@ -50,7 +50,7 @@ def layout(record: Record, view: View) -> html.Div:
 
 
 def register(app: Dash, library: Library) -> None:
-    charts = {"heat": _heat, "experts": _experts, "lines": _lines}
+    charts = {"heat": draw_heat, "experts": _experts, "lines": draw_lines}
     layer_charts.register(app, library, NAME, charts, "gate_amax", "act_rms")
 
 
@@ -58,7 +58,7 @@ def _overall(view: View) -> str:
     return view.metric if view.metric in OVERALL else "gate_amax"
 
 
-def _heat(record: Record, view: View, look: Look) -> go.Figure:
+def draw_heat(record: Record, view: View, look: Look) -> go.Figure:
     name = _overall(view)
     title = metric("layers", name).help
     if counterfactual(record.run.manifest, "layers", name):
@@ -70,8 +70,8 @@ def _experts(record: Record, view: View, look: Look) -> go.Figure:
     return experts(record, view, look, view.over if view.over in EXPERTS else "act_rms")
 
 
-def _lines(record: Record, view: View, look: Look) -> go.Figure:
-    return lines(record, view, look, _LINES, "gated units")
+def draw_lines(record: Record, view: View, look: Look) -> go.Figure:
+    return lines(record, view, look, LINES, "gated units")
 
 
 def _nothing(record: Record) -> str:

@@ -35,17 +35,18 @@ _EXPERTS = {"load": "share of the layer's assignments", "act_rms": "RMS of the a
 _NO_MAPS = "No residual maps near this step; attach(every={'matrices': 10}) samples them."
 _NO_HYPER = "This model has no hyper-connections, so no residual maps."
 _NO_TOKENS = "No traced tokens near this step; attach(trace='flipped') follows some."
-_PICTURE = (
+PICTURE = (
     "Each map is one stage: a row is a layer, the first on top; a column is a step; the colour says how far the layer "
     "stands from its own past, of which a change that has lasted for 64 samples is part. Rings mark where a stage left "
     "its range, the line leads from the origin to the loss. Click a cell for what was measured there; drag to zoom in "
     "time."
 )
+"""How the picture is read."""
 
 
 def layout(record: Record, view: View) -> html.Div:
     tall = height_of(len({layer for layer, _ in sites_of(record)}))
-    main = card("From the origin to the loss", graph("cascade-picture", tall), tip=_PICTURE)
+    main = card("From the origin to the loss", graph("cascade-picture", tall), tip=PICTURE)
     proof = card(
         "Evidence",
         table("cascade-evidence", verdict.COLUMNS, _evidence(record, view), height=None),
@@ -80,12 +81,12 @@ def layout(record: Record, view: View) -> html.Div:
 def register(app: Dash, library: Library) -> None:
     draws(app, library, "cascade-choices", "children", lambda r, v, look: verdict.strip(r, v))
     draws(app, library, "cascade-verdict", "children", lambda r, v, look: _verdict(r, v))
-    draws(app, library, "cascade-picture", "figure", _picture)
+    draws(app, library, "cascade-picture", "figure", draw_picture)
     draws(app, library, "cascade-evidence", "rowData", lambda r, v, look: _evidence(r, v))
     draws(app, library, "cascade-proof", "style", lambda r, v, look: _only_with_rows(_evidence(r, v)))
     draws(app, library, "cascade-where", "children", lambda r, v, look: _where(r, v))
-    draws(app, library, "cascade-series", "figure", _series)
-    draws(app, library, "cascade-experts", "figure", _experts)
+    draws(app, library, "cascade-series", "figure", draw_series)
+    draws(app, library, "cascade-experts", "figure", draw_experts)
     draws(app, library, "cascade-maps", "figure", _maps)
     draws(app, library, "cascade-tokens", "figure", _tokens)
     steer(app, {}, ["cascade-picture", "cascade-series"], _clicked)
@@ -122,7 +123,7 @@ def _only_with_rows(rows: list[dict]) -> dict:
     return {} if rows else {"display": "none"}
 
 
-def _picture(record: Record, view: View, look: Look) -> go.Figure:
+def draw_picture(record: Record, view: View, look: Look) -> go.Figure:
     if not len(record.steps()["step"]):
         return empty("Waiting for the first step.", look, 420)
     found, lived = _found(record, view), as_lived(record, chosen(record, view))
@@ -162,7 +163,7 @@ def _where(record: Record, view: View) -> Any:
     return [html.B(name), ", the origin" if origin else ""]
 
 
-def _series(record: Record, view: View, look: Look) -> go.Figure:
+def draw_series(record: Record, view: View, look: Look) -> go.Figure:
     at = _place(record, view)
     cell, found = at.cell, at.found
     if cell is None:
@@ -179,7 +180,7 @@ def _series(record: Record, view: View, look: Look) -> go.Figure:
     return multiples(strips, look, at.window, cell.step, nothing)
 
 
-def _experts(record: Record, view: View, look: Look) -> go.Figure:
+def draw_experts(record: Record, view: View, look: Look) -> go.Figure:
     lived, cell, window, found = _place(record, view)
     if cell is None:
         return empty("Nothing is measured yet.", look, 120)

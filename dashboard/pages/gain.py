@@ -107,8 +107,8 @@ def layout(record: Record, view: View) -> html.Div:
 
 
 def register(app: Dash, library: Library) -> None:
-    draws(app, library, "gain-heat", "figure", _heat)
-    draws(app, library, "gain-profile", "figure", _profile)
+    draws(app, library, "gain-heat", "figure", draw_heat)
+    draws(app, library, "gain-profile", "figure", draw_profile)
     draws(app, library, "gain-matrices", "figure", _matrices)
     draws(app, library, "gain-where", "children", lambda r, v, look: _when(r, v))
     draws(app, library, "gain-site", "children", lambda r, v, look: _where(r, v))
@@ -131,7 +131,7 @@ def step_of(record: Record, view: View) -> int | None:
     return last if view.high is None or last is None else min(view.high, last)
 
 
-def _heat(record: Record, view: View, look: Look) -> go.Figure:
+def draw_heat(record: Record, view: View, look: Look) -> go.Figure:
     grids = record.grids("layers", *chosen(record, view))
     panels = [Panel(g, _sentence(g.metric.name, look)) for g in grids]
     site = row_name(view.site) if view.site else None
@@ -152,7 +152,7 @@ def _heat(record: Record, view: View, look: Look) -> go.Figure:
     )
 
 
-def _profile(record: Record, view: View, look: Look) -> go.Figure:
+def draw_profile(record: Record, view: View, look: Look) -> go.Figure:
     step = step_of(record, view)
     if step is None:
         return empty("Waiting for the first step.", look, 310)

@@ -20,7 +20,7 @@ from geodiag.health import SPIKES
 
 NAME, TITLE = "overview", "Overview"
 _RECENT = 7
-_STAGES = "Robust z of the worst layer against its own past. " + " ".join(
+STAGES = "Robust z of the worst layer against its own past. " + " ".join(
     f"Stage {i}: {metric('steps', f'stage{i}_score').help}" for i in (1, 2, 3)
 )
 
@@ -29,7 +29,7 @@ def layout(record: Record, view: View) -> html.Div:
     scale = segments(
         "overview-scale", "log" if view.scale == "log" else "linear", ["linear", "log"], "scale of the loss axis"
     )
-    help = f"{about(metric('steps', 'loss'))} {_STAGES} Drag to zoom, double click for all."
+    help = f"{about(metric('steps', 'loss'))} {STAGES} Drag to zoom, double click for all."
     main = card("Loss, gradient, stages", graph("overview-timeline", 640), tip=help, controls=scale)
     recent = card("What happened", html.Div(_recent(record, view), id="overview-recent"))
     side = html.Div([control_panel.panel(record), recent], className="side")
@@ -39,13 +39,13 @@ def layout(record: Record, view: View) -> html.Div:
 
 
 def register(app: Dash, library: Library) -> None:
-    draws(app, library, "overview-timeline", "figure", _timeline)
+    draws(app, library, "overview-timeline", "figure", draw_timeline)
     draws(app, library, "overview-tiles", "children", lambda record, view, look: tiles(record))
     draws(app, library, "overview-recent", "children", lambda record, view, look: _recent(record, view))
     steer(app, {"overview-scale": Control("scale", "linear")}, ["overview-timeline"], _clicked)
 
 
-def _timeline(record: Record, view: View, look: Look) -> go.Figure:
+def draw_timeline(record: Record, view: View, look: Look) -> go.Figure:
     steps = record.steps()
     modes = spans(steps["step"], steps["routing_mode"])
     return timeline(

@@ -25,7 +25,7 @@ FLIPS = {
     "flip_rate_anticipatory": "anticipatory",
 }
 LOADS = {"load": "load", "gate_mass": "gate mass"}
-_LINES: Lines = (
+LINES: Lines = (
     ("MaxVio", {"max_vio": "MaxVio"}),
     ("margin", {"router_margin_mean": "mean", "router_margin_p10": "p10", "router_margin_p01": "p01"}),
     ("entropy", {"router_entropy": "entropy"}),
@@ -40,7 +40,7 @@ def layout(record: Record, view: View) -> html.Div:
         tip=" ".join(f"{label}: {metric('layers', n).help}" for n, label in FLIPS.items()),
         controls=segments("routing-metric", _flip(view), options(FLIPS), "kind of flip"),
     )
-    tip = " ".join(about(metric("layers", n)) for _, names in _LINES for n in names)
+    tip = " ".join(about(metric("layers", n)) for _, names in LINES for n in names)
     one = one_layer(NAME, record, view, LOADS, "load", "share of", tip)
     return html.Div(
         [html.Div([flips, one], className="column"), html.Div(control_panel.panel(record), className="side")],
@@ -49,7 +49,7 @@ def layout(record: Record, view: View) -> html.Div:
 
 
 def register(app: Dash, library: Library) -> None:
-    charts = {"flips": _flips, "experts": _experts, "lines": _lines}
+    charts = {"flips": draw_flips, "experts": _experts, "lines": draw_lines}
     layer_charts.register(app, library, NAME, charts, "flip_rate", "load")
 
 
@@ -57,7 +57,7 @@ def _flip(view: View) -> str:
     return view.metric if view.metric in FLIPS else "flip_rate"
 
 
-def _flips(record: Record, view: View, look: Look) -> go.Figure:
+def draw_flips(record: Record, view: View, look: Look) -> go.Figure:
     name = _flip(view)
     return all_layers(record, view, look, name, metric("layers", name).help, _nothing(record, name))
 
@@ -66,8 +66,8 @@ def _experts(record: Record, view: View, look: Look) -> go.Figure:
     return experts(record, view, look, view.over if view.over in LOADS else "load", shares=True)
 
 
-def _lines(record: Record, view: View, look: Look) -> go.Figure:
-    return lines(record, view, look, _LINES, "learned router")
+def draw_lines(record: Record, view: View, look: Look) -> go.Figure:
+    return lines(record, view, look, LINES, "learned router")
 
 
 def _nothing(record: Record, name: str) -> str:

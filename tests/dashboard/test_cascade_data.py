@@ -22,7 +22,7 @@ from geodiag.dashboard.view import View
 from geodiag.events import Event
 from geodiag.run import Run, open_run
 
-FIGURES = (page._picture, page._series, page._experts, page._maps, page._tokens)
+FIGURES = (page.draw_picture, page.draw_series, page.draw_experts, page._maps, page._tokens)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_a_run_that_lacks_a_table_is_shown_without_it(runs, tmp_path, gone):
     every_part(record, View())
     every_part(record, View(spike=360, stage=1, layer=3, step=342))
     if gone == "layers":
-        texts = [a.text for a in page._picture(record, View(spike=360), LIGHT).layout.annotations]
+        texts = [a.text for a in page.draw_picture(record, View(spike=360), LIGHT).layout.annotations]
         assert "Nothing of this stage was recorded here." in texts
 
 
@@ -295,7 +295,7 @@ def test_a_run_of_steps_alone_says_what_to_call(runs, tmp_path):
         shutil.rmtree(tmp_path / "r" / table)
     record = Record(open_run(tmp_path / "r"))
     every_part(record, View())
-    texts = [a.text for a in page._picture(record, View(spike=360), LIGHT).layout.annotations]
+    texts = [a.text for a in page.draw_picture(record, View(spike=360), LIGHT).layout.annotations]
     assert sum("call geodiag.attach" in t for t in texts) == 3
 
 
@@ -326,7 +326,7 @@ def test_a_sparse_cadence_is_shown_as_wide_columns(tmp_path):
     for step in range(0, 400, 10):
         run.append("layers", story.layers_columns(np.arange(step, step + 1)))
     run.close()
-    fig = page._picture(Record(open_run(tmp_path / "r")), View(), LIGHT)
+    fig = page.draw_picture(Record(open_run(tmp_path / "r")), View(), LIGHT)
     assert fig.data[0].dx == 10
 
 

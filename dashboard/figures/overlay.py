@@ -1,0 +1,132 @@
+"""Several runs on one axis: a panel a quantity, a line a run, told apart by colour, from the fifth on by dashes too."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+
+from geodiag.dashboard.figures.curve import curve
+from geodiag.dashboard.figures.style import Look, axis, base, empty, time_axis, titled
+
+# S steps.
+
+DASHES = ("solid", "dash", "dot")
+_TOP_PX, _LINE_PX, _GAP_PX, _AXIS_PX = 14, 20, 20, 46
+_LETTER_PX, _LEGEND_PX = 7, 560
+"""Room that a name takes in the legend, and that there is in a row of it, in the narrowest window."""
+
+
+class Ring(NamedTuple):
+    """A spike: where it began, and what is said of it."""
+
+    step: int
+    value: float | None
+    text: str
+
+
+class Track(NamedTuple):
+    """One run: its name, its steps, where each stands on the axis, and its spikes."""
+
+    label: str
+    step_S: np.ndarray
+    x_S: np.ndarray
+    rings: Sequence[Ring] = ()
+
+
+class Panel(NamedTuple):
+    """One quantity of every run, in the order of the tracks."""
+
+    title: str
+    unit: str
+    values: Sequence[np.ndarray]
+    pixels: int
+    floor: float | None = None
+    """Of scores, which have a logarithmic axis: what lies below is drawn here."""
+    alert: float | None = None
+    """A dotted line at the value from which it is not noise."""
+
+
+def stroke(i: int, look: Look) -> tuple[str, str]:
+    """Colour and dash of the run number `i`."""
+    return look.series[i % len(look.series)], DASHES[i // len(look.series) % len(DASHES)]
+
+
+def overlay(tracks: Sequence[Track], panels: Sequence[Panel], look: Look, of: str = "step") -> go.Figure:
+    """Panels from top to bottom; the first has the rings. `of` is what the axis counts: `step`, `tokens`."""
+    panels = [p for p in panels if any(np.isfinite(v).any() for v in p.values)]
+    if not panels:
+        return empty("None of these runs has it on record.", look, 160)
+    inner = sum(p.pixels for p in panels) + _GAP_PX * (len(panels) - 1)
+    rows = -(-sum(_LETTER_PX * len(t.label) + 48 for t in tracks) // _LEGEND_PX)
+    above = _TOP_PX + _LINE_PX * rows
+    fig = base(look, inner + above + _AXIS_PX, hovermode="x unified", hoversubplots="axis")
+    top = 1.0
+    for i, panel in enumerate(panels, 1):
+        n = "" if i == 1 else str(i)
+        domain = (max(0.0, top - panel.pixels / inner), top)
+        fig.update_layout({f"yaxis{n}": _height(panel, domain, look)})
+        for k, (track, value_S) in enumerate(zip(tracks, panel.values, strict=True)):
+            _line(fig, track, panel, value_S, k, n, look)
+            if i == 1:
+                _rings(fig, track, k, look)
+        if panel.alert is not None:
+            fig.add_shape(
+                type="line", x0=0, x1=1, xref="x domain", y0=panel.alert, y1=panel.alert, yref=f"y{n}",
+                line={"color": look.spike, "width": 1, "dash": "dot"},
+            )  # fmt: skip
+        top = domain[0] - _GAP_PX / inner
+    ends = [float(x) for t in tracks for x in (t.x_S[:1], t.x_S[-1:]) for x in x]
+    pad = 0.5 if of == "step" else 0.0
+    across: dict[str, Any] = {"anchor": f"y{'' if len(panels) == 1 else len(panels)}"}
+    if of != "step":
+        across |= {"tickformat": ".3~s", "unifiedhovertitle": {"text": f"%{{x:.4s}} {of}"}, "dtick": None}
+    fig.update_layout(
+        xaxis=time_axis(look, (min(ends) - pad, max(ends) + pad), of, **across),
+        margin={"l": 70, "r": 20, "t": above, "b": 42},
+        showlegend=True,
+        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "font": {"size": 12, "color": look.ink}},
+    )
+    return fig
+
+
+def _height(panel: Panel, domain: tuple[float, float], look: Look) -> dict:
+    kind: dict = {"domain": domain, "anchor": "x", "nticks": 5}
+    if panel.floor is None:
+        return axis(look, titled(panel.title, panel.unit), **kind)
+    finite = [float(v[np.isfinite(v)].max()) for v in panel.values if np.isfinite(v).any()]
+    reach = max(*finite, 2 * (panel.alert or panel.floor), 2 * panel.floor)
+    ticks = [3.0 * 2**i for i in range(20)]  # those of robust z elsewhere
+    kind |= {"type": "log", "range": [float(np.log10(panel.floor)), float(np.log10(1.15 * reach))]}
+    return axis(look, titled(panel.title, panel.unit), **kind | {"tickvals": ticks[: int(np.log2(reach / 3)) + 1]})
+
+
+def _line(fig: go.Figure, track: Track, panel: Panel, value_S: np.ndarray, k: int, n: str, look: Look) -> None:
+    """Thinned by steps, of which each knows its place on the axis: gaps are gaps in steps."""
+    colour, dash = stroke(k, look)
+    before = len(fig.data)
+    shown_S = value_S if panel.floor is None else np.maximum(value_S, panel.floor)  # NaN stays NaN
+    hover = f"{panel.title} %{{y:.4g}}"
+    curve(fig, track.step_S, shown_S, look, name=escape(track.label), y=f"y{n}", colour=colour, hover=hover)
+    for j, trace in enumerate(fig.data[before:]):
+        trace.update(legendgroup=str(k), showlegend=n == "" and j == 0)
+        if j == 0:
+            trace.update(line_dash=dash, line_width=1.5)
+        else:
+            trace.update(marker_color=colour)
+        if track.x_S is not track.step_S and len(trace.x):
+            trace.update(x=np.interp(np.asarray(trace.x, float), track.step_S, track.x_S))
+
+
+def _rings(fig: go.Figure, track: Track, k: int, look: Look) -> None:
+    known = [r for r in track.rings if r.value is not None]
+    if not known:
+        return
+    colour, _ = stroke(k, look)
+    fig.add_scatter(
+        x=np.interp([r.step for r in known], track.step_S, track.x_S), y=[r.value for r in known], mode="markers",
+        marker={"symbol": "circle-open", "size": 13, "color": colour, "line": {"width": 2.4, "color": colour}},
+        name=escape(track.label), legendgroup=str(k), showlegend=False, text=[escape(r.text) for r in known],
+        hovertemplate="%{text}<extra></extra>",
+    )  # fmt: skip

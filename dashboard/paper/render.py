@@ -1,0 +1,59 @@
+"""The page's own components as plain HTML, so that a file needs neither the server nor its scripts."""
+
+from html import escape
+from typing import Any
+
+_VOID = {"img", "br", "hr"}
+_NAMES: dict[str, str] = {"className": "class", "tabIndex": "tabindex", "htmlFor": "for", "colSpan": "colspan"}
+_TIP, _LINK = "Tooltip", "Link"
+
+
+def render(part: Any) -> str:
+    """HTML of a Dash component, a list of them, or text; whatever text there is comes out escaped."""
+    if part is None or part is False:
+        return ""
+    if isinstance(part, list | tuple):
+        return "".join(render(p) for p in part)
+    if not hasattr(part, "to_plotly_json"):
+        return escape(str(part))
+    said = part.to_plotly_json()
+    props, name = dict(said["props"]), said["type"]
+    children = props.pop("children", None)
+    if name == _TIP:
+        return _tipped(children, props.get("label", ""))
+    if name == _LINK:
+        return _element("span", {"class": props.get("className")}, children)  # it leads into the dashboard
+    if said["namespace"] != "dash_html_components":
+        raise TypeError(f"{name} is drawn by a script of its own; a file has none")
+    return _element(name.lower(), _attributes(props), children)
+
+
+def _tipped(child: Any, text: Any) -> str:
+    """An explanation on hover and on focus, by style alone."""
+    said = child.to_plotly_json()
+    props = _attributes({k: v for k, v in said["props"].items() if k != "children"})
+    props["class"] = f"{props.get('class') or ''} tipped".strip()
+    return _element(said["type"].lower(), {"tabindex": 0} | props | {"data-tip": text}, child.children)
+
+
+def _attributes(props: dict[str, Any]) -> dict[str, Any]:
+    return {_NAMES.get(name) or name: value for name, value in props.items()}
+
+
+def _element(name: str, props: dict[str, Any], children: Any) -> str:
+    given = "".join(f' {k}="{escape(_value(v))}"' for k, v in props.items() if v is not None and v is not False)
+    return f"<{name}{given}>" if name in _VOID else f"<{name}{given}>{render(children)}</{name}>"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ";".join(f"{_dashed(k)}:{_length(v)}" for k, v in value.items())
+    return "" if value is True else str(value)
+
+
+def _dashed(name: str) -> str:
+    return "".join(f"-{c.lower()}" if c.isupper() else c for c in name)
+
+
+def _length(value: Any) -> str:
+    return f"{value}px" if isinstance(value, int | float) else str(value)
