@@ -199,7 +199,8 @@ def test_what_was_not_trained_is_said_and_the_rest_is_graded(tmp_path, losses, c
     assert "2 trials were not trained" in capsys.readouterr().out
     result = json.loads((tmp_path / "out/cascade.json").read_text())
     lines = tmp_path / "out/cascade.jsonl"
-    assert [json.loads(t)["name"] for t in lines.read_text().splitlines()] == ["mhc-5-clean-170", "mhc-5-far-batch"]
+    names = {json.loads(t)["name"] for t in lines.read_text().splitlines()}
+    assert names == {"mhc-5-clean-170", "mhc-5-far-batch"}, "in any order: two processes grade them"
     assert result["trials"] == 2
     assert result["all"]["excluded"] == 1
     with lines.open("a") as file:
