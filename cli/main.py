@@ -15,6 +15,7 @@ from geodiag.cli.demo import demo
 from geodiag.cli.doctor import doctor
 from geodiag.cli.output import print_error
 from geodiag.cli.routing import routing
+from geodiag.cli.run import run
 from geodiag.cli.runs import runs
 from geodiag.cli.show import show
 from geodiag.cli.spikes import spikes
@@ -87,6 +88,7 @@ def geodiag(
 
 _TRAIN, _LOOK, _HERE = "Train", "Look and steer", "This machine"
 app.command(rich_help_panel=_TRAIN)(train)
+app.command(rich_help_panel=_TRAIN, context_settings={"allow_interspersed_args": False})(run)
 app.command(rich_help_panel=_TRAIN)(demo)
 app.command(rich_help_panel=_LOOK)(dashboard)
 app.command(rich_help_panel=_LOOK)(runs)

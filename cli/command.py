@@ -1,0 +1,43 @@
+"""A command as a child process, as if it were started by hand: its input, output, signals and exit code."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from geodiag.errors import GeodiagError
+
+_PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+
+
+def carry_out(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs the command to its end; its exit code, 128 + N where signal N ended it, as shells say it.
+
+    Signals are passed on, but not those that the terminal sends: Ctrl-C reaches the command by itself, and once is
+    enough. GeodiagError where the command cannot be started.
+    """
+    heard = {*_PASSED_ON, signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+    try:
+        child = _started(command, environment, before)
+        while child.poll() is None:
+            info = signal.sigwaitinfo(heard)
+            if info.si_signo in _PASSED_ON and info.si_code <= 0:  # a process sent it, no terminal
+                child.send_signal(info.si_signo)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _started(command: Sequence[str], environment: Mapping[str, str], mask: set) -> subprocess.Popen[bytes]:
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    try:
+        return subprocess.Popen(command, env=environment, preexec_fn=unblock)
+    except FileNotFoundError:
+        fix = f"; write python {command[0]}" if command[0].endswith(".py") else "; is it spelt and installed right?"
+        raise GeodiagError(f"no command {command[0]!r}{fix}") from None
+    except OSError as e:
+        fix = f"write python {command[0]}" if os.path.isfile(command[0]) else "pass a program"
+        raise GeodiagError(f"cannot run {command[0]}: {e.strerror}; {fix}") from None

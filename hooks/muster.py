@@ -1,0 +1,27 @@
+"""The muster: whether every rank of a process group is about to train, asked without being able to hang.
+
+Watching a training of many ranks begins with a collective. Where only some ranks train (the others serve, evaluate,
+generate) those would wait in it for ever. So each says in the group's key-value store that it is here, and one key,
+which the first to decide sets for all, says whether they begin.
+"""
+
+from datetime import timedelta
+
+import torch.distributed as dist
+
+PATIENCE = timedelta(minutes=2)
+"""So long the ranks wait for each other's first forward."""
+
+
+def all_here(patience: timedelta = PATIENCE) -> bool:
+    """Whether all ranks begin now; the same answer on every rank."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return True
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"geodiag/here/{dist.get_rank()}", "here")
+    try:
+        store.wait([f"geodiag/here/{rank}" for rank in range(dist.get_world_size())], patience)
+        word = "begin"
+    except RuntimeError:
+        word = "leave"
+    return store.compare_set("geodiag/word", "", word) == b"begin"
