@@ -1,6 +1,7 @@
 """A command as a child process, as if it were started by hand: its input, output, signals and exit code."""
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -29,15 +30,21 @@ def carry_out(command: Sequence[str], environment: Mapping[str, str]) -> int:
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
+def check(program: str) -> None:
+    """GeodiagError where there is no such program, or it is no program."""
+    if shutil.which(program) is not None:
+        return
+    if os.path.isfile(program):
+        raise GeodiagError(f"cannot run {program}: it is no program of its own; write python {program}")
+    fix = f"write python {program}" if program.endswith(".py") else "is it spelt right, and installed here?"
+    raise GeodiagError(f"no command {program!r}; {fix}")
+
+
 def _started(command: Sequence[str], environment: Mapping[str, str], mask: set) -> subprocess.Popen[bytes]:
     def unblock() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     try:
         return subprocess.Popen(command, env=environment, preexec_fn=unblock)
-    except FileNotFoundError:
-        fix = f"; write python {command[0]}" if command[0].endswith(".py") else "; is it spelt and installed right?"
-        raise GeodiagError(f"no command {command[0]!r}{fix}") from None
     except OSError as e:
-        fix = f"write python {command[0]}" if os.path.isfile(command[0]) else "pass a program"
-        raise GeodiagError(f"cannot run {command[0]}: {e.strerror}; {fix}") from None
+        raise GeodiagError(f"cannot run {command[0]}: {e.strerror}; write what runs it in front, e.g. bash") from None

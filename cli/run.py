@@ -40,11 +40,12 @@ def run(
     trace: Annotated[str, typer.Option(help=_TRACE)] = "flipped",
 ) -> None:
     """Run a training command as it is, and record what it trains."""
-    from geodiag.cli.command import carry_out
+    from geodiag.cli.command import carry_out, check
     from geodiag.hooks.orders import Orders
 
     if not command:
         raise GeodiagError("no command to run; write it behind --, e.g. geodiag run -- python train.py")
+    check(command[0])
     path = folder or Path("runs") / f"{_name(command)}-{datetime.now():%Y%m%d-%H%M%S}"
     _check_free(path)
     steps = _cadence(every or [], probe_every, layers, trace)

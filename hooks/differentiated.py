@@ -24,7 +24,7 @@ class Losses:
         self._before: Tensor | None = None
 
     def add(self, loss: Tensor) -> None:
-        self._fresh = loss if self._fresh is None else self._fresh + loss
+        self._fresh = loss if self._fresh is None else self._fresh + loss.to(self._fresh.device, non_blocking=True)
 
     def pass_by(self) -> None:
         """Another model's optimizer stepped: what came before was its loss, unless nothing comes after it."""
@@ -46,13 +46,18 @@ class Losses:
 class Ear:
     """Thin wrappers of `torch.autograd.backward`, which Tensor.backward calls too, and of GradScaler.
 
-    `begins` and `ends` are called around each backward, the latter with its scalars; `updated` after GradScaler.update.
+    `guarded` calls `begins` and `ends` around each backward, the latter with its scalars, and `updated` after
+    GradScaler.update.
     """
 
     def __init__(
-        self, begins: Callable[[], None], ends: Callable[[list[Tensor]], None], updated: Callable[[], None]
+        self,
+        guarded: Callable[[Callable[[], None]], None],
+        begins: Callable[[], None],
+        ends: Callable[[list[Tensor]], None],
+        updated: Callable[[], None],
     ) -> None:
-        self._begins, self._ends, self._updated = begins, ends, updated
+        self._guarded, self._begins, self._ends, self._updated = guarded, begins, ends, updated
         self._scaled: list[tuple[weakref.ref[Tensor], Tensor]] = []
         self._scaler: GradScaler | None = None
         self._originals = torch.autograd.backward, GradScaler.scale, GradScaler.update
@@ -73,9 +78,9 @@ class Ear:
             # Inside a backward, checkpoints run backwards of their own: those are parts of the one that is heard.
             if torch.compiler.is_compiling() or not self.on or torch._C._current_graph_task_id() != -1:
                 return original(*args, **kwargs)
-            self._begins()
+            self._guarded(self._begins)
             original(*args, **kwargs)
-            self._ends([self._unscaled(root, grad) for root, grad in _scalars(*args, **kwargs)])
+            self._guarded(lambda: self._ends([self._unscaled(*found) for found in _scalars(*args, **kwargs)]))
             self._scaled, self._scaler = [], None
 
         return backward
@@ -97,7 +102,7 @@ class Ear:
         def update(*args: Any, **kwargs: Any) -> None:
             original(*args, **kwargs)
             if self.on:
-                self._updated()
+                self._guarded(self._updated)
 
         return update
 

@@ -22,7 +22,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from geodiag.errors import GeodiagError
+from geodiag.hooks.clipped import Norms
 from geodiag.hooks.differentiated import Ear, Losses
+from geodiag.hooks.muster import before_they_part
 from geodiag.hooks.orders import Orders
 from geodiag.hooks.recording import Recording, catch_up
 from geodiag.hooks.search import best, holds_most, unwrapped
@@ -32,7 +34,7 @@ class Onlooker:
     """One process of a command. Whatever fails in here is said once, and the program goes on without it."""
 
     def __init__(self, orders: Orders) -> None:
-        self._orders, self._losses = orders, Losses()
+        self._orders, self._losses, self._norms = orders, Losses(), Norms()
         self._recording: Recording | None = None
         self._told: set[str] = set()
         self._born: list[weakref.ref[Optimizer]] = []
@@ -42,13 +44,17 @@ class Onlooker:
         """Optimizers whose model was looked for in vain."""
         self._looking: Any = None
         self._ear = Ear(
-            begins=lambda: self._recorded(Recording.goes_on), ends=self._differentiated, updated=self._scaler_updated
+            guarded=self._guarded,
+            begins=lambda: self._recorded(Recording.goes_on),
+            ends=self._differentiated,
+            updated=lambda: self._recorded(Recording.scaler_updated),
         )
         self._handles = [
             register_optimizer_step_pre_hook(lambda optimizer, *_: self._guarded(lambda: self._steps(optimizer))),
             register_optimizer_step_post_hook(lambda optimizer, *_: self._stepped(optimizer)),
         ]
         self._hear_of_optimizers()
+        before_they_part(lambda: self._recorded(Recording.wait))
         # torch.compile warns of any global hook; this one does nothing in what is compiled.
         warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
         self._look()
@@ -75,10 +81,9 @@ class Onlooker:
             self._losses.add(loss)
         self._recorded(Recording.differentiated)
 
-    def _scaler_updated(self) -> None:
-        self._recorded(Recording.scaler_updated)
-
     def _stepped(self, optimizer: Optimizer) -> None:
+        if self._recording is None:
+            self._guarded(lambda: self._steps(optimizer, over=True))
         if self._recording is None:
             self._losses.pass_by()
         self._recorded(lambda recording: recording.stepped(optimizer))
@@ -95,12 +100,12 @@ class Onlooker:
             self._looking = None
 
     def _forward(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        if self._recording is None and self._called.get(module) != len(self._born):
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self._guarded(lambda: self._called_with_gradient(module, args))
 
     def _called_with_gradient(self, module: nn.Module, args: Any) -> None:
+        if self._recording is not None or self._called.get(module) == len(self._born):
+            return
         self._called[module] = len(self._born)
         optimizers = self._optimizers
         if not optimizers or not holds_most(module, optimizers):
@@ -115,13 +120,15 @@ class Onlooker:
         if unwrapped(module) is module:
             catch_up(module, args, known)
 
-    def _steps(self, optimizer: Optimizer) -> None:
-        """The optimizer is about to step: its model has been called by now."""
+    def _steps(self, optimizer: Optimizer, over: bool = False) -> None:
+        """The optimizer is about to step: its model has been called by now; with a closure, until the step is over."""
         if self._recording is not None or optimizer in self._hopeless:
             return
         optimizers = self._optimizers
         candidates = best(self._called, optimizer)
         found = next((m for m in candidates if _has_layout(unwrapped(m))), next(iter(candidates), None))
+        if found is None and not over:
+            return
         try:
             if found is None:
                 raise GeodiagError(
@@ -137,7 +144,8 @@ class Onlooker:
                 self._look_away()
 
     def _begin(self, called: nn.Module, optimizers: list[Optimizer]) -> None:
-        self._recording = Recording(self._orders, called, optimizers, self._losses, self._say)
+        self._recording = Recording(self._orders, called, optimizers, self._losses, self._norms, self._say)
+        self._called.clear()
         self._look_away()
 
     # -- whatever fails ------------------------------------------------------------------------

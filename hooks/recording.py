@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from geodiag.errors import GeodiagError
+from geodiag.hooks.clipped import Norms
 from geodiag.hooks.differentiated import Losses
 from geodiag.hooks.ending import Ending
 from geodiag.hooks.muster import all_here
@@ -27,17 +28,24 @@ Tell = Callable[[str], None]
 
 
 class Recording:
-    """One model's training. `called` is the module that the script calls, `losses` what it differentiated so far.
+    """One model's training. `called` is what the script calls, `losses` and `norms` what was heard so far.
 
     GeodiagError where the model cannot be watched, or the run directory cannot be written.
     """
 
     def __init__(
-        self, orders: Orders, called: nn.Module, optimizers: Sequence[Optimizer], losses: Losses, tell: Tell
+        self,
+        orders: Orders,
+        called: nn.Module,
+        optimizers: Sequence[Optimizer],
+        losses: Losses,
+        norms: Norms,
+        tell: Tell,
     ) -> None:
-        self._orders, self._losses, self._tell, self._pid = orders, losses, tell, os.getpid()
+        self._losses, self._norms, self._tell, self._pid = losses, norms, tell, os.getpid()
         model = unwrapped(called)
         self._weights = {id(p) for p in model.parameters()}
+        self._trained = {id(p) for p in model.parameters() if p.requires_grad}
         own = [o for o in optimizers if belongs(o, self._weights)]
         self._known = {id(o): o in own for o in optimizers}
         self._rounds = Rounds(id(o) for o in own)
@@ -83,16 +91,23 @@ class Recording:
 
     def _end_round(self) -> None:
         self._rounds.over()
-        loss = self._losses.take()
+        loss, norm = self._losses.take(), self._norms.take(self._trained)
         if loss is None:
             self._tell("an optimizer stepped before any backward of a single number; such steps are not recorded")
             return
-        self._monitor.step(loss)
+        self._monitor.step(loss, grad_norm=norm)
+
+    def wait(self) -> None:
+        """The ranks are about to part: they hear of each other's last step before that."""
+        self.goes_on()
+        self._monitor.wait()
 
     def close(self, status: Status) -> None:
         """Closes the run; a round that waited for more steps is on record, too."""
-        self.goes_on()
-        self._monitor.close(status)
+        try:
+            self.goes_on()
+        finally:
+            self._monitor.close(status)
 
     def give_up(self) -> None:
         """Something failed that was not foreseen: the run ends here, the training does not."""
