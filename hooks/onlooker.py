@@ -6,7 +6,6 @@ the optimizer first steps: of that step only the loss and the gradient norm are 
 """
 
 import contextlib
-import functools
 import os
 import sys
 import warnings
@@ -24,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from geodiag.errors import GeodiagError
 from geodiag.hooks.clipped import Norms
 from geodiag.hooks.differentiated import Ear, Losses
+from geodiag.hooks.made import hear_of_compiled_calls, hear_of_optimizers
 from geodiag.hooks.muster import before_they_part
 from geodiag.hooks.orders import Orders
 from geodiag.hooks.recording import Recording, catch_up
@@ -50,10 +50,11 @@ class Onlooker:
             updated=lambda: self._recorded(Recording.scaler_updated),
         )
         self._handles = [
-            register_optimizer_step_pre_hook(lambda optimizer, *_: self._guarded(lambda: self._steps(optimizer))),
+            register_optimizer_step_pre_hook(lambda optimizer, *_: self._will_step(optimizer)),
             register_optimizer_step_post_hook(lambda optimizer, *_: self._stepped(optimizer)),
         ]
-        self._hear_of_optimizers()
+        hear_of_optimizers(self._made)
+        hear_of_compiled_calls(self._compiled_call)
         before_they_part(lambda: self._recorded(Recording.wait))
         # torch.compile warns of any global hook; this one does nothing in what is compiled.
         warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
@@ -61,16 +62,9 @@ class Onlooker:
 
     # -- what is heard of ----------------------------------------------------------------------
 
-    def _hear_of_optimizers(self) -> None:
-        original = Optimizer.__init__
-
-        @functools.wraps(original)
-        def init(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-            original(optimizer, *args, **kwargs)
-            self._born.append(weakref.ref(optimizer))
-            self._look()
-
-        Optimizer.__init__ = init  # type: ignore[assignment, method-assign]
+    def _made(self, optimizer: Optimizer) -> None:
+        self._born.append(weakref.ref(optimizer))
+        self._look()
 
     @property
     def _optimizers(self) -> list[Optimizer]:
@@ -81,7 +75,15 @@ class Onlooker:
             self._losses.add(loss)
         self._recorded(Recording.differentiated)
 
+    def _will_step(self, optimizer: Optimizer) -> None:
+        if not torch.compiler.is_compiling():
+            self._guarded(lambda: self._steps(optimizer))
+
     def _stepped(self, optimizer: Optimizer) -> None:
+        if torch.compiler.is_compiling():
+            if self._recording is not None:
+                self._recording.unheard = True  # all that the compiled step will do of this
+            return
         if self._recording is None:
             self._guarded(lambda: self._steps(optimizer, over=True))
         if self._recording is None:
@@ -103,9 +105,16 @@ class Onlooker:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self._guarded(lambda: self._called_with_gradient(module, args))
 
+    def _compiled_call(self, module: nn.Module, args: Any) -> None:
+        if self._recording is None:
+            self._forward(module, args)
+        elif torch.is_grad_enabled():
+            self._recorded(lambda recording: recording.enters(module))
+
     def _called_with_gradient(self, module: nn.Module, args: Any) -> None:
         if self._recording is not None or self._called.get(module) == len(self._born):
             return
+        fresh = module not in self._called
         self._called[module] = len(self._born)
         optimizers = self._optimizers
         if not optimizers or not holds_most(module, optimizers):
@@ -113,11 +122,11 @@ class Onlooker:
         if _ranks_are_still_apart():
             self._called[module] = -1  # looked at again when they are together
             return
-        if not _has_layout(unwrapped(module)):
+        if not _has_layout(unwrapped(module), fresh):
             return
         known = set(module._forward_pre_hooks)
-        self._begin(module, optimizers)
-        if unwrapped(module) is module:
+        self._begin(module, optimizers, fresh)
+        if unwrapped(module) is module and module._compiled_call_impl is None:
             catch_up(module, args, known)
 
     def _steps(self, optimizer: Optimizer, over: bool = False) -> None:
@@ -131,10 +140,8 @@ class Onlooker:
             return
         try:
             if found is None:
-                raise GeodiagError(
-                    f"no module that was called with gradient holds what {type(optimizer).__name__} trains; "
-                    "a model that is compiled by its own compile() needs geodiag.attach before that"
-                )
+                what = f"no module that was called holds what {type(optimizer).__name__} trains"
+                raise GeodiagError(f"{what}; where a compiled function calls it, call geodiag.attach before that")
             self._begin(found, optimizers if optimizer in optimizers else [*optimizers, optimizer])
         except GeodiagError as e:
             self._hopeless.add(optimizer)
@@ -143,8 +150,9 @@ class Onlooker:
             if all(o in self._hopeless for o in optimizers):
                 self._look_away()
 
-    def _begin(self, called: nn.Module, optimizers: list[Optimizer]) -> None:
-        self._recording = Recording(self._orders, called, optimizers, self._losses, self._norms, self._say)
+    def _begin(self, called: nn.Module, optimizers: list[Optimizer], fresh: bool = False) -> None:
+        heard = self._losses, self._norms
+        self._recording = Recording(self._orders, called, optimizers, *heard, self._say, fresh)
         self._called.clear()
         self._look_away()
 
@@ -189,11 +197,11 @@ def _ranks_are_still_apart() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not (dist.is_available() and dist.is_initialized())
 
 
-def _has_layout(model: nn.Module) -> bool:
+def _has_layout(model: nn.Module, fresh: bool = False) -> bool:
     from geodiag.hooks.adapters import find_layout
 
     try:
-        find_layout(model)
+        find_layout(model, fresh)
     except GeodiagError:
         return False
     return True

@@ -28,7 +28,8 @@ Tell = Callable[[str], None]
 
 
 class Recording:
-    """One model's training. `called` is what the script calls, `losses` and `norms` what was heard so far.
+    """One model's training. `called` is what the script calls, `losses` and `norms` what was heard so far; `fresh`,
+    that this is its first call.
 
     GeodiagError where the model cannot be watched, or the run directory cannot be written.
     """
@@ -41,15 +42,18 @@ class Recording:
         losses: Losses,
         norms: Norms,
         tell: Tell,
+        fresh: bool,
     ) -> None:
         self._losses, self._norms, self._tell, self._pid = losses, norms, tell, os.getpid()
-        model = unwrapped(called)
+        self.unheard = False
+        """Whether an optimizer has stepped whose step is compiled: the round ends when what comes next begins."""
+        self._called, model = called, unwrapped(called)
         self._weights = {id(p) for p in model.parameters()}
         self._trained = {id(p) for p in model.parameters() if p.requires_grad}
         own = [o for o in optimizers if belongs(o, self._weights)]
         self._known = {id(o): o in own for o in optimizers}
         self._rounds = Rounds(id(o) for o in own)
-        self._monitor: Monitor = _attached(orders, model, own)
+        self._monitor: Monitor = _attached(orders, model, own, fresh)
         # Before the monitor's own hooks: what a forward shows belongs to the step that it begins.
         called.register_forward_pre_hook(lambda *_: self.goes_on() if torch.is_grad_enabled() else None, prepend=True)
         orders.note(5, "the training ended before its first step was over")
@@ -62,9 +66,14 @@ class Recording:
         """Whether this is a process that was forked off, a data loader's worker: it takes no part."""
         return os.getpid() != self._pid
 
+    def enters(self, module: nn.Module) -> None:
+        """A module that is compiled in place is called, whose own hooks are inside of what is compiled."""
+        if module is self._called:
+            self.goes_on()
+
     def goes_on(self) -> None:
         """A forward or a backward begins."""
-        if not torch.compiler.is_compiling() and self._rounds.next():
+        if not torch.compiler.is_compiling() and (self.unheard or self._rounds.next()):
             self._end_round()
 
     def differentiated(self) -> None:
@@ -91,6 +100,7 @@ class Recording:
 
     def _end_round(self) -> None:
         self._rounds.over()
+        self.unheard = False
         loss, norm = self._losses.take(), self._norms.take(self._trained)
         if loss is None:
             self._tell("an optimizer stepped before any backward of a single number; such steps are not recorded")
@@ -114,12 +124,12 @@ class Recording:
         self._monitor.close("interrupted")
 
 
-def _attached(orders: Orders, model: nn.Module, optimizers: list[Optimizer]) -> "Monitor":
+def _attached(orders: Orders, model: nn.Module, optimizers: list[Optimizer], fresh: bool) -> "Monitor":
     if "geodiag.hooks.monitor" in sys.modules:
         raise GeodiagError("the script attaches geodiag itself, and its own run is the record")
     if not all_here():
         raise GeodiagError(
-            "not every rank trains, and the ranks that do cannot be told apart; call geodiag.attach there"
+            "not every rank of the process group trains a model, and geodiag watches all of them or none"
         )
     from geodiag.hooks.attach import attach
 
@@ -133,6 +143,7 @@ def _attached(orders: Orders, model: nn.Module, optimizers: list[Optimizer]) -> 
         trace=parse_trace(orders.trace),
         first_step=steps_taken(optimizers),
         config={"command": list(orders.command)},
+        fresh=fresh,
     )
 
 

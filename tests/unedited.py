@@ -1,7 +1,10 @@
 """Small training scripts that know nothing of geodiag, for the tests of `geodiag run`. Each prints its losses."""
 
 FEW = """
+import importlib.util
 import sys
+
+assert importlib.util.find_spec("torch")  # looking is not importing
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -80,7 +83,7 @@ optimizers = torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(rest, lr=1e-
 for step in range(6):
     loss = loss_of(model, batch())
     loss.backward()
-    for optimizer in optimizers[: 1 if step in (2, 5) else 2]:
+    for optimizer in optimizers[: 1 if step in (0, 2, 5) else 2]:
         optimizer.step()
         optimizer.zero_grad()
     print(loss.item())
@@ -182,6 +185,28 @@ for _ in range(3):
     loss = loss_of(compiled, batch())
     loss.backward()
     optimizer.step()
+    optimizer.zero_grad()
+    print(loss.item())
+"""
+
+IN_PLACE = COMPILED.replace('torch.compile(model, backend="eager")', "model").replace(
+    "optimizer =", 'model.compile(backend="eager", fullgraph=True)\noptimizer ='
+)
+
+BY_LAYER = COMPILED.replace('torch.compile(model, backend="eager")', "model").replace(
+    "optimizer =", 'for block in model.blocks[:2]:\n    block.compile(backend="eager")\noptimizer ='
+)
+
+COMPILED_STEP = """
+from few import *
+
+model = Blocks()
+optimizer = adamw(model)
+step = torch.compile(lambda: optimizer.step(), backend="eager")
+for _ in range(3):
+    loss = loss_of(model, batch())
+    loss.backward()
+    step()
     optimizer.zero_grad()
     print(loss.item())
 """
