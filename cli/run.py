@@ -112,13 +112,13 @@ def _outcome(path: Path, notes: Path, code: int) -> str:
     from geodiag.run import looks_like_a_run, open_run
 
     if not looks_like_a_run(Folder.of(path)):
-        return f"nothing was recorded: {why_nothing(notes)}"
+        return f"nothing was recorded in {path}: {why_nothing(notes)}"
     record = open_run(path)
     if code and record.manifest.get("status") == "finished":  # an exit code is all that sys.exit tells
         write_json(path / "run.json", record.manifest | {"status": "failed"})
     last = record.last_step()
     if last is None:
-        return f"no step was recorded: {why_nothing(notes)}"
+        return f"no step was recorded in {path}: {why_nothing(notes)}"
     return f"recorded up to step {last}; look at it: geodiag show {path}, or geodiag dashboard {path}"
 
 

@@ -1,6 +1,7 @@
 """What a training clips: the norm of its whole gradient before that, where the script has it computed anyway."""
 
 import functools
+from collections import deque
 from collections.abc import Callable, Set
 from typing import Any
 
@@ -9,13 +10,15 @@ from torch import Tensor
 from torch.nn import utils
 
 _NAME = "clip_grad_norm_"
+_KEPT = 8
+"""Calls in one step; a process in which nothing is recorded keeps no more either."""
 
 
 class Norms:
     """A thin wrapper of `torch.nn.utils.clip_grad_norm_`; `take` what it found, once a step."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[frozenset[int], Tensor]] = []
+        self._found: deque[tuple[frozenset[int], Tensor]] = deque(maxlen=_KEPT)
         wrapper = self._wrapped(utils.clip_grad.clip_grad_norm_)
         for module in (utils, utils.clip_grad):
             setattr(module, _NAME, wrapper)

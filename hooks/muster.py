@@ -33,7 +33,7 @@ def before_they_part(call: Callable[[], None]) -> None:
 
 def all_here(patience: timedelta = PATIENCE) -> bool:
     """Whether all ranks begin now; the same answer on every rank."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _alone():
         return True
     store = dist.distributed_c10d._get_default_store()
     store.set(f"geodiag/here/{dist.get_rank()}", "here")
@@ -43,3 +43,17 @@ def all_here(patience: timedelta = PATIENCE) -> bool:
     except RuntimeError:
         word = "leave"
     return store.compare_set("geodiag/word", "", word) == b"begin"
+
+
+def of_the_first(word: str) -> str:
+    """Rank 0's word, on every rank that has heard that all are here."""
+    if _alone():
+        return word
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        store.set("geodiag/first", word)
+    return store.get("geodiag/first").decode()
+
+
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1

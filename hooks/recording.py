@@ -14,7 +14,7 @@ from geodiag.errors import GeodiagError
 from geodiag.hooks.clipped import Norms
 from geodiag.hooks.differentiated import Losses
 from geodiag.hooks.ending import Ending
-from geodiag.hooks.muster import all_here
+from geodiag.hooks.muster import all_here, of_the_first
 from geodiag.hooks.orders import Orders
 from geodiag.hooks.rounds import Rounds
 from geodiag.hooks.search import belongs, steps_taken, unwrapped
@@ -56,7 +56,6 @@ class Recording:
         self._monitor: Monitor = _attached(orders, model, own, fresh)
         # Before the monitor's own hooks: what a forward shows belongs to the step that it begins.
         called.register_forward_pre_hook(lambda *_: self.goes_on() if torch.is_grad_enabled() else None, prepend=True)
-        orders.note(5, "the training ended before its first step was over")
         Ending(self.close, elsewhere=lambda: atexit.unregister(self._monitor.close))
 
     # -- as the training goes ------------------------------------------------------------------
@@ -131,12 +130,16 @@ def _attached(orders: Orders, model: nn.Module, optimizers: list[Optimizer], fre
         raise GeodiagError(
             "not every rank of the process group trains a model, and geodiag watches all of them or none"
         )
+    orders.note(5, "the training ended before its first step was over")
+    path = of_the_first(orders.path)
+    if path != orders.path:  # `geodiag run` was started on each machine, or for each rank, and named its own
+        orders.note(9, f"the ranks record together, into {path}")
     from geodiag.hooks.attach import attach
 
     return attach(
         model,
         optimizers,
-        orders.path,
+        path,
         every=orders.every,
         probe_every=orders.probe_every,
         layers=orders.layers,

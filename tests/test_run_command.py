@@ -90,6 +90,7 @@ def test_a_training_is_bit_for_bit_the_same_and_every_step_with_its_loss_is_on_r
     assert layers.groupby("step")["stream_rms"].apply(lambda c: c.notna().all()).all(), "the first step, too"
     if name not in ("SCALED", "IN_BACKWARD"):
         assert steps["grad_norm"].notna().all()
+    assert len(run.read("tokens")), "the first batch is the probes'"
     assert steps["tokens"].tolist() == [96.0 if name == "ACCUMULATED" else 48.0] * len(steps)
     if name == "PLAIN":
         assert steps["lr"].tolist() == pytest.approx([0.01 / (1 + i) for i in range(4)]), "of the step, not of the next"
@@ -198,7 +199,7 @@ def nothing(done: subprocess.CompletedProcess, *words: str, code: int = 0) -> No
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     *_, last = done.stderr.splitlines()
-    assert last.startswith("geodiag: nothing was recorded: ")
+    assert last.startswith("geodiag: nothing was recorded in ")
     for word in words:
         assert word in last
 
@@ -224,7 +225,7 @@ print(sitecustomize.mark, sorted(m for m in sys.modules if m.startswith("geodiag
 
 def test_a_script_that_never_trains(folder: Path) -> None:
     done = watched(folder, "from few import *\nmodel = Blocks()\nx = adamw(model)\nloss_of(model, batch())\nprint(1)\n")
-    assert "no step was recorded: the training ended before its first step" in done.stderr.splitlines()[-1]
+    assert "no step was recorded in run: the training ended before its first step" in done.stderr.splitlines()[-1]
     (folder / "run").rename(folder / "one")
     nothing(watched(folder, "import torch\n"), "no optimizer of torch took a step")
 

@@ -7,25 +7,37 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from geodiag.hooks.muster import all_here, before_they_part
+from geodiag.hooks.muster import all_here, before_they_part, of_the_first
 
 SOON = timedelta(seconds=0.2)
 
 
 @pytest.fixture
-def of_two(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, timedelta], bool]:
-    """`of_two(rank, patience)`: the muster of one of two ranks, which share a store."""
+def me(monkeypatch: pytest.MonkeyPatch) -> threading.local:
+    """Two ranks, which share a store, each in a thread; `me.rank` is this thread's."""
     store, me = dist.HashStore(), threading.local()
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: me.rank)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
 
+    return me
+
+
+@pytest.fixture
+def of_two(me: threading.local) -> Callable[[int, timedelta], bool]:
+    """`of_two(rank, patience)`: the muster of one of the two."""
+
     def muster(rank: int, patience: timedelta) -> bool:
         me.rank = rank
         return all_here(patience)
 
     return muster
+
+
+def test_the_first_ranks_word_is_everyones(me: threading.local) -> None:
+    for me.rank, own in enumerate(("runs/first", "runs/second")):
+        assert of_the_first(own) == "runs/first"
 
 
 def test_ranks_that_all_come_begin(of_two) -> None:
