@@ -4,29 +4,41 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from geodiag.errors import GeodiagError
 
 _PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+_HEARD = {*_PASSED_ON, signal.SIGCHLD}
+_SECONDS = 1.0
+"""Between looks at the command, should the news of its end be lost."""
 
 
-def carry_out(command: Sequence[str], environment: Mapping[str, str]) -> int:
+@contextmanager
+def signals_kept() -> Iterator[set]:
+    """Inside, signals wait for `carry_out`; yields which were blocked before.
+
+    To be entered before anything heavy is imported: a thread that was started earlier may take them for itself.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+    try:
+        yield before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def carry_out(command: Sequence[str], environment: Mapping[str, str], mask: set) -> int:
     """Runs the command to its end; its exit code, 128 + N where signal N ended it, as shells say it.
 
     Signals are passed on, but not those that the terminal sends: Ctrl-C reaches the command by itself, and once is
-    enough. GeodiagError where the command cannot be started.
+    enough. `mask`: the signals that the command begins with blocked. GeodiagError where it cannot be started.
     """
-    heard = {*_PASSED_ON, signal.SIGCHLD}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
-    try:
-        child = _started(command, environment, before)
-        while child.poll() is None:
-            info = signal.sigwaitinfo(heard)
-            if info.si_signo in _PASSED_ON and info.si_code <= 0:  # a process sent it, no terminal
-                child.send_signal(info.si_signo)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    child = _started(command, environment, mask)
+    while child.poll() is None:
+        info = signal.sigtimedwait(_HEARD, _SECONDS)
+        if info is not None and info.si_signo in _PASSED_ON and info.si_code <= 0:  # a process sent it, no terminal
+            child.send_signal(info.si_signo)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 

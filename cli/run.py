@@ -40,15 +40,31 @@ def run(
     trace: Annotated[str, typer.Option(help=_TRACE)] = "flipped",
 ) -> None:
     """Run a training command as it is, and record what it trains."""
-    from geodiag.cli.command import carry_out, check
-    from geodiag.hooks.orders import Orders
+    from geodiag.cli.command import check, signals_kept
 
     if not command:
         raise GeodiagError("no command to run; write it behind --, e.g. geodiag run -- python train.py")
     check(command[0])
     path = folder or Path("runs") / f"{_name(command)}-{datetime.now():%Y%m%d-%H%M%S}"
     _check_free(path)
-    steps = _cadence(every or [], probe_every, layers, trace)
+    with signals_kept() as mask:
+        code = _recorded(command, path, every or [], probe_every, layers, trace, mask)
+    raise typer.Exit(code)
+
+
+def _recorded(
+    command: Sequence[str],
+    path: Path,
+    every: list[str],
+    probe_every: int,
+    layers: str | None,
+    trace: str,
+    mask: set,
+) -> int:
+    from geodiag.cli.command import carry_out
+    from geodiag.hooks.orders import Orders
+
+    steps = _cadence(every, probe_every, layers, trace)
     with tempfile.TemporaryDirectory(prefix="geodiag-") as notes:
         orders = Orders(
             path=str(path.absolute()),
@@ -60,9 +76,9 @@ def run(
             command=tuple(command),
         )
         _say(f"recording to {path}")
-        code = carry_out(command, _environment(orders))
+        code = carry_out(command, _environment(orders), mask)
         _say(_outcome(path, Path(notes), code))
-    raise typer.Exit(code)
+    return code
 
 
 def _name(command: Sequence[str]) -> str:
