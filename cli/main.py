@@ -18,6 +18,7 @@ from geodiag.cli.export import export
 from geodiag.cli.output import print_error
 from geodiag.cli.report import report
 from geodiag.cli.routing import routing
+from geodiag.cli.run import run
 from geodiag.cli.runs import runs
 from geodiag.cli.show import show
 from geodiag.cli.spikes import spikes
@@ -90,6 +91,7 @@ def geodiag(
 
 _TRAIN, _LOOK, _HERE = "Train", "Look and steer", "This machine"
 app.command(rich_help_panel=_TRAIN)(train)
+app.command(rich_help_panel=_TRAIN, context_settings={"allow_interspersed_args": False})(run)
 app.command(rich_help_panel=_TRAIN)(demo)
 app.command(rich_help_panel=_LOOK)(dashboard)
 app.command(rich_help_panel=_LOOK)(runs)

@@ -48,6 +48,7 @@ def attach(
     micro_batches: int = 1,
     first_step: int = 0,
     config: Mapping[str, Any] | None = None,
+    fresh: bool = False,
     quiet: bool = False,
 ) -> Monitor:
     """Watches `model` and records every step of its training in the run directory `path`.
@@ -65,13 +66,14 @@ def attach(
     every: steps between samples, for all metrics or by the beginning of their names: {"": 10, "amax_gain": 1}.
     layers: those that are recorded, e.g. "0-7,30-". sample: tokens a micro-batch for per-token products.
     micro_batches: of a step. More are found by themselves, except inside a compiled model.
+    fresh: parts of the model are compiled already, but have not run yet, so that they can still be watched.
 
     GeodiagError where the model has no blocks to watch, or `path` cannot be written.
     """
     if min(sample, micro_batches) < 1:
         raise ValueError("sample and micro_batches are at least 1")
     optimizers = optimizers_in(optimizer)
-    layout = find_layout(model)
+    layout = find_layout(model, fresh)
     plan = Plan(
         cadence=Cadence.of(every, probe_every, parse_layers(layers, len(layout.layers))),
         sample=sample,

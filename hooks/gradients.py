@@ -1,6 +1,7 @@
 """Gradient norms a layer, read when the optimizer steps, so the user's order of `zero_grad` does not matter."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,13 +39,23 @@ class GradientNorms:
         self.recording = True
         self._seen = False
         self._squares = torch.zeros(len(optimizers), self._outside + 1, device=device)
-        self._handles: list[Removable] = [
-            o.register_step_pre_hook(lambda opt, *_, i=i: self._read(i, opt)) for i, o in enumerate(optimizers)
-        ]
+        self._handles: list[Removable] = []
+        for i, o in enumerate(optimizers):
+            self._handles.append(o.register_step_pre_hook(partial(self._before, i)))
+            self._handles.append(o.register_step_post_hook(partial(self._after, i)))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def _before(self, place: int, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not _closure(args, kwargs):
+            self._read(place, optimizer)
+
+    def _after(self, place: int, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A closure computes the gradients inside of the step: before it there are those of the step before."""
+        if _closure(args, kwargs):
+            self._read(place, optimizer)
 
     @torch.no_grad()
     def _read(self, place: int, optimizer: Optimizer) -> None:
@@ -83,6 +94,11 @@ class GradientNorms:
     def clear(self) -> None:
         self._seen = False
         self._squares.zero_()
+
+
+def _closure(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether an optimizer's `step` was given one; `args` begins with the optimizer."""
+    return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
 
 
 def optimizers_in(given: Any) -> list[Optimizer]:

@@ -257,6 +257,10 @@ class Monitor:
     def _complain(self, what: str, error: Exception) -> None:
         self._recorder.complain(what, error, self.next_step)
 
+    def wait(self) -> None:
+        """Until every step so far is on record, and all ranks have heard of it."""
+        self._recorder.wait()
+
     def close(self, status: Status = "finished") -> None:
         """Takes every hook off and closes the run. Closing twice does nothing."""
         if self._closed:

@@ -119,7 +119,7 @@ class ProbeBatch:
 def _eager(model: nn.Module) -> AbstractContextManager[Any]:
     """Compiled parts run as they are written: a probe is not worth graphs of its own, and its hooks do what no graph
     can hold."""
-    compiled = any(m._compiled_call_impl is not None for m in model.modules())
+    compiled = any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 

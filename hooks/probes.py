@@ -51,8 +51,9 @@ class Probes:
         self._then: dict[int, Choice] = {}
         self._meeting = model.register_forward_pre_hook(self._meet, with_kwargs=True)
 
-    def _meet(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
+    def _meet(self, _: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        # Torch leaves the kwargs out for a hook that an earlier hook of the same call took off.
+        if torch.is_grad_enabled() and kwargs is not None:
             self.batch.meet(args, kwargs)
 
     def met(self) -> None:

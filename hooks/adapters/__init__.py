@@ -9,9 +9,12 @@ from geodiag.hooks.adapters.base import Layout
 __all__ = ["Layout", "find_layout"]
 
 
-def find_layout(model: nn.Module) -> Layout:
-    """What geodiag may look at in `model`. GeodiagError where it finds no blocks at all, or could not watch them."""
-    if any(_compiled(m) for m in model.modules()):
+def find_layout(model: nn.Module, fresh: bool = False) -> Layout:
+    """What geodiag may look at in `model`. GeodiagError where it finds no blocks at all, or could not watch them.
+
+    fresh: what of it is compiled has not run yet, and will see hooks that come now.
+    """
+    if not fresh and any(_compiled(m) for m in model.modules()):
         raise GeodiagError(
             f"{type(model).__name__} is compiled already, and compiled code does not see hooks that come later; "
             "attach geodiag first, then call torch.compile"
