@@ -1,24 +1,19 @@
 """`geodiag run`: scripts that nobody edited are recorded, bit for bit as they are, or left alone with a reason."""
 
-import contextlib
-import io
 import os
-import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from geodiag.run import Run, open_run
+from geodiag.run import open_run
 from tests import unedited
 from tests.test_bad_input import one_line
-
-ROOT = Path(__file__).parents[1]
-Watched = Callable[..., subprocess.CompletedProcess]
+from tests.watching import ROOT, recorded, start, unwatched, watched
 
 
 @pytest.fixture
@@ -27,81 +22,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, command: Sequence[str], *options: str, **how: Any) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | how.pop("env", {})
-    main = [sys.executable, "-m", "geodiag.cli", "run", "--run", "run", *options, "--", *command]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(main, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, **how)
-
-
-def watched(
-    folder: Path, script: str, *options: str, command: Sequence[str] = (sys.executable,), arguments: Sequence[str] = ()
-) -> subprocess.CompletedProcess:
-    """`geodiag run` of a script, in a process of its own."""
-    (folder / "train.py").write_text(script)
-    process = start(folder, [*command, "train.py", *arguments], *options)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def unwatched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the script prints without geodiag."""
-    monkeypatch.syspath_prepend(str(folder))
-    sys.modules.pop("few", None)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        runpy.run_path(str(folder / "train.py"), run_name="__main__")
-    return said.getvalue()
-
-
-def recorded(folder: Path, done: subprocess.CompletedProcess, status: str = "finished") -> Run:
-    """The run, whose losses are those that the script printed."""
-    assert (folder / "run/run.json").exists(), done.stderr
-    run = open_run(folder / "run")
-    assert run.read("steps")["loss"].tolist() == [float(line) for line in done.stdout.split()], done.stderr
-    assert run.status() == status
-    assert run.read("events")["kind"].tolist() == ["attempt"], done.stderr
-    assert "geodiag show run" in done.stderr.splitlines()[-1]
-    return run
-
-
 # -- trainings -----------------------------------------------------------------------------
-
-SCRIPTS = {
-    name: getattr(unedited, name)
-    for name in (
-        *("PLAIN", "ACCUMULATED", "TWO_OPTIMIZERS", "EVALUATED", "ADVERSARIES", "SCALED", "CLOSURE", "COMPILED"),
-        *("IN_PLACE", "BY_LAYER", "COMPILED_STEP", "RESUMED", "IN_BACKWARD", "EXPERTS"),
-    )
-}
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_training_is_bit_for_bit_the_same_and_every_step_with_its_loss_is_on_record(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    done = watched(folder, SCRIPTS[name])
-    assert done.returncode == 0, done.stderr
-    run = recorded(folder, done)
-    assert done.stdout == unwatched(folder, monkeypatch)
-    steps, layers = run.read("steps"), run.read("layers")
-    first = 900 if name == "RESUMED" else 0
-    assert steps["step"].tolist() == list(range(first, first + len(steps)))
-    assert layers.groupby("step")["stream_rms"].apply(lambda c: c.notna().all()).all(), "the first step, too"
-    if name not in ("SCALED", "IN_BACKWARD"):
-        assert steps["grad_norm"].notna().all()
-    assert len(run.read("tokens")), "the first batch is the probes'"
-    assert steps["tokens"].tolist() == [96.0 if name == "ACCUMULATED" else 48.0] * len(steps)
-    if name == "PLAIN":
-        assert steps["lr"].tolist() == pytest.approx([0.01 / (1 + i) for i in range(4)]), "of the step, not of the next"
-    if name == "ACCUMULATED":
-        said = [float(line) for line in done.stderr.splitlines() if line[0].isdigit()]
-        assert steps["grad_norm"].tolist() == said, "before it was clipped"
-    if name == "ADVERSARIES":
-        assert done.stderr.count("what that one trains is not recorded") == 1
-    if name == "EXPERTS":
-        assert run.read("experts")["load"].notna().all()
-        assert run.manifest["found"]["family"] == "reference (mhc)"
 
 
 def test_the_first_step_of_an_optimizer_made_late_has_its_loss_and_gradient_norm(folder: Path) -> None:
