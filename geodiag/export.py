@@ -105,7 +105,7 @@ def export(
                 raise GeodiagError(f"{run.url} recorded nothing of what is asked for; {pieces.held()}")
             with told(out):
                 files.finish()
-        except BaseException:
+        except BaseException:  # Ctrl-C too: files are closed before their folder goes
             with suppress(OSError):  # what happened first is what is told
                 files.abandon()
             raise

@@ -60,7 +60,7 @@ def whole_folder(out: Path, force: bool) -> Iterator[Path]:
             if force and here.exists():
                 os.replace(here, old)
             os.replace(tmp, here)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: nothing half stays, and what was there before comes back
         if old.exists() and not here.exists():
             os.replace(old, here)
         shutil.rmtree(tmp, ignore_errors=True)

@@ -50,16 +50,16 @@ def begin() -> None:
         notes = json.loads(os.environ[ORDERS])["notes"]
         note(notes, 1, "no optimizer of torch took a step")
         from geodiag.hooks.onlooker import look_out
+
+        look_out()
     except ModuleNotFoundError as e:
         note(
             notes,
             2,
             f"{sys.executable} has no {e.name}; install geodiag there: {sys.executable} -m pip install geodiag",
         )
-    except Exception as e:
+    except Exception as e:  # this runs inside of the program's own `import torch`, which must not fail for it
         print(f"geodiag cannot look into this process: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
-    else:
-        look_out()
 
 
 def note(folder: str, weight: int, text: str) -> None:
