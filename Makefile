@@ -36,7 +36,7 @@ fmt: .venv/.installed-test
 	$(BIN)/ruff check --fix .
 
 docs: .venv/.installed
-	$(BIN)/python -m geodiag.catalogue > docs/metrics.md
+	$(BIN)/python -m geodiag.metrics.catalogue > docs/metrics.md
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

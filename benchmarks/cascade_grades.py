@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from geodiag.benchmarks.cascade_trials import TRUTHS, Trial
-from geodiag.cascade import Cascade, explain
+from geodiag.cascade.explain import Cascade, explain
 from geodiag.run import Run, open_run
 
 REACH = 30

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from geodiag.anomaly.metric_roles import SIGNALS
 from geodiag.benchmarks.report import Parser, save, say, setting, where
 from geodiag.events import Event
 from geodiag.run import Run
-from geodiag.signals import SIGNALS
 
 CHUNK = 200
 """Steps written at a time; the writer makes parts of them and merges these, as in a training."""

@@ -130,7 +130,7 @@ def train(trial: Trial, folder: Path, sequences: int, device: str) -> None:
         return
     import torch
 
-    from geodiag.cli.loop import Options, Training
+    from geodiag.cli.training import Options, Training
 
     torch.set_num_threads(1)
     shutil.rmtree(rough, ignore_errors=True)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from geodiag.benchmarks.report import Parser, save, say, setting, where
-from geodiag.cadence import PROBE_EVERY, Cadence
 from geodiag.hooks.adapters import find_layout
-from geodiag.hooks.groups import PROBED
-from geodiag.hooks.probe_batch import PROBE_TOKENS
-from geodiag.hooks.probes import Probes
+from geodiag.hooks.measure.metric_groups import PROBED
+from geodiag.hooks.probes.batch import PROBE_TOKENS
+from geodiag.hooks.probes.runner import Probes
+from geodiag.metrics.cadence import PROBE_EVERY, Cadence
 from geodiag.reference_models.config import sized
 from geodiag.reference_models.data import Batch
 from geodiag.reference_models.train import TrainConfig, Trainer

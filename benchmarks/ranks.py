@@ -24,7 +24,7 @@ from typing import Any
 from geodiag.benchmarks.ranks_launch import Started, call, torchrun, train
 from geodiag.benchmarks.ranks_page import markdown
 from geodiag.benchmarks.report import Parser, save, say, setting
-from geodiag.hooks.shelf import folder_of, snapshots_in
+from geodiag.hooks.snapshots.disk_store import folder_of, snapshots_in
 from geodiag.run import open_run
 
 PARALLEL = ("ddp", "fsdp")

@@ -13,9 +13,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from geodiag.cli.loop import Training
-from geodiag.cli.options import Options
-from geodiag.hooks import probes
+from geodiag.cli.train_options import Options
+from geodiag.cli.training import Training
+from geodiag.hooks.probes import runner as probes
 
 PARALLEL = ("ddp", "fsdp")
 COMPARED = 12

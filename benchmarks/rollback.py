@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from geodiag.benchmarks.report import Parser, save, say, setting, where
-from geodiag.hooks.snapshots import Snapshots
+from geodiag.hooks.snapshots.snapshots import Snapshots
 from geodiag.reference_models.config import sized
 from geodiag.reference_models.data import Loader
 from geodiag.reference_models.text import open_corpus

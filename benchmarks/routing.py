@@ -23,7 +23,7 @@ from geodiag.benchmarks.routing_page import page
 from geodiag.benchmarks.routing_plan import SMALL_LR, jobs, pilot, plans
 from geodiag.benchmarks.routing_trial import ARMS
 from geodiag.benchmarks.routing_workers import run
-from geodiag.hooks.controller import TROUBLE
+from geodiag.hooks.control.controller import TROUBLE
 
 
 def read(paths: Sequence[Path]) -> list[dict[str, Any]]:

@@ -20,16 +20,16 @@ import torch
 
 from geodiag.benchmarks.overhead import Estimate
 from geodiag.benchmarks.report import Parser, save, say, setting, where
-from geodiag.hooks.anticipatory import AnticipatoryRouting
-from geodiag.hooks.controller import Controller
-from geodiag.hooks.rerouting import Rerouting
-from geodiag.hooks.router_lag import RouterLag
+from geodiag.hooks.control.controller import Controller
+from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
+from geodiag.hooks.routing.base import Rerouting
+from geodiag.hooks.routing.router_lag import RouterLag
 from geodiag.reference_models.config import sized
 from geodiag.reference_models.data import Batch, Loader
 from geodiag.reference_models.text import open_corpus
 from geodiag.reference_models.train import TrainConfig, Trainer
 from geodiag.reference_models.transformer import Transformer
-from geodiag.spikes import SpikeDetector
+from geodiag.spikes.detector import SpikeDetector
 
 DELAY = 1
 Make = Callable[["Bench"], Rerouting | None]

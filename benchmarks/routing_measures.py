@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from geodiag.hooks.controller import TROUBLE
+from geodiag.hooks.control.controller import TROUBLE
 
 CAP = 12.0
 """Nats that a loss counts at most, infinite ones too: about twice what guessing bytes costs."""

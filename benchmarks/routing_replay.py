@@ -25,12 +25,12 @@ from geodiag.benchmarks.routing_measures import CAP
 from geodiag.benchmarks.routing_plan import NATURAL
 from geodiag.benchmarks.routing_replay_page import page, summarise
 from geodiag.benchmarks.routing_trial import DELAY, Scenario, perturb, setup
-from geodiag.hooks.anticipatory import AnticipatoryRouting
-from geodiag.hooks.rerouting import Rerouting
-from geodiag.hooks.router_lag import RouterLag
+from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
+from geodiag.hooks.routing.base import Rerouting
+from geodiag.hooks.routing.router_lag import RouterLag
 from geodiag.reference_models.data import Batch, Loader
 from geodiag.reference_models.train import Trainer
-from geodiag.spikes import Spike, SpikeDetector
+from geodiag.spikes.detector import Spike, SpikeDetector
 
 EVERY = 10
 AFTER = 40

@@ -15,10 +15,10 @@ import geodiag
 from geodiag.events import details
 from geodiag.hooks.adapters import find_layout
 from geodiag.hooks.attach import attach
-from geodiag.hooks.faults import Fault, Faults
-from geodiag.hooks.policy import Policy
-from geodiag.hooks.rerouting import Rerouting, rerouting
-from geodiag.hooks.snapshots import Snapshots
+from geodiag.hooks.control.policy import Policy
+from geodiag.hooks.faults.faults import Fault, Faults
+from geodiag.hooks.routing.base import Rerouting, rerouting
+from geodiag.hooks.snapshots.snapshots import Snapshots
 from geodiag.reference_models.config import sized
 from geodiag.reference_models.data import Batch, Loader
 from geodiag.reference_models.text import Corpus, open_corpus

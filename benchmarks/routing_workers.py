@@ -14,7 +14,7 @@ from typing import Any
 
 from geodiag.benchmarks.report import setting, where
 from geodiag.benchmarks.routing_plan import Job
-from geodiag.hooks.controller import TROUBLE
+from geodiag.hooks.control.controller import TROUBLE
 
 GRACE = 180.0
 """Seconds that the trials under way, and answers to spikes that were seen, have when the time is up."""

@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from geodiag.spike_curves import Update, find_spikes
-from geodiag.spikes import SpikeDetector
+from geodiag.spikes.detector import SpikeDetector
+from geodiag.spikes.loss_curves import Update, find_spikes
 
 Rule = Callable[[Sequence[Update]], Iterator[int]]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geodiag.spike_curves import Update
+from geodiag.spikes.loss_curves import Update
 
 if TYPE_CHECKING:
     from geodiag.benchmarks.spikes import Curve

@@ -20,8 +20,8 @@ from typing import Any
 from geodiag.benchmarks.report import Parser, save, say, setting
 from geodiag.benchmarks.spike_rules import RULES, Rule, geodiag_rule
 from geodiag.benchmarks.spike_trials import PLANTED, TRIALS
-from geodiag.spike_curves import Update, read_updates
-from geodiag.spikes import SpikeDetector
+from geodiag.spikes.detector import SpikeDetector
+from geodiag.spikes.loss_curves import Update, read_updates
 
 
 @dataclass(frozen=True)

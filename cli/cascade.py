@@ -10,8 +10,8 @@ from geodiag.cli.output import number, place, print_json, prose, screen
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from geodiag.cascade_parts import Cascade, Onset
-    from geodiag.evidence import Evidence
+    from geodiag.cascade.evidence import Evidence
+    from geodiag.cascade.types import Cascade, Onset
 
 _STYLE = {1: "magenta", 2: "cyan", 3: "yellow", "data": "green", None: "red"}
 _KINDS = {"nonfinite": "Loss not finite"}
@@ -29,7 +29,7 @@ def cascade(
     json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object a spike.")] = False,
 ) -> None:
     """Tell the cascade behind each spike: where it began, how it spread, and what would have stopped it."""
-    from geodiag.cascade import cascades, explain
+    from geodiag.cascade.explain import cascades, explain
     from geodiag.run import open_run
 
     opened = open_run(run)
@@ -90,7 +90,7 @@ def _path(c: "Cascade") -> "RenderableType":
 
 
 def _knot(c: "Cascade", knot: "Onset", mark: str) -> tuple[str, ...]:
-    from geodiag.defence import NAMES
+    from geodiag.cascade.defence import NAMES
 
     style = _STYLE[knot.stage]
     early = c.spike_onset - knot.step

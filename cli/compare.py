@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from geodiag.cli.output import STATUS_STYLE, number, print_json, screen
-from geodiag.cli.page import JSON, OPEN, OUT, size_of, write_page
+from geodiag.cli.report_file import JSON, OPEN, OUT, size_of, write_page
 
 if TYPE_CHECKING:
-    from geodiag.dashboard.paper.compared import Comparison
+    from geodiag.dashboard.reports.comparison import Comparison
 
 _RUNS = "Run directories, two or more; paths or URLs. They may be training."
 
@@ -31,8 +31,8 @@ def compare(
     """
     import time
 
-    from geodiag.dashboard.paper.compare import page
-    from geodiag.dashboard.paper.compared import compare as look_at
+    from geodiag.dashboard.reports.comparison import compare as look_at
+    from geodiag.dashboard.reports.comparison_page import page
     from geodiag.run import open_run
 
     told = look_at([open_run(r) for r in runs])

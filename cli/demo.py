@@ -29,9 +29,9 @@ def demo(
     run: Annotated[Path | None, typer.Option(help="Run directory.  (default: runs/demo-TIME)")] = None,
 ) -> None:
     """Train a small model on real text, tear it on purpose, and see it found, answered and recovered."""
-    from geodiag.cli.loop import Options, Training
     from geodiag.cli.output import prose, screen
     from geodiag.cli.progress import watch
+    from geodiag.cli.training import Options, Training
     from geodiag.run import open_run
 
     path = run or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"

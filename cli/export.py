@@ -9,7 +9,7 @@ from geodiag.cli.output import print_json, prose, screen
 from geodiag.cli.progress import bar
 
 if TYPE_CHECKING:
-    from geodiag.export import Exported
+    from geodiag.export.run_export import Exported
 
 _RUN = "A run directory; a path or a URL. It may be training."
 _OUT = "Folder to make.  (default: exports/FORMAT/RUN)"
@@ -41,8 +41,8 @@ def export(
     json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write a run as TensorBoard event files or as CSV, for the tools people already have."""
-    from geodiag.export import export as write
-    from geodiag.export_folder import default_out
+    from geodiag.export.output_folder import default_out
+    from geodiag.export.run_export import export as write
     from geodiag.run import open_run
 
     opened = open_run(run)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
-    from geodiag.cli.loop import Training
-    from geodiag.hooks.observer import Observation
+    from geodiag.cli.training import Training
+    from geodiag.hooks.record.step_observer import Observation
 
 _ROOM_FOR_TIME, _ROOM_FOR_BAR = 96, 124
 

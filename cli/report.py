@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from geodiag.cli.output import STATUS_STYLE, number, print_json, prose, screen
-from geodiag.cli.page import JSON, OPEN, OUT, size_of, write_page
+from geodiag.cli.report_file import JSON, OPEN, OUT, size_of, write_page
 
 if TYPE_CHECKING:
-    from geodiag.dashboard.paper.report import Report
+    from geodiag.dashboard.reports.report_page import Report
 
 
 def report(
@@ -28,7 +28,7 @@ def report(
     """
     import time
 
-    from geodiag.dashboard.paper.report import report as look_at
+    from geodiag.dashboard.reports.report_page import report as look_at
     from geodiag.run import open_run
 
     told = look_at(open_run(run))

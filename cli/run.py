@@ -15,7 +15,7 @@ import typer
 from geodiag.errors import GeodiagError
 
 if TYPE_CHECKING:
-    from geodiag.hooks.orders import Orders
+    from geodiag.hooks.autorecord.run_config import Orders
 
 _RUN = "Run directory; a new one, or an empty folder.  (default: runs/SCRIPT-TIME)"
 _EVERY = "Steps between samples, of everything or of metrics by the beginning of their names; repeatable.  (default: 1)"
@@ -40,7 +40,7 @@ def run(
     trace: Annotated[str, typer.Option(help=_TRACE)] = "flipped",
 ) -> None:
     """Run a training command as it is, and record what it trains."""
-    from geodiag.cli.command import check, signals_kept
+    from geodiag.cli.child_process import check, signals_kept
 
     if not command:
         raise GeodiagError("no command to run; write it behind --, e.g. geodiag run -- python train.py")
@@ -61,8 +61,8 @@ def _recorded(
     trace: str,
     mask: set,
 ) -> int:
-    from geodiag.cli.command import carry_out
-    from geodiag.hooks.orders import Orders
+    from geodiag.cli.child_process import carry_out
+    from geodiag.hooks.autorecord.run_config import Orders
 
     steps = _cadence(every, probe_every, layers, trace)
     with tempfile.TemporaryDirectory(prefix="geodiag-") as notes:
@@ -95,7 +95,7 @@ def _check_free(path: Path) -> None:
 
 def _cadence(every: list[str], probe_every: int, layers: str | None, trace: str) -> dict[str, int]:
     """What is asked for, as far as it can be checked before there is a model. GeodiagError for what makes no sense."""
-    from geodiag.cadence import Cadence, parse_every, parse_layers
+    from geodiag.metrics.cadence import Cadence, parse_every, parse_layers
 
     steps = parse_every(every)
     Cadence.of(steps or 1, probe_every)
@@ -104,7 +104,7 @@ def _cadence(every: list[str], probe_every: int, layers: str | None, trace: str)
     except GeodiagError:
         raise GeodiagError(f"--layers {layers} names no layers; pass numbers, e.g. 0-7,30-") from None
     if trace not in ("flipped", "margin"):
-        from geodiag.hooks.traced import parse_trace
+        from geodiag.hooks.probes.token_trace import parse_trace
 
         parse_trace(trace)
     return steps
@@ -112,7 +112,7 @@ def _cadence(every: list[str], probe_every: int, layers: str | None, trace: str)
 
 def _environment(orders: "Orders") -> dict[str, str]:
     """Python looks for a sitecustomize on its path first thing: there it finds geodiag's bootstrap under that name."""
-    from geodiag.hooks import bootstrap
+    from geodiag.hooks.autorecord import sitecustomize_hook as bootstrap
 
     site = Path(orders.notes) / "site"
     site.mkdir()
@@ -123,9 +123,9 @@ def _environment(orders: "Orders") -> dict[str, str]:
 
 def _outcome(path: Path, notes: Path, code: int) -> str:
     """What is on record now, and where to look at it; or why nothing is."""
-    from geodiag.files import Folder, write_json
-    from geodiag.hooks.orders import why_nothing
+    from geodiag.hooks.autorecord.run_config import why_nothing
     from geodiag.run import looks_like_a_run, open_run
+    from geodiag.store.files import Folder, write_json
 
     if not looks_like_a_run(Folder.of(path)):
         return f"nothing was recorded in {path}: {why_nothing(notes)}"

@@ -28,7 +28,7 @@ def show(
 ) -> None:
     """Show one run's health on one screen: the worst value of each key metric, where and when."""
     from geodiag.health import health
-    from geodiag.key_metrics import KEY_METRICS
+    from geodiag.metrics.headline import KEY_METRICS
     from geodiag.run import open_run
 
     opened = open_run(run)
@@ -56,7 +56,7 @@ def _head(h: "Health") -> str:
 def _stages(h: "Health") -> list["RenderableType"]:
     from rich.table import Table
 
-    from geodiag.key_metrics import KEY_METRICS
+    from geodiag.metrics.headline import KEY_METRICS
 
     parts: list[RenderableType] = []
     for title, names in KEY_METRICS.items():
@@ -90,7 +90,7 @@ def _verdict(h: "Health", stage: int, known: list[str]) -> str:
 
 def _row(h: "Health", name: str) -> tuple[str, str, str, str]:
     from geodiag.health import outside
-    from geodiag.schema import METRICS
+    from geodiag.metrics.schema import METRICS
 
     table = "steps" if ("steps", name) in METRICS else "layers"
     metric, worst = METRICS[table, name], h.worst[name]
@@ -131,8 +131,8 @@ def _tail(h: "Health") -> list["RenderableType"]:
 
 def _why(run: "Run") -> list["RenderableType"]:
     """The cascade behind the worst spike, in words."""
-    from geodiag.cascade import explain
-    from geodiag.run_spikes import spikes_of
+    from geodiag.cascade.explain import explain
+    from geodiag.spikes.recorded import spikes_of
 
     if not spikes_of(run):
         return []

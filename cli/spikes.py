@@ -9,7 +9,7 @@ import typer
 from geodiag.cli.output import number, print_json, screen
 
 if TYPE_CHECKING:
-    from geodiag.spikes import Spike
+    from geodiag.spikes.detector import Spike
 
 _STYLE = {"spike": "bold red", "divergence": "red", "nonfinite": "bold magenta", "outlier": "yellow"}
 
@@ -21,7 +21,7 @@ def spikes(
     json_: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
 ) -> None:
     """Find the spikes, outliers, divergences and non-finite losses of a run, as seen while it trained."""
-    from geodiag.spike_curves import find_spikes, read_updates
+    from geodiag.spikes.loss_curves import find_spikes, read_updates
 
     updates = read_updates(target)
     found = find_spikes(updates)

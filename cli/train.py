@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from geodiag.cli.loop import Training
+    from geodiag.cli.training import Training
 
 Recompute = Literal["none", "mhc", "layers"]
 Parallel = Literal["ddp", "fsdp"]
@@ -110,9 +110,9 @@ def train(
     ] = None,
 ) -> None:
     """Train a reference model, instrumented: every step is recorded in the run directory."""
-    from geodiag.cli.loop import Training
-    from geodiag.cli.options import Options, resumed
     from geodiag.cli.progress import watch
+    from geodiag.cli.train_options import Options, resumed
+    from geodiag.cli.training import Training
 
     asked = {k: v for k, v in ctx.params.items() if k != "resume"}
     asked |= {"inject": tuple(inject or ()), "every": tuple(every or ()), "clamp": clamp or None}

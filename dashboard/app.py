@@ -21,13 +21,14 @@ from dash import ClientsideFunction, Dash, Input, Output, State, html, no_update
 from flask import redirect
 from flask import request as http
 
-from geodiag.dashboard import control_panel, shell
-from geodiag.dashboard.guard import guard, new_token
-from geodiag.dashboard.library import Library
+from geodiag.dashboard.components import control_panel
+from geodiag.dashboard.components import frame as shell
+from geodiag.dashboard.components.components import notice
 from geodiag.dashboard.pages import activations, cascade, events, gain, overview, routing, runs
-from geodiag.dashboard.parts import notice
-from geodiag.dashboard.view import View
-from geodiag.dashboard.wire import compress, preload
+from geodiag.dashboard.server.access import guard, new_token
+from geodiag.dashboard.server.compression import compress, preload
+from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.url.url_state import View
 
 PAGES: dict[str, ModuleType] = {p.NAME: p for p in (overview, cascade, gain, routing, activations, events)}
 TABS = [(name, page.TITLE) for name, page in PAGES.items()]

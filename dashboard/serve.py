@@ -12,7 +12,7 @@ from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
 from geodiag.dashboard.app import create_app
 from geodiag.dashboard.figures.style import LIGHT, empty
-from geodiag.dashboard.guard import LOOPBACK, new_token
+from geodiag.dashboard.server.access import LOOPBACK, new_token
 from geodiag.errors import GeodiagError
 
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from geodiag.errors import GeodiagError
 
 if TYPE_CHECKING:
-    from geodiag.cascade import explain
-    from geodiag.hooks import faults
-    from geodiag.hooks.anticipatory import AnticipatoryRouting
+    from geodiag.cascade.explain import explain
     from geodiag.hooks.attach import attach
-    from geodiag.hooks.policy import Policy
-    from geodiag.hooks.router_lag import RouterLag
-    from geodiag.hooks.snapshots import Snapshots
+    from geodiag.hooks.control.policy import Policy
+    from geodiag.hooks.faults import faults
+    from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
+    from geodiag.hooks.routing.router_lag import RouterLag
+    from geodiag.hooks.snapshots.snapshots import Snapshots
     from geodiag.run import Run, open_run
-    from geodiag.spikes import SpikeDetector
+    from geodiag.spikes.detector import SpikeDetector
 
 __version__ = "0.1.0"
 
@@ -37,19 +37,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AnticipatoryRouting": "geodiag.hooks.anticipatory",
-    "Policy": "geodiag.hooks.policy",
-    "RouterLag": "geodiag.hooks.router_lag",
+    "AnticipatoryRouting": "geodiag.hooks.routing.anticipatory",
+    "Policy": "geodiag.hooks.control.policy",
+    "RouterLag": "geodiag.hooks.routing.router_lag",
     "Run": "geodiag.run",
-    "Snapshots": "geodiag.hooks.snapshots",
-    "SpikeDetector": "geodiag.spikes",
+    "Snapshots": "geodiag.hooks.snapshots.snapshots",
+    "SpikeDetector": "geodiag.spikes.detector",
     "attach": "geodiag.hooks.attach",
-    "explain": "geodiag.cascade",
+    "explain": "geodiag.cascade.explain",
     "open_run": "geodiag.run",
 }
 
 
-_MODULES = {"faults": "geodiag.hooks.faults"}
+_MODULES = {"faults": "geodiag.hooks.faults.faults"}
 """Public modules that live in another room."""
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from geodiag.events import details
-from geodiag.files import Folder, write_json
+from geodiag.store.files import Folder, write_json
 
 MODES = ("off", "auto", "on")
 

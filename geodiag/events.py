@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from geodiag.files import plain
+from geodiag.store.files import plain
 
 KINDS = {
     "spike": "the loss left its trend upwards and stayed",

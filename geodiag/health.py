@@ -8,11 +8,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from geodiag.files import plain
-from geodiag.merged import key_names
+from geodiag.metrics.schema import METRICS, Metric, metrics_of
 from geodiag.run import Run, Status
-from geodiag.schema import METRICS, Metric, metrics_of
-from geodiag.stretches import stretches
+from geodiag.store.files import plain
+from geodiag.store.merge_ranks import key_names
+from geodiag.store.step_chunks import stretches
 
 SPIKES = ("spike", "divergence", "nonfinite")
 """Kinds of events that count as a spike of the run; an outlier is over before anybody can act."""

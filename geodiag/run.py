@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from geodiag import alive, control, manifest
+from geodiag import control
 from geodiag.errors import GeodiagError
 from geodiag.events import Event
-from geodiag.files import Folder, write_json
-from geodiag.merged import key_names, merge_ranks, too_few
-from geodiag.reading import Steps, read_keys, read_table
-from geodiag.schema import SCHEMA_VERSION, SCHEMAS
-from geodiag.writing import Writer
+from geodiag.metrics.schema import SCHEMA_VERSION, SCHEMAS
+from geodiag.store import heartbeat as alive
+from geodiag.store import manifest
+from geodiag.store.files import Folder, write_json
+from geodiag.store.merge_ranks import key_names, merge_ranks, too_few
+from geodiag.store.reader import Steps, read_keys, read_table
+from geodiag.store.writer import Writer
 
 if TYPE_CHECKING:  # `import geodiag` stays light; pandas comes with the first `read`
     import pandas as pd
@@ -102,7 +104,7 @@ class Run:
         return self._need_writer().attempt
 
     def append(self, table: str, columns: Mapping[str, Any]) -> None:
-        """Appends rows; see `geodiag.writing.to_batch` for what `columns` may hold. Any thread may call it.
+        """Appends rows; see `geodiag.store.writer.to_batch` for what `columns` may hold. Any thread may call it.
 
         OSError on a full disk: the rows are kept, and written with the next ones that fit.
         """

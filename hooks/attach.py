@@ -10,19 +10,19 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from geodiag.cadence import PROBE_EVERY, Cadence, Every, parse_layers
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters import Layout, find_layout
-from geodiag.hooks.controller import Controller
-from geodiag.hooks.gradients import optimizers_in
-from geodiag.hooks.measurement import Plan
+from geodiag.hooks.control.controller import Controller
+from geodiag.hooks.control.policy import Policy, as_policy
+from geodiag.hooks.distributed.rank_exchange import Ranks
+from geodiag.hooks.measure.gradient_norms import optimizers_in
 from geodiag.hooks.monitor import Monitor
-from geodiag.hooks.policy import Policy, as_policy
-from geodiag.hooks.ranks import Ranks
-from geodiag.hooks.rerouting import Rerouting
-from geodiag.hooks.shelf import snapshots_in
-from geodiag.hooks.snapshots import Snapshots
-from geodiag.hooks.traced import Trace
+from geodiag.hooks.probes.token_trace import Trace
+from geodiag.hooks.routing.base import Rerouting
+from geodiag.hooks.snapshots.disk_store import snapshots_in
+from geodiag.hooks.snapshots.snapshots import Snapshots
+from geodiag.hooks.step_measurement import Plan
+from geodiag.metrics.cadence import PROBE_EVERY, Cadence, Every, parse_layers
 from geodiag.run import Run
 
 _COUNTERFACTUAL = ("clamp_gate_rate", "clamp_up_high_rate", "clamp_up_low_rate")

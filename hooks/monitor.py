@@ -14,20 +14,20 @@ from torch.optim import Optimizer
 from geodiag.control import RequestWatch
 from geodiag.errors import GeodiagError
 from geodiag.events import Event
-from geodiag.hooks.actions import Dials
 from geodiag.hooks.adapters import Layout
-from geodiag.hooks.concert import Concert
-from geodiag.hooks.controller import Controller
-from geodiag.hooks.measurement import Measurement, Plan
-from geodiag.hooks.observer import Observation
-from geodiag.hooks.ranks import Ranks
-from geodiag.hooks.recorder import Facts, Recorder
-from geodiag.hooks.rerouting import Rerouting
-from geodiag.hooks.rollback import Rollback
-from geodiag.hooks.sharded import Halfway, whole
-from geodiag.hooks.slots import Slots
-from geodiag.hooks.snapshots import Snapshots
-from geodiag.hooks.steering import Steering
+from geodiag.hooks.control.controller import Controller
+from geodiag.hooks.control.interventions import Dials
+from geodiag.hooks.control.rank_consensus import Concert
+from geodiag.hooks.control.steering import Steering
+from geodiag.hooks.distributed.rank_exchange import Ranks
+from geodiag.hooks.distributed.sharded_weights import Halfway, whole
+from geodiag.hooks.measure.step_buffers import Slots
+from geodiag.hooks.record.recorder import Facts, Recorder
+from geodiag.hooks.record.step_observer import Observation
+from geodiag.hooks.routing.base import Rerouting
+from geodiag.hooks.snapshots.rollback import Rollback
+from geodiag.hooks.snapshots.snapshots import Snapshots
+from geodiag.hooks.step_measurement import Measurement, Plan
 from geodiag.run import Run, Status
 
 

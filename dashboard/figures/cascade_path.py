@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import plotly.graph_objects as go
 
-from geodiag.cascade import Cascade, Onset
-from geodiag.cascade_words import layers_in_words, measured, where
+from geodiag.cascade.explain import Cascade, Onset
+from geodiag.cascade.words import layers_in_words, measured, where
 from geodiag.dashboard.figures.style import Look, faded, upright
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from geodiag.dashboard.figures.downsample import broken, thinned
 from geodiag.dashboard.figures.style import Look
-from geodiag.dashboard.figures.thin import broken, thinned
 
 # S steps.
 

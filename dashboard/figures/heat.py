@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from geodiag.dashboard.figures.bins import Binned, binned
-from geodiag.dashboard.figures.happenings import draw_marks
-from geodiag.dashboard.figures.scale import shade
+from geodiag.dashboard.data.grid import Grid, row_name
+from geodiag.dashboard.data.timeline_marks import Mark
+from geodiag.dashboard.figures.colour_scale import shade
+from geodiag.dashboard.figures.event_marks import draw_marks
 from geodiag.dashboard.figures.style import EMPTY_PX, Look, axis, base, empty, time_axis, upright
-from geodiag.dashboard.grid import Grid, row_name
-from geodiag.dashboard.marks import Mark
-from geodiag.schema import SITES
+from geodiag.dashboard.figures.time_bins import Binned, binned
+from geodiag.metrics.schema import SITES
 
 # R rows, B columns.
 

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
+from geodiag.dashboard.data.timeline_marks import Mark
 from geodiag.dashboard.figures.curve import curve
-from geodiag.dashboard.figures.happenings import draw_marks
+from geodiag.dashboard.figures.event_marks import draw_marks
 from geodiag.dashboard.figures.style import Look, axis, base, empty, ticks_of, time_axis, titled
-from geodiag.dashboard.marks import Mark
 
 
 class Line(NamedTuple):
-    """One series: what it is called beside the panel, and its values (see `geodiag.dashboard.grid`)."""
+    """One series: what it is called beside the panel, and its values (see `geodiag.dashboard.data.grid`)."""
 
     label: str
     step_S: np.ndarray

@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from geodiag.dashboard.figures.bins import binned
+from geodiag.dashboard.data.grid import Grid
+from geodiag.dashboard.data.step_table import Undone
+from geodiag.dashboard.data.timeline_marks import Mark, Span, Spike
+from geodiag.dashboard.figures.colour_scale import robust_z, z_shade
 from geodiag.dashboard.figures.curve import curve
-from geodiag.dashboard.figures.happenings import draw_marks, draw_undone
-from geodiag.dashboard.figures.scale import robust_z, z_shade
+from geodiag.dashboard.figures.event_marks import draw_marks, draw_undone
 from geodiag.dashboard.figures.style import FEW_STEPS, Look, axis, base, empty, faded, time_axis, titled, upright
-from geodiag.dashboard.grid import Grid
-from geodiag.dashboard.marks import Mark, Span, Spike
-from geodiag.dashboard.outcome import Undone
-from geodiag.schema import METRICS
+from geodiag.dashboard.figures.time_bins import binned
+from geodiag.metrics.schema import METRICS
 
 # S steps.
 

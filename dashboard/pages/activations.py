@@ -3,16 +3,16 @@
 import plotly.graph_objects as go
 from dash import Dash, html
 
-from geodiag.dashboard import layer_charts
+from geodiag.dashboard.components import layer_charts
+from geodiag.dashboard.components.components import card, graph, notice, options, select
+from geodiag.dashboard.components.layer_charts import Lines, all_layers, experts, lines, one_layer
+from geodiag.dashboard.components.layer_select import layers_of
+from geodiag.dashboard.components.text import about, counterfactual, metric
+from geodiag.dashboard.data.run_cache import Record
 from geodiag.dashboard.figures.heat import height_of
 from geodiag.dashboard.figures.style import Look
-from geodiag.dashboard.layer_charts import Lines, all_layers, experts, lines, one_layer
-from geodiag.dashboard.layers import layers_of
-from geodiag.dashboard.library import Library
-from geodiag.dashboard.parts import card, graph, notice, options, select
-from geodiag.dashboard.record import Record
-from geodiag.dashboard.view import View
-from geodiag.dashboard.words import about, counterfactual, metric
+from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.url.url_state import View
 
 NAME, TITLE = "activations", "Activations"
 

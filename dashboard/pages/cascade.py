@@ -8,26 +8,35 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 from dash import Dash, Input, Output, State, html, no_update
 
-from geodiag.cascade import Cascade
-from geodiag.dashboard import verdict
-from geodiag.dashboard.causes import Cell, as_lived, cascade_of, cell_of, chosen, scene_of, stages_of, window_of
-from geodiag.dashboard.cell import series_of
-from geodiag.dashboard.draw import draws, happened
+from geodiag.cascade.explain import Cascade
+from geodiag.dashboard.cascade import verdict_card as verdict
+from geodiag.dashboard.cascade.cell_series import series_of
+from geodiag.dashboard.cascade.selection import (
+    Cell,
+    as_lived,
+    cascade_of,
+    cell_of,
+    chosen,
+    scene_of,
+    stages_of,
+    window_of,
+)
+from geodiag.dashboard.components.components import card, graph
+from geodiag.dashboard.components.layer_select import sites_of
+from geodiag.dashboard.components.table import table
+from geodiag.dashboard.components.text import number, percent, whole
+from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.data.sparse_samples import before_and_near, composites, traced
 from geodiag.dashboard.figures.cascade import STAGES, height_of, picture
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.maps import Tile, maps
-from geodiag.dashboard.figures.multiples import Strip, multiples
+from geodiag.dashboard.figures.small_multiples import Strip, multiples
 from geodiag.dashboard.figures.style import Look, empty
 from geodiag.dashboard.figures.trajectory import trajectories
-from geodiag.dashboard.layers import sites_of
-from geodiag.dashboard.library import Library
-from geodiag.dashboard.parts import card, graph
-from geodiag.dashboard.record import Record
-from geodiag.dashboard.samples import before_and_near, composites, traced
-from geodiag.dashboard.steer import steer
-from geodiag.dashboard.table import table
-from geodiag.dashboard.view import View
-from geodiag.dashboard.words import number, percent, whole
+from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.url.live_figures import draws, happened
+from geodiag.dashboard.url.url_state import View
+from geodiag.dashboard.url.url_sync import steer
 
 NAME, TITLE = "cascade", "Cascade"
 

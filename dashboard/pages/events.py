@@ -5,13 +5,13 @@ from urllib.parse import quote
 
 from dash import Dash, Input, Output, State, dcc, html, no_update
 
-from geodiag.dashboard.draw import draws
-from geodiag.dashboard.library import Library
-from geodiag.dashboard.parts import card, notice
-from geodiag.dashboard.record import Record
-from geodiag.dashboard.table import table
-from geodiag.dashboard.view import View
-from geodiag.dashboard.words import utc
+from geodiag.dashboard.components.components import card, notice
+from geodiag.dashboard.components.table import table
+from geodiag.dashboard.components.text import utc
+from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.url.live_figures import draws
+from geodiag.dashboard.url.url_state import View
 from geodiag.events import KINDS, details
 from geodiag.health import SPIKES
 

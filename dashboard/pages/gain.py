@@ -3,22 +3,22 @@
 import plotly.graph_objects as go
 from dash import Dash, dcc, html
 
-from geodiag.dashboard.draw import draws, extent, happened
-from geodiag.dashboard.figures.bins import binned, worst_step
+from geodiag.dashboard.components.components import aria, card, graph, notice, options, segments, select
+from geodiag.dashboard.components.layer_select import sites_of
+from geodiag.dashboard.components.text import whole
+from geodiag.dashboard.data.grid import row_name
+from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.data.sparse_samples import matrices as sampled
+from geodiag.dashboard.figures.depth_profile import Curve, profile
 from geodiag.dashboard.figures.heat import Panel, heat_map, height_of
 from geodiag.dashboard.figures.matrix import matrices
-from geodiag.dashboard.figures.profile import Curve, profile
 from geodiag.dashboard.figures.style import Look, empty
-from geodiag.dashboard.grid import row_name
-from geodiag.dashboard.layers import sites_of
-from geodiag.dashboard.library import Library
-from geodiag.dashboard.parts import aria, card, graph, notice, options, segments, select
-from geodiag.dashboard.record import Record
-from geodiag.dashboard.samples import matrices as sampled
-from geodiag.dashboard.steer import Control, steer
-from geodiag.dashboard.view import View
-from geodiag.dashboard.words import whole
-from geodiag.schema import METRICS, SITES
+from geodiag.dashboard.figures.time_bins import binned, worst_step
+from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.url.live_figures import draws, extent, happened
+from geodiag.dashboard.url.url_state import View
+from geodiag.dashboard.url.url_sync import Control, steer
+from geodiag.metrics.schema import METRICS, SITES
 
 NAME, TITLE = "gain", "Gain"
 

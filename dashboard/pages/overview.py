@@ -3,19 +3,19 @@
 import plotly.graph_objects as go
 from dash import Dash, html
 
-from geodiag.dashboard import control_panel
-from geodiag.dashboard.draw import draws, happened, raised
+from geodiag.dashboard.components import control_panel
+from geodiag.dashboard.components.components import card, graph, notice, segments
+from geodiag.dashboard.components.text import about, metric, whole
+from geodiag.dashboard.components.tiles import tiles
+from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.data.timeline_marks import spans
 from geodiag.dashboard.figures.style import Look
 from geodiag.dashboard.figures.timeline import timeline
-from geodiag.dashboard.library import Library
-from geodiag.dashboard.marks import spans
 from geodiag.dashboard.pages.events import jump
-from geodiag.dashboard.parts import card, graph, notice, segments
-from geodiag.dashboard.record import Record
-from geodiag.dashboard.steer import Control, steer
-from geodiag.dashboard.tiles import tiles
-from geodiag.dashboard.view import View
-from geodiag.dashboard.words import about, metric, whole
+from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.url.live_figures import draws, happened, raised
+from geodiag.dashboard.url.url_state import View
+from geodiag.dashboard.url.url_sync import Control, steer
 from geodiag.health import SPIKES
 
 NAME, TITLE = "overview", "Overview"

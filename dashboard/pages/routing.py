@@ -3,17 +3,17 @@
 import plotly.graph_objects as go
 from dash import Dash, html
 
-from geodiag.dashboard import control_panel, layer_charts
+from geodiag.dashboard.components import control_panel, layer_charts
+from geodiag.dashboard.components.components import card, graph, notice, options, segments
+from geodiag.dashboard.components.layer_charts import Lines, all_layers, experts, lines, one_layer
+from geodiag.dashboard.components.layer_select import layers_of
+from geodiag.dashboard.components.text import about, metric
+from geodiag.dashboard.data.run_cache import Record
 from geodiag.dashboard.figures.heat import height_of
 from geodiag.dashboard.figures.style import Look
-from geodiag.dashboard.layer_charts import Lines, all_layers, experts, lines, one_layer
-from geodiag.dashboard.layers import layers_of
-from geodiag.dashboard.library import Library
-from geodiag.dashboard.parts import card, graph, notice, options, segments
-from geodiag.dashboard.record import Record
-from geodiag.dashboard.view import View
-from geodiag.dashboard.words import about, metric
-from geodiag.schema import ROUTING_MODES
+from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.url.url_state import View
+from geodiag.metrics.schema import ROUTING_MODES
 
 NAME, TITLE = "routing", "Routing"
 

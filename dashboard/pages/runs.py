@@ -7,14 +7,14 @@ from urllib.parse import quote
 import numpy as np
 from dash import Dash, Input, Output, State, dcc, html, no_update
 
-from geodiag.dashboard.draw import raised
-from geodiag.dashboard.grid import row_name
-from geodiag.dashboard.library import Library
-from geodiag.dashboard.parts import card
-from geodiag.dashboard.record import Record
-from geodiag.dashboard.table import table
-from geodiag.dashboard.tiles import COMPOSITES, worst_now
-from geodiag.dashboard.words import about, metric, number, utc
+from geodiag.dashboard.components.components import card
+from geodiag.dashboard.components.table import table
+from geodiag.dashboard.components.text import about, metric, number, utc
+from geodiag.dashboard.components.tiles import COMPOSITES, worst_now
+from geodiag.dashboard.data.grid import row_name
+from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.url.live_figures import raised
 from geodiag.health import SPIKES
 
 NAME, TITLE = "runs", "Runs"

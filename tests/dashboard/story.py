@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from geodiag.events import Event
-from geodiag.schema import SITES
+from geodiag.metrics.schema import SITES
 
 # S steps, L layers, R sites (2L), E experts, N streams.
 

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from story import Story, Tear
 
 from geodiag.run import Run
+from tests.dashboard.story import Story, Tear
 
 
 def write_rows(run: Run, story: Story, first: int, last: int, chunk: int = 200) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import geodiag
 from geodiag.errors import GeodiagError
-from geodiag.hooks import measure
+from geodiag.hooks.measure import reduce as measure
 from geodiag.reference_models.mhc import HyperConnection
 from geodiag.reference_models.moe import HashRouter
 from tests.hooks import slow, small
@@ -327,7 +327,9 @@ def test_a_broken_tap_is_reported_once_and_training_goes_on(tmp_path: Path, caps
     bare = small.train(small.trainer(), 4)
     t = small.trainer()
     with small.watch(t, tmp_path / "run") as monitor, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("geodiag.hooks.metrics.entropy", lambda _: (_ for _ in ()).throw(RuntimeError("no entropy")))
+        patch.setattr(
+            "geodiag.hooks.measure.formulas.entropy", lambda _: (_ for _ in ()).throw(RuntimeError("no entropy"))
+        )
         assert small.train(t, 4, monitor) == bare
     said = capsys.readouterr().err
     assert said.count("could not record routers") == 1

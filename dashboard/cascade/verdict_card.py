@@ -1,0 +1,163 @@
+"""The verdict of a cascade on the page: what there is to choose from, the answer, how sure it is, and the evidence."""
+
+from typing import Any
+from urllib.parse import quote
+
+from dash import dcc, html
+
+from geodiag.cascade.explain import Cascade
+from geodiag.cascade.words import where
+from geodiag.dashboard.cascade.selection import Choice, choices, chosen, most_unusual
+from geodiag.dashboard.components.components import aria, notice, tip
+from geodiag.dashboard.components.text import METRICS, number, percent, whole
+from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.figures.cascade import STAGES
+from geodiag.dashboard.url.url_state import View
+
+_KINDS = {
+    "spike": "Spike", "divergence": "Divergence", "nonfinite": "Loss not finite", "early_warning": "Early warning",
+}  # fmt: skip
+_NUMBER = {"filter": "agNumberColumnFilter", "type": "rightAligned"}
+_COMMAS = {"function": "params.value == null ? '–' : d3.format(',')(params.value)"}
+COLUMNS: list[dict[str, Any]] = [
+    {"field": "stage", "headerName": "stage", "width": 80},
+    {"field": "where", "headerName": "where", "width": 190},
+    {"field": "metric", "headerName": "metric", "flex": 1, "minWidth": 170, "tooltipField": "help"},
+    {"field": "step", "headerName": "from step", "width": 106, "valueFormatter": _COMMAS, **_NUMBER},
+    {"field": "value", "headerName": "value", "width": 104, "type": "rightAligned"},
+    {"field": "usual", "headerName": "usually", "width": 104, "type": "rightAligned"},
+    {"field": "score", "headerName": "robust z", "width": 104,
+     "valueFormatter": {"function": "d3.format('.3g')(params.value)"}, **_NUMBER},
+]  # fmt: skip
+
+
+def strip(record: Record, view: View) -> Any:
+    """The spikes and warnings of the run as links, the chosen one marked."""
+    there, now = choices(record), chosen(record, view)
+    links = [_link(record, c.step, _name(record, c), c.kind, c.step == now) for c in there]
+    if now is not None and now not in [c.step for c in there]:
+        links.append(_link(record, now, f"step {whole(now)}", "step", True))
+    odd = most_unusual(record) if not there else None
+    if odd is not None and odd[0] != now:
+        links.append(_link(record, odd[0], f"most unusual step {whole(odd[0])}", "step", False))
+    return html.Nav(links, className="choices", **aria("spikes and warnings of this run")) if links else None
+
+
+def card_of(record: Record, view: View, found: Cascade | str | None) -> Any:
+    """The answer in words, with what would have stopped it."""
+    if found is None:
+        return html.Section(html.Div([html.H1("No spike so far"), html.P(_calm(record))]), className="card verdict")
+    if isinstance(found, str):
+        return html.Section(html.Div([html.H1("Nothing to explain"), notice(found)]), className="card verdict")
+    caveats = [notice(c, "warn") for c in found.caveats]
+    warned = (found.spike_onset, "early_warning") in [(c.step, c.kind) for c in choices(record)]
+    return html.Section(
+        [
+            html.Div([html.H1(headline(found, warned)), html.P(_without_defence(found), className="words"), *caveats]),
+            html.Div([*_facts(found), *_others(view, found)], className="facts"),
+        ],
+        className="card verdict",
+    )
+
+
+def headline(found: Cascade, warned: bool = False) -> str:
+    """`Spike at step 1,251: an expert outlier`."""
+    kind = (found.spike or {}).get("kind") or ("early_warning" if warned else None)
+    what = _KINDS.get(str(kind))
+    step = f"step {whole(found.spike_onset)}"
+    return f"{what} at {step}: {_cause(found)}" if what else f"{step.capitalize()}: {_cause(found)}"
+
+
+def rows(found: Cascade) -> list[dict[str, Any]]:
+    """The evidence as the table takes it."""
+    out = []
+    for i, e in enumerate(found.evidence):
+        table = "experts" if e.expert is not None else "layers" if e.layer is not None else "steps"
+        known = METRICS.get((table, e.metric)) or METRICS.get(("layers", e.metric))
+        place = " · ".join(where(e.layer if e.layer is None or e.layer >= 0 else None, e.site, e.expert).split(", "))
+        out.append({
+            "id": str(i), "stage": e.stage or "–", "layer": e.layer, "where": place or "the run",
+            "metric": e.metric,
+            "help": known.help if known else "", "step": e.step, "value": _value(e.value, e.unit),
+            "usual": _value(e.usual, e.unit), "score": round(float(e.score), 2),
+        })  # fmt: skip
+    return out
+
+
+def _cause(found: Cascade) -> str:
+    if found.cause == "lr":
+        return "the learning rate"
+    if found.stage == "data":
+        return f"the batch, {found.domain}" if found.domain else "the batch"
+    if found.stage == 1:
+        return "an expert outlier" if found.expert is not None else "extreme activations"
+    if found.stage == 2:
+        return "routing that no longer fits"
+    return "amplification" if found.stage == 3 else "no internal precursor found"
+
+
+def _facts(found: Cascade) -> list:
+    place = where(found.layer, found.site, found.expert) or {"lr": "learning rate", "data": "batch"}.get(
+        str(found.cause), "–"
+    )
+    lead = (
+        "–" if found.lead is None else "same step" if found.lead <= 0 else f"{found.lead} step{'s' * (found.lead != 1)}"
+    )
+    share = round(100 * found.confidence)
+    bar = html.Span(html.Span(style={"width": f"{share}%"}), className="meter", role="img", **aria(f"{share} %"))
+    return [
+        _fact("origin", place, "Where the first quantity left its range that nothing before it explains."),
+        _fact("before the loss" if found.spike else "before this step", lead, "Steps from there to the step shown."),
+        _fact("confidence", [f"{found.confidence:.2f}", bar], "How much better this answer is than the next one."),
+        _fact("what fits", found.defence or "–", "What addresses a cascade that begins so."),
+    ]
+
+
+def _without_defence(found: Cascade) -> str:
+    """The words, less the last of them: what fits stands beside."""
+    return found.words.removesuffix(f" Fits: {found.defence}.")
+
+
+def _fact(label: str, value: Any, text: str) -> Any:
+    inside = [html.Span(label, className="tile-label"), html.Span(value, className="fact-value")]
+    return tip(html.Div(inside, className="fact", tabIndex=0), text)
+
+
+def _others(view: View, found: Cascade) -> list:
+    if not found.alternatives:
+        return []
+    items: list[Any] = []
+    for a in found.alternatives:
+        place = " · ".join(where(a.layer, a.site, a.expert).split(", ")) or str(a.stage)
+        said: list[Any] = [
+            html.B(f"{a.confidence:.2f}"),
+            f" {place}, stage {a.stage}, from step {whole(a.onset)}: {a.why}",
+        ]
+        there = a.layer is not None and a.stage in STAGES
+        cell = view.but(stage=a.stage, layer=a.layer, step=a.onset, spike=found.spike_onset)
+        items.append(html.Li(dcc.Link(said, href=cell.search()) if there else said))
+    count = f"{len(items)} other origin{'s' * (len(items) != 1)} that the record allows"
+    return [html.Details([html.Summary(count), html.Ul(items)], className="others")]
+
+
+def _name(record: Record, choice: Choice) -> str:
+    name = f"{_KINDS.get(choice.kind, choice.kind).lower()} {whole(choice.step)}"
+    rolled_back = choice.attempt is not None and record.lived(choice.attempt) is not record
+    return f"{name} · attempt {choice.attempt}" if rolled_back else name
+
+
+def _link(record: Record, step: int, label: str, kind: str, here: bool) -> Any:
+    target = f"/run/{quote(record.run.name)}/cascade{View(spike=step).search()}"
+    mark: Any = {"aria-current": "true"} if here else {}
+    inside: list[Any] = [html.Span(className=f"dot choice-{kind}"), label]
+    return html.Span(dcc.Link(inside, href=target), className="choice here" if here else "choice", **mark)
+
+
+def _calm(record: Record) -> str:
+    if not len(record.steps()["step"]):
+        return "The cascade behind the first one will be shown here."
+    return "The loss never left its trend. The maps show how far each layer stands from its own past; click any cell."
+
+
+def _value(value: float, unit: str) -> str:
+    return percent(value) if unit == "share" else number(value)

@@ -1,0 +1,124 @@
+"""The frame around every page: brand, where we are, the tabs, how the run stands, light or dark."""
+
+from typing import Any
+from urllib.parse import quote
+
+import dash_mantine_components as dmc
+import numpy as np
+from dash import dcc, html
+from flask import has_request_context, request
+
+from geodiag.dashboard.components.components import aria, badge, notice, tip
+from geodiag.dashboard.components.text import ROUTING, STATUS, whole
+from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.data.timeline_marks import KINDS
+from geodiag.dashboard.url.live_figures import happened
+from geodiag.dashboard.url.url_state import View
+from geodiag.metrics.schema import ROUTING_MODES
+
+REFRESH_MS = 1500
+_DARK = ["#e6e9f0", "#c3c9d4", "#98a2b3", "#667085", "#3a4150", "#2a303c", "#1f2430", "#171b23", "#10131a", "#0b0d12"]
+_FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
+THEME_COOKIE = "geodiag-theme"
+MODES = {"warmup": "warm-up", "on": "anticipatory", "drain": "drain"}
+"""Routing modes that are drawn as bands, and what they are called beside their colour."""
+LEGEND = {kind: (kind.replace("_", " "), f"{said.capitalize()}.") for kind, said in KINDS.items()}
+LEGEND |= {mode: (f"routing: {name}", ROUTING[mode]) for mode, name in MODES.items()}
+LEGEND["undone"] = ("undone", "Steps that were rolled back: a later attempt took their place.")
+
+
+def shell() -> dmc.MantineProvider:
+    """The page without its content. The colour scheme comes from a cookie, so the first paint is the right one."""
+    theme = request.cookies.get(THEME_COOKIE, "") if has_request_context() else ""
+    known = theme if theme in ("light", "dark") else None
+    return dmc.MantineProvider(
+        [
+            dcc.Location(id="url", refresh=False),
+            dcc.Interval(id="interval", interval=REFRESH_MS, disabled=True),
+            dcc.Store(id="theme", data=known or "light"),
+            dcc.Store(id="theme-known", data=known is not None),
+            *(dcc.Store(id=name) for name in ("tick", "pulse", "asked")),
+            html.A("Skip to content", href="#page", className="skip"),
+            html.Header([html.Div(id="nav", className="nav"), html.Div(_right(), className="right")], className="top"),
+            html.Div(id="problems"),
+            html.Div(id="legend"),
+            html.Main(id="page", tabIndex=-1),
+        ],
+        id="provider",
+        forceColorScheme=known or "light",
+        theme={
+            "primaryColor": "violet",
+            "fontFamily": _FONT,
+            "defaultRadius": "sm",
+            "cursorType": "pointer",
+            "colors": {"dark": _DARK},
+        },
+    )
+
+
+def nav(record: Record | None, tabs: list[tuple[str, str]], pathname: str, view: View, single: bool) -> list:
+    """Brand, run and tabs; a tab keeps the range of steps and the site that the reader looks at."""
+    brand: Any = [html.Img(src="/assets/mark.svg", alt="", width=22, height=22), "geodiag"]
+    out: list[Any] = [dcc.Link(brand, href="/", className="brand", title="all runs")]
+    if record is None:
+        return out
+    if not single:
+        out.append(dcc.Link("runs", href="/", className="crumb"))
+    out.append(html.Span(record.run.name, className="crumb here", title=record.run.url))
+    kept = View(steps=view.steps, step=view.step, site=view.site, layer=view.layer).search()
+    links = []
+    for name, title in tabs:
+        here = pathname.rstrip("/").endswith(f"/{name}")
+        mark: Any = {"aria-current": "page"} if here else {}
+        target = f"/run/{quote(record.run.name)}/{name}{kept}"
+        links.append(html.Div(dcc.Link(title, href=target), className="g-tab here" if here else "g-tab", **mark))
+    said: list[Any] = [html.Nav(links, className="tabs", **aria("pages of this run"))]
+    if view.steps:
+        low, high = map(whole, view.steps)
+        back = f"{pathname}{view.but(steps=None).search()}"
+        said.append(dcc.Link(f"steps {low} – {high}  ×", href=back, className="zoom", title="show all steps"))
+    return out + said
+
+
+def standing(record: Record | None) -> list:
+    """Status and newest step, at the top right of every page of a run."""
+    if record is None:
+        return []
+    steps, status = record.steps()["step"], record.run.status()
+    step = f"step {whole(int(steps[-1]))}" if len(steps) else "no step yet"
+    return [tip(html.Span(badge(status), tabIndex=0), STATUS[status]), html.Span(step, className="standing-step")]
+
+
+def legend(record: Record | None, pathname: str) -> list:
+    """What the lines across the charts of a page of this run mean; nothing where there are none."""
+    if record is None or pathname.rstrip("/").endswith("/events"):
+        return []
+    kinds = {m.kind for m in happened(record)}
+    if record.undone():
+        kinds.add("undone")
+    if pathname.rstrip("/").endswith(("/overview", "/cascade")):
+        kinds |= {ROUTING_MODES[m] for m in np.unique(record.steps()["routing_mode"]) if m > 0}
+    said = {k: v for k, v in LEGEND.items() if k in kinds}
+    return [
+        tip(html.Span([html.I(className=f"key key-{k}"), name], tabIndex=0), why) for k, (name, why) in said.items()
+    ]
+
+
+def problems(record: Record | None) -> list:
+    """What could not be read, by name; everything else is shown."""
+    found = record.problems() if record else {}
+    if not found:
+        return []
+    lines = [html.Li([html.Code(name), f" {why}"]) for name, why in sorted(found.items())[:12]]
+    more = f" and {len(found) - 12} more" if len(found) > 12 else ""
+    one = "1 piece of this run could not be read and is left out"
+    said = one if len(found) == 1 else f"{len(found)} pieces of this run could not be read and are left out"
+    return [notice(html.Details([html.Summary(said + more), html.Ul(lines)]), "warn")]
+
+
+def _right() -> list:
+    button = dmc.ActionIcon(
+        html.Span(className="sun"), id="theme-button", variant="subtle", color="gray", size="lg",
+        **aria("light or dark"),
+    )  # fmt: skip
+    return [html.Div(id="standing", className="standing"), tip(button, "Light or dark")]

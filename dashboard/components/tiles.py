@@ -1,0 +1,85 @@
+"""Headline numbers: six tiles that say how the run stands, each explained in plain words."""
+
+from typing import Any
+
+import numpy as np
+
+from geodiag.dashboard.components.components import tile
+from geodiag.dashboard.components.text import ROUTING, about, metric, number, percent, times, whole
+from geodiag.dashboard.data.grid import Grid, row_name
+from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.url.live_figures import raised
+from geodiag.events import KINDS
+from geodiag.health import SPIKES
+
+COMPOSITES = ("composite_gain_fwd", "composite_gain_bwd")
+_HIGH_GAIN = 2.0
+"""Composite gain from which the tile takes the warning colour; truncated Sinkhorn stays well below."""
+
+
+def tiles(record: Record) -> list:
+    """Step, loss, composite gain, flip rate, routing, spikes. How the training stands is at the top of every page."""
+    steps, mode = record.steps(), record.mode()
+    some = len(steps["step"]) > 0
+    last = int(steps["step"][-1]) if some else None
+    loss = float(steps["loss"][-1]) if some else None
+    lag = float(steps["routing_lag"][-1]) if some else 0.0
+    seconds = steps["step_seconds"][-50:]
+    pace = f"{1 / np.nanmean(seconds):.2g} a second" if some and np.isfinite(seconds).any() else ""
+    gain, flip = worst_now(record, *COMPOSITES), worst_now(record, "flip_rate")
+    found = [s for s in raised(record) if s.kind in SPIKES]
+    return [
+        tile("step", whole(last), pace, "The newest step on record."),
+        tile("loss", number(loss), metric("steps", "loss").unit, about(metric("steps", "loss")), _tone(loss, np.inf)),
+        _gain_tile(gain),
+        _flip_tile(flip),
+        tile(
+            "routing",
+            mode,
+            f"Δ = {lag:.0f} steps" if lag and lag == lag else "",
+            f"{ROUTING[mode]} {about(metric('steps', 'routing_lag'))}",
+        ),
+        tile(
+            "spikes",
+            str(len(found)),
+            f"last at {whole(found[-1].onset)}" if found else "",
+            f"{KINDS['spike'].capitalize()}.",
+        ),
+    ]
+
+
+def worst_now(record: Record, *names: str) -> Grid | None:
+    """The named metric whose newest values hold the worst; one column, or None where none was measured."""
+    best: tuple[float, Grid] | None = None
+    for grid in record.recent("layers", *names):
+        if not grid.rows or not len(grid.steps_S):
+            continue
+        value_R = grid.at(int(grid.steps_S[-1]))
+        if np.isnan(value_R).all():
+            continue
+        now = Grid(grid.metric, grid.rows, grid.steps_S[-1:], value_R[:, None])
+        worst = now.worst()
+        if worst and (best is None or worst[0] > best[0]):
+            best = (worst[0], now)
+    return best[1] if best else None
+
+
+def _gain_tile(grid: Grid | None) -> Any:
+    label = "composite gain now"
+    if grid is None:
+        return tile(label, "–", "no residual maps recorded", about(metric("layers", COMPOSITES[0])))
+    value, _, row = grid.worst()  # type: ignore[misc]
+    way = "backward" if grid.metric.name.endswith("bwd") else "forward"
+    return tile(label, times(value), f"{way}, at {row_name(row)}", about(grid.metric), _tone(value, _HIGH_GAIN))
+
+
+def _flip_tile(grid: Grid | None) -> Any:
+    label = "flip rate now"
+    if grid is None:
+        return tile(label, "–", "no router probed", about(metric("layers", "flip_rate")))
+    value, _, row = grid.worst()  # type: ignore[misc]
+    return tile(label, percent(value), f"layer {row[0]}", about(grid.metric))
+
+
+def _tone(value: float | None, high: float) -> str:
+    return "alarm" if value is not None and value >= high else ""

@@ -1,0 +1,186 @@
+"""A grid: one metric as rows × steps, dense, ready to slice and draw.
+
+Where there is no value the grid holds NaN; a value that was measured and is not finite is held as ±inf
+(+inf where high is bad, −inf where low is), so that a gap and a blow-up can never be confused.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from geodiag.metrics.schema import METRICS, SITES, Metric
+
+# S steps, R rows (sites or experts), n table rows.
+
+SECOND_KEY = {"layers": "site", "experts": "expert"}
+"""What tells two rows of one layer apart."""
+_MOST_ROWS = 1 << 12
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One metric over rows and steps. A row is (layer, site index) or (layer, expert), in static order."""
+
+    metric: Metric
+    rows: tuple[tuple[int, int], ...]
+    steps_S: np.ndarray
+    values_RS: np.ndarray
+
+    def window(self, low: int | None, high: int | None) -> "Grid":
+        """The steps low ≤ step ≤ high, either end None for open."""
+        a = 0 if low is None else int(np.searchsorted(self.steps_S, low))
+        b = len(self.steps_S) if high is None else int(np.searchsorted(self.steps_S, high, "right"))
+        return Grid(self.metric, self.rows, self.steps_S[a:b], self.values_RS[:, a:b])
+
+    def of_layer(self, layer: int) -> "Grid":
+        """The rows of one layer."""
+        return self._rows([i for i, row in enumerate(self.rows) if row[0] == layer])
+
+    def measured(self) -> "Grid":
+        """Without the rows in which this metric does not exist."""
+        return self._rows(np.flatnonzero(~np.isnan(self.values_RS).all(1)).tolist() if len(self.steps_S) else [])
+
+    def at(self, step: int) -> np.ndarray:
+        """Every row's newest value at or before `step`."""
+        upto_RS = self.values_RS[:, : int(np.searchsorted(self.steps_S, step, "right"))]
+        out_R = np.full(len(self.rows), np.nan, np.float32)
+        for i, row_S in enumerate(upto_RS):
+            known = np.flatnonzero(~np.isnan(row_S))
+            if len(known):
+                out_R[i] = row_S[known[-1]]
+        return out_R
+
+    def worst(self) -> tuple[float, int, tuple[int, int]] | None:
+        """(value, step, row) of the worst value there is, or None where nothing was measured."""
+        if np.isnan(self.values_RS).all():
+            return None
+        pick = np.nanargmin if self.metric.worse == "low" else np.nanargmax
+        r, s = np.unravel_index(int(pick(self.values_RS)), self.values_RS.shape)
+        return float(self.values_RS[r, s]), int(self.steps_S[s]), self.rows[r]
+
+    def _rows(self, keep: list[int]) -> "Grid":
+        return Grid(self.metric, tuple(self.rows[i] for i in keep), self.steps_S, self.values_RS[keep])
+
+
+def row_name(row: tuple[int, int]) -> str:
+    """`3.ffn`: how a site is written in URLs and in hover texts."""
+    return f"{row[0]}.{SITES[row[1]]}"
+
+
+def to_grids(table: str, rows: pa.Table, names: list[str]) -> dict[str, Grid]:
+    """Table rows as one grid a metric; several ranks become one as each metric's registry entry says."""
+    step_n, layer_n, second_n = rows["step"].to_numpy(), rows["layer"].to_numpy(), _second(table, rows)
+    rank_n = rows["rank"].to_numpy()
+    width = _period(step_n, layer_n, second_n, rank_n)
+    if width:
+        keys = tuple(zip(layer_n[:width].tolist(), second_n[:width].tolist(), strict=True))
+        values = {n: values_of(rows[n], METRICS[table, n]).reshape(-1, width).T for n in names}
+        steps_S = step_n[::width]
+        return {n: Grid(METRICS[table, n], keys, steps_S, v) for n, v in values.items()}
+    steps_S, column_n = _index(step_n)
+    codes_R, row_n = _index(layer_n.astype(np.int32) * _MOST_ROWS + second_n)
+    keys = tuple((int(c // _MOST_ROWS), int(c % _MOST_ROWS)) for c in codes_R)
+    grids = {}
+    for name in names:
+        metric, value_n = METRICS[table, name], values_of(rows[name], METRICS[table, name])
+        layers = []
+        for rank in np.flatnonzero(np.bincount(rank_n)):
+            mine = slice(None) if (rank_n == rank).all() else rank_n == rank
+            one_RS = np.full((len(codes_R), len(steps_S)), np.nan, np.float32)
+            one_RS[row_n[mine], column_n[mine]] = value_n[mine]
+            layers.append(one_RS)
+        shape = (len(codes_R), len(steps_S))
+        grids[name] = Grid(metric, keys, steps_S, merge_ranks(layers, metric, shape))
+    return grids
+
+
+def _second(table: str, rows: pa.Table) -> np.ndarray:
+    """Each row's expert, or its site's place in SITES."""
+    column = rows[SECOND_KEY[table]]
+    if not pa.types.is_dictionary(column.type):
+        return column.to_numpy()
+    column = column.unify_dictionaries()
+    known = column.chunk(0).dictionary.to_pylist() if column.num_chunks else []
+    place_of = np.array([SITES.index(k) for k in known] or [0], np.int16)
+    codes = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return place_of[np.concatenate(codes)] if codes else np.array([], np.int16)
+
+
+def _period(step_n: np.ndarray, layer_n: np.ndarray, second_n: np.ndarray, rank_n: np.ndarray) -> int:
+    """R, where every step is the same R rows in static order, of one rank: then a grid is a reshape. 0 if not so."""
+    if not len(step_n) or step_n[0] < 0:
+        return 0
+    width = int((step_n != step_n[0]).argmax()) or len(step_n)
+    if len(step_n) % width or rank_n.min() != rank_n.max():
+        return 0
+    same = all((key_n.reshape(-1, width) == key_n[:width]).all() for key_n in (layer_n, second_n))
+    inside = (step_n.reshape(-1, width) == step_n[::width, None]).all()
+    code_R = layer_n[:width].astype(np.int64) * _MOST_ROWS + second_n[:width]
+    ordered = (np.diff(step_n[::width]) > 0).all() and (np.diff(code_R) > 0).all()
+    return width if same and inside and ordered else 0
+
+
+def values_of(column: pa.ChunkedArray, metric: Metric) -> np.ndarray:
+    """Floats by the convention of this module: null → NaN, not finite → ±inf."""
+    value_n = column.to_numpy().astype(np.float32, copy=False)
+    broken_n = ~np.isfinite(value_n)
+    if broken_n.any():
+        broken_n &= column.is_valid().to_numpy()
+    if broken_n.any():
+        value_n = np.where(broken_n, np.float32(-np.inf if metric.worse == "low" else np.inf), value_n)
+    return value_n
+
+
+def merge_ranks(parts: list[np.ndarray], metric: Metric, shape: tuple[int, ...]) -> np.ndarray:
+    """Several ranks' values of one metric as one; a rank without a value has no say."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return np.full(shape, np.nan, np.float32)
+    merge = {"max": np.fmax.reduce, "min": np.fmin.reduce}.get(metric.ranks)
+    if merge:
+        return merge(parts)
+    stack = np.stack(parts)
+    known = ~np.isnan(stack)
+    count = known.sum(0)
+    total = np.where(known, stack, 0).sum(0, dtype=np.float32)
+    if metric.ranks == "last":  # every rank says the same: take the first that says anything
+        return np.take_along_axis(stack, known.argmax(0)[None], 0)[0]
+    merged = total if metric.ranks == "sum" else total / np.maximum(count, 1)
+    return np.where(count > 0, merged, np.nan).astype(np.float32)
+
+
+def joined(head: Grid, tail: Grid) -> Grid | None:
+    """`head` continued by `tail`, which wins where they overlap; None where `tail` has rows that `head` has not."""
+    if not set(tail.rows) <= set(head.rows):
+        return None
+    if not len(tail.steps_S):
+        return head
+    keep = int(np.searchsorted(head.steps_S, tail.steps_S[0]))
+    new_RS = np.full((len(head.rows), len(tail.steps_S)), np.nan, np.float32)
+    new_RS[[head.rows.index(r) for r in tail.rows]] = tail.values_RS
+    steps_S = np.concatenate([head.steps_S[:keep], tail.steps_S])
+    return Grid(head.metric, head.rows, steps_S, np.concatenate([head.values_RS[:, :keep], new_RS], 1))
+
+
+def stacked(parts: Sequence[Grid]) -> Grid | None:
+    """Grids of one metric, of one stretch of steps after another, as one; None where their rows differ."""
+    some = [p for p in parts if len(p.steps_S)] or parts[:1]
+    first = some[0]
+    if any(p.rows != first.rows for p in some):
+        return None
+    if len(some) == 1:
+        return first
+    steps_S = np.concatenate([p.steps_S for p in some])
+    return Grid(first.metric, first.rows, steps_S, np.concatenate([p.values_RS for p in some], 1))
+
+
+def _index(key_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(sorted distinct keys, each key's place among them), by counting: keys are dense, and there are millions."""
+    if not len(key_n):
+        return key_n, key_n
+    low = key_n.min()
+    there = np.bincount(key_n - low) > 0
+    return np.flatnonzero(there) + low, (np.cumsum(there) - 1)[key_n - low]

@@ -1,0 +1,107 @@
+"""What is sampled seldom: residual maps and traced tokens, at their newest sample up to a step."""
+
+from functools import reduce
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from geodiag.dashboard.data.grid import row_name
+from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.figures.trajectory import Trajectory
+from geodiag.metrics.schema import SITES
+
+_NEAR, _FAR = 64, 4096
+"""How far back to look for a sample, at first: a table can be large, and samples are rarely far apart."""
+
+
+def sampled_at(record: Record, table: str, step: int) -> int | None:
+    """The newest step up to `step` at which the table has rows."""
+    for back in (_NEAR, _FAR, step + 1):
+        known = record.run.read_arrow(table, ["step"], steps=(max(0, step + 1 - back), step + 1))["step"]
+        if len(known):
+            return int(known[-1].as_py())
+    return None
+
+
+def sampled_near(record: Record, table: str, step: int) -> int | None:
+    """The first step from `step` on at which the table has rows, so that what happened at it shows; else the newest."""
+    after = record.run.read_arrow(table, ["step"], steps=(step, step + _NEAR))["step"]
+    return int(after[0].as_py()) if len(after) else sampled_at(record, table, step)
+
+
+def matrices(record: Record, layer: int, site: str, step: int) -> tuple[int, dict[str, np.ndarray]] | None:
+    """(step, map → token-mean matrix) of one site."""
+    at = record.memo(("matrices at", step), lambda: sampled_at(record, "matrices", step))
+    if at is None:
+        return None
+    maps = _maps_at(record, at)
+    mine = {name: m for (where, name), m in maps.items() if where == (layer, SITES.index(site))}
+    return (at, mine) if mine else None
+
+
+def composites(record: Record, layer: int, at: int) -> list[tuple[str, np.ndarray]]:
+    """(name, N×N) at a sampled step: the maps of a layer's sites, and the product of all from the first site to it."""
+    maps = _maps_at(record, at)
+    sites = sorted(where for where, name in maps if name == "res" and where[0] <= layer)
+    own = [(row_name(s), maps[s, "res"]) for s in sites if s[0] == layer]
+    if not own:
+        return []
+    product = reduce(lambda so_far, s: maps[s, "res"] @ so_far, sites[1:], maps[sites[0], "res"])
+    return [*own, (f"{row_name(sites[0])} → {row_name(sites[-1])}", product)]
+
+
+def traced(record: Record, at: int) -> list[Trajectory]:
+    """The traced tokens at a sampled step, each with its way through the sites in static order."""
+    rows = record.memo(("tokens", at), lambda: record.run.read_arrow("tokens", steps=(at, at + 1)))
+    return _trajectories(rows)
+
+
+def _trajectories(rows: pa.Table) -> list[Trajectory]:
+    table = rows.to_pandas()
+    table["place"] = table["site"].astype(str).map({s: i for i, s in enumerate(SITES)})
+    out = []
+    for token, mine in table.sort_values(["layer", "place"]).groupby("token"):
+        experts = [int(e[0]) if e is not None and len(e) else -1 for e in mine["experts"]]
+        ids = mine["token_id"].dropna()
+        out.append(
+            Trajectory(
+                token=int(token),
+                place_P=tuple(f"{layer}.{site}" for layer, site in zip(mine["layer"], mine["site"], strict=True)),
+                projection_P2=mine[["projection_1", "projection_2"]].to_numpy(float),
+                expert_P=np.array(experts),
+                flipped_P=mine["flipped"].to_numpy(float),
+                text=f" (id {int(ids.iloc[0])})" if len(ids) else "",
+            )
+        )
+    return out
+
+
+def before_and_near(record: Record, table: str, before: int, step: int) -> list[tuple[str, int]]:
+    """(what to call it, sampled step): the newest sample before `before`, where there is one, and one near `step`."""
+    key = ("around", table, before, step)
+    near = record.memo((*key, "near"), lambda: sampled_near(record, table, step))
+    past = record.memo((*key, "past"), lambda: sampled_at(record, table, before - 1) if before > 0 else None)
+    out = [("before", past)] if past is not None and near is not None and past < near else []
+    return [*out, ("at the cell", near)] if near is not None else []
+
+
+def _maps_at(record: Record, at: int) -> dict[tuple[tuple[int, int], str], np.ndarray]:
+    """((layer, site index), map) → matrix at a sampled step, ranks averaged."""
+    return record.memo(("maps", at), lambda: _all_maps(record, at))
+
+
+def _all_maps(record: Record, at: int) -> dict[tuple[tuple[int, int], str], np.ndarray]:
+    rows = record.run.read_arrow("matrices", steps=(at, at + 1)).to_pandas()
+    return {
+        ((int(layer), SITES.index(site)), str(name)): _matrix(cells)
+        for (layer, site, name), cells in rows.groupby(["layer", "site", "map"], observed=True)
+    }
+
+
+def _matrix(cells: pd.DataFrame) -> np.ndarray:
+    i, j = cells["i"].to_numpy(int), cells["j"].to_numpy(int)
+    total, count = np.zeros((i.max() + 1, j.max() + 1)), np.zeros((i.max() + 1, j.max() + 1))
+    np.add.at(total, (i, j), cells["value"].to_numpy(float))
+    np.add.at(count, (i, j), 1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

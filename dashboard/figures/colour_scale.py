@@ -1,0 +1,96 @@
+"""How a metric's values become colour: gains around 1 on a log scale, shares from 0, wide ranges as logarithms."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from geodiag.dashboard.figures.style import Look, ticks_of
+from geodiag.metrics.schema import Metric
+
+_LEAST_GAIN = 1.05
+"""The colours of a gain reach at least this far, so that rounding noise around 1 stays pale."""
+
+
+class Shade(NamedTuple):
+    """A colour axis, and whether values enter it as base-10 logarithms."""
+
+    axis: dict[str, Any]
+    log: bool
+
+
+def is_gain(metric: Metric) -> bool:
+    """Whether 1 means "as it came in"."""
+    return "gain" in metric.name or metric.name.startswith("spectral_norm_res")
+
+
+def shade(metric: Metric, values: np.ndarray, look: Look, centre: float | None = None) -> Shade:
+    """The colour axis for these values of `metric`; `centre` is the value that is drawn as neither high nor low."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return Shade({"colorscale": look.heat, "cmin": 0, "cmax": 1, "showscale": False}, False)
+    low, high = float(finite.min()), float(finite.max())
+    if is_gain(metric) or centre is not None:
+        middle, least = centre or 1.0, _LEAST_GAIN if centre is None else 2.0
+        positive = finite[finite > 0] / middle
+        reach = max(least, float(positive.max()), 1 / float(positive.min())) if len(positive) else least
+        reach = min(reach, max(least, 1e4 if centre is None else 4.0))
+        a, b = np.log10(middle) - np.log10(reach), np.log10(middle) + np.log10(reach)
+        return Shade(_axis(look.gain, float(a), float(b), metric.unit, _ticks(float(a), float(b))), True)
+    scale = [(1 - p, c) for p, c in reversed(look.heat)] if metric.worse == "low" else look.heat
+    if low > 0 and high / low > 100:
+        a, b = float(np.log10(low)), float(np.log10(high))
+        return Shade(_axis(scale, a, b, metric.unit, _ticks(a, b)), True)
+    if metric.unit == "share":
+        low = min(low, 0.0)
+    # Noise stays pale: the full range of colour is for what at least doubles.
+    high = max(high, 2 * low, low + 1e-9) if metric.worse != "low" else max(high, low + 1e-9)
+    return Shade(_axis(scale, low, high, metric.unit, None), False)
+
+
+Z_MIN, Z_MAX = 3.0, 60.0
+"""The colours of robust z: below the first it is the noise of a worst-of-many. Logarithmic: what began as a whisper
+and what is far out of range are both there to be seen."""
+
+
+def z_shade(score: np.ndarray) -> np.ndarray:
+    """Scores as they enter the colour axis `robust_z`; infinite is as far as there is."""
+    return np.log10(np.clip(np.where(np.isinf(score), Z_MAX, score), Z_MIN / 2, None))
+
+
+def robust_z(look: Look, length: float) -> dict[str, Any]:
+    """The colour axis of stage scores; `length` is its bar's share of the height, from the bottom."""
+    bar = {
+        "len": length, "y": 0, "yanchor": "bottom", "thickness": 10, "outlinewidth": 0, "x": 1.01,
+        "title": {"text": "robust z", "font": {"size": 11}}, "tickfont": {"size": 11},
+        "tickvals": np.log10([3, 6, 12, 24, 48]).tolist(), "ticktext": ["≤ 3", "6", "12", "24", "48"],
+    }  # fmt: skip
+    return {"colorscale": look.heat, "cmin": float(np.log10(Z_MIN)), "cmax": float(np.log10(Z_MAX)), "colorbar": bar}
+
+
+def _axis(scale: Any, low: float, high: float, unit: str, ticks: list[float] | None) -> dict[str, Any]:
+    bar: dict[str, Any] = {"thickness": 10, "outlinewidth": 0, "tickfont": {"size": 11}, "x": 1.01, "nticks": 6}
+    share, gain = unit == "share", unit == "×"
+    bar["title"] = {"text": "" if share or gain or unit == "1" else unit, "font": {"size": 12}}
+    if ticks is not None:
+        text = [f"{100 * t:.4g}%" if share else f"×{t:.4g}" if gain else f"{t:.4g}" for t in ticks]
+        bar |= {"tickvals": [float(np.log10(t)) for t in ticks], "ticktext": text}
+    else:
+        bar |= {"tickformat": ticks_of(unit), "tickprefix": "×" if gain else ""}
+    return {"colorscale": scale, "cmin": low, "cmax": high, "colorbar": bar}
+
+
+_ROUND: tuple[tuple[float, ...], ...] = ((1,), (2, 5), (1.5, 3, 7), (1.2, 8), (1.1, 9), (1.05, 9.5), (1.02, 9.8))
+"""Round numbers, the roundest first."""
+_MOST_TICKS = 9
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between 10^low and 10^high, the rounder the likelier, none too close to another."""
+    chosen: list[float] = []
+    decades = range(int(np.floor(low)) - 1, int(np.ceil(high)) + 1)
+    for mantissas in _ROUND:
+        for at in sorted(float(np.log10(m)) + e for m in mantissas for e in decades):
+            apart = min((abs(at - c) for c in chosen), default=high - low)
+            if low <= at <= high and apart > (high - low) / 14 and len(chosen) < _MOST_TICKS:
+                chosen.append(at)
+    return sorted(float(f"{10**at:.3g}") for at in chosen)

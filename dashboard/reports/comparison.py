@@ -1,0 +1,174 @@
+"""Two runs or more, side by side as data: how each stands, what differs, and which is the better at what."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from geodiag.cascade.explain import explain
+from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.reports.run_labels import labels_of
+from geodiag.dashboard.reports.tables import flat, metric_of, value
+from geodiag.errors import GeodiagError
+from geodiag.health import Health, health
+from geodiag.metrics.headline import KEY_METRICS
+from geodiag.run import Run
+from geodiag.spikes.recorded import Seen, spikes_of
+from geodiag.store.files import plain
+
+MOST_RUNS = 12
+"""So many lines can be told apart: four colours, three kinds of dashes."""
+_TOLD = 4
+"""Spikes of a run whose cascade is told, the worst ones."""
+_MEAN_OF = 50
+"""Steps that a loss is averaged over: one batch says little."""
+_NAMES = [name for names in KEY_METRICS.values() for name in names]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One run of a comparison."""
+
+    label: str
+    record: Record
+    health: Health
+    last: dict[str, float]
+    """Each key metric's newest value; of the layers', the worst place's."""
+    spikes: tuple[tuple[Seen, str | None], ...]
+    """Each spike, with its cascade in words where it was told."""
+
+    def tokens(self) -> np.ndarray | None:
+        """Tokens trained on up to each step; None where some step does not say."""
+        token_S = self.record.steps()["tokens"].astype(np.float64)
+        return np.cumsum(token_S) if len(token_S) and np.isfinite(token_S).all() else None
+
+    def as_json(self) -> dict[str, Any]:
+        h, tokens = self.health, self.tokens()
+        spikes = [
+            {"kind": s.spike.kind, "onset": s.onset, "detected": s.spike.detected, "peak": s.spike.peak,
+             "end": s.spike.end, "score": plain(s.spike.score), "attempt": s.attempt, "words": words}
+            for s, words in self.spikes if s.spike is not None
+        ]  # fmt: skip
+        return {
+            "label": self.label, "run": h.run, "status": h.status, "last_step": h.last_step, "loss": plain(h.last_loss),
+            "tokens": None if tokens is None else float(tokens[-1]), "spikes": spikes,
+            "problems": self.record.problems(),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Runs side by side."""
+
+    sides: tuple[Side, ...]
+
+    def differences(self) -> dict[str, list[Any]]:
+        """Setting → each run's value, of the settings that are not the same in all; None where a run does not say."""
+        told = [_settings(s.record) for s in self.sides]
+        names = list(dict.fromkeys(name for settings in told for name in settings))
+        values = {name: [settings.get(name) for settings in told] for name in names}
+        return {name: v for name, v in values.items() if any(x != v[0] for x in v)}
+
+    def shared(self) -> dict[str, Any]:
+        """The newest step that all runs with a loss have, and the mean loss of each over up to 50 shared steps."""
+        common: np.ndarray | None = None
+        for s in self.sides:
+            steps = s.record.steps()
+            known = steps["step"][np.isfinite(steps["loss"])]
+            if not len(known):
+                continue
+            common = known if common is None else np.intersect1d(common, known)
+        if common is None or not len(common):
+            return {"last_step": None, "steps": 0, "loss": [None] * len(self.sides)}
+        last = common[-_MEAN_OF:]
+        return {"last_step": int(last[-1]), "steps": len(last), "loss": [_mean(s.record, last) for s in self.sides]}
+
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """Key metric → unit, bad end, every run's worst with its place and newest value, and which runs are better."""
+        out = {}
+        for name in _NAMES:
+            metric = metric_of(name)
+            worst = [s.health.worst.get(name) for s in self.sides]
+            values, last = [None if w is None else w.value for w in worst], [s.last.get(name) for s in self.sides]
+            if any(w is not None for w in worst):
+                out[name] = {
+                    "unit": metric.unit,
+                    "worse": metric.worse,
+                    "worst": [None if w is None else w.as_json() for w in worst],
+                    "last": plain(last),
+                    "better": {
+                        # The worst loss is that of the first step: it tells of the start, not of the run.
+                        "worst": [] if name == "loss" else better(name, values),
+                        "last": better(name, last),
+                    },
+                }
+        return out
+
+    def as_json(self) -> dict[str, Any]:
+        """See `geodiag compare --help`."""
+        return {
+            "runs": [s.as_json() for s in self.sides],
+            "shared": plain(self.shared()),
+            "metrics": self.metrics(),
+            "differences": plain(self.differences()),
+        }
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """Looks at every run, by its newest attempt. GeodiagError for fewer than two, too many, or one twice."""
+    if len(runs) < 2:
+        raise GeodiagError("compare needs two runs or more; for one run: geodiag report RUN")
+    if len(runs) > MOST_RUNS:
+        raise GeodiagError(f"{len(runs)} lines cannot be told apart; pass at most {MOST_RUNS} runs")
+    return Comparison(sides=tuple(_side(r, label) for r, label in zip(runs, labels_of(runs), strict=True)))
+
+
+def better(name: str, values: Sequence[float | None]) -> list[int]:
+    """Places of the runs that stand better, by a difference that can be read; none where all are alike."""
+    metric = metric_of(name)
+    known = {i: v for i, v in enumerate(values) if v is not None}
+    finite = {i: v for i, v in known.items() if math.isfinite(v)}
+    if len(known) < 2 or not finite:
+        return []
+    said = {i: value(v, metric) for i, v in known.items()}
+    best = (max if metric.worse == "low" else min)(finite, key=lambda i: finite[i])
+    return [i for i in known if said[i] == said[best]] if len(set(said.values())) > 1 else []
+
+
+def _side(run: Run, label: str) -> Side:
+    record = Record(run)
+    known = [s for s in spikes_of(run) if s.spike is not None]
+    worst = sorted(known, key=lambda s: -(s.spike.score if s.spike else 0.0))[:_TOLD]
+    told = tuple((s, explain(run, s).words if s in worst else None) for s in known)
+    return Side(label=label, record=record, health=health(run, _NAMES), last=_last(record), spikes=told)
+
+
+def _last(record: Record) -> dict[str, float]:
+    steps, out = record.steps(), {}
+    for name in _NAMES:
+        metric = metric_of(name)
+        if metric.table == "steps":
+            known = steps[name][~np.isnan(steps[name])]
+            if len(known):
+                out[name] = float(known[-1])
+    names = [n for n in _NAMES if metric_of(n).table == "layers"]
+    for grid in record.recent("layers", *names):
+        value_R = grid.at(int(grid.steps_S[-1])) if len(grid.steps_S) else np.array([])
+        if not np.isnan(value_R).all():
+            out[grid.metric.name] = float((np.nanmin if grid.metric.worse == "low" else np.nanmax)(value_R))
+    return out
+
+
+def _settings(record: Record) -> dict[str, Any]:
+    """What was set, what was found, and what it ran on."""
+    found = {f"found.{k}": v for k, v in record.said("found").items() if k != "missing"}
+    versions = {f"versions.{k}": v for k, v in record.said("versions").items()}
+    return flat(record.said("config")) | found | versions
+
+
+def _mean(record: Record, at: np.ndarray) -> float | None:
+    steps = record.steps()
+    loss_S = steps["loss"][np.isin(steps["step"], at) & np.isfinite(steps["loss"])]
+    return float(loss_S.astype(np.float64).mean()) if len(loss_S) else None

@@ -1,0 +1,125 @@
+"""The tables of a comparison: the runs themselves, their key metrics, their spikes, and what was set otherwise."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dash import html
+
+from geodiag.dashboard.components.components import badge, notice
+from geodiag.dashboard.components.frame import problems
+from geodiag.dashboard.components.text import about, number, utc, whole
+from geodiag.dashboard.figures.run_overlay import stroke
+from geodiag.dashboard.figures.style import DARK, LIGHT
+from geodiag.dashboard.reports.comparison import Comparison, Side
+from geodiag.dashboard.reports.tables import grid, hint, metric_of, place, plainly, value
+from geodiag.metrics.headline import KEY_METRICS
+
+_LIST = 8
+"""A longer list is told by its length and its ends."""
+METRICS_TIP = (
+    "Worst: of all steps and layers, over the whole of each run. Newest: at its last sample, the worst place. "
+    "✓ marks the better value, where the difference can be read."
+)
+
+
+def head(c: Comparison, title: str) -> html.Section:
+    """Which runs these are, and how each stands; the loss where all have come."""
+    shared = c.shared()
+    at = shared["last_step"]
+    known = [v for v in shared["loss"] if v is not None]
+    rows = []
+    for i, (s, loss) in enumerate(zip(c.sides, shared["loss"], strict=True)):
+        h, tokens = s.health, s.tokens()
+        model = ", ".join(str(said) for key in ("residual", "size") if (said := s.record.option(key)))
+        best = len(known) > 1 and number(loss) == number(min(known)) and len({number(v) for v in known}) > 1
+        rows.append([
+            named(c, i), badge(h.status), whole(h.last_step), "–" if tokens is None else _short(float(tokens[-1])),
+            _better(number(loss), best), number(h.last_loss), str(len(s.spikes)),
+            model or str(s.record.said("found").get("family") or "–"),
+            utc(s.record.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
+        ])  # fmt: skip
+    mean = f"loss, shared: mean over the {shared['steps']} newest steps that all runs have, up to step {whole(at)}"
+    heads = ["run", "status", "last step", "tokens", "loss, shared", "newest loss", "spikes", "model", "began, UTC"]
+    said = notice("These runs have no step in common." if at is None else mean)
+    wrong = [html.Div([html.B(s.label), *problems(s.record)]) for s in c.sides if s.record.problems()]
+    return html.Section([html.H1(title), grid(heads, rows, (2, 3, 4, 5, 6)), said, *wrong], className="card runs-of")
+
+
+def metrics(c: Comparison) -> html.Div:
+    """Every key metric, for every run its worst and its newest value."""
+    told = c.metrics()
+    rows: list[Any] = []
+    for title, names in KEY_METRICS.items():
+        known = [n for n in names if n in told]
+        if known:
+            rows.append(html.Tr(html.Th(title, colSpan=1 + 2 * len(c.sides), scope="rowgroup")))
+        for name in known:
+            cells: list[Any] = [hint(name, about(metric_of(name)))]
+            for i, s in enumerate(c.sides):
+                cells += _cells(s, i, name, told[name]["better"])
+            rows.append(cells)
+    heads: list[Any] = [""]
+    for i in range(len(c.sides)):
+        heads += [html.Span([named(c, i), " worst"]), "newest"]
+    return grid(heads, rows, range(1, len(heads)), "metrics-of")
+
+
+def _cells(side: Side, i: int, name: str, better: Mapping[str, Sequence[int]]) -> list[Any]:
+    metric, worst = metric_of(name), side.health.worst.get(name)
+    if worst is None:
+        return ["–", "–"]
+    said = [_better(value(worst.value, metric), i in better["worst"]), html.Span(place(worst), className="at")]
+    return [html.Div(said), _better(value(side.last.get(name), metric), i in better["last"])]
+
+
+def spikes(c: Comparison) -> Any:
+    """Every spike of every run, with the cascade behind it where it was told."""
+    rows = []
+    for i, s in enumerate(c.sides):
+        if not s.spikes:
+            rows.append([named(c, i), html.Span("none", className="soft"), "", "", "", ""])
+        for seen, words in s.spikes:
+            assert seen.spike is not None
+            end = "still on" if seen.spike.end is None else whole(seen.spike.end)
+            more = words or html.Span(["geodiag cascade RUN tells the cascade"], className="soft")
+            rows.append([named(c, i), whole(seen.onset), whole(seen.spike.peak), end,
+                         html.Span(seen.spike.kind, className=f"kind kind-{seen.spike.kind}"), more])  # fmt: skip
+    return grid(["run", "onset", "peak", "end", "kind", "cascade"], rows, (1, 2, 3), "spikes-of")
+
+
+def settings(c: Comparison, differences: Mapping[str, Sequence[Any]]) -> Any:
+    """The settings that are not the same in all runs."""
+    if not differences:
+        return notice("These runs say the same of themselves.")
+    rows = [[html.Code(name), *map(_said, values)] for name, values in differences.items()]
+    return grid(["setting", *(named(c, i) for i in range(len(c.sides)))], rows, name="settings-of")
+
+
+def named(c: Comparison, i: int) -> html.Span:
+    """A run's name beside its stroke."""
+    return html.Span([swatch(i), c.sides[i].label], className="run-name")
+
+
+def swatch(i: int) -> html.I:
+    """The stroke of run number `i` as its lines have it, in both looks."""
+    (light, dash), (dark, _) = stroke(i, LIGHT), stroke(i, DARK)
+    kind = {"solid": "solid", "dash": "dashed", "dot": "dotted"}[dash]
+    return html.I(className="swatch", style={"--light": light, "--dark": dark, "borderTopStyle": kind})
+
+
+def _better(text: str, best: bool) -> Any:
+    return html.B([html.Span("✓ ", title="the better value"), text], className="calm") if best else text
+
+
+def _said(setting: Any) -> Any:
+    if isinstance(setting, list) and len(setting) > _LIST:
+        return f"{len(setting)}: {setting[0]} … {setting[-1]}"
+    return html.Span("–", className="soft") if setting is None else plainly(setting)
+
+
+def _short(n: float) -> str:
+    """`1.23 M`."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g} {letter}"
+    return f"{n:.3g}"

@@ -1,0 +1,58 @@
+"""What of a run is text in TensorBoard: its events and its configuration, as Markdown; its hyperparameters."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from geodiag.events import details
+from geodiag.store.files import plain
+
+_LONG = {"registry", "cadence"}
+"""What would fill pages and is told elsewhere."""
+
+
+def configuration(manifest: Mapping[str, Any]) -> str:
+    """The manifest, without its longest parts, as a block of JSON."""
+    config = manifest.get("config")
+    short = {k: v for k, v in manifest.items() if k not in _LONG}
+    if isinstance(config, Mapping):
+        short["config"] = {k: v for k, v in config.items() if k not in _LONG}
+    return _block(short)
+
+
+def hyperparameters(manifest: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """Every single value of the configuration, by its path: `options.lr`."""
+    config = manifest.get("config")
+    return dict(_leaves("", config)) if isinstance(config, Mapping) else {}
+
+
+def event_text(row: Mapping[str, Any]) -> str:
+    """One event: what happened, and its details."""
+    more = details(row["data"])
+    return f"**{row['kind']}** at step {row['step']}: {row['message']}" + (f"\n\n{_block(more)}" if more else "")
+
+
+def trail(rows: Sequence[Mapping[str, Any]]) -> str:
+    """All events in one table: TensorBoard shows only a sample of many texts under one tag."""
+    lines = ["| step | kind | what happened |", "|---:|---|---|"]
+    for row in sorted(rows, key=lambda r: r["step"]):
+        message = " ".join(str(row["message"]).replace("|", "\\|").split())
+        lines.append(f"| {row['step']} | {row['kind']} | {message} |")
+    return "\n".join(lines)
+
+
+def _block(data: Any) -> str:
+    """JSON as Markdown leaves it alone."""
+    text = json.dumps(plain(data), indent=1, ensure_ascii=False)
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _leaves(path: str, data: Mapping[str, Any]) -> Iterator[tuple[str, bool | float | str]]:
+    for name, value in data.items():
+        here = f"{path}.{name}" if path else str(name)
+        if name in _LONG or value is None:
+            continue
+        if isinstance(value, Mapping):
+            yield from _leaves(here, value)
+        else:
+            yield here, value if isinstance(value, bool | int | float | str) else json.dumps(plain(value))

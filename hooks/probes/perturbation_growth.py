@@ -1,0 +1,112 @@
+"""Perturbation growth: what becomes, at the end of the model, of a small change of the stream that enters a layer.
+
+One forward for all layers: the batch is one piece of the probe, once untouched and once for each layer. What it grows
+by is to be held against `spectral_norm_product`, what the residual maps alone could make of it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geodiag.hooks.adapters.base import Layout, Removable
+from geodiag.hooks.measure import formulas as metrics
+from geodiag.hooks.probes.batch import PROBE_TOKENS, ProbeBatch
+
+# J copies, S positions, N streams, C channels
+
+EPSILON = 2e-2
+"""Length of the change, as a share of the token's stream; well above the last digit of bfloat16."""
+_SEED = 23
+
+
+class Growth:
+    """Hooks on the layers that are recorded; at work only inside `run`."""
+
+    def __init__(self, batch: ProbeBatch, layout: Layout) -> None:
+        self._batch = batch
+        self._layers = [i for i in range(len(layout.layers)) if layout.watches(i)]
+        self._count = len(layout.layers)
+        self._on = False
+        self._changes: list[Tensor] = []
+        self._end: Tensor | None = None
+        self._failure: Exception | None = None
+        self._handles: list[Removable] = []
+        if layout.watch_end is None:
+            return
+        for copy, layer in enumerate(self._layers, start=1):
+            self._handles.append(
+                layout.layers[layer].register_forward_pre_hook(self._changing(copy, layer), with_kwargs=True)
+            )
+        self._handles += layout.watch_end(self._ended)
+
+    def run(self) -> dict[str, Tensor]:
+        """‖change at the end‖ / ‖change at the layer‖ over the piece's tokens, by layer; NaN for those not watched."""
+        if not self._handles:
+            return {}
+        copies = 1 + len(self._layers)
+        self._on, self._changes, self._end = True, [], None
+        try:
+            self._batch.forward_copies(copies, max(16, PROBE_TOKENS // copies))
+            if self._failure is not None:
+                raise self._failure
+            assert self._end is not None, "the end is watched"
+            after = (self._end[1:] - self._end[:1]).flatten(1).norm(dim=1)
+            growth = dict(zip(self._layers, after / torch.stack(self._changes), strict=True))
+            return {"layer/perturbation_growth": metrics.in_order(range(self._count), growth)}
+        finally:
+            self._on, self._changes, self._end, self._failure = False, [], None, None
+
+    def _guarded(self, work: Callable[[], Any]) -> Any:
+        """What fails here is raised behind the forward: of a sharded model, one that was begun must end."""
+        try:
+            return work()
+        except Exception as e:  # raised by `run`, when the forward is over
+            self._failure = self._failure or e
+            return None
+
+    def _changing(self, copy: int, layer: int) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            return self._guarded(lambda: self._changed(copy, layer, args, kwargs)) if self._on else None
+
+        return hook
+
+    def _changed(self, copy: int, layer: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        place, name, x = _stream(args, kwargs)
+        changed = x.clone()
+        changed[copy] = _moved(x[copy], layer)
+        self._changes.append((changed[copy].float() - x[copy].float()).norm())  # as it is after rounding
+        if name is not None:
+            return args, kwargs | {name: changed}
+        return (*args[:place], changed, *args[place + 1 :]), kwargs
+
+    def _ended(self, view: Callable[[], Tensor]) -> None:
+        if self._on:
+            self._end = self._guarded(lambda: view().detach().float())
+            self._batch.enough()
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _moved(x_S: Tensor, layer: int) -> Tensor:
+    """Each token moved along a random direction of its own, the same ones every time."""
+    generator = torch.Generator(x_S.device).manual_seed(_SEED + layer)
+    drawn = torch.randn(x_S.shape, generator=generator, device=x_S.device)
+    unit = drawn / drawn.flatten(1).norm(dim=1).view(-1, *[1] * (x_S.dim() - 1))
+    length = EPSILON * x_S.float().flatten(1).norm(dim=1).view(-1, *[1] * (x_S.dim() - 1))
+    return (x_S.float() + length * unit).to(x_S.dtype)
+
+
+def _stream(args: tuple, kwargs: dict[str, Any]) -> tuple[int, str | None, Tensor]:
+    """A block's hidden state among its arguments: the first floating-point tensor."""
+    for place, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return place, None, value
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return 0, name, value
+    raise TypeError("a block takes no floating-point tensor, so there is no stream to change")

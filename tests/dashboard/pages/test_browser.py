@@ -1,0 +1,326 @@
+"""The page in a real browser: opened, zoomed, steered; `page` fails on any error in its console or foreign request."""
+
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+
+from geodiag.events import Event
+from tests.dashboard import synthetic
+
+pytestmark = pytest.mark.browser
+
+
+def chart(page, name: str):
+    """The chart `name`, once it is drawn."""
+    plot = page.locator(f"#{name} .js-plotly-plot")
+    plot.locator(".main-svg").first.wait_for()
+    until(page, f"document.querySelector('#{name} .js-plotly-plot')?.layout?.xaxis?.visible !== false")
+    return plot
+
+
+def until(page, expression: str, again=None, seconds: float = 20) -> None:
+    """Waits for something to hold; the page's own policy forbids the `eval` of wait_for_function.
+
+    `again` is a gesture, made anew every two seconds: a chart that is just being laid out may miss one, as it
+    would miss a reader's.
+    """
+    end, next_time = time.monotonic() + seconds, 0.0
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"never came true: {expression}"
+        if again and time.monotonic() > next_time:
+            again()
+            next_time = time.monotonic() + 2
+        page.wait_for_timeout(50)
+
+
+def layout(page, name: str, path: str):
+    return page.evaluate(f"document.querySelector('#{name} .js-plotly-plot')._fullLayout.{path}")
+
+
+def plot_area(page, name: str) -> dict:
+    return chart(page, name).locator(".nsewdrag").first.bounding_box()
+
+
+def drag(page, name: str, start: float, end: float) -> None:
+    """Drags over the plot area of a chart, from one share of its width to another."""
+    box = plot_area(page, name)
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + start * box["width"], y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + end * box["width"], y, steps=6)
+    page.mouse.up()
+
+
+def zoom(page, name: str, start: float, end: float) -> tuple[int, int]:
+    """The range of steps in the address after a drag."""
+    until(page, "location.search.includes('steps=')", lambda: drag(page, name, start, end))
+    low, high = re.search(r"steps=(\d+)-(\d+)", page.url).groups()
+    return int(low), int(high)
+
+
+def test_the_list_shows_every_run_and_opens_one(page):
+    page.locator(".ag-row").first.wait_for()
+    text = page.locator("#runs-table").inner_text()
+    assert all(name in text for name in ("mhc-tear", "hc-growing", "plain", "empty"))
+    assert page.locator(".ag-row svg.spark").count() == 3
+    page.get_by_role("link", name="hc-growing").click()
+    page.wait_for_url("**/run/hc-growing/overview")
+    chart(page, "overview-timeline")
+    assert "12.3" in page.locator("#overview-tiles").inner_text()
+
+
+def test_every_page_opens_in_both_schemes(page):
+    for name, shown in (
+        ("overview", "overview-timeline"),
+        ("cascade", "cascade-picture"),
+        ("gain", "gain-heat"),
+        ("routing", "routing-flips"),
+        ("activations", "activations-heat"),
+    ):
+        page.goto(f"{page.home}run/mhc-tear/{name}")
+        chart(page, shown)
+        assert page.locator(f".g-tab.here:has-text('{name.capitalize()}')").count() == 1
+    page.locator(".g-tab a", has_text="Events").click()
+    page.locator(".ag-row").first.wait_for()
+    assert page.locator("html").get_attribute("data-mantine-color-scheme") == "light"
+    page.get_by_role("button", name="light or dark").click()
+    page.wait_for_selector("html[data-mantine-color-scheme=dark]")
+    page.locator(".g-tab a", has_text="Overview").click()
+    chart(page, "overview-timeline")
+    ink = "data.find(t => t.name === 'loss').line.color"
+    assert page.evaluate(f"document.querySelector('#overview-timeline .js-plotly-plot').{ink}") == "#e6e9f0"
+    page.reload()
+    chart(page, "overview-timeline")
+    assert page.locator("html").get_attribute("data-mantine-color-scheme") == "dark"
+
+
+def test_a_drag_zooms_every_page_and_a_double_click_ends_it(page):
+    page.goto(f"{page.home}run/mhc-tear/overview")
+    low, high = zoom(page, "overview-timeline", 0.5, 0.75)
+    assert (low, high) == (pytest.approx(299, abs=8), pytest.approx(449, abs=8))
+    page.locator(".g-tab a", has_text="Gain").click()
+    chart(page, "gain-heat")
+    zoomed = "document.querySelector('#gain-heat .js-plotly-plot')?._fullLayout?.xaxis?.range"
+    until(page, f"JSON.stringify({zoomed}) === '[{low},{high}]'")
+    box = plot_area(page, "gain-heat")
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    until(page, "!location.search.includes('steps=')", lambda: page.mouse.dblclick(*middle))
+    until(page, "document.querySelector('#gain-heat .js-plotly-plot')._fullLayout.xaxis.range[1] > 590")
+
+
+def test_a_click_on_a_cell_moves_profile_and_matrices(page):
+    page.goto(f"{page.home}run/mhc-tear/gain")
+    box = plot_area(page, "gain-heat")
+    cell = box["x"] + box["width"] * 0.5, box["y"] + box["height"] * (3.5 / 12)
+    until(page, "location.search.includes('site=1.ffn')", lambda: page.mouse.click(*cell))
+    step = int(re.search(r"step=(\d+)", page.url)[1])
+    assert step == pytest.approx(300, abs=5)
+    until(page, f"document.getElementById('gain-where').innerText === 'step {step}'")
+    page.get_by_text(f"1.ffn, sampled at step {step // 50 * 50}").wait_for()
+    page.locator("#gain-site-choice").click()
+    page.get_by_role("option", name="4.attn").click()
+    page.get_by_text("4.attn, sampled at step").wait_for()
+    page.go_back()
+    page.get_by_text("1.ffn, sampled at step").wait_for()
+    until(page, "document.getElementById('gain-site-choice').value === '1.ffn'")
+    page.go_back()
+    until(page, "document.getElementById('gain-where').innerText === 'step 599, the newest'")
+
+
+def test_switching_quantity_and_layer_changes_the_charts_and_the_address(page):
+    page.goto(f"{page.home}run/mhc-tear/gain?metric=single&over=max")
+    chart(page, "gain-heat")
+    assert page.locator("#gain-metric").input_value() == "single-site gain"
+    page.locator("#gain-metric").click()
+    page.get_by_role("option", name="Sinkhorn residual").click()
+    page.wait_for_url(re.compile("metric=sinkhorn"))
+    until(page, "document.querySelector('#gain-heat .js-plotly-plot').layout.annotations[0].text.includes('Sinkhorn')")
+    page.goto(f"{page.home}run/mhc-tear/routing")
+    chart(page, "routing-experts")
+    title = "document.querySelector('#routing-experts .js-plotly-plot').layout.annotations[0].text"
+    assert "layer 3" in page.evaluate(title)  # the planted fault's
+    page.locator("#routing-layer").click()
+    page.get_by_role("option", name="layer 2").click()
+    page.wait_for_url(re.compile("layer=2"))
+    until(page, f"{title}.includes('layer 2')")
+    page.locator(".g-tab a", has_text="Activations").click()
+    chart(page, "activations-experts")
+    assert "layer 2" in page.evaluate(title.replace("routing-experts", "activations-experts"))
+
+
+SHIFTS = """window.shifted = 0; new PerformanceObserver((seen) => {
+  for (const shift of seen.getEntries()) window.shifted += shift.value; }).observe({type: "layout-shift"});"""
+NO_ROOM = """addEventListener("DOMContentLoaded", () => { const style = document.createElement("style");
+  style.textContent = ".chart-frame { min-height: 0 !important }"; document.head.append(style); });"""
+
+
+def shifted(page, name: str) -> float:
+    """How much of the window moved while a page was built, as the browser counts it."""
+    page.goto(f"{page.home}run/mhc-tear/{name}")
+    until(page, "document.querySelectorAll('.chart').length && [...document.querySelectorAll('.chart')]"
+          ".every(c => c.querySelector('.js-plotly-plot')?.layout?.xaxis?.visible !== false)")  # fmt: skip
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(300)
+    return page.evaluate("window.shifted")
+
+
+def test_nothing_jumps_while_a_page_is_built(page):
+    page.add_init_script(SHIFTS)
+    for name in ("overview", "cascade", "gain", "routing", "activations"):
+        assert shifted(page, name) < 0.02, name
+    page.add_init_script(NO_ROOM)
+    assert shifted(page, "cascade") > 0.05, "where no room is kept, it does"
+
+
+def test_no_button_of_a_chart_leads_elsewhere(page):
+    page.goto(f"{page.home}run/mhc-tear/overview")
+    chart(page, "overview-timeline")
+    titles = page.evaluate("[...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)")
+    assert titles == ["Download plot as a PNG", "Reset axes"]
+
+
+def test_a_run_without_hyper_connections_says_so_and_shows_the_rest(page):
+    page.goto(f"{page.home}run/plain/gain")
+    page.get_by_text("no hyper-connections").wait_for()
+    until(page, "document.querySelector('#gain-heat .js-plotly-plot')?.data?.some(t => t.type === 'heatmap')")
+    assert page.locator("#gain-metric").input_value() == "transport gain"
+    assert not page.get_by_text("Maps of one site").is_visible()
+    page.locator("#gain-metric").click()
+    page.get_by_role("option", name="composite gain").click()
+    page.get_by_text("Not recorded in this run: it has no such map.").wait_for()
+
+
+def test_in_a_narrow_window_nothing_is_cut_and_charts_keep_their_room(page):
+    page.set_viewport_size({"width": 420, "height": 800})
+    for name in ("overview", "cascade", "gain", "routing", "activations", "events"):
+        page.goto(f"{page.home}run/mhc-tear/{name}")
+        page.locator(".card").first.wait_for()
+        if name != "events":
+            until(page, "document.querySelector('main .chart .main-svg')?.clientWidth >= 600")
+        assert page.evaluate("document.documentElement.scrollWidth") == 420
+        tabs = page.locator(".tabs").bounding_box()
+        assert tabs["y"] > page.locator(".crumb.here").bounding_box()["y"]  # a line of their own
+        assert page.locator(".crumb.here").inner_text() == "mhc-tear"
+
+
+def test_an_empty_run_waits_calmly_on_every_page(page):
+    for name in ("overview", "cascade", "gain", "routing", "activations", "events"):
+        page.goto(f"{page.home}run/empty/{name}")
+        page.locator(".card").first.wait_for()
+        said = "No events yet." if name == "events" else "Waiting for the first step."
+        page.get_by_text(said).first.wait_for()
+
+
+def test_a_spike_leads_to_its_cascade_and_another_event_to_its_step(page):
+    page.goto(f"{page.home}run/mhc-tear/events")
+    page.locator(".ag-cell", has_text="loss left its trend").click()
+    page.wait_for_url("**/run/mhc-tear/cascade?spike=360")
+    page.go_back()
+    page.wait_for_load_state("networkidle")  # a row that is clicked while the table is built leads nowhere
+    page.locator(".ag-cell", has_text="off → warmup").click()
+    page.wait_for_url("**/run/mhc-tear/overview?steps=303-423&step=363")
+    chart(page, "overview-timeline")
+    assert layout(page, "overview-timeline", "xaxis.range") == [303, 423]
+
+
+def test_a_finished_run_cannot_be_steered_and_the_page_says_why(page):
+    page.goto(f"{page.home}run/mhc-tear/overview")
+    page.get_by_text("The training is not running").wait_for()
+    assert page.locator("#ask-on").is_disabled()
+    assert "spike at step 361" in page.locator("#control-state").inner_text()
+
+
+def test_an_unknown_run_or_page_is_a_calm_line(page):
+    page.goto(f"{page.home}run/nobody/gain")
+    page.get_by_text("There is no such run here.").wait_for()
+    page.goto(f"{page.home}run/plain/nothing")
+    page.get_by_text("There is no such page.").wait_for()
+
+
+def test_without_the_token_the_browser_gets_one_line(chromium, served):
+    context = chromium.new_context()
+    tab = context.new_page()
+    answer = tab.goto(f"http://127.0.0.1:{served.port}/run/plain/overview")
+    assert answer.status == 403
+    assert "needs its token" in tab.locator("body").inner_text()
+    assert tab.locator("script").count() == 0
+    context.close()
+
+
+@pytest.fixture
+def live(runs):
+    """A run that is still being trained, as far as anybody can tell; the test plays the training."""
+    story = synthetic.Story(steps=200, layers=3, seed=5)
+    run = synthetic.create(runs / "live", story)
+    synthetic.write_rows(run, story, 0, 40)
+    run.heartbeat(39)
+    run.story = story
+    yield run
+    run.close()
+
+
+def test_routing_is_asked_and_then_on_and_the_page_follows_the_training(page, live, runs):
+    page.goto(f"{page.home}run/live/overview")
+    chart(page, "overview-timeline")
+    page.get_by_text("step 39", exact=True).wait_for()
+    low, high = zoom(page, "overview-timeline", 0.2, 0.9)
+
+    page.get_by_role("textbox", name="delay in steps").fill("4")
+    page.locator("#ask-on").click()
+    page.get_by_text("asked: on, Δ = 4").wait_for()
+    said = json.loads((runs / "live" / "control.json").read_text())
+    assert (said["routing"], said["delay_steps"], said["by"]) == ("on", 4, "dashboard")
+    assert "now: off" in page.locator("#control-state").inner_text()
+
+    live.event(
+        Event(
+            step=40, kind="acknowledge", message="obeyed: routing on (by dashboard)",
+            data={"request": said["id"], "obeyed": True, "routing": "on"}, time=time.time(),
+        )
+    )  # fmt: skip
+    live.event(Event(step=40, kind="decision", message="dashboard asked for on", time=time.time()))
+    columns = live.story.steps_columns(np.arange(40, 60)) | {"routing_mode": ["warmup"] * 4 + ["on"] * 16}
+    live.append("steps", columns)
+    live.append("layers", live.story.layers_columns(np.arange(40, 60)))
+    page.get_by_text("now: on").wait_for()
+    state = page.locator("#control-state").inner_text()
+    assert "asked" not in state.replace("dashboard asked for on", "")
+    assert "since step 44" in state
+    assert "dashboard asked for on" in state
+    page.get_by_text("step 59", exact=True).wait_for()
+    assert f"steps={low}-{high}" in page.url  # the zoom survived the refresh
+    assert page.locator("#ask-on").get_attribute("data-variant") == "filled"
+
+
+def test_the_profile_follows_the_newest_step_of_a_live_run(page, live):
+    page.goto(f"{page.home}run/live/gain")
+    page.get_by_text("step 39, the newest").wait_for()
+    chart(page, "gain-heat")
+    synthetic.write_rows(live, live.story, 40, 90)
+    page.get_by_text("step 89, the newest").wait_for()
+    until(page, "document.querySelector('#gain-heat .js-plotly-plot')._fullLayout.xaxis.range[1] > 88")
+    assert page.url.endswith("/run/live/gain")
+
+
+def test_a_page_of_a_finished_run_asks_nothing_more(page):
+    page.goto(f"{page.home}run/mhc-tear/overview")
+    chart(page, "overview-timeline")
+    page.wait_for_timeout(1500)
+    asked = []
+    page.on("request", lambda r: asked.append(r.post_data or r.url))
+    page.wait_for_timeout(3200)
+    assert asked == []
+
+
+def test_opening_a_page_draws_each_chart_once_and_chooses_nothing(page):
+    drawn = []
+    page.on("request", lambda r: drawn.append(json.loads(r.post_data)["output"]) if r.post_data else None)
+    page.goto(f"{page.home}run/mhc-tear/gain")
+    chart(page, "gain-heat")
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(500)
+    assert [drawn.count(f"{name}.figure") for name in ("gain-heat", "gain-profile", "gain-matrices")] == [1, 1, 1]
+    assert page.url.endswith("/run/mhc-tear/gain")
