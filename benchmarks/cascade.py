@@ -1,12 +1,14 @@
 """The attribution experiment: faults planted in real trainings, and what the cascade says of each.
 
-    geodiag bench cascade [--seeds 1000-1015] [--residuals mhc hc] [--size tiny] [--clean 12] [--runs DIR] [--workers 2]
+    geodiag bench cascade [--seeds 1000-1015] [--residuals mhc hc] [--size tiny] [--clean 12]
+    [--runs DIR] [--workers 2]
 
-Every kind of fault is planted once per seed and residual, its step, layer and magnitude drawn from the seed. What was
-trained stays in DIR, so that a bench that was stopped goes on, and a record can be looked at. Each trial is graded as
-soon as it is trained, one line of `cascade.jsonl` in --out; --add takes such lines from elsewhere. A fault that neither
-raises a spike or a warning nor moves the loss by 4 σ of batch noise over its twin's is excluded: that rule, the stage
-each kind breaks first, and the seeds were fixed before anything was measured.
+Every kind of fault is planted once per seed and residual, its step, layer and magnitude drawn from
+the seed. What was trained stays in DIR, so that a bench that was stopped goes on, and a record can
+be looked at. Each trial is graded as soon as it is trained, one line of `cascade.jsonl` in --out;
+--add takes such lines from elsewhere. A fault that neither raises a spike or a warning nor moves
+the loss by 4 σ of batch noise over its twin's is excluded: that rule, the stage each kind breaks
+first, and the seeds were fixed before anything was measured.
 """
 
 import re
@@ -31,24 +33,41 @@ def _range(text: str) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("cascade", __doc__)
     parser.add_argument("--seeds", default="1000-1015", help="FIRST-LAST [%(default)s]")
-    parser.add_argument("--residuals", nargs="+", choices=("plain", "hc", "mhc"), default=["mhc", "hc"])
+    parser.add_argument(
+        "--residuals", nargs="+", choices=("plain", "hc", "mhc"), default=["mhc", "hc"]
+    )
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--kinds", nargs="+", choices=list(TRUTHS), default=list(TRUTHS))
-    parser.add_argument("--clean", type=int, default=12, help=f"clean trainings of {CLEAN_STEPS} steps [%(default)s]")
+    parser.add_argument(
+        "--clean",
+        type=int,
+        default=12,
+        help=f"clean trainings of {CLEAN_STEPS} steps [%(default)s]",
+    )
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=2, help="trainings at a time [%(default)s]")
-    parser.add_argument("--minutes", type=float, default=600.0, help="0 trains nothing [%(default)s]")
-    parser.add_argument("--runs", type=Path, default=Path("runs/cascade"), help="where the trainings are kept")
-    parser.add_argument("--grade-only", action="store_true", help="train nothing, grade what is in --runs")
-    parser.add_argument("--add", type=Path, nargs="*", default=[], help="lines from elsewhere, .jsonl or .jsonl.gz")
+    parser.add_argument(
+        "--minutes", type=float, default=600.0, help="0 trains nothing [%(default)s]"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/cascade"), help="where the trainings are kept"
+    )
+    parser.add_argument(
+        "--grade-only", action="store_true", help="train nothing, grade what is in --runs"
+    )
+    parser.add_argument(
+        "--add", type=Path, nargs="*", default=[], help="lines from elsewhere, .jsonl or .jsonl.gz"
+    )
     options = parser.parse_args(argv)
     try:
         seeds = _range(options.seeds)
     except ValueError:
         parser.error(f"--seeds is FIRST-LAST, not {options.seeds!r}")
     names = ("seeds", "residuals", "size", "kinds", "clean", "sequences", "device")
-    result = setting("cascade", argv, options.device) | {"settings": {n: getattr(options, n) for n in names}}
+    result = setting("cascade", argv, options.device) | {
+        "settings": {n: getattr(options, n) for n in names}
+    }
     trials = plan(seeds, options.residuals, options.size, options.kinds, options.clean)
     lines = {line["name"]: line for line in [*read(options.add), *_graded(trials, options)]}
     result["missing"] = [t.name for t in trials if t.name not in lines]
@@ -70,7 +89,9 @@ def _graded(trials: Sequence[Trial], options: Any) -> list[dict[str, Any]]:
     lines, console = [], Console(stderr=True)
     with Progress(console=console) as progress:
         task = progress.add_task("trials", total=len(trials))
-        for line in lines_of(trials, work, options.workers, options.minutes, options.out / "cascade.jsonl"):
+        for line in lines_of(
+            trials, work, options.workers, options.minutes, options.out / "cascade.jsonl"
+        ):
             progress.advance(task)
             if "failed" in line:
                 console.print(f"{line['name']}: {line['failed']}")

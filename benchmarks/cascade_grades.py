@@ -1,4 +1,6 @@
-"""Grades of `geodiag bench cascade`: what was planted in a run against what `explain` made of its record."""
+"""Grades of `geodiag bench cascade`: what was planted in a run against what `explain` made of its
+record.
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +17,9 @@ from geodiag.run import Run, open_run
 REACH = 30
 """A spike or a warning so many steps after a fault's last step is still that fault's."""
 NOISE = 4.0
-"""A fault that moves the loss by less than so many σ of batch noise, and is neither spike nor warning, is excluded."""
+"""A fault that moves the loss by less than so many σ of batch noise, and is neither spike nor
+warning, is excluded.
+"""
 EXPERTS = ("expert-scale", "bit-flip", "gate-column", "bias-kick")
 """Kinds that hurt one expert."""
 WHOLE = ("spike", "divergence", "nonfinite")
@@ -45,10 +49,14 @@ class Grade:
 
     @property
     def stage(self) -> bool:
-        return self.cascade is not None and self.cascade.stage == TRUTHS[self.trial.kind or ""].stage
+        return (
+            self.cascade is not None and self.cascade.stage == TRUTHS[self.trial.kind or ""].stage
+        )
 
     def layer(self, among: int) -> bool:
-        """Whether the right layer is among the first so many; of a fault with no layer, whether none is named."""
+        """Whether the right layer is among the first so many; of a fault with no layer, whether
+        none is named.
+        """
         if self.cascade is None:
             return False
         if self.trial.layer is None:
@@ -68,7 +76,9 @@ class Grade:
 
     @property
     def expert(self) -> bool | None:
-        """Whether the origin's expert is right; None where the fault has none. The fault's expert is STEP modulo 8."""
+        """Whether the origin's expert is right; None where the fault has none. The fault's expert
+        is STEP modulo 8.
+        """
         if (self.trial.kind or "").removeprefix("growing ") not in EXPERTS or self.cascade is None:
             return None
         from geodiag.reference_models.config import SIZES
@@ -98,7 +108,10 @@ class Grade:
             "before": self.before,
             "said": None
             if found is None
-            else {k: getattr(found, k) for k in ("stage", "layer", "site", "expert", "onset", "lead", "confidence")},
+            else {
+                k: getattr(found, k)
+                for k in ("stage", "layer", "site", "expert", "onset", "lead", "confidence")
+            },
         }
 
 
@@ -111,7 +124,9 @@ def line_of(trial: Trial, folder: Path) -> dict[str, Any]:
 
 
 def grade(trial: Trial, folder: Path) -> Grade:
-    """How a trial's record is read. Its `fault` events are for this bench alone: `explain` may not read them."""
+    """How a trial's record is read. Its `fault` events are for this bench alone: `explain` may not
+    read them.
+    """
     run, twin = open_run(folder / trial.name), open_run(folder / trial.twin)
     assert trial.step is not None, "only a trial with a fault is graded"
     planted, until = trial.step, _last_step(run, trial.step) + REACH
@@ -121,7 +136,13 @@ def grade(trial: Trial, folder: Path) -> Grade:
     said["before"] = false_alarms(run, planted)
     if spiked:
         onset, said["spike_kind"] = spiked[0]["onset"], spiked[0]["kind"]
-        return Grade(**said, seen="spike", spiked=onset, warned=min(warned, default=None), cascade=explain(run, onset))
+        return Grade(
+            **said,
+            seen="spike",
+            spiked=onset,
+            warned=min(warned, default=None),
+            cascade=explain(run, onset),
+        )
     if warned:
         return Grade(**said, seen="warning", warned=warned[0], cascade=explain(run, warned[0]))
     return Grade(**said, seen=None)
@@ -130,7 +151,10 @@ def grade(trial: Trial, folder: Path) -> Grade:
 def false_alarms(run: Run, until: int | None = None) -> dict[str, int]:
     """What a training raised while it had no fault, up to a step."""
     steps = _losses(run)[:until].size
-    spikes, warnings = ([e for e in _events(run, kinds) if e["step"] < steps] for kinds in (WHOLE, ("early_warning",)))
+    spikes, warnings = (
+        [e for e in _events(run, kinds) if e["step"] < steps]
+        for kinds in (WHOLE, ("early_warning",))
+    )
     return {"steps": steps, "spikes": len(spikes), "warnings": len(warnings)}
 
 
@@ -161,7 +185,9 @@ def _losses(run: Run) -> np.ndarray:
 
 
 def _effect(run: Run, twin: Run, planted: int, until: int) -> float:
-    """The largest rise over the twin while the fault may act, over the twin's own noise from step to step."""
+    """The largest rise over the twin while the fault may act, over the twin's own noise from step
+    to step.
+    """
     ours, theirs = _losses(run), _losses(twin)
     both = min(len(ours), len(theirs), until + 1)
     rise = ours[planted:both] - theirs[planted:both]

@@ -1,9 +1,11 @@
-"""How long `geodiag cascade` takes on a long run of a deep model, and how much memory: made-up rows, real files.
+"""How long `geodiag cascade` takes on a long run of a deep model, and how much memory: made-up
+rows, real files.
 
     geodiag bench cascade_speed [--steps 100000] [--layers 32] [--experts 8] [--run DIR]
 
-Every signal of every layer and expert is noise around a drift of its own; before each of the two spikes an expert's
-activations grow, the residual stream follows, and then the loss. The writer is a training's own.
+Every signal of every layer and expert is noise around a drift of its own; before each of the two
+spikes an expert's activations grow, the residual stream follows, and then the loss. The writer is a
+training's own.
 """
 
 import os
@@ -34,15 +36,24 @@ GROWTH = 0.35
 """By which the logarithm of the fault's activations grows a step."""
 
 
-def write(path: Path, *, steps: int, layers: int, experts: int, seed: int = 0) -> list[tuple[int, int]]:
+def write(
+    path: Path, *, steps: int, layers: int, experts: int, seed: int = 0
+) -> list[tuple[int, int]]:
     """Writes the run; returns the step and the layer at which each of its two cascades began."""
     rng, calm = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     origins = [(steps // 2, layers // 3), (steps - 100, layers // 2)]
-    run = Run.create(path, found={"sites": 2 * layers, "routers": layers, "experts": layers * experts})
+    run = Run.create(
+        path, found={"sites": 2 * layers, "routers": layers, "experts": layers * experts}
+    )
     drift = rng.uniform(0.5, 2.0, (len(SIGNALS), layers))
     for first in range(0, steps, CHUNK):
         step_S = np.arange(first, min(first + CHUNK, steps))
-        ill_S = sum((np.clip(step_S - at, 0, 2 * LEAD) * ((step_S >= at) & (step_S < at + 60)) for at, _ in origins))
+        ill_S = sum(
+            (
+                np.clip(step_S - at, 0, 2 * LEAD) * ((step_S >= at) & (step_S < at + 60))
+                for at, _ in origins
+            )
+        )
         loss = 2.0 + 0.02 * rng.standard_normal(len(step_S)) + 0.15 * np.maximum(ill_S - LEAD, 0)
         for table, keys in (("layers", 2), ("experts", experts)):
             run.append(table, _rows(table, rng, step_S, layers, keys, drift, origins))
@@ -58,7 +69,9 @@ def write(path: Path, *, steps: int, layers: int, experts: int, seed: int = 0) -
             "end": None,
             "score": 9,
         }
-        run.event(Event(step=at + LEAD + 3, kind="spike", message="the loss left its trend", data=data))
+        run.event(
+            Event(step=at + LEAD + 3, kind="spike", message="the loss left its trend", data=data)
+        )
     run.close()
     return origins
 
@@ -77,7 +90,11 @@ def _rows(
     index = np.broadcast_to(np.arange(layers)[None, :, None], shape)
     key = np.broadcast_to(np.arange(keys)[None, None, :], shape)
     columns: dict[str, Any] = {"step": np.repeat(step_S, layers * keys), "layer": index.ravel()}
-    columns |= {"expert": key.ravel()} if table == "experts" else {"site": ["attn", "ffn"] * (shape[0] * layers)}
+    columns |= (
+        {"expert": key.ravel()}
+        if table == "experts"
+        else {"site": ["attn", "ffn"] * (shape[0] * layers)}
+    )
     for n, (where_, name) in enumerate(SIGNALS):
         if where_ != table:
             continue
@@ -138,12 +155,16 @@ def add_size(parser: Parser, steps: int, experts: int) -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--experts", type=int, default=experts)
     parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--run", type=Path, default=None, help="keep the run here, and use it if it is there")
+    parser.add_argument(
+        "--run", type=Path, default=None, help="keep the run here, and use it if it is there"
+    )
 
 
 @contextmanager
 def long_run(options: Namespace) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The run that the options ask for, and what a result says of it; removed afterwards unless it is to be kept."""
+    """The run that the options ask for, and what a result says of it; removed afterwards unless it
+    is to be kept.
+    """
     home = options.run or Path(tempfile.mkdtemp()) / "long"
     try:
         if not home.exists():

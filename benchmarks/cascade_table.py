@@ -7,7 +7,13 @@ from typing import Any
 from geodiag.benchmarks.cascade_trials import TRUTHS
 
 Line = dict[str, Any]
-TARGETS = {"stage_top1": 0.95, "layer_top1": 0.90, "layer_top3": 0.98, "warned": 0.70, "warning_lead": 5}
+TARGETS = {
+    "stage_top1": 0.95,
+    "layer_top1": 0.90,
+    "layer_top3": 0.98,
+    "warned": 0.70,
+    "warning_lead": 5,
+}
 """What the whole table is to reach; the last two of the spikes of faults that grow."""
 
 
@@ -49,7 +55,9 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
         "stage_top1": _share([ln["stage_right"] for ln in read]),
         "layer_top1": _share([ln["layer_right"] for ln in layered]),
         "layer_top3": _share([ln["layer_in_3"] for ln in layered]),
-        "expert_top1": _share([ln["expert_right"] for ln in layered if ln["expert_right"] is not None]),
+        "expert_top1": _share(
+            [ln["expert_right"] for ln in layered if ln["expert_right"] is not None]
+        ),
         "lead": _median([ln["lead"] for ln in read if ln["lead"] is not None]),
         "warned": len(early) / len(spiked) if spiked else None,
         "warning_lead": _median(early),
@@ -96,7 +104,10 @@ def page(result: dict[str, Any]) -> str:
         f"    {result['command']}",
     ]
     if result["missing"]:
-        lines += ["", f"**{len(result['missing'])} trials were not trained: {', '.join(result['missing'][:6])} …**"]
+        lines += [
+            "",
+            f"**{len(result['missing'])} trials were not trained: {', '.join(result['missing'][:6])} …**",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,6 @@
-"""The trials of `geodiag bench cascade`: which faults are planted where, and the trainings that carry them."""
+"""The trials of `geodiag bench cascade`: which faults are planted where, and the trainings that
+carry them.
+"""
 
 import math
 import random
@@ -9,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 EARLIEST, LATEST = 90, 120
-"""Between these steps a fault is planted: after the steep descent, with a past to stand out from."""
+"""Between these steps a fault is planted: after the steep descent, with a past to stand out from.
+"""
 STEPS = 170
 GROWN_STEPS = 220
 """Where a fault grows, which it does until the end."""
@@ -19,7 +22,9 @@ CLEAN_STEPS = 1000
 
 @dataclass(frozen=True)
 class Truth:
-    """What a kind of fault breaks first, fixed before anything was measured, and how strongly it is planted."""
+    """What a kind of fault breaks first, fixed before anything was measured, and how strongly it is
+    planted.
+    """
 
     stage: int | str | None
     """1, 2, 3, "data", or None for a learning rate, which breaks every layer at once."""
@@ -49,7 +54,9 @@ TRUTHS = {
     "growing block-scale": Truth(3, 1.5, 2),
     "growing lr-shock": Truth(None, 1.07, 1.12, layered=False),
 }
-"""Every kind of fault, abrupt; and those that can grow, by a factor a step that was chosen on other seeds."""
+"""Every kind of fault, abrupt; and those that can grow, by a factor a step that was chosen on other
+seeds.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +94,11 @@ class Trial:
         return (f"{kind}@{self.step}{until}{where}{size}",)
 
 
-def plan(seeds: Sequence[int], residuals: Sequence[str], size: str, kinds: Sequence[str], clean: int) -> list[Trial]:
-    """Every kind of fault once per seed and residual, its step, layer and magnitude drawn from the seed; and twins.
+def plan(
+    seeds: Sequence[int], residuals: Sequence[str], size: str, kinds: Sequence[str], clean: int
+) -> list[Trial]:
+    """Every kind of fault once per seed and residual, its step, layer and magnitude drawn from the
+    seed; and twins.
 
     `clean` trainings of `CLEAN_STEPS` steps come on top, of the seeds that follow.
     """
@@ -105,7 +115,11 @@ def plan(seeds: Sequence[int], residuals: Sequence[str], size: str, kinds: Seque
                 step = rng.randint(EARLIEST, LATEST)
                 first = config.hash_layers if truth.stage == 2 else 0
                 layer = rng.randrange(first, config.layers) if truth.layered else None
-                drawn: dict[str, Any] = {"step": step, "layer": layer, "magnitude": _drawn(rng, truth)}
+                drawn: dict[str, Any] = {
+                    "step": step,
+                    "layer": layer,
+                    "magnitude": _drawn(rng, truth),
+                }
                 trials.append(Trial(**base, steps=lengths[kind], kind=kind, **drawn))
     after = max(seeds) + 1
     trials += [

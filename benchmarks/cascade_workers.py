@@ -1,4 +1,6 @@
-"""The trials of `geodiag bench cascade`, several at a time: each is trained and graded in a process of its own."""
+"""The trials of `geodiag bench cascade`, several at a time: each is trained and graded in a process
+of its own.
+"""
 
 import json
 import multiprocessing
@@ -30,7 +32,9 @@ class Work:
         try:
             train(trial, self.folder, self.sequences, self.device)
             self._await(self.folder / trial.twin, trial)
-            return line_of(trial, self.folder) | {"place": where(setting("cascade", [], self.device))}
+            return line_of(trial, self.folder) | {
+                "place": where(setting("cascade", [], self.device))
+            }
         except Exception as e:  # one trial that fails is told, and the others go on
             return {"name": trial.name, "failed": f"{type(e).__name__}: {e}"}
 
@@ -45,7 +49,9 @@ def in_order(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda t: (t.kind is not None, t.steps == CLEAN_STEPS, t.seed))
 
 
-def lines_of(trials: Sequence[Trial], work: Work, workers: int, minutes: float, kept: Path) -> Iterator[dict[str, Any]]:
+def lines_of(
+    trials: Sequence[Trial], work: Work, workers: int, minutes: float, kept: Path
+) -> Iterator[dict[str, Any]]:
     """The line of each trial as it is done, in the file `kept` too, until the time is up."""
     work.folder.mkdir(parents=True, exist_ok=True)
     kept.parent.mkdir(parents=True, exist_ok=True)

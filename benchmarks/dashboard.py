@@ -1,11 +1,13 @@
-"""How fast the page is on a long run: from the click to the last chart, in a real browser, and what it costs to serve.
+"""How fast the page is on a long run: from the click to the last chart, in a real browser, and what
+it costs to serve.
 
     geodiag bench dashboard [--steps 20000] [--layers 32] [--experts 16] [--times 3] [--run DIR]
 
-A run of made-up rows in real files is served by `geodiag dashboard` in a process of its own. Each page is opened for
-the first time by a server that has read nothing yet, then once more, then zoomed in; last, the run grows by a step at
-a time while its page is watched. Seconds end when every chart is drawn. Results: benchmarks/results/dashboard.json
-and dashboard.md. Needs Chromium, found or named by $CHROMIUM.
+A run of made-up rows in real files is served by `geodiag dashboard` in a process of its own. Each
+page is opened for the first time by a server that has read nothing yet, then once more, then zoomed
+in; last, the run grows by a step at a time while its page is watched. Seconds end when every chart
+is drawn. Results: benchmarks/results/dashboard.json and dashboard.md. Needs Chromium, found or
+named by $CHROMIUM.
 """
 
 import os
@@ -44,8 +46,20 @@ class Server:
     """`geodiag dashboard` in its own process."""
 
     def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-u", "-m", "geodiag.cli", "dashboard", str(folder), "--port", "0", "--no-open"]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "geodiag.cli",
+            "dashboard",
+            str(folder),
+            "--port",
+            "0",
+            "--no-open",
+        ]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if found := re.search(r"http://\S+token=\S+", line):
@@ -75,14 +89,18 @@ class Reader:
         self._home = self._tab.url.split("/run/")[0].rstrip("/")
 
     def opens(self, path: str) -> dict[str, float]:
-        """Seconds until every chart of a page is drawn, the server's own seconds, and the bytes of its answers."""
+        """Seconds until every chart of a page is drawn, the server's own seconds, and the bytes of
+        its answers.
+        """
         self._answered.clear()
         cpu, began = self._server.cpu_seconds(), time.perf_counter()
         self._tab.goto(f"{self._home}{path}")
         self._until(_DRAWN)
         seconds = time.perf_counter() - began
         self._tab.wait_for_load_state("networkidle")
-        self._tab.wait_for_timeout(_AFTER_MS)  # the last answer's end is told a little after its chart is drawn
+        self._tab.wait_for_timeout(
+            _AFTER_MS
+        )  # the last answer's end is told a little after its chart is drawn
         figures = [r for r in self._answered if "_dash-update-component" in r.url]
         size = sum(r.sizes()["responseBodySize"] for r in figures)
         return {"seconds": seconds, "cpu_seconds": self._server.cpu_seconds() - cpu, "bytes": size}
@@ -100,7 +118,9 @@ class Reader:
         end = time.monotonic() + _PATIENCE
         while not self._tab.evaluate(expression):
             if time.monotonic() > end:
-                raise GeodiagError(f"the page did not get there within {_PATIENCE:.0f} s: {expression}")
+                raise GeodiagError(
+                    f"the page did not get there within {_PATIENCE:.0f} s: {expression}"
+                )
             self._tab.wait_for_timeout(10)
 
 
@@ -110,7 +130,9 @@ def chromium() -> Iterator[Any]:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        raise GeodiagError("the bench drives a browser by playwright; pip install playwright") from None
+        raise GeodiagError(
+            "the bench drives a browser by playwright; pip install playwright"
+        ) from None
     path = os.environ.get("CHROMIUM") or next((p for n in CHROMIUM if (p := shutil.which(n))), None)
     if path is None:
         raise GeodiagError("no Chromium found; install it, or set $CHROMIUM to its path")
@@ -127,7 +149,10 @@ def measure(run: Path, steps: int, times: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with chromium() as browser:
         for page in PAGES:
-            path, window = f"/run/{run.name}/{page}", f"?steps={steps // 2 - 150}-{steps // 2 + 150}"
+            path, window = (
+                f"/run/{run.name}/{page}",
+                f"?steps={steps // 2 - 150}-{steps // 2 + 150}",
+            )
             ways: dict[str, list] = {"first": [], "again": [], "zoomed": []}
             for _ in range(times):
                 server = Server(run.parent)
@@ -139,13 +164,16 @@ def measure(run: Path, steps: int, times: int) -> dict[str, Any]:
                 finally:
                     server.stop()
             found[page] = {
-                way: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for way, rows in ways.items()
+                way: {k: statistics.median(r[k] for r in rows) for k in rows[0]}
+                for way, rows in ways.items()
             }
     return found
 
 
 def follow(run: Path, steps: int, times: int) -> dict[str, float]:
-    """Seconds from a step on disk to the page that shows it, and what the server computes for it; its poll included."""
+    """Seconds from a step on disk to the page that shows it, and what the server computes for it;
+    its poll included.
+    """
     seconds, cpu = [], []
     with chromium() as browser:
         server = Server(run.parent)
@@ -181,7 +209,10 @@ def page(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, ways in result["pages"].items():
-        cells = [f"{ways[w]['seconds']:.2f} ({ways[w]['cpu_seconds']:.2f})" for w in ("first", "again", "zoomed")]
+        cells = [
+            f"{ways[w]['seconds']:.2f} ({ways[w]['cpu_seconds']:.2f})"
+            for w in ("first", "again", "zoomed")
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} | {ways['first']['bytes'] / 1e3:,.0f} |")
     lines += [
         "",

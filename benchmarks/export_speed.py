@@ -1,8 +1,10 @@
-"""How long `geodiag export` takes on a long run of a deep model, and how much memory: made-up rows, real files.
+"""How long `geodiag export` takes on a long run of a deep model, and how much memory: made-up rows,
+real files.
 
     geodiag bench export_speed [--steps 100000] [--layers 32] [--experts 8] [--run DIR]
 
-The run is that of cascade_speed. What is measured is the command itself, each format in a process of its own.
+The run is that of cascade_speed. What is measured is the command itself, each format in a process
+of its own.
 """
 
 import json
@@ -22,12 +24,26 @@ FORMATS = ("csv", "tensorboard")
 
 
 def measure(run: Path, to: str) -> dict[str, Any]:
-    """One export with every default, to a folder that is thrown away: seconds, memory, and what was written."""
+    """One export with every default, to a folder that is thrown away: seconds, memory, and what was
+    written.
+    """
     with tempfile.TemporaryDirectory(dir=run.parent) as home:
-        command = [sys.executable, "-m", "geodiag.cli", "export", str(run), "--to", to, "--out", f"{home}/out"]
+        command = [
+            sys.executable,
+            "-m",
+            "geodiag.cli",
+            "export",
+            str(run),
+            "--to",
+            to,
+            "--out",
+            f"{home}/out",
+        ]
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, used = os.wait4(process.pid, 0)  # what this one took, not the largest of all so far
+        _, status, used = os.wait4(
+            process.pid, 0
+        )  # what this one took, not the largest of all so far
         seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:

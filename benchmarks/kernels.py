@@ -1,7 +1,9 @@
-"""The kernels of the reference model: every operation and the whole mHC site, against the byte floor and their peers.
+"""The kernels of the reference model: every operation and the whole mHC site, against the byte
+floor and their peers.
 
-Every figure is the median of replays of a CUDA graph (so nothing of Python is in it), inputs rotated, the L2 cache
-filled with something else before each. The floor is the fewest bytes over this device's own copy bandwidth.
+Every figure is the median of replays of a CUDA graph (so nothing of Python is in it), inputs
+rotated, the L2 cache filled with something else before each. The floor is the fewest bytes over
+this device's own copy bandwidth.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,9 @@ def run(
     repeats: int = 40,
     argv: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Measures; what is there so far is written to the folder `out` after each row, since a peer can take minutes."""
+    """Measures; what is there so far is written to the folder `out` after each row, since a peer
+    can take minutes.
+    """
     from geodiag.benchmarks import kernels_parts, kernels_sites
     from geodiag.benchmarks.kernels_clock import Clock
 
@@ -81,8 +85,12 @@ def token_and_channel_counts(text: str) -> tuple[int, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("kernels", __doc__)
-    parser.add_argument("--peers", type=Path, help="folder of unpacked wheels: transformer-engine, liger-kernel")
-    parser.add_argument("--others", action="store_true", help="also torch.compile and eager, at the first size")
+    parser.add_argument(
+        "--peers", type=Path, help="folder of unpacked wheels: transformer-engine, liger-kernel"
+    )
+    parser.add_argument(
+        "--others", action="store_true", help="also torch.compile and eager, at the first size"
+    )
     parser.add_argument(
         "--size",
         type=token_and_channel_counts,
@@ -90,13 +98,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="TOKENSxCHANNELS",
         help="of a site; repeatable",
     )
-    parser.add_argument("--repeats", type=int, default=40, help="replays a figure is the median of [%(default)s]")
+    parser.add_argument(
+        "--repeats", type=int, default=40, help="replays a figure is the median of [%(default)s]"
+    )
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        parser.error("this bench measures a GPU, and torch sees none here; run it where there is one")
+        parser.error(
+            "this bench measures a GPU, and torch sees none here; run it where there is one"
+        )
     if options.peers is not None and not any((options.peers / p).is_dir() for p in PEERS):
-        parser.error(f"{options.peers} holds no folder {' or '.join(PEERS)}; unpack their wheels there")
-    result = run(options.size or SIZES, options.peers, options.others, options.out, options.repeats, argv)
+        parser.error(
+            f"{options.peers} holds no folder {' or '.join(PEERS)}; unpack their wheels there"
+        )
+    result = run(
+        options.size or SIZES, options.peers, options.others, options.out, options.repeats, argv
+    )
     say(result, markdown(result), options.json)
 
 

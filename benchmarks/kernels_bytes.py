@@ -1,10 +1,12 @@
-"""Bytes that each kernel of an mHC site really moves, by the GPU's own counters, beside those that it must move.
+"""Bytes that each kernel of an mHC site really moves, by the GPU's own counters, beside those that
+it must move.
 
     geodiag bench kernels_bytes [--size 16384x2560]
 
-Runs one site, and one in a chain of sites, forward and backward, under Nsight Compute (`ncu`), whose counters tell what
-passed through device memory and through the L2 cache. Nothing is flushed between kernels, so what one leaves in the
-cache the next one finds there, as in a training; they run one at a time, so times are a little longer than in a graph.
+Runs one site, and one in a chain of sites, forward and backward, under Nsight Compute (`ncu`),
+whose counters tell what passed through device memory and through the L2 cache. Nothing is flushed
+between kernels, so what one leaves in the cache the next one finds there, as in a training; they
+run one at a time, so times are a little longer than in a graph.
 """
 
 import csv
@@ -37,7 +39,9 @@ def work(name: str, tokens: int, channels: int) -> None:
     from geodiag.benchmarks import kernels_sites
 
     site = kernels_sites.chained_site() if name == "in a chain" else kernels_sites.geodiag_site()
-    sets = [kernels_sites.inputs(tokens, channels, innermost=False) for _ in range(kernels_sites.SETS)]
+    sets = [
+        kernels_sites.inputs(tokens, channels, innermost=False) for _ in range(kernels_sites.SETS)
+    ]
     other = torch.ones(1 << 26, device="cuda")
     for i in range(kernels_sites.SETS + STEPS):
         leaves, ups = sets[i % kernels_sites.SETS]
@@ -54,18 +58,33 @@ def profile(name: str, tokens: int, channels: int) -> list[dict[str, Any]]:
     """One site under the profiler, kernel by kernel, in the order of their first launch."""
     ncu = shutil.which("ncu")
     if ncu is None:
-        raise GeodiagError("ncu is not on the PATH; it comes with CUDA's toolkit, as Nsight Compute")
-    asked = [ncu, "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(COUNTERS)]
+        raise GeodiagError(
+            "ncu is not on the PATH; it comes with CUDA's toolkit, as Nsight Compute"
+        )
+    asked = [
+        ncu,
+        "--csv",
+        "--page",
+        "raw",
+        "--print-units",
+        "base",
+        "--metrics",
+        ",".join(COUNTERS),
+    ]
     as_it_is = ["--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none"]
     itself = [sys.executable, "-m", __spec__.name, "--work", name, "--size", f"{tokens}x{channels}"]
     done = subprocess.run([*asked, *as_it_is, *itself], capture_output=True, text=True, check=False)
     if done.returncode or '"ID"' not in done.stdout:
-        raise GeodiagError(f"ncu failed, may this user read the counters? It said: {done.stdout[-600:]}")
+        raise GeodiagError(
+            f"ncu failed, may this user read the counters? It said: {done.stdout[-600:]}"
+        )
     return counted(done.stdout)
 
 
 def counted(said: str) -> list[dict[str, Any]]:
-    """Means over the profiled steps from ncu's raw page: a line of names, one of units, and one a launch."""
+    """Means over the profiled steps from ncu's raw page: a line of names, one of units, and one a
+    launch.
+    """
     table = said[said.index('"ID"') :]
     _units, *launches = csv.DictReader(io.StringIO(table))
     sums: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(COUNTERS.values(), 0.0))
@@ -94,7 +113,9 @@ def markdown(result: dict[str, Any]) -> str:
             moved = r["read"] + r["written"]
             over = f"{moved / r['must']:.2f}" if r["must"] else ""
             sizes = " | ".join(f"{r[k] / 1e6:.0f}" for k in ("must", "read", "written"))
-            lines.append(f"| `{r['kernel']}` | {sizes} | {over} | {r['through_l2'] / 1e6:.0f} | {r['ns'] / 1e3:.1f} |")
+            lines.append(
+                f"| `{r['kernel']}` | {sizes} | {over} | {r['through_l2'] / 1e6:.0f} | {r['ns'] / 1e3:.1f} |"
+            )
         read, written, must = (sum(r[k] for r in rows) / 1e6 for k in ("read", "written", "must"))
         whole = f"{must:.0f} | {read:.0f} | {written:.0f} | {(read + written) / must:.2f}"
         lines.append(f"| together | {whole} | | {sum(r['ns'] for r in rows) / 1e3:.0f} |")
@@ -104,7 +125,11 @@ def markdown(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("kernels_bytes", __doc__)
     parser.add_argument(
-        "--size", type=token_and_channel_counts, default=(16384, 2560), metavar="TOKENSxCHANNELS", help="of the site"
+        "--size",
+        type=token_and_channel_counts,
+        default=(16384, 2560),
+        metavar="TOKENSxCHANNELS",
+        help="of the site",
     )
     parser.add_argument("--work", choices=SITES, help="used by the bench itself")
     options = parser.parse_args(argv)

@@ -10,7 +10,8 @@ Step = Callable[[], object]
 
 
 class Clock:
-    """Medians of device time: replays of a CUDA graph between events, the L2 cache filled with something else before.
+    """Medians of device time: replays of a CUDA graph between events, the L2 cache filled with
+    something else before.
 
     Floors are bytes over this device's own copy bandwidth, which is measured first.
     """
@@ -20,7 +21,8 @@ class Clock:
         self.other = torch.ones(1 << 26, device="cuda")
         source = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
         target = torch.empty_like(source)
-        # Not in a graph: there a copy is a memory-copy node, which other hardware serves at half the speed.
+        # Not in a graph: there a copy is a memory-copy node, which other hardware serves at half
+        # the speed.
         self.copy = 2 * source.nbytes / (self._median([lambda: target.copy_(source)]) * 1e-6)
         """Bytes read and written a second by a device-to-device copy of random numbers."""
 
@@ -58,7 +60,9 @@ class Clock:
 
 
 def peaks(step: Step) -> dict[str, float]:
-    """MB at the step's worst moment beyond what was there before: with its results, and in excess of them."""
+    """MB at the step's worst moment beyond what was there before: with its results, and in excess
+    of them.
+    """
     step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,6 @@
-"""Every other kernel of the reference model against copy bandwidth, and where a site's time goes kernel by kernel."""
+"""Every other kernel of the reference model against copy bandwidth, and where a site's time goes
+kernel by kernel.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,7 +25,9 @@ MOVED = {
     "inner_to_pre": STREAMS + 1,
     "dx_dphi": 3 * STREAMS + 1,
 }
-"""What each kernel of a site must move, in units of tokens × channels; the others move next to nothing."""
+"""What each kernel of a site must move, in units of tokens × channels; the others move next to
+nothing.
+"""
 
 
 def _one(clock: Clock, what: str, by: str, steps: list[Step], moved: int) -> dict[str, object]:
@@ -31,8 +35,12 @@ def _one(clock: Clock, what: str, by: str, steps: list[Step], moved: int) -> dic
     return {"what": what, "by": by, "us": us, "bytes": moved, "of_copy": clock.floor(moved) / us}
 
 
-def _sinkhorns(clock: Clock, by: str, project: Callable[[Tensor], Tensor], *middle: int) -> Iterator[dict[str, object]]:
-    logits = [torch.randn(16384, *middle, 4, 4, device="cuda", requires_grad=True) for _ in range(SETS)]
+def _sinkhorns(
+    clock: Clock, by: str, project: Callable[[Tensor], Tensor], *middle: int
+) -> Iterator[dict[str, object]]:
+    logits = [
+        torch.randn(16384, *middle, 4, 4, device="cuda", requires_grad=True) for _ in range(SETS)
+    ]
     up = torch.randn_like(logits[0])
     with torch.no_grad():
         steps: list[Step] = [lambda v=v: project(v) for v in logits]  # type: ignore[misc]
@@ -48,7 +56,9 @@ def operations(clock: Clock, peers: Path | None) -> Iterator[dict[str, object]]:
 
         yield from _sinkhorns(clock, "transformer-engine", transformer_engine_sinkhorn(peers), 1)
     rows_A, width, experts = 98304, 1280, 64
-    gate_up = [torch.randn(rows_A, 2 * width, device="cuda", dtype=torch.bfloat16) * 5 for _ in range(SETS)]
+    gate_up = [
+        torch.randn(rows_A, 2 * width, device="cuda", dtype=torch.bfloat16) * 5 for _ in range(SETS)
+    ]
     owner = torch.randint(0, experts, (rows_A,), device="cuda").sort().values
     ends = torch.searchsorted(owner, torch.arange(1, experts + 1, device="cuda"))
     moved = gate_up[0].nbytes * 3 // 2
@@ -61,14 +71,20 @@ def operations(clock: Clock, peers: Path | None) -> Iterator[dict[str, object]]:
     grad = torch.randn(rows_A, width, device="cuda", dtype=torch.bfloat16)
     leaves = [v.requires_grad_() for v in gate_up]
     steps = [lambda v=v: torch.autograd.grad(clamped_swiglu(v), v, grad) for v in leaves]  # type: ignore[misc]
-    yield _one(clock, f"{name} forward + backward", "geodiag", steps, moved + gate_up[0].nbytes * 5 // 2)
+    yield _one(
+        clock, f"{name} forward + backward", "geodiag", steps, moved + gate_up[0].nbytes * 5 // 2
+    )
     scores = [torch.randn(16384, 64, device="cuda") for _ in range(SETS)]
     steps = [lambda v=v: route(v, v[0], 6, 1.5) for v in scores]  # type: ignore[misc]
     yield _one(clock, "router 16384 × 64, top 6", "geodiag", steps, 2 * scores[0].nbytes)
 
 
-def anatomy(clock: Clock, site: Site, tokens: int, channels: int, steps: int = 6) -> Iterator[dict[str, object]]:
-    """Each kernel of a site, forward and backward: its time, the bytes it must move, and what copying these takes."""
+def anatomy(
+    clock: Clock, site: Site, tokens: int, channels: int, steps: int = 6
+) -> Iterator[dict[str, object]]:
+    """Each kernel of a site, forward and backward: its time, the bytes it must move, and what
+    copying these takes.
+    """
     sets = [inputs(tokens, channels, False) for _ in range(SETS)]
 
     def step(i: int) -> None:
@@ -95,9 +111,14 @@ def anatomy(clock: Clock, site: Site, tokens: int, channels: int, steps: int = 6
 
 def of_operations(rows: list[dict]) -> list[str]:
     lines = ["| operation | by | µs | of copy bandwidth |", "|---|---|---|---|"]
-    return lines + [f"| {r['what']} | {r['by']} | {r['us']:.1f} | {r['of_copy']:.0%} |" for r in rows]
+    return lines + [
+        f"| {r['what']} | {r['by']} | {r['us']:.1f} | {r['of_copy']:.0%} |" for r in rows
+    ]
 
 
 def of_kernels(title: str, rows: list[dict]) -> list[str]:
     lines = [f"| {title} | µs | MB it must move | µs at copy bandwidth |", "|---|---|---|---|"]
-    return lines + [f"| `{r['kernel']}` | {r['us']:.1f} | {r['bytes'] / 1e6:.0f} | {r['floor_us']:.0f} |" for r in rows]
+    return lines + [
+        f"| `{r['kernel']}` | {r['us']:.1f} | {r['bytes'] / 1e6:.0f} | {r['floor_us']:.0f} |"
+        for r in rows
+    ]

@@ -1,6 +1,7 @@
 """The mHC site as other libraries' kernels compute it, for `geodiag bench kernels --peers DIR`.
 
-DIR holds the unpacked wheels. Only a peer's Python files of Triton kernels are run: no compiled extension.
+DIR holds the unpacked wheels. Only a peer's Python files of Triton kernels are run: no compiled
+extension.
 """
 
 import sys
@@ -14,10 +15,14 @@ from torch import Tensor
 
 
 def transformer_engine(directory: Path) -> Callable[..., tuple[Tensor, Tensor]]:
-    """(x, phi, alpha, bias, f) → the block's input and the new streams. Its streams are innermost: (S, B, C, N)."""
+    """(x, phi, alpha, bias, f) → the block's input and the new streams. Its streams are innermost:
+    (S, B, C, N).
+    """
     mhc = _transformer_engine(directory)
 
-    def site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    def site(
+        x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor
+    ) -> tuple[Tensor, Tensor]:
         inner, post, res = mhc.mhc_generate_mix_and_aggregate(x, phi, alpha, bias)
         return inner, mhc.mhc_fused_expand_combine(f, None, post, x, res, 4)
 
@@ -35,14 +40,18 @@ def transformer_engine_sinkhorn(directory: Path) -> Callable[[Tensor], Tensor]:
 
 
 def liger(directory: Path) -> Callable[..., tuple[Tensor, Tensor]]:
-    """(x, phi, alpha, bias, f) → the block's input and the new streams, as its `LigerMHC` module calls its kernels."""
+    """(x, phi, alpha, bias, f) → the block's input and the new streams, as its `LigerMHC` module
+    calls its kernels.
+    """
     _stand_in(directory, "liger_kernel", "liger_kernel.ops")
     # All that its kernels ask of it, which looks for half a dozen other libraries first.
     utils = sys.modules.setdefault("liger_kernel.utils", types.ModuleType("liger_kernel.utils"))
     utils.infer_device = lambda: "cuda"  # type: ignore[attr-defined]
     from liger_kernel.ops import mhc
 
-    def site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    def site(
+        x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor
+    ) -> tuple[Tensor, Tensor]:
         # φ in the stream's type, which it says is what makes it fast.
         maps = mhc.LigerMHCCoeffsFunction.apply(
             x, phi.to(x.dtype), bias, *alpha.unbind(), False, 20, 1e-6, 0.0, 1e-6, 2.0
@@ -64,7 +73,9 @@ def _stand_in(directory: Path, *packages: str) -> None:
 
 
 def _transformer_engine(directory: Path) -> Any:
-    """Its module of mHC operators, with stand-ins for the packages around it that would load compiled code."""
+    """Its module of mHC operators, with stand-ins for the packages around it that would load
+    compiled code.
+    """
     if "transformer_engine.pytorch.triton.mhc" in sys.modules:
         return sys.modules["transformer_engine.pytorch.triton.mhc"]
 
@@ -72,8 +83,13 @@ def _transformer_engine(directory: Path) -> Any:
         # Their cuBLAS call for dφ, column-major 'NT'; cuBLAS through torch, tf32 as theirs.
         return ((b.T @ a).to(out_dtype),)
 
-    _stand_in(directory, "transformer_engine", "transformer_engine.common", "transformer_engine.pytorch")
-    for name in ("transformer_engine.pytorch.cpp_extensions", "transformer_engine.pytorch.cpp_extensions.gemm"):
+    _stand_in(
+        directory, "transformer_engine", "transformer_engine.common", "transformer_engine.pytorch"
+    )
+    for name in (
+        "transformer_engine.pytorch.cpp_extensions",
+        "transformer_engine.pytorch.cpp_extensions.gemm",
+    ):
         sys.modules[name] = types.ModuleType(name)
     sys.modules[name].general_gemm = gemm  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = True

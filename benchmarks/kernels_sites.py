@@ -29,7 +29,9 @@ class Contestant(NamedTuple):
 
 
 def inputs(tokens: int, channels: int, innermost: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Leaves x, phi, alpha, bias, f and upstream gradients of the block's input and of the new streams."""
+    """Leaves x, phi, alpha, bias, f and upstream gradients of the block's input and of the new
+    streams.
+    """
     n, k = STREAMS, STREAMS * STREAMS + 2 * STREAMS
 
     def randn(*shape: int) -> Tensor:
@@ -49,7 +51,9 @@ def inputs(tokens: int, channels: int, innermost: bool) -> tuple[list[Tensor], l
 
 
 def geodiag_site(flag: Tensor | None = None) -> Site:
-    def site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    def site(
+        x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor
+    ) -> tuple[Tensor, Tensor]:
         mix, link, _ = mhc_before_linked(x, phi, alpha, bias, flag=flag)
         assert mix.post_TN is not None
         assert mix.res_TNN is not None
@@ -59,13 +63,19 @@ def geodiag_site(flag: Tensor | None = None) -> Site:
 
 
 def chained_site(flag: Tensor | None = None) -> Site:
-    """As sites follow one another: the projection comes from the site before, and the next one's is made here."""
+    """As sites follow one another: the projection comes from the site before, and the next one's is
+    made here.
+    """
     given: dict[int, Tensor] = {}
 
-    def site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    def site(
+        x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if x.data_ptr() not in given:
             given[x.data_ptr()] = project(x.detach(), phi.detach())
-        mix, link, _ = mhc_before_linked(x, phi, alpha, bias, flag=flag, projected=given[x.data_ptr()])
+        mix, link, _ = mhc_before_linked(
+            x, phi, alpha, bias, flag=flag, projected=given[x.data_ptr()]
+        )
         assert mix.post_TN is not None
         assert mix.res_TNN is not None
         return mix.inner_TC, mhc_after_project(x, f, mix.post_TN, mix.res_TNN, link, phi, flag)[0]
@@ -73,7 +83,9 @@ def chained_site(flag: Tensor | None = None) -> Site:
     return site
 
 
-def reference_site(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+def reference_site(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor
+) -> tuple[Tensor, Tensor]:
     mix = reference.mhc_before(x, phi, alpha, bias)
     assert mix.post_TN is not None
     assert mix.res_TNN is not None
@@ -97,7 +109,9 @@ def contestants(peers: Path | None) -> Iterator[Contestant]:
 
 
 def floors(clock: Clock, tokens: int, channels: int) -> tuple[float, float]:
-    """Microseconds: x twice (the block stands between), f, y, x' forward; x, f, dy, dx', dx, df more backward."""
+    """Microseconds: x twice (the block stands between), f, y, x' forward; x, f, dy, dx', dx, df
+    more backward.
+    """
     stream = tokens * channels * torch.bfloat16.itemsize
     return clock.floor((3 * STREAMS + 2) * stream), clock.floor((6 * STREAMS + 5) * stream)
 
@@ -119,15 +133,26 @@ def measure(clock: Clock, contestant: Contestant, tokens: int, channels: int) ->
     return row | {"floor_us": floor, "floor_both_us": floor_both} | memory
 
 
-def sites(clock: Clock, sizes: list[tuple[int, int]], peers: Path | None, others: bool) -> Iterator[dict[str, object]]:
-    """One row a size and contestant: everything at the first size, then geodiag at the others, last the peers there."""
+def sites(
+    clock: Clock, sizes: list[tuple[int, int]], peers: Path | None, others: bool
+) -> Iterator[dict[str, object]]:
+    """One row a size and contestant: everything at the first size, then geodiag at the others, last
+    the peers there.
+    """
     everyone = list(contestants(peers))
     ours = [c for c in everyone if c.by.startswith("geodiag")]
     theirs = [c for c in everyone if c not in ours]
     if others:
-        everyone += [Contestant("eager", reference_site), Contestant("torch.compile", torch.compile(reference_site))]
+        everyone += [
+            Contestant("eager", reference_site),
+            Contestant("torch.compile", torch.compile(reference_site)),
+        ]
     first, *rest = sizes
-    rounds = [(first, everyone), *((size, ours) for size in rest), *((size, theirs) for size in rest)]
+    rounds = [
+        (first, everyone),
+        *((size, ours) for size in rest),
+        *((size, theirs) for size in rest),
+    ]
     for (tokens, channels), taking_part in rounds:
         for contestant in taking_part:
             yield measure(clock, contestant, tokens, channels)

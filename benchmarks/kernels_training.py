@@ -1,9 +1,11 @@
-"""A training on the Triton kernels against the same training on the reference kernels: how far the losses part.
+"""A training on the Triton kernels against the same training on the reference kernels: how far the
+losses part.
 
     geodiag bench kernels_training [--size small] [--steps 200] [--sequences 2] [--device cuda]
 
-Both begin from the same weights and see the same batches. What rounding alone does is told by a third training: the
-reference kernels, with every weight of the first layer's gates one part in 256 off, which is bfloat16's own last bit.
+Both begin from the same weights and see the same batches. What rounding alone does is told by a
+third training: the reference kernels, with every weight of the first layer's gates one part in 256
+off, which is bfloat16's own last bit.
 """
 
 import statistics
@@ -47,7 +49,12 @@ def apart(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     gaps = [abs(x - y) for x, y in zip(a, b, strict=True)]
     last = max(len(gaps) // 10, 1)
     ends = statistics.mean(a[-last:]) - statistics.mean(b[-last:])
-    return {"mean": statistics.mean(gaps), "max": max(gaps), "first_step": gaps[0], "mean_of_the_last_tenth": ends}
+    return {
+        "mean": statistics.mean(gaps),
+        "max": max(gaps),
+        "first_step": gaps[0],
+        "mean_of_the_last_tenth": ends,
+    }
 
 
 def run(
@@ -57,14 +64,24 @@ def run(
     device: str = "cuda",
     so_far: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Every arm's losses, and the others' distance from the reference's; `so_far` is called after each arm."""
-    result: dict[str, Any] = {"size": size, "steps": steps, "sequences": sequences, "arms": {}, "apart": {}}
+    """Every arm's losses, and the others' distance from the reference's; `so_far` is called after
+    each arm.
+    """
+    result: dict[str, Any] = {
+        "size": size,
+        "steps": steps,
+        "sequences": sequences,
+        "arms": {},
+        "apart": {},
+    }
     for arm in ARMS:
         result["arms"][arm] = train(arm, size, steps, sequences, torch.device(device))
         arms = result["arms"]
         if "reference" in arms:
             reference = arms["reference"]["losses"]
-            result["apart"] = {a: apart(v["losses"], reference) for a, v in arms.items() if a != "reference"}
+            result["apart"] = {
+                a: apart(v["losses"], reference) for a, v in arms.items() if a != "reference"
+            }
         so_far(result)
     return result
 
@@ -82,7 +99,9 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for arm, gap in r["apart"].items():
-        numbers = " | ".join(f"{gap[k]:.4f}" for k in ("mean", "max", "first_step", "mean_of_the_last_tenth"))
+        numbers = " | ".join(
+            f"{gap[k]:.4f}" for k in ("mean", "max", "first_step", "mean_of_the_last_tenth")
+        )
         lines.append(f"| {arm} | {numbers} |")
     lines += ["", "| kernels | ms a step | loss, last tenth |", "|---|---|---|"]
     for arm, found in r["arms"].items():

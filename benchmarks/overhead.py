@@ -2,10 +2,11 @@
 
     geodiag bench overhead [--size tiny] [--rounds 12] [--block 20] [--threads 1 2] [--device cpu]
 
-Each arm is a training of its own, of the same seed and the same batches. A round gives every arm one block of steps,
-the arm that begins changing from round to round; a block's time over the bare block's of the same round is one ratio.
-The medians are given with their distribution-free 95 % intervals. `bare again` is the control: its interval must hold
-1, or the machine was too busy to measure. Results: benchmarks/results/overhead.json and overhead.md.
+Each arm is a training of its own, of the same seed and the same batches. A round gives every arm
+one block of steps, the arm that begins changing from round to round; a block's time over the bare
+block's of the same round is one ratio. The medians are given with their distribution-free 95 %
+intervals. `bare again` is the control: its interval must hold 1, or the machine was too busy to
+measure. Results: benchmarks/results/overhead.json and overhead.md.
 """
 
 import math
@@ -31,7 +32,12 @@ from geodiag.reference_models.train import TrainConfig, Trainer
 from geodiag.reference_models.transformer import Transformer
 
 PROBE_EVERY = 10
-ARMS: dict[str, int | None] = {"bare": None, "bare again": None, "every step": 1, "every 10th step": 10}
+ARMS: dict[str, int | None] = {
+    "bare": None,
+    "bare again": None,
+    "every step": 1,
+    "every 10th step": 10,
+}
 """Arm → steps between samples of the layers, every monitor on; None for no geodiag at all."""
 
 
@@ -45,7 +51,8 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        """By order statistics: the ranks between which the true median lies with at least 95 %, whatever the law.
+        """By order statistics: the ranks between which the true median lies with at least 95 %,
+        whatever the law.
 
         Fewer than six values cannot say so much; their whole range is given.
         """
@@ -59,7 +66,9 @@ class Estimate:
 class Arm:
     """One training, bare or watched."""
 
-    def __init__(self, size: str, every: int | None, batches: list[Batch], device: torch.device, run: Path) -> None:
+    def __init__(
+        self, size: str, every: int | None, batches: list[Batch], device: torch.device, run: Path
+    ) -> None:
         torch.manual_seed(0)
         with device:
             model = Transformer(sized(size))
@@ -70,7 +79,13 @@ class Arm:
         if every is not None:
             probe = (batches[0].token_ids_BS,)
             self.monitor = geodiag.attach(
-                model, self.trainer.optimizers, run, probe=probe, probe_every=PROBE_EVERY, every=every, quiet=True
+                model,
+                self.trainer.optimizers,
+                run,
+                probe=probe,
+                probe_every=PROBE_EVERY,
+                every=every,
+                quiet=True,
             )
 
     def block(self, steps: int) -> float:
@@ -95,7 +110,13 @@ class Arm:
 
 
 def compare(
-    size: str, threads: int, rounds: int, block: int, sequences: int = 8, device: str = "cpu", data: str = "stdlib"
+    size: str,
+    threads: int,
+    rounds: int,
+    block: int,
+    sequences: int = 8,
+    device: str = "cpu",
+    data: str = "stdlib",
 ) -> dict[str, Any]:
     """Every arm's steps a second, and its time over the bare one's."""
     torch.set_num_threads(threads)
@@ -121,7 +142,9 @@ def compare(
         "arms": {
             name: {
                 "steps_per_second": 1 / statistics.median(found),
-                "ratio": asdict(Estimate.of([a / b for a, b in zip(found, seconds["bare"], strict=True)])),
+                "ratio": asdict(
+                    Estimate.of([a / b for a, b in zip(found, seconds["bare"], strict=True)])
+                ),
                 "seconds_a_step": found,
             }
             for name, found in seconds.items()
@@ -147,8 +170,14 @@ def markdown(result: dict[str, Any]) -> str:
     for run in result["runs"]:
         for name, arm in run["arms"].items():
             r = arm["ratio"]
-            ratio, within = (f"{r['median']:.3f}", f"{r['low']:.3f} – {r['high']:.3f}") if name != "bare" else ("", "")
-            lines.append(f"| {run['threads']} | {name} | {arm['steps_per_second']:.2f} | {ratio} | {within} |")
+            ratio, within = (
+                (f"{r['median']:.3f}", f"{r['low']:.3f} – {r['high']:.3f}")
+                if name != "bare"
+                else ("", "")
+            )
+            lines.append(
+                f"| {run['threads']} | {name} | {arm['steps_per_second']:.2f} | {ratio} | {within} |"
+            )
     equal = all(run["losses_bitwise_equal"] for run in result["runs"])
     lines += ["", f"Losses of all arms are {'' if equal else 'NOT '}bit for bit the same."]
     lines += [f"\n**{warning}**" for warning in result["warnings"]]
@@ -159,11 +188,15 @@ def warnings(result: dict[str, Any]) -> list[str]:
     """Why these numbers should not be trusted, if they should not."""
     found = []
     if result["load_before"] > 0.5:
-        found.append(f"The machine was busy: load {result['load_before']:.2f} before the first block.")
+        found.append(
+            f"The machine was busy: load {result['load_before']:.2f} before the first block."
+        )
     for run in result["runs"]:
         control = run["arms"]["bare again"]["ratio"]
         if not control["low"] <= 1 <= control["high"]:
-            found.append(f"The control is off at {run['threads']} threads: bare over bare is {control['median']:.3f}.")
+            found.append(
+                f"The control is off at {run['threads']} threads: bare over bare is {control['median']:.3f}."
+            )
     return found
 
 
@@ -171,7 +204,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("overhead", __doc__)
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--block", type=int, default=20, help="steps; a multiple of ten, so that each has its probes")
+    parser.add_argument(
+        "--block",
+        type=int,
+        default=20,
+        help="steps; a multiple of ten, so that each has its probes",
+    )
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--device", default="cpu")
@@ -179,7 +217,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.block % PROBE_EVERY:
         parser.error(f"--block is a multiple of {PROBE_EVERY}")
     result = setting("overhead", argv, options.device) | {
-        "settings": {k: getattr(options, k) for k in ("size", "rounds", "block", "sequences", "device")},
+        "settings": {
+            k: getattr(options, k) for k in ("size", "rounds", "block", "sequences", "device")
+        },
         "load_before": os.getloadavg()[0],
     }
     result["runs"] = [

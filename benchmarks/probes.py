@@ -1,7 +1,8 @@
-"""What the probes cost: each alone, and all of them at their default cadence as a share of the training step.
+"""What the probes cost: each alone, and all of them at their default cadence as a share of the
+training step.
 
-A bare training gives the step's time; the probes then run on its model, as the monitor runs them. Median times, the
-device waited for before and after.
+A bare training gives the step's time; the probes then run on its model, as the monitor runs them.
+Median times, the device waited for before and after.
 """
 
 import sys
@@ -28,12 +29,20 @@ from geodiag.reference_models.transformer import Transformer
 def main(argv: Sequence[str] | None = None) -> None:
     """`geodiag bench probes`."""
     parser = Parser("probes", __doc__)
-    parser.add_argument("--sizes", nargs="+", default=["small", "3b"], help="model sizes [%(default)s]")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["small", "3b"], help="model sizes [%(default)s]"
+    )
     parser.add_argument("--sequences", type=int, default=8, help="sequences a step [%(default)s]")
-    parser.add_argument("--micro-batches", type=int, default=2, help="micro-batches of a step [%(default)s]")
+    parser.add_argument(
+        "--micro-batches", type=int, default=2, help="micro-batches of a step [%(default)s]"
+    )
     parser.add_argument("--steps", type=int, default=6, help="timed steps [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each probe [%(default)s]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed runs of each probe [%(default)s]"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]"
+    )
     args = parser.parse_args(argv)
     result = setting("probes", argv, args.device) | {"sizes": {}}
     for size in args.sizes:
@@ -118,7 +127,9 @@ def _memory(device: torch.device) -> int:
 @torch.no_grad()
 def _shake(model: Transformer) -> None:
     for block in model.blocks:
-        block.moe.router.weight.add_(0.1 * torch.randn_like(block.moe.router.weight) * block.moe.router.weight.std())
+        block.moe.router.weight.add_(
+            0.1 * torch.randn_like(block.moe.router.weight) * block.moe.router.weight.std()
+        )
 
 
 def _fail(what: str, error: Exception) -> None:
@@ -128,12 +139,16 @@ def _fail(what: str, error: Exception) -> None:
 def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = ["# What the probes cost", "", f"`{result['command']}`. {where(result)}", ""]
-    lines += ["| size | tokens a step | step | probes every 10th step | every 50th | mean a step | share |"]
+    lines += [
+        "| size | tokens a step | step | probes every 10th step | every 50th | mean a step | share |"
+    ]
     lines += ["|---|---|---|---|---|---|---|"]
     good = {size: r for size, r in result["sizes"].items() if "failed" not in r}
     for size, r in good.items():
         times = f"{r['every_10_ms']:.1f} ms | {r['every_50_ms']:.1f} ms | {r['mean_ms']:.2f} ms"
-        lines.append(f"| {size} | {r['tokens']} | {r['step_ms']:.0f} ms | {times} | {100 * r['share']:.2f} % |")
+        lines.append(
+            f"| {size} | {r['tokens']} | {r['step_ms']:.0f} ms | {times} | {100 * r['share']:.2f} % |"
+        )
     lines += [
         "",
         "Each group alone, in milliseconds (those but `spectra` and `growth` share one forward when together):",
@@ -142,7 +157,9 @@ def page(result: dict[str, Any]) -> str:
     groups = list(PROBED)
     lines += ["| size | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
     for size, r in good.items():
-        lines.append(f"| {size} | " + " | ".join(f"{r['groups'][g]['ms']:.1f}" for g in groups) + " |")
+        lines.append(
+            f"| {size} | " + " | ".join(f"{r['groups'][g]['ms']:.1f}" for g in groups) + " |"
+        )
     return "\n".join(lines)
 
 

@@ -1,10 +1,11 @@
-"""Training on several ranks: the same losses with geodiag, the same decisions everywhere, what a killed rank leaves.
+"""Training on several ranks: the same losses with geodiag, the same decisions everywhere, what a
+killed rank leaves.
 
     geodiag bench ranks --ranks 2 [--minutes 4]
 
-NCCL where there is a GPU for each rank; gloo on the CPU, or with `--device cuda:0` on one GPU that they share. Every
-part has a time after which it counts as hanging; the timed one runs alone, the others side by side.
-Results: benchmarks/results/ranks.json and ranks.md.
+NCCL where there is a GPU for each rank; gloo on the CPU, or with `--device cuda:0` on one GPU that
+they share. Every part has a time after which it counts as hanging; the timed one runs alone, the
+others side by side. Results: benchmarks/results/ranks.json and ranks.md.
 """
 
 import json
@@ -29,7 +30,18 @@ from geodiag.run import open_run
 
 PARALLEL = ("ddp", "fsdp")
 FAULT_STEP = 90
-STEERED = ("--routing", "auto", "--rollback", "memory", "--snapshot-every", "20", "--delay", "4", "--period", "15")
+STEERED = (
+    "--routing",
+    "auto",
+    "--rollback",
+    "memory",
+    "--snapshot-every",
+    "20",
+    "--delay",
+    "4",
+    "--period",
+    "15",
+)
 _DIES_AT = 12
 
 
@@ -40,7 +52,11 @@ def same(ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any
     with ExitStack() as stack:
         started = {
             name: stack.enter_context(
-                Started(train(n, folder / name, *options, *more, sequences=4 * ranks), folder / f"{name}.log", seconds)
+                Started(
+                    train(n, folder / name, *options, *more, sequences=4 * ranks),
+                    folder / f"{name}.log",
+                    seconds,
+                )
             )
             for name, (more, n) in names.items()
         }
@@ -50,16 +66,34 @@ def same(ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any
     for parallel in PARALLEL:
         rows = open_run(folder / parallel).read("steps", ranks="merged")
         apart = abs(rows["loss"].to_numpy() - loss[: len(rows)])
-        found[parallel] = ended[parallel] | {"steps": len(rows), "largest_difference": float(apart.max())}
+        found[parallel] = ended[parallel] | {
+            "steps": len(rows),
+            "largest_difference": float(apart.max()),
+        }
     return found
 
 
 def steered(parallel: str, ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """A planted fault, answered: did every rank have the same mode at the same step of the same attempt?"""
-    fault = ("--inject", f"lr-shock@{FAULT_STEP}=40", "--steps", "170", "--device", device, "--parallel", parallel)
-    ended = call(train(ranks, folder / "run", *STEERED, *fault, sequences=4 * ranks), folder / "log", seconds)
+    """A planted fault, answered: did every rank have the same mode at the same step of the same
+    attempt?
+    """
+    fault = (
+        "--inject",
+        f"lr-shock@{FAULT_STEP}=40",
+        "--steps",
+        "170",
+        "--device",
+        device,
+        "--parallel",
+        parallel,
+    )
+    ended = call(
+        train(ranks, folder / "run", *STEERED, *fault, sequences=4 * ranks), folder / "log", seconds
+    )
     run = open_run(folder / "run")
-    rows = run.read("steps", ["rank", "attempt", "step", "routing_mode", "routing_lag"], attempt="all")
+    rows = run.read(
+        "steps", ["rank", "attempt", "step", "routing_mode", "routing_lag"], attempt="all"
+    )
     each = [rows[rows["rank"] == r].drop(columns="rank").to_numpy().tolist() for r in range(ranks)]
     events = run.read("events", attempt="all")
     return ended | {
@@ -67,15 +101,21 @@ def steered(parallel: str, ranks: int, device: str, folder: Path, seconds: float
         "rows_a_rank": [len(e) for e in each],
         "modes": rows["routing_mode"].value_counts().to_dict(),
         "events": events["kind"].value_counts().to_dict(),
-        "said": events[events["kind"].isin(["spike", "decision", "rollback", "problem"])]["message"].tolist()[:8],
+        "said": events[events["kind"].isin(["spike", "decision", "rollback", "problem"])][
+            "message"
+        ].tolist()[:8],
     }
 
 
 def killed(parallel: str, ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """Rank 1 killed with kill -9: are the steps that were done on record, and how soon do the others end?"""
+    """Rank 1 killed with kill -9: are the steps that were done on record, and how soon do the
+    others end?
+    """
     run = folder / "run"
     options = ("--steps", "39", "--device", device, "--routing", "auto", "--parallel", parallel)
-    with Started(train(ranks, run, *options, sequences=4 * ranks), folder / "log", seconds) as training:
+    with Started(
+        train(ranks, run, *options, sequences=4 * ranks), folder / "log", seconds
+    ) as training:
         while training.running and training.step() < _DIES_AT:
             time.sleep(0.02)
         os.kill(int((run / "journal" / "rank-1.lock").read_text()), signal.SIGKILL)
@@ -96,23 +136,60 @@ def killed(parallel: str, ranks: int, device: str, folder: Path, seconds: float)
 
 
 def resumed(parallel: str, ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """Rank 1 lost its newest snapshot: do all ranks go on from the newest that every one of them has?"""
+    """Rank 1 lost its newest snapshot: do all ranks go on from the newest that every one of them
+    has?
+    """
     run, ends = folder / "run", time.monotonic() + seconds
-    options = ("--device", device, "--parallel", parallel, "--rollback", "disk", "--snapshot-every", "10")
-    first = call(train(ranks, run, "--steps", "30", *options, sequences=4 * ranks), folder / "first.log", seconds)
+    options = (
+        "--device",
+        device,
+        "--parallel",
+        parallel,
+        "--rollback",
+        "disk",
+        "--snapshot-every",
+        "10",
+    )
+    first = call(
+        train(ranks, run, "--steps", "30", *options, sequences=4 * ranks),
+        folder / "first.log",
+        seconds,
+    )
     kept = [snapshots_in(run, rank) for rank in range(ranks)]
     lost = folder_of(run, 1) / f"step-{kept[1][-1]:08d}"
     lost.rename(folder / "lost")
-    again = torchrun(ranks, "geodiag.cli", "train", "--resume", str(run), "--steps", "40", "--device", device)
+    again = torchrun(
+        ranks, "geodiag.cli", "train", "--resume", str(run), "--steps", "40", "--device", device
+    )
     ended = call(again, folder / "again.log", ends - time.monotonic())
     rows = open_run(run).read("steps", ["rank", "attempt", "step"], attempt="all")
-    begins = [int(rows[(rows["rank"] == r) & (rows["attempt"] == 1)]["step"].min()) for r in range(ranks)]
-    return ended | {"first": first["code"], "kept": kept, "lost": kept[1][-1], "began_again_at": begins}
+    begins = [
+        int(rows[(rows["rank"] == r) & (rows["attempt"] == 1)]["step"].min()) for r in range(ranks)
+    ]
+    return ended | {
+        "first": first["code"],
+        "kept": kept,
+        "lost": kept[1][-1],
+        "began_again_at": begins,
+    }
 
 
-def worker(ranks: int, device: str, size: str, steps: int, folder: Path, seconds: float) -> dict[str, Any]:
+def worker(
+    ranks: int, device: str, size: str, steps: int, folder: Path, seconds: float
+) -> dict[str, Any]:
     """What all ranks measure of themselves, together in one start."""
-    asked = ("--worker", str(folder), "--device", device, "--size", size, "--steps", str(steps), "--ranks", str(ranks))
+    asked = (
+        "--worker",
+        str(folder),
+        "--device",
+        device,
+        "--size",
+        size,
+        "--steps",
+        str(steps),
+        "--ranks",
+        str(ranks),
+    )
     ended = call(torchrun(ranks, "geodiag.benchmarks.ranks", *asked), folder / "log", seconds)
     told = folder / "worker.json"
     return ended | (json.loads(told.read_text()) if told.exists() else {})
@@ -141,11 +218,15 @@ def run(args: Namespace) -> dict[str, Any]:
             try:
                 found[part] = measure(folder, left) if left > 0 else {"failed": "no time was left"}
             except Exception as e:  # one part's trouble is its result
-                logs = "".join(p.read_text(errors="replace")[-800:] for p in sorted(folder.glob("*log")))
+                logs = "".join(
+                    p.read_text(errors="replace")[-800:] for p in sorted(folder.glob("*log"))
+                )
                 found[part] = {"failed": f"{type(e).__name__}: {e}", "tail": logs}
             print(json.dumps({part: found[part]}), file=sys.stderr, flush=True)
 
-        timed: dict[str, Part] = {"worker": partial(worker, args.ranks, args.device, args.size, args.steps)}
+        timed: dict[str, Part] = {
+            "worker": partial(worker, args.ranks, args.device, args.size, args.steps)
+        }
         for each, at_once in ((timed, 1), (parts(args.ranks, args.device), args.together)):
             with ThreadPoolExecutor(at_once) as pool:
                 for part, measure in each.items():
@@ -159,11 +240,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--size", default="tiny", help="size of the timed model [%(default)s]")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps of each kind [%(default)s]")
-    parser.add_argument("--minutes", type=float, default=4.0, help="after which everything ends [%(default)s]")
-    parser.add_argument("--seconds", type=float, default=120.0, help="after which a part hangs [%(default)s]")
+    parser.add_argument(
+        "--steps", type=int, default=30, help="timed steps of each kind [%(default)s]"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, help="after which everything ends [%(default)s]"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, help="after which a part hangs [%(default)s]"
+    )
     parser.add_argument("--together", type=int, default=4, help="parts side by side [%(default)s]")
-    parser.add_argument("--only", action="append", default=[], help="a part; may be given several times")
+    parser.add_argument(
+        "--only", action="append", default=[], help="a part; may be given several times"
+    )
     parser.add_argument("--worker", type=Path, default=None, help="used by the bench itself")
     args = parser.parse_args(argv)
     if args.worker is not None:
@@ -171,7 +260,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         measure(args.worker, args.device, args.size, 4 * args.ranks, args.steps)
         return
-    result = setting("ranks", argv, "cuda" if args.device != "cpu" and _gpus() else "cpu") | {"ranks": args.ranks}
+    result = setting("ranks", argv, "cuda" if args.device != "cpu" and _gpus() else "cpu") | {
+        "ranks": args.ranks
+    }
     result |= run(args)
     save("ranks", result, markdown(result), args.out)
     say(result, markdown(result), args.json)

@@ -1,4 +1,6 @@
-"""Commands under torchrun that cannot hang a bench: each has its seconds, and then all of its processes end."""
+"""Commands under torchrun that cannot hang a bench: each has its seconds, and then all of its
+processes end.
+"""
 
 import os
 import re
@@ -11,14 +13,25 @@ from typing import Any
 
 
 def torchrun(ranks: int, *module: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+    ]
     return [*launcher, "-m", "--", *module]
 
 
 def train(ranks: int, run: Path, *options: str, sequences: int) -> list[str]:
     """The command of a training with `geodiag train`."""
     more = ("train", "--run", str(run), "--sequences", str(sequences), *options)
-    return torchrun(ranks, "geodiag.cli", *more) if ranks > 1 else [sys.executable, "-m", "geodiag.cli", *more]
+    return (
+        torchrun(ranks, "geodiag.cli", *more)
+        if ranks > 1
+        else [sys.executable, "-m", "geodiag.cli", *more]
+    )
 
 
 class Started:
@@ -32,7 +45,9 @@ class Started:
         self.ends = self.began + seconds
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
 
     def __enter__(self) -> "Started":
         return self
@@ -63,7 +78,12 @@ class Started:
             hung = True
             _kill(self.process)
         seconds = time.monotonic() - self.began
-        return {"code": self.process.returncode, "hung": hung, "seconds": seconds, "tail": self.said()[-1500:]}
+        return {
+            "code": self.process.returncode,
+            "hung": hung,
+            "seconds": seconds,
+            "tail": self.said()[-1500:],
+        }
 
 
 def call(command: list[str], log: Path, seconds: float) -> dict[str, Any]:
@@ -88,7 +108,9 @@ def _below(parent: int) -> list[int]:
             text = stat.read_text()
         except OSError:  # it has ended meanwhile
             continue
-        children.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+        children.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(
+            int(stat.parent.name)
+        )
     found = list(children.get(parent, ()))
     for pid in found:
         found += children.get(pid, ())

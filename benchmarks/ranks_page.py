@@ -1,4 +1,6 @@
-"""The ranks bench's result as a page: what holds on several ranks, in words, and what recording costs there."""
+"""The ranks bench's result as a page: what holds on several ranks, in words, and what recording
+costs there.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +31,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         )
         if name in result
     ]
-    said += [(f"{p}, against one process", _same(result["same"], p)) for p in PARALLEL if "same" in result]
+    said += [
+        (f"{p}, against one process", _same(result["same"], p))
+        for p in PARALLEL
+        if "same" in result
+    ]
     if said:
         lines += ["| | |", "|---|---|", *(f"| {what} | {words} |" for what, words in said), ""]
     return "\n".join([*lines, f"    {result['command']}", ""])
@@ -61,25 +67,38 @@ def _failed(part: Mapping[str, Any]) -> str | None:
 def _steered(part: Mapping[str, Any]) -> str:
     if failed := _failed(part):
         return failed
-    alike = "every rank in the same mode at every step" if part["alike"] else "ranks in DIFFERENT modes"
+    alike = (
+        "every rank in the same mode at every step" if part["alike"] else "ranks in DIFFERENT modes"
+    )
     counts = part["events"]
-    happened = ", ".join(f"{counts.get(k, 0)} {k}" for k in ("spike", "rollback", "routing", "problem"))
+    happened = ", ".join(
+        f"{counts.get(k, 0)} {k}" for k in ("spike", "rollback", "routing", "problem")
+    )
     return f"{alike}; events: {happened}"
 
 
 def _killed(part: Mapping[str, Any]) -> str:
     if failed := _failed(part):
         return failed
-    kept = "every completed step of every rank is on record" if part["complete"] else "STEPS ARE MISSING"
+    kept = (
+        "every completed step of every rank is on record"
+        if part["complete"]
+        else "STEPS ARE MISSING"
+    )
     return f"the others ended {part['seconds_to_the_end']:.1f} s later; {kept}"
 
 
 def _resumed(part: Mapping[str, Any]) -> str:
     if failed := _failed(part):
         return failed
-    begins, kept = part["began_again_at"], [[s for s in steps if s != part["lost"]] for steps in part["kept"]]
+    begins, kept = (
+        part["began_again_at"],
+        [[s for s in steps if s != part["lost"]] for steps in part["kept"]],
+    )
     right = part["code"] == 0 and set(begins) == {max(set.intersection(*map(set, kept)))}
-    went = f"all went on from step {begins[0]}" if right else f"the ranks went on from {begins}, WRONG"
+    went = (
+        f"all went on from step {begins[0]}" if right else f"the ranks went on from {begins}, WRONG"
+    )
     return f"{went}; it had lost that of step {part['lost']}"
 
 

@@ -1,4 +1,6 @@
-"""The ranks bench on each rank itself: are losses the same to the bit with geodiag, and what does a step take?"""
+"""The ranks bench on each rank itself: are losses the same to the bit with geodiag, and what does a
+step take?
+"""
 
 import json
 import statistics
@@ -23,10 +25,14 @@ COMPARED = 12
 
 
 def measure(out: Path, device: str, size: str, sequences: int, steps: int) -> None:
-    """`worker.json`: sameness and cost for each way of spreading; what is through is there, whatever comes after it."""
+    """`worker.json`: sameness and cost for each way of spreading; what is through is there,
+    whatever comes after it.
+    """
     found: dict[str, Any] = {}
     for parallel in PARALLEL:
-        options = Options(size=size, device=device, sequences=sequences, parallel=parallel, steps=10_000)
+        options = Options(
+            size=size, device=device, sequences=sequences, parallel=parallel, steps=10_000
+        )
         found[parallel] = {
             "same": same(replace(options, size="tiny", deterministic=True), out / parallel),
             "cost": cost(replace(options, run=out / parallel / "cost"), steps),
@@ -37,10 +43,13 @@ def measure(out: Path, device: str, size: str, sequences: int, steps: int) -> No
 
 
 def same(options: Options, out: Path) -> dict[str, Any]:
-    """Losses with geodiag and without; once more without, by which the machine differs from itself; and with probes
-    that fail on one rank, which must neither hang the others nor change anything."""
+    """Losses with geodiag and without; once more without, by which the machine differs from itself;
+    and with probes that fail on one rank, which must neither hang the others nor change anything.
+    """
     watched = losses(replace(options, run=out / "watched", probe_every=4), watched=True)
-    bare, again = (losses(replace(options, run=out / name), watched=False) for name in ("bare", "again"))
+    bare, again = (
+        losses(replace(options, run=out / name), watched=False) for name in ("bare", "again")
+    )
     with mock.patch.object(probes, "tear", _fails) if dist.get_rank() == 1 else nullcontext():
         broken = losses(replace(options, run=out / "broken", probe_every=4), watched=True)
     found = {"with_geodiag": watched, "without_again": again, "with_a_broken_probe": broken}

@@ -1,4 +1,6 @@
-"""What every bench says beside its numbers, and where it puts them: machine, versions, command; JSON and a page."""
+"""What every bench says beside its numbers, and where it puts them: machine, versions, command;
+JSON and a page.
+"""
 
 import argparse
 import importlib.metadata
@@ -22,15 +24,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, bench: str, description: str | None) -> None:
         first = (description or "").split("\n\n")[0]
         super().__init__(prog=f"geodiag bench {bench}", description=first)
-        self.add_argument("--out", type=Path, default=results_folder(), help="folder of the results [%(default)s]")
-        self.add_argument("--json", action="store_true", help="print the result as JSON, not as a page")
+        self.add_argument(
+            "--out", type=Path, default=results_folder(), help="folder of the results [%(default)s]"
+        )
+        self.add_argument(
+            "--json", action="store_true", help="print the result as JSON, not as a page"
+        )
 
     def error(self, message: str) -> NoReturn:
         raise GeodiagError(f"{message}; see {self.prog} --help")
 
 
 def results_folder() -> Path:
-    """benchmarks/results of a checkout, or of the folder one stands in where geodiag is installed from a wheel."""
+    """benchmarks/results of a checkout, or of the folder one stands in where geodiag is installed
+    from a wheel.
+    """
     return _BESIDE if _BESIDE.is_dir() else Path("benchmarks") / "results"
 
 
@@ -43,7 +51,11 @@ def setting(bench: str, argv: Sequence[str] | None, device: str = "cpu") -> dict
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Where this was measured: processor, cores, system, and the accelerator where one was used."""
-    found: dict[str, Any] = {"cpu": _processor(), "cores": _cores(), "system": platform.platform(terse=True)}
+    found: dict[str, Any] = {
+        "cpu": _processor(),
+        "cores": _cores(),
+        "system": platform.platform(terse=True),
+    }
     if device.startswith("cuda"):
         import torch
 
@@ -85,7 +97,9 @@ def present(device: str) -> str:
     import torch
 
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise GeodiagError("this is measured on a GPU, and torch sees none here; pass --device cpu for a dry run")
+        raise GeodiagError(
+            "this is measured on a GPU, and torch sees none here; pass --device cpu for a dry run"
+        )
     return device
 
 

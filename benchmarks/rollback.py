@@ -2,11 +2,12 @@
 
     geodiag bench rollback [--size 3b] [--sequences 4] [--rounds 5] [--device cuda]
 
-One model is trained; steps with a snapshot just before them take turns with steps without. The copy runs beside the
-forward and backward, so that what counts is how much longer the step with a snapshot takes, and not how long the copy
-does. The first snapshots make their room in host memory (page-locked beside a GPU), once. Then training goes back and
-repeats the same steps: weights, optimizer state and losses are compared bit by bit, the losses with the deterministic
-backward, without which a GPU does not repeat itself (`--free` leaves that to it).
+One model is trained; steps with a snapshot just before them take turns with steps without. The copy
+runs beside the forward and backward, so that what counts is how much longer the step with a
+snapshot takes, and not how long the copy does. The first snapshots make their room in host memory
+(page-locked beside a GPU), once. Then training goes back and repeats the same steps: weights,
+optimizer state and losses are compared bit by bit, the losses with the deterministic backward,
+without which a GPU does not repeat itself (`--free` leaves that to it).
 """
 
 import statistics
@@ -72,7 +73,9 @@ class Bench:
         model = self.trainer.model
         tensors = [*model.parameters(), *model.buffers()]
         for optimizer in self.trainer.optimizers:
-            tensors += [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+            tensors += [
+                v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)
+            ]
         return [t.detach().clone() for t in tensors]
 
 
@@ -153,17 +156,25 @@ def markdown(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("rollback", __doc__)
     parser.add_argument("--size", nargs="+", default=["tiny"])
-    parser.add_argument("--sequences", type=int, nargs="+", default=[8], help="one a size, or one for all")
+    parser.add_argument(
+        "--sequences", type=int, nargs="+", default=[8], help="one a size, or one for all"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--free", action="store_true", help="repeat the steps without the deterministic backward")
+    parser.add_argument(
+        "--free", action="store_true", help="repeat the steps without the deterministic backward"
+    )
     options = parser.parse_args(argv)
-    sequences = options.sequences * len(options.size) if len(options.sequences) == 1 else options.sequences
+    sequences = (
+        options.sequences * len(options.size) if len(options.sequences) == 1 else options.sequences
+    )
     result = setting("rollback", argv, options.device)
     result["runs"] = []
     for size, count in zip(options.size, sequences, strict=True):
         result["runs"].append(run(size, count, options.rounds, options.device, options.free))
-        save("rollback", result, markdown(result), options.out)  # a later size that fails loses nothing
+        save(
+            "rollback", result, markdown(result), options.out
+        )  # a later size that fails loses nothing
     say(result, markdown(result), options.json)
 
 

@@ -1,14 +1,16 @@
-"""What rolling back and routing by older weights buys: arms that answer spikes, on the same seeds and the same data.
+"""What rolling back and routing by older weights buys: arms that answer spikes, on the same seeds
+and the same data.
 
     geodiag bench routing [--seeds 4] [--workers 2] [--minutes 10] [--only WORD …] [--add TRIALS …]
-    geodiag bench routing --size small --device cuda --pilot             # which scenarios spike at all?
-    geodiag bench routing --size small --device cuda --lr 0.05 --workers 12 --minutes 7
+    geodiag bench routing --size small --device cuda --pilot             # which scenarios spike at
+    all? geodiag bench routing --size small --device cuda --lr 0.05 --workers 12 --minutes 7
 
-Planted faults are measured against the training of the same seed in which nothing was planted, natural spikes against
-the training's own trend. Trials run side by side, on all GPUs that are seen where there are any, seed by seed; those
-that answer a spike only where there was one to answer. Once the time is up, nothing begins but answers to spikes that
-were seen, and what is under way ends. Each is kept as it ends, and `--add` joins the trials of earlier sessions.
-Results: routing.json and routing.md in benchmarks/results, and all trials in routing_trials.jsonl.gz.
+Planted faults are measured against the training of the same seed in which nothing was planted,
+natural spikes against the training's own trend. Trials run side by side, on all GPUs that are seen
+where there are any, seed by seed; those that answer a spike only where there was one to answer.
+Once the time is up, nothing begins but answers to spikes that were seen, and what is under way
+ends. Each is kept as it ends, and `--add` joins the trials of earlier sessions. Results:
+routing.json and routing.md in benchmarks/results, and all trials in routing_trials.jsonl.gz.
 """
 
 import gzip
@@ -27,7 +29,9 @@ from geodiag.hooks.control.controller import TROUBLE
 
 
 def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Trials of earlier sessions; of one that was cut off in the middle of a line, all but that line."""
+    """Trials of earlier sessions; of one that was cut off in the middle of a line, all but that
+    line.
+    """
     found = []
     for path in paths:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -58,23 +62,39 @@ def summary(trial: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("routing", __doc__)
-    parser.add_argument("--size", choices=["tiny", "small"], default="tiny", help="of the model [%(default)s]")
-    parser.add_argument("--lr", type=float, nargs="*", default=[SMALL_LR], help="at which small is driven")
+    parser.add_argument(
+        "--size", choices=["tiny", "small"], default="tiny", help="of the model [%(default)s]"
+    )
+    parser.add_argument(
+        "--lr", type=float, nargs="*", default=[SMALL_LR], help="at which small is driven"
+    )
     parser.add_argument("--arms", nargs="*", default=[], help="only these, with no intervention")
-    parser.add_argument("--pilot", action="store_true", help="train each scenario of small once, and say which spike")
+    parser.add_argument(
+        "--pilot",
+        action="store_true",
+        help="train each scenario of small once, and say which spike",
+    )
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--only", nargs="*", default=[], help="scenarios whose name has one of these words")
     parser.add_argument(
-        "--add", type=Path, nargs="*", default=[], help="trials of earlier sessions, .jsonl or .jsonl.gz"
+        "--only", nargs="*", default=[], help="scenarios whose name has one of these words"
+    )
+    parser.add_argument(
+        "--add",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="trials of earlier sessions, .jsonl or .jsonl.gz",
     )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
     present(options.device)
     if options.pilot:
-        trials = run(pilot(), options.workers, options.minutes, options.out / "pilot", options.device)
+        trials = run(
+            pilot(), options.workers, options.minutes, options.out / "pilot", options.device
+        )
         print("\n".join(summary(t) for t in sorted(trials, key=lambda t: t["scenario"]["name"])))
         return
     result: dict[str, Any] = setting("routing", argv, options.device)
@@ -82,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.seeds:
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         planned = jobs(
-            plans(options.size, options.lr), seeds, options.only, together=4 if options.size == "small" else 3
+            plans(options.size, options.lr),
+            seeds,
+            options.only,
+            together=4 if options.size == "small" else 3,
         )
         if options.arms:
             unknown = set(options.arms) - ARMS.keys()

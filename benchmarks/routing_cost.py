@@ -1,12 +1,14 @@
 """What routing by older weights costs a training step: off, on, and where the time goes.
 
-    geodiag bench routing_cost [--size 3b] [--sequences 4] [--seconds 60] [--steps 2] [--device cuda]
+    geodiag bench routing_cost [--size 3b] [--sequences 4] [--seconds 60] [--steps 2] [--device
+    cuda]
 
-One model is trained on and on; the arms take turns on it, the arm that begins changing from round to round. Each turn
-puts its hooks on, warms up, and times so many steps; a step's time over the bare steps' of the same round is one
-ratio. `bare again` is the control. `capture alone` is the second forward by itself, in the share of a bare step, and
-`… of forward and backward` in the share of what is left of a step when the optimizer's part goes to nothing: the cost
-in the limit of many micro-batches a step.
+One model is trained on and on; the arms take turns on it, the arm that begins changing from round
+to round. Each turn puts its hooks on, warms up, and times so many steps; a step's time over the
+bare steps' of the same round is one ratio. `bare again` is the control. `capture alone` is the
+second forward by itself, in the share of a bare step, and
+`… of forward and backward` in the share of what is left of a step when the optimizer's part goes to
+nothing: the cost in the limit of many micro-batches a step.
 """
 
 import statistics
@@ -85,7 +87,9 @@ class Bench:
             self.trainer.step(batch)
             if routing:  # the verdict on a loss of some steps ago, as the monitor has it: nobody waits for a loss
                 self._steps += 1
-                self.controller.decide(self._steps, self.detector.update(self._steps, 3.0 + 0.01 * (self._steps % 5)))
+                self.controller.decide(
+                    self._steps, self.detector.update(self._steps, 3.0 + 0.01 * (self._steps % 5))
+                )
             if done == DELAY + 1:
                 began = self.now()
             if done == DELAY + 1 + steps:
@@ -97,7 +101,9 @@ class Bench:
         return seconds
 
     def alone(self, turns: int) -> dict[str, float]:
-        """Seconds of a capture by itself, of one whose forward runs to its end, and of forward and backward."""
+        """Seconds of a capture by itself, of one whose forward runs to its end, and of forward and
+        backward.
+        """
         batch, found = next(self.batches), {}
         routing = AnticipatoryRouting(self.trainer.model, DELAY, forward=self.forward)
         parts: dict[str, Callable[[], Any]] = {
@@ -122,8 +128,12 @@ class Bench:
         return self.forward(self.trainer.model, batch)
 
 
-def run(size: str, sequences: int, seconds: float, steps: int, device: str, but: Sequence[str] = ()) -> dict[str, Any]:
-    """Every arm's time over the bare one's, and the parts by themselves; as many rounds as `seconds` allow."""
+def run(
+    size: str, sequences: int, seconds: float, steps: int, device: str, but: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Every arm's time over the bare one's, and the parts by themselves; as many rounds as
+    `seconds` allow.
+    """
     chosen = [name for name in ARMS if name == "bare" or not any(word in name for word in but)]
     bench, times = Bench(size, sequences, device), {name: list[float]() for name in chosen}
     bench.turn(*ARMS["bare"], steps)
@@ -160,7 +170,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines = ["# What routing by older weights costs", "", where(result), ""]
     for r in result["runs"]:
         alone = {name: f"{1000 * t:.1f} ms" for name, t in r["alone"].items()}
-        of_step, of_both = (100 * r[k] for k in ("capture_of_step", "capture_of_forward_and_backward"))
+        of_step, of_both = (
+            100 * r[k] for k in ("capture_of_step", "capture_of_forward_and_backward")
+        )
         lines += [
             f"## `{r['size']}`, {r['tokens_a_step']} tokens a step, sequence {r['sequence']}",
             "",
@@ -170,7 +182,10 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             "| arm | time over bare | 95 % interval |",
             "|---|---|---|",
-            *(f"| {n} | {a['median']:.4f} | {a['low']:.4f} – {a['high']:.4f} |" for n, a in r["arms"].items()),
+            *(
+                f"| {n} | {a['median']:.4f} | {a['low']:.4f} – {a['high']:.4f} |"
+                for n, a in r["arms"].items()
+            ),
             "",
             f"The capture by itself takes {alone['capture']}: {of_step:.1f} % of this step, {of_both:.1f} % of forward",
             f"and backward alone. A forward to its end takes {alone['forward to its end']}.",
@@ -182,18 +197,28 @@ def markdown(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("routing_cost", __doc__)
     parser.add_argument("--size", nargs="+", default=["tiny"])
-    parser.add_argument("--sequences", type=int, nargs="+", default=[8], help="one a size, or one for all")
+    parser.add_argument(
+        "--sequences", type=int, nargs="+", default=[8], help="one a size, or one for all"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="for the rounds of a size")
     parser.add_argument("--steps", type=int, default=2, help="timed steps a turn")
-    parser.add_argument("--but", nargs="*", default=[], help="leave out arms whose name has one of these words")
+    parser.add_argument(
+        "--but", nargs="*", default=[], help="leave out arms whose name has one of these words"
+    )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
-    sequences = options.sequences * len(options.size) if len(options.sequences) == 1 else options.sequences
+    sequences = (
+        options.sequences * len(options.size) if len(options.sequences) == 1 else options.sequences
+    )
     result = setting("routing_cost", argv, options.device)
     result["runs"] = []
     for size, count in zip(options.size, sequences, strict=True):
-        result["runs"].append(run(size, count, options.seconds, options.steps, options.device, options.but))
-        save("routing_cost", result, markdown(result), options.out)  # a later size that fails loses nothing
+        result["runs"].append(
+            run(size, count, options.seconds, options.steps, options.device, options.but)
+        )
+        save(
+            "routing_cost", result, markdown(result), options.out
+        )  # a later size that fails loses nothing
     say(result, markdown(result), options.json)
 
 

@@ -51,7 +51,9 @@ def kept(trial: Mapping[str, Any]) -> dict[int, float]:
 
 
 def against_twin(trial: Mapping[str, Any], twin: Mapping[str, Any], onset: int) -> dict[str, float]:
-    """What a planted fault cost, against the training of the same seed in which nothing was planted."""
+    """What a planted fault cost, against the training of the same seed in which nothing was
+    planted.
+    """
     healthy, seen, steps = kept(twin), losses(trial), trial["steps"]
     excess = np.array([x - healthy[s] for s, x in zip(steps, seen, strict=True)])
     first = next((i for i, s in enumerate(steps) if s >= onset), len(steps))
@@ -70,7 +72,9 @@ def against_twin(trial: Mapping[str, Any], twin: Mapping[str, Any], onset: int) 
 
 
 def _back(excess: np.ndarray) -> int | None:
-    """Executed steps until the loss is back near the twin's and stays there; None where it never is."""
+    """Executed steps until the loss is back near the twin's and stays there; None where it never
+    is.
+    """
     medians = _medians(excess)
     if not len(medians):
         return None
@@ -89,7 +93,9 @@ def _medians(values: np.ndarray) -> np.ndarray:
 
 
 def by_itself(trial: Mapping[str, Any], steps: int) -> dict[str, float]:
-    """What went wrong in a training that has no healthy twin: against the lowest that its own trend has been."""
+    """What went wrong in a training that has no healthy twin: against the lowest that its own trend
+    has been.
+    """
     seen = losses(trial)
     trend = np.array([np.median(seen[max(0, i - 8) : i + 1]) for i in range(len(seen))])
     above = np.maximum(seen - np.minimum.accumulate(trend), 0)
@@ -106,7 +112,9 @@ def by_itself(trial: Mapping[str, Any], steps: int) -> dict[str, float]:
 
 
 def common(trial: Mapping[str, Any]) -> dict[str, float | None]:
-    """What is counted alike everywhere: spikes by 10 000 executed steps, flips, steps that were routed."""
+    """What is counted alike everywhere: spikes by 10 000 executed steps, flips, steps that were
+    routed.
+    """
     spikes = [e for e in trial["events"] if e["kind"] in TROUBLE]
     flips = trial["flips"]
     return {
@@ -120,22 +128,32 @@ def common(trial: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _again(arm: Mapping[str, Any], spikes: Sequence[Mapping[str, Any]]) -> float | None:
-    """Of an arm that goes back: whether the first spike was raised again; None where there was none."""
+    """Of an arm that goes back: whether the first spike was raised again; None where there was
+    none.
+    """
     if not spikes or arm["mode"] != "auto" or "rollback" not in arm["actions"]:
         return None
     first, *later = (e["data"]["onset"] for e in spikes)
     return float(any(onset <= first + AFTER for onset in later))
 
 
-def _steps_before(events: Sequence[Mapping[str, Any]], spikes: Sequence[Mapping[str, Any]]) -> float | None:
-    """From where training went back to first, to the onset: so long any change had to grow. None where it never did."""
-    restored = (e["data"]["restore"] for e in events if e["kind"] == "decision" and e["data"].get("acted"))
+def _steps_before(
+    events: Sequence[Mapping[str, Any]], spikes: Sequence[Mapping[str, Any]]
+) -> float | None:
+    """From where training went back to first, to the onset: so long any change had to grow. None
+    where it never did.
+    """
+    restored = (
+        e["data"]["restore"] for e in events if e["kind"] == "decision" and e["data"].get("acted")
+    )
     first = next((step for step in restored if step is not None), None)
     return None if first is None else float(spikes[0]["data"]["onset"] - first)
 
 
 def summarise(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a scenario and arm: every measure's mean over seeds, and its difference from no intervention."""
+    """One row a scenario and arm: every measure's mean over seeds, and its difference from no
+    intervention.
+    """
     by_key = {(t["scenario"]["name"], t["arm"]["name"], t["seed"]): t for t in trials}
     measured = {key: measure(t, by_key) for key, t in by_key.items()}
     rows = []
@@ -153,7 +171,13 @@ def summarise(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "measures": {n: vars(Mean.of([m[n] for m in found.values()])) for n in names},
                 "against_none": {
                     n: vars(
-                        Mean.of([m[n] - p[n] for seed, m in found.items() if (p := plain[seed]) and _both(m, p, n)])
+                        Mean.of(
+                            [
+                                m[n] - p[n]
+                                for seed, m in found.items()
+                                if (p := plain[seed]) and _both(m, p, n)
+                            ]
+                        )
                     )
                     for n in names
                 },
@@ -163,12 +187,18 @@ def summarise(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def pooled(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every arm against no intervention over all scenarios in which nothing is planted and spikes come by themselves.
+    """Every arm against no intervention over all scenarios in which nothing is planted and spikes
+    come by themselves.
 
-    Paired by scenario and seed, each size of model by itself; the healthy twins of planted faults are left out.
+    Paired by scenario and seed, each size of model by itself; the healthy twins of planted faults
+    are left out.
     """
     by_key = {(t["scenario"]["name"], t["arm"]["name"], t["seed"]): t for t in trials}
-    wild = {k: measure(t, by_key) for k, t in by_key.items() if not t["scenario"]["fault"] and k[0] != t["twin"]}
+    wild = {
+        k: measure(t, by_key)
+        for k, t in by_key.items()
+        if not t["scenario"]["fault"] and k[0] != t["twin"]
+    }
     size = {k[0]: t["scenario"]["size"] for k, t in by_key.items()}
     rows = []
     for model, arm in dict.fromkeys((size[s], a) for s, a, _ in wild if a != "none"):
@@ -181,7 +211,9 @@ def pooled(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         means = {n: vars(Mean.of([m[n] - p[n] for m, p in pairs])) for n in names}
         again = [m["again"] for m, _ in pairs if m["again"] is not None]
         spiked = sum(p["spikes_per_10k"] > 0 for _, p in pairs)
-        rows.append({"size": model, "arm": arm, "spiked": spiked, "again": vars(Mean.of(again))} | means)
+        rows.append(
+            {"size": model, "arm": arm, "spiked": spiked, "again": vars(Mean.of(again))} | means
+        )
     return rows
 
 
@@ -189,7 +221,9 @@ def _both(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
     return one.get(name) is not None and other.get(name) is not None
 
 
-def measure(trial: Mapping[str, Any], by_key: Mapping[tuple[str, str, int], Mapping[str, Any]]) -> dict[str, Any]:
+def measure(
+    trial: Mapping[str, Any], by_key: Mapping[tuple[str, str, int], Mapping[str, Any]]
+) -> dict[str, Any]:
     """A trial's measures; none where its healthy twin is missing."""
     scenario = trial["scenario"]
     if not scenario["fault"]:

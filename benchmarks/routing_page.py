@@ -14,7 +14,15 @@ _SHOWN = {
     "again": ("again", 2),
     "steps_before": ("before", 0),
 }
-_POOLED = ("peak", "excess", "recovery_steps", "steps_lost", "final_loss", "spikes_per_10k", "again")
+_POOLED = (
+    "peak",
+    "excess",
+    "recovery_steps",
+    "steps_lost",
+    "final_loss",
+    "spikes_per_10k",
+    "again",
+)
 
 
 _MEANINGS = f"""\

@@ -1,4 +1,6 @@
-"""What the routing bench trains: scenarios, the arms that answer each, and the order of their trials."""
+"""What the routing bench trains: scenarios, the arms that answer each, and the order of their
+trials.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,18 +19,35 @@ _FAULTY = Scenario(name="", steps=150, residual="hc")
 FAULTS = ("lr-shock@75=100", "far-batch@75", "expert-scale@75=30")
 PLANTED = [replace(_FAULTY, name=f"{f}, hc, clamp", fault=f) for f in FAULTS]
 GRID = [
-    replace(_FAULTY, name=f"{FAULTS[2]}, {r}, {'clamp' if c else 'no clamp'}", residual=r, clamp=c, fault=FAULTS[2])
+    replace(
+        _FAULTY,
+        name=f"{FAULTS[2]}, {r}, {'clamp' if c else 'no clamp'}",
+        residual=r,
+        clamp=c,
+        fault=FAULTS[2],
+    )
     for r, c in RESIDUALS
     if (r, c) != ("hc", 10.0)  # that one is among the others
 ]
 NATURAL = Scenario(name="learning rate 0.1, hc, clamp", steps=280, residual="hc", lr=0.1)
 NATURAL_GRID = [
-    replace(NATURAL, name=f"learning rate 0.1, {r}, {'clamp' if c else 'no clamp'}", residual=r, clamp=c)
+    replace(
+        NATURAL, name=f"learning rate 0.1, {r}, {'clamp' if c else 'no clamp'}", residual=r, clamp=c
+    )
     for r, c in RESIDUALS
     if (r, c) != ("hc", 10.0)
 ]
-DOMAINS = Scenario(name="domains in turn, learning rate 0.03, hc", steps=240, residual="hc", lr=0.03, turn=60)
-ANSWERS = ("none", "rollback", "rollback + anticipatory", "rollback + skip-batch", "anticipatory", "router-lag")
+DOMAINS = Scenario(
+    name="domains in turn, learning rate 0.03, hc", steps=240, residual="hc", lr=0.03, turn=60
+)
+ANSWERS = (
+    "none",
+    "rollback",
+    "rollback + anticipatory",
+    "rollback + skip-batch",
+    "anticipatory",
+    "router-lag",
+)
 ALWAYS = (
     "none",
     "rollback",
@@ -51,7 +70,9 @@ MORE: Plan = [
     *((s, ("none", "always anticipatory")) for s in NATURAL_GRID),
     *((s, ("none", "rollback + anticipatory")) for s in GRID),
 ]
-"""Other delays, and the clamp with each kind of residual: after every three seeds of `MAIN`, for those seeds."""
+"""Other delays, and the clamp with each kind of residual: after every three seeds of `MAIN`, for
+those seeds.
+"""
 
 # -- small, on GPUs ------------------------------------------------------------------------------
 
@@ -76,7 +97,9 @@ def driven(lr: float, residual: str = "hc", clamp: float | None = 10.0) -> Scena
 
 def in_turn(lr: float) -> Scenario:
     """`small` on one domain after the other."""
-    return replace(_SMALL, name=f"small, domains in turn, learning rate {lr:g}, hc, clamp", lr=lr, turn=55)
+    return replace(
+        _SMALL, name=f"small, domains in turn, learning rate {lr:g}, hc, clamp", lr=lr, turn=55
+    )
 
 
 def faulty(fault: str) -> Scenario:
@@ -85,7 +108,9 @@ def faulty(fault: str) -> Scenario:
 
 
 def raised(factor: float, residual: str = "hc", clamp: float | None = 10.0) -> Scenario:
-    """`small` at a sound learning rate that goes far too high and stays there: what spikes then, spikes again."""
+    """`small` at a sound learning rate that goes far too high and stays there: what spikes then,
+    spikes again.
+    """
     name = f"small, learning rate × {factor:g} from step {RAISED_AT}, {residual}, {'clamp' if clamp else 'no clamp'}"
     return replace(_SMALL, name=name, raised=factor, residual=residual, clamp=clamp, steps=190)
 
@@ -94,9 +119,25 @@ def small(lr: float, fault: str = "lr-shock@90=30") -> list[Plan]:
     """The most telling first: one scenario with every answer, then the rest."""
     few = ("none", "rollback + noise", "rollback + anticipatory")
     return [
-        [(raised(30), ("none", *BACK, "anticipatory", "router-lag", "always anticipatory", "always router-lag"))],
         [
-            *((raised(30, r, c), ("none", "rollback + anticipatory")) for r, c in RESIDUALS if (r, c) != ("hc", 10.0)),
+            (
+                raised(30),
+                (
+                    "none",
+                    *BACK,
+                    "anticipatory",
+                    "router-lag",
+                    "always anticipatory",
+                    "always router-lag",
+                ),
+            )
+        ],
+        [
+            *(
+                (raised(30, r, c), ("none", "rollback + anticipatory"))
+                for r, c in RESIDUALS
+                if (r, c) != ("hc", 10.0)
+            ),
             (raised(10), (*few, "rollback + lower-lr")),
             (driven(lr), (*few, "rollback + lower-lr")),
             (in_turn(lr / 2), few),
@@ -123,20 +164,32 @@ PILOT_STEPS = 130
 
 
 def plans(size: str, lr: Sequence[float] = (SMALL_LR,)) -> list[Plan]:
-    """`tiny` has its learning rates in its names; `small` takes those at which the pilot had spikes."""
+    """`tiny` has its learning rates in its names; `small` takes those at which the pilot had
+    spikes.
+    """
     return [MAIN, MORE] if size == "tiny" else [plan for each in lr for plan in small(each)]
 
 
-def jobs(plans: Sequence[Plan], seeds: Sequence[int], only: Sequence[str] = (), together: int = 3) -> Iterator[Job]:
-    """`together` seeds of a plan before the next plan: whenever the time is up, every scenario has about as many."""
+def jobs(
+    plans: Sequence[Plan], seeds: Sequence[int], only: Sequence[str] = (), together: int = 3
+) -> Iterator[Job]:
+    """`together` seeds of a plan before the next plan: whenever the time is up, every scenario has
+    about as many.
+    """
     for first in range(0, len(seeds), together):
         for plan in plans:
-            chosen = [(s, arms) for s, arms in plan if not only or any(word in s.name for word in only)]
+            chosen = [
+                (s, arms) for s, arms in plan if not only or any(word in s.name for word in only)
+            ]
             pairs = [(s, arm) for s, arms in chosen for arm in arms]
             pairs = list(dict.fromkeys([*((s.twin, "none") for s, _ in chosen if s.fault), *pairs]))
-            yield from ((s, ARMS[arm], seed) for seed in seeds[first : first + together] for s, arm in pairs)
+            yield from (
+                (s, ARMS[arm], seed) for seed in seeds[first : first + together] for s, arm in pairs
+            )
 
 
 def pilot() -> Iterator[Job]:
-    """No plan trains on this seed: a scenario that is chosen because it spiked is measured on others."""
+    """No plan trains on this seed: a scenario that is chosen because it spiked is measured on
+    others.
+    """
     yield from ((replace(s, steps=PILOT_STEPS), ARMS["none"], PILOT_SEED) for s in PILOT)

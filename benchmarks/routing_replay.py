@@ -1,11 +1,13 @@
-"""Does a natural spike come back? From one snapshot before it, the same batches again, with one change at a time.
+"""Does a natural spike come back? From one snapshot before it, the same batches again, with one
+change at a time.
 
     geodiag bench routing_replay [--seeds 6] [--workers 2] [--minutes 20]
 
-A training at an aggressive learning rate runs until the detector raises a spike. Then every change starts from the
-same snapshot, early enough for routing to be on before the onset. `exact replay` is the control of the controls: it
-must repeat the spike. `noise` says what any change at all would have done: an answer that is no better than weights
-changed in their sixth digit has answered nothing.
+A training at an aggressive learning rate runs until the detector raises a spike. Then every change
+starts from the same snapshot, early enough for routing to be on before the onset. `exact replay` is
+the control of the controls: it must repeat the spike. `noise` says what any change at all would
+have done: an answer that is no better than weights changed in their sixth digit has answered
+nothing.
 """
 
 import copy
@@ -43,7 +45,10 @@ class Moment:
 
     def __init__(self, step: int, trainer: Trainer, detector: SpikeDetector, level: float) -> None:
         self.step, self.level = step, level
-        self._trainer, self._detector = copy.deepcopy(trainer.state_dict()), copy.deepcopy(detector.state_dict())
+        self._trainer, self._detector = (
+            copy.deepcopy(trainer.state_dict()),
+            copy.deepcopy(detector.state_dict()),
+        )
 
     def restore(self, trainer: Trainer) -> SpikeDetector:
         trainer.load_state_dict(copy.deepcopy(self._trainer))
@@ -66,7 +71,9 @@ def routed(make: Callable[[Trainer], Rerouting]) -> Change:
 
 
 def ahead(delay: int) -> Change:
-    return routed(lambda t: AnticipatoryRouting(t.model, delay, forward=lambda m, b: m(b.token_ids_BS)))
+    return routed(
+        lambda t: AnticipatoryRouting(t.model, delay, forward=lambda m, b: m(b.token_ids_BS))
+    )
 
 
 def noise(size: float, draw: int) -> Change:
@@ -97,7 +104,9 @@ CHANGES: dict[str, Change] = {
     "skip-batch": same,
     "noise 1e-6, draw 2": noise(1e-6, 2),
 }
-"""Change → what is done to the training and its batches; `skip-batch` leaves out those from the onset to detection."""
+"""Change → what is done to the training and its batches; `skip-batch` leaves out those from the
+onset to detection.
+"""
 
 
 def study(seed: int, scenario: Scenario, tell: Callable[[dict[str, Any]], None]) -> None:
@@ -122,7 +131,9 @@ def study(seed: int, scenario: Scenario, tell: Callable[[dict[str, Any]], None])
     tell({"seed": seed, "change": None, "steps": scenario.steps, "losses": recent})
 
 
-def replay(name: str, moment: Moment, spike: Spike, trainer: Trainer, loader: Loader) -> dict[str, Any]:
+def replay(
+    name: str, moment: Moment, spike: Spike, trainer: Trainer, loader: Loader
+) -> dict[str, Any]:
     """The steps from `moment` to behind the spike again, with one change."""
     detector = moment.restore(trainer)
     last = spike.onset + AFTER
@@ -198,7 +209,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument(
-        "--add", type=Path, nargs="*", default=[], help="replays of earlier sessions, .jsonl or .jsonl.gz"
+        "--add",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="replays of earlier sessions, .jsonl or .jsonl.gz",
     )
     options = parser.parse_args(argv)
     paths = list(options.add)

@@ -1,4 +1,6 @@
-"""The replays of natural spikes as a table: one row a change, over the spikes that every change was tried on."""
+"""The replays of natural spikes as a table: one row a change, over the spikes that every change was
+tried on.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +22,10 @@ def summarise(rows: Sequence[Mapping[str, Any]], changes: Sequence[str]) -> list
     return [
         {"change": name, "spikes": len(whole)}
         | {m: vars(Mean.of([float(f[name][m]) for f in whole])) for m in _MEASURES}
-        | {f"{m}_less_noise": vars(Mean.of([_less_noise(f, name, m) for f in whole])) for m in _MEASURES}
+        | {
+            f"{m}_less_noise": vars(Mean.of([_less_noise(f, name, m) for f in whole]))
+            for m in _MEASURES
+        }
         for name in changes
         if whole
     ]
@@ -48,8 +53,15 @@ def page(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for r in result["rows"]:
-        cells = [_cell(r["again"], 2), _cell(r["peak"], 2), _cell(r["excess"], 1), _cell(r["last"], 2)]
-        lines.append(f"| {r['change']} | {r['spikes']} | {' | '.join(cells)} | {_cell(r['excess_less_noise'], 1)} |")
+        cells = [
+            _cell(r["again"], 2),
+            _cell(r["peak"], 2),
+            _cell(r["excess"], 1),
+            _cell(r["last"], 2),
+        ]
+        lines.append(
+            f"| {r['change']} | {r['spikes']} | {' | '.join(cells)} | {_cell(r['excess_less_noise'], 1)} |"
+        )
     return "\n".join([*lines, "", f"    {result['command']}", ""])
 
 

@@ -1,4 +1,6 @@
-"""One training of the routing bench: a scenario, an arm that answers it, a seed; every step that was executed."""
+"""One training of the routing bench: a scenario, an arm that answers it, a seed; every step that
+was executed.
+"""
 
 import math
 import tempfile
@@ -45,7 +47,9 @@ class Arm:
     variant: str = "anticipatory"
     delay: int = DELAY
     noise: float = 0.0
-    """Every weight times 1 + this · N(0, 1) after going back: what a change that means nothing does."""
+    """Every weight times 1 + this · N(0, 1) after going back: what a change that means nothing
+    does.
+    """
 
 
 ARMS = {
@@ -81,19 +85,27 @@ class Scenario:
     clamp: float | None = 10.0
     fault: str | None = None
     raised: float = 1.0
-    """Factor on the learning rate from step `RAISED_AT` on: a schedule that goes too high, and stays there."""
+    """Factor on the learning rate from step `RAISED_AT` on: a schedule that goes too high, and
+    stays there.
+    """
     turn: int = 0
     """Steps after which the data changes to the next domain, abruptly; 0 for all of them mixed."""
     sequences: int = 4
     deterministic: bool = False
-    """Whether a GPU adds up alike every time, so that arms are one and the same training until the first answer."""
+    """Whether a GPU adds up alike every time, so that arms are one and the same training until the
+    first answer.
+    """
 
     @property
     def twin(self) -> "Scenario":
         """The same with nothing planted."""
         clamp = "clamp" if self.clamp else "no clamp"
         size = "" if self.size == "tiny" else f"{self.size}, "
-        return replace(self, name=f"{size}nothing planted, {self.steps} steps, {self.residual}, {clamp}", fault=None)
+        return replace(
+            self,
+            name=f"{size}nothing planted, {self.steps} steps, {self.residual}, {clamp}",
+            fault=None,
+        )
 
     @property
     def onset(self) -> int:
@@ -102,12 +114,16 @@ class Scenario:
 
 
 class Domains(Loader):
-    """One domain after the other, each for so many steps: the batches of a step are a function of the step."""
+    """One domain after the other, each for so many steps: the batches of a step are a function of
+    the step.
+    """
 
     def __init__(self, corpus: Corpus, scenario: Scenario, sequence: int, seed: int) -> None:
         super().__init__(corpus, scenario.sequences, sequence, seed)
         self._turn = scenario.turn
-        alone = [Corpus({name: tokens}, corpus.vocab) for name, tokens in sorted(corpus.domains.items())]
+        alone = [
+            Corpus({name: tokens}, corpus.vocab) for name, tokens in sorted(corpus.domains.items())
+        ]
         self._each = [Loader(c, scenario.sequences, sequence, seed) for c in alone]
 
     def batch(self, step: int) -> Batch:
@@ -160,8 +176,9 @@ def setup(scenario: Scenario, seed: int, where: torch.device = _CPU) -> tuple[Tr
 
 @torch.no_grad()
 def perturb(model: nn.Module, size: float, draw: int) -> None:
-    """Every weight times 1 + `size` · N(0, 1). Where a bfloat16 weight rounds that away, the float32 ones beside it
-    (routers, hyper-connections, norms) do not."""
+    """Every weight times 1 + `size` · N(0, 1). Where a bfloat16 weight rounds that away, the
+    float32 ones beside it (routers, hyper-connections, norms) do not.
+    """
     for number, p in enumerate(model.parameters()):
         generator = torch.Generator(p.device).manual_seed(1000 * draw + number)
         p.mul_(1 + size * torch.randn(p.shape, generator=generator, device=p.device))
@@ -177,7 +194,9 @@ def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[
         routing = _routing(arm, model)
         snapshots = None
         if "rollback" in arm.actions:
-            snapshots = Snapshots(model, trainer.optimizers, trainer.progress, every=20, max_bytes=_ROOM)
+            snapshots = Snapshots(
+                model, trainer.optimizers, trainer.progress, every=20, max_bytes=_ROOM
+            )
         monitor = attach(
             model,
             trainer.optimizers,
@@ -235,9 +254,23 @@ def _recorded(path: Path) -> dict[str, Any]:
     """Events and flip rates from the run directory."""
     run = geodiag.open_run(path)
     events = run.read("events", attempt="all")
-    kinds = ("spike", "divergence", "nonfinite", "outlier", "routing", "decision", "attempt", "problem")
+    kinds = (
+        "spike",
+        "divergence",
+        "nonfinite",
+        "outlier",
+        "routing",
+        "decision",
+        "attempt",
+        "problem",
+    )
     told = [
-        {"step": int(e["step"]), "kind": e["kind"], "message": e["message"], "data": details(e["data"])}
+        {
+            "step": int(e["step"]),
+            "kind": e["kind"],
+            "message": e["message"],
+            "data": details(e["data"]),
+        }
         for e in events.to_dict("records")
         if e["kind"] in kinds
     ]
@@ -246,4 +279,7 @@ def _recorded(path: Path) -> dict[str, Any]:
         raise RuntimeError(broken[0])
     layers = run.read("layers", ["step", "layer", "site", *FLIPS], attempt="all")
     means = {n: layers[n].mean() for n in FLIPS}
-    return {"events": told, "flips": {n: None if math.isnan(v) else float(v) for n, v in means.items()}}
+    return {
+        "events": told,
+        "flips": {n: None if math.isnan(v) else float(v) for n, v in means.items()},
+    }

@@ -1,4 +1,6 @@
-"""The routing bench's trials side by side: which comes next, and processes of which one may die without the others."""
+"""The routing bench's trials side by side: which comes next, and processes of which one may die
+without the others.
+"""
 
 import json
 import multiprocessing
@@ -17,7 +19,9 @@ from geodiag.benchmarks.routing_plan import Job
 from geodiag.hooks.control.controller import TROUBLE
 
 GRACE = 180.0
-"""Seconds that the trials under way, and answers to spikes that were seen, have when the time is up."""
+"""Seconds that the trials under way, and answers to spikes that were seen, have when the time is
+up.
+"""
 
 
 def visible() -> list[str]:
@@ -29,8 +33,10 @@ def visible() -> list[str]:
 
 
 class Schedule:
-    """What is trained next. An arm that answers spikes waits for the training of its seed without intervention: where
-    that raised none, they are the same training, bit for bit, and it is not trained again."""
+    """What is trained next. An arm that answers spikes waits for the training of its seed without
+    intervention: where that raised none, they are the same training, bit for bit, and it is not
+    trained again.
+    """
 
     def __init__(self, planned: Iterable[Job], device: str) -> None:
         jobs = list(dict.fromkeys(planned))
@@ -45,8 +51,9 @@ class Schedule:
             (self._waiting[scenario.name, seed] if waits else self._first).append(job)
 
     def next(self, late: bool = False) -> Job | None:
-        """The next job. Once it is late, only answers to spikes that were seen: else those would be missing most often
-        where there was something to answer."""
+        """The next job. Once it is late, only answers to spikes that were seen: else those would be
+        missing most often where there was something to answer.
+        """
         if self._answers:
             return self._answers.popleft()
         return self._first.popleft() if self._first and not late else None
@@ -74,13 +81,18 @@ def train(job: Job, device: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     try:
         found = routing_trial.train(*job, device)
-        return found | {"seconds": time.monotonic() - began, "place": where(setting("routing", [], device))}
+        return found | {
+            "seconds": time.monotonic() - began,
+            "place": where(setting("routing", [], device)),
+        }
     except Exception as e:  # one trial that fails is told, and the others go on
         return {"failed": f"{type(e).__name__}: {e}"}
 
 
 def serve(pipe: Connection, gpu: str | None) -> None:
-    """A worker's process: trains what comes through the pipe, on its own GPU, where bits may have to repeat."""
+    """A worker's process: trains what comes through the pipe, on its own GPU, where bits may have
+    to repeat.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -93,7 +105,9 @@ def serve(pipe: Connection, gpu: str | None) -> None:
 
 
 class Worker:
-    """A process that trains one job after another. Where it dies, that job has failed, and the next gets a new one."""
+    """A process that trains one job after another. Where it dies, that job has failed, and the next
+    gets a new one.
+    """
 
     def __init__(self, gpu: str | None) -> None:
         self._gpu = gpu
@@ -120,7 +134,9 @@ class Worker:
             self._process.kill()
 
 
-def run(planned: Iterable[Job], workers: int, minutes: float, out: Path, device: str = "cpu") -> list[dict[str, Any]]:
+def run(
+    planned: Iterable[Job], workers: int, minutes: float, out: Path, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """Trains until the time is up; every trial is a line of `trials.jsonl` as soon as it ends."""
     out.mkdir(parents=True, exist_ok=True)
     schedule, found = Schedule(planned, device), []
@@ -143,7 +159,9 @@ def run(planned: Iterable[Job], workers: int, minutes: float, out: Path, device:
                 trial = future.result()
                 if "failed" in trial:
                     scenario, arm, seed = job
-                    print(f"{scenario.name}, {arm.name}, seed {seed}: {trial['failed']}", flush=True)
+                    print(
+                        f"{scenario.name}, {arm.name}, seed {seed}: {trial['failed']}", flush=True
+                    )
                 known = schedule.ended(job, None if "failed" in trial else trial)
                 found += known
                 kept.write("".join(json.dumps(t) + "\n" for t in known))

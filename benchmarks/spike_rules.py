@@ -1,6 +1,7 @@
 """Rules that say when a loss spikes: ours and the public ones, each written from its definition.
 
-A rule takes the updates of a run and yields the rows that raise an alarm. All judge the loss alone, by default values.
+A rule takes the updates of a run and yields the rows that raise an alarm. All judge the loss alone,
+by default values.
 """
 
 import math
@@ -20,13 +21,19 @@ def geodiag_rule(**options: Any) -> Rule:
 
     def rule(updates: Sequence[Update]) -> Iterator[int]:
         rows = {update.step: row for row, update in enumerate(updates)}
-        yield from (rows[s.detected] for s in find_spikes(updates, SpikeDetector(**options)) if s.kind == "spike")
+        yield from (
+            rows[s.detected]
+            for s in find_spikes(updates, SpikeDetector(**options))
+            if s.kind == "spike"
+        )
 
     return rule
 
 
 def windowed_sigma(sigmas: float, window: int, least: int) -> Rule:
-    """Above the mean of the last `window` losses by `sigmas` standard deviations; every loss enters the window."""
+    """Above the mean of the last `window` losses by `sigmas` standard deviations; every loss enters
+    the window.
+    """
 
     def rule(updates: Sequence[Update]) -> Iterator[int]:
         past: deque[float] = deque()
@@ -48,7 +55,9 @@ def over_previous(factor: float) -> Rule:
     """`factor` times the loss before."""
 
     def rule(updates: Sequence[Update]) -> Iterator[int]:
-        yield from (i for i in range(1, len(updates)) if updates[i].loss > factor * updates[i - 1].loss)
+        yield from (
+            i for i in range(1, len(updates)) if updates[i].loss > factor * updates[i - 1].loss
+        )
 
     return rule
 
@@ -102,7 +111,9 @@ def holt(threshold: float, level_decay: float, trend_decay: float, warmup: int) 
 
 
 def hampel(threshold: float, window: int) -> Rule:
-    """Two of the last three losses above the window's median by `threshold` scaled median absolute deviations."""
+    """Two of the last three losses above the window's median by `threshold` scaled median absolute
+    deviations.
+    """
 
     def rule(updates: Sequence[Update]) -> Iterator[int]:
         past: deque[float] = deque(maxlen=window)

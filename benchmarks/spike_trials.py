@@ -1,4 +1,5 @@
-"""The same curves made harder: would the detector have done as well on logs that nobody wrote in this way?
+"""The same curves made harder: would the detector have done as well on logs that nobody wrote in
+this way?
 
 Each trial changes every curve and moves the labels along. Nothing is tuned on them.
 """
@@ -67,7 +68,10 @@ def losses(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Trial:
 
     def changed(curve: "Curve") -> "Curve":
         new = change(np.array([update.loss for update in curve.updates]))
-        return replace(curve, updates=[Update(u.step, float(x)) for u, x in zip(curve.updates, new, strict=True)])
+        return replace(
+            curve,
+            updates=[Update(u.step, float(x)) for u, x in zip(curve.updates, new, strict=True)],
+        )
 
     return Trial(name, changed)
 
@@ -85,12 +89,17 @@ def smoothed(factor: float) -> Trial:
 
 def noisy(sigmas: float) -> Trial:
     draw = np.random.default_rng(1)
-    return losses(f"{sigmas:g} σ of noise added", lambda x: x + draw.normal(size=len(x)) * sigmas * noise_of(x))
+    return losses(
+        f"{sigmas:g} σ of noise added",
+        lambda x: x + draw.normal(size=len(x)) * sigmas * noise_of(x),
+    )
 
 
 def broken(share: float) -> Trial:
     draw = np.random.default_rng(2)
-    return losses(f"{100 * share:g} % NaN", lambda x: np.where(draw.random(len(x)) < share, np.nan, x))
+    return losses(
+        f"{100 * share:g} % NaN", lambda x: np.where(draw.random(len(x)) < share, np.nan, x)
+    )
 
 
 def cooldown(loss: np.ndarray) -> np.ndarray:

@@ -1,9 +1,11 @@
-"""Spike detectors on real labelled loss curves: ours beside the public rules, each written from its definition.
+"""Spike detectors on real labelled loss curves: ours beside the public rules, each written from its
+definition.
 
     geodiag bench spikes CURVES
 
-CURVES holds one CSV a run (step,loss[,grad_norm]) and labels.csv (series,group,type,onset,breakout,peak,end).
-Results: benchmarks/results/spikes.json and spikes.md. Numbers of rows stand for time: one row is one update.
+CURVES holds one CSV a run (step,loss[,grad_norm]) and labels.csv
+(series,group,type,onset,breakout,peak,end). Results: benchmarks/results/spikes.json and spikes.md.
+Numbers of rows stand for time: one row is one update.
 """
 
 import csv
@@ -53,7 +55,10 @@ class Score:
     """Rows from breakout to alarm."""
 
     def summary(self) -> dict[str, float | None]:
-        recall, precision = self.hits / max(self.spikes, 1), self.hits / max(self.hits + self.false, 1)
+        recall, precision = (
+            self.hits / max(self.spikes, 1),
+            self.hits / max(self.hits + self.false, 1),
+        )
         return {
             "recall": recall,
             "precision": precision,
@@ -90,16 +95,23 @@ def _curve(path: Path, group: str, rows: list[dict[str, str]]) -> Curve:
     return Curve(
         group,
         updates,
-        [Label(r["type"], at(r, "onset"), at(r, "breakout", "onset"), at(r, "end", "onset")) for r in events],
+        [
+            Label(r["type"], at(r, "onset"), at(r, "breakout", "onset"), at(r, "end", "onset"))
+            for r in events
+        ],
     )
 
 
 def score(alarms: Sequence[int], curve: Curve, into: Score) -> None:
-    """A spike is hit by an alarm from 3 rows before its onset to 25 after. Alarms within a spike (to 50 rows past its
-    end) or 10 rows of an ambiguous event count for nothing. All others are false, merged within 50 rows."""
+    """A spike is hit by an alarm from 3 rows before its onset to 25 after. Alarms within a spike
+    (to 50 rows past its end) or 10 rows of an ambiguous event count for nothing. All others are
+    false, merged within 50 rows.
+    """
     spikes = [label for label in curve.labels if label.type == "spike"]
     excused = [(label.onset - 3, label.end + 50) for label in spikes]
-    excused += [(label.onset - 10, label.end + 10) for label in curve.labels if label.type == "ambiguous"]
+    excused += [
+        (label.onset - 10, label.end + 10) for label in curve.labels if label.type == "ambiguous"
+    ]
     for label in spikes:
         first = next((row for row in alarms if label.onset - 3 <= row <= label.onset + 25), None)
         if first is not None:
@@ -118,20 +130,26 @@ def score(alarms: Sequence[int], curve: Curve, into: Score) -> None:
 
 
 def bench(curves: Path, sensitivity: bool = True) -> dict[str, Any]:
-    """Scores every rule; and our detector with each option a fifth lower and higher, and on harder curves."""
+    """Scores every rule; and our detector with each option a fifth lower and higher, and on harder
+    curves.
+    """
     read = read_curves(curves)
     if not read:
         raise SystemExit(f"{curves} holds none of the curves that its labels.csv names")
     result: dict[str, Any] = {"rules": {name: evaluate(rule, read) for name, rule in RULES.items()}}
     result["microseconds_per_update"] = microseconds(read)
-    result["rows"] = {group: sum(len(c.updates) for c in read if c.group == group) for group in groups(read)}
+    result["rows"] = {
+        group: sum(len(c.updates) for c in read if c.group == group) for group in groups(read)
+    }
     if sensitivity:
         result["sensitivity"] = {
-            f"{name} = {value:.4g}": evaluate(geodiag_rule(**options), read) for name, value, options in neighbours()
+            f"{name} = {value:.4g}": evaluate(geodiag_rule(**options), read)
+            for name, value, options in neighbours()
         }
         for part, trials in (("trials", TRIALS), ("planted", PLANTED)):
             result[part] = {
-                t.name: evaluate(geodiag_rule(), [c for c in map(t.change, read) if c is not None]) for t in trials
+                t.name: evaluate(geodiag_rule(), [c for c in map(t.change, read) if c is not None])
+                for t in trials
             }
     return result
 
@@ -186,12 +204,29 @@ def markdown(result: dict[str, Any]) -> str:
         f"One update of ours takes {result['microseconds_per_update']:.1f} µs on one CPU core.",
     ]
     if "sensitivity" in result:
-        lines += ["", "## Each option a fifth lower and higher", "", *_table("option", result["sensitivity"])]
+        lines += [
+            "",
+            "## Each option a fifth lower and higher",
+            "",
+            *_table("option", result["sensitivity"]),
+        ]
     if "trials" in result:
-        lines += ["", "## Ours on the same curves made harder", "", *_table("change", result["trials"])]
+        lines += [
+            "",
+            "## Ours on the same curves made harder",
+            "",
+            *_table("change", result["trials"]),
+        ]
         about = "Every 600 updates, on the curves of C and D that log each step; σ is that of the 200 updates before."
         about += " One log of D was smoothed before logging: a jump that only decays is one bad batch there."
-        lines += ["", "## Events planted on healthy curves", "", about, "", *_planted(result["planted"])]
+        lines += [
+            "",
+            "## Events planted on healthy curves",
+            "",
+            about,
+            "",
+            *_planted(result["planted"]),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -201,7 +236,11 @@ def _planted(rows: dict[str, dict]) -> Iterator[str]:
     for name, by_group in rows.items():
         cells = []
         for group in (by_group.get(g, Score().summary()) for g in "CD"):
-            hit = f"{group['recall']:.2f} | {group['delay']:g}" if group["delay"] is not None else "– | –"
+            hit = (
+                f"{group['recall']:.2f} | {group['delay']:g}"
+                if group["delay"] is not None
+                else "– | –"
+            )
             cells.append(f"{hit} | {group['false_per_10k']:.1f}")
         yield f"| {name} | {' | '.join(cells)} |"
 
@@ -221,7 +260,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("curves", type=Path, help="folder with labels.csv and one CSV a curve")
     options = parser.parse_args(argv)
     if not (options.curves / "labels.csv").is_file():
-        parser.error(f"{options.curves} has no labels.csv (series,group,type,onset,breakout,peak,end)")
+        parser.error(
+            f"{options.curves} has no labels.csv (series,group,type,onset,breakout,peak,end)"
+        )
     result = setting("spikes", argv) | bench(options.curves)
     save("spikes", result, markdown(result), options.out)
     say(result, markdown(result), options.json)

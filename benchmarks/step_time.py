@@ -1,9 +1,12 @@
-"""What a training step of the reference model costs: residual kinds, kernels, recomputation, and the monitor.
+"""What a training step of the reference model costs: residual kinds, kernels, recomputation, and
+the monitor.
 
-    geodiag bench step_time [--size 3b small] [--sequences 4 8] [--steps 8] [--arms plain mhc …] [--device cuda]
+    geodiag bench step_time [--size 3b small] [--sequences 4 8] [--steps 8] [--arms plain mhc …]
+    [--device cuda]
 
-Each arm is a training of its own, of the same seed and the same random tokens; a step is forward, backward and update,
-timed apart. An arm's name says what differs: RESIDUAL[+reference][+mhc|+layers][+monitor].
+Each arm is a training of its own, of the same seed and the same random tokens; a step is forward,
+backward and update, timed apart. An arm's name says what differs:
+RESIDUAL[+reference][+mhc|+layers][+monitor].
 """
 
 import gc
@@ -27,11 +30,15 @@ ARMS = ("plain", "mhc", "mhc+monitor", "mhc+mhc", "plain+layers", "mhc+layers", 
 BATCHES = 4
 
 
-def trainer_of(arm: str, size: str, sequences: int, device: torch.device, layers: int | None = None) -> Trainer:
+def trainer_of(
+    arm: str, size: str, sequences: int, device: torch.device, layers: int | None = None
+) -> Trainer:
     """The training that an arm's name describes."""
     residual, *options = arm.split("+")
     recompute = next((o for o in options if o in ("mhc", "layers")), "none")
-    changes: dict[str, Any] = {"recompute": recompute, "dtype": "bfloat16"} | ({"layers": layers} if layers else {})
+    changes: dict[str, Any] = {"recompute": recompute, "dtype": "bfloat16"} | (
+        {"layers": layers} if layers else {}
+    )
     kernels = "reference" if "reference" in options else "auto"
     torch.manual_seed(0)
     with device:
@@ -45,8 +52,12 @@ def batches(size: str, sequences: int, device: torch.device) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
     found = []
     for step in range(BATCHES):
-        ids = torch.randint(shape.vocab, (sequences, shape.sequence + 1), generator=generator).to(device)
-        found.append(Batch(step, ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), ("random",) * sequences))
+        ids = torch.randint(shape.vocab, (sequences, shape.sequence + 1), generator=generator).to(
+            device
+        )
+        found.append(
+            Batch(step, ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), ("random",) * sequences)
+        )
     return found
 
 
@@ -64,7 +75,9 @@ def launches(step: Any, device: torch.device) -> int:
     return sum(e.name.startswith("aten::") for e in events)
 
 
-def time_arm(arm: str, size: str, data: list[Batch], steps: int, device: torch.device, layers: int | None) -> dict:
+def time_arm(
+    arm: str, size: str, data: list[Batch], steps: int, device: torch.device, layers: int | None
+) -> dict:
     """Milliseconds of an arm's steps, its peak memory and its launches."""
     trainer = trainer_of(arm, size, len(data[0].domain_B), device, layers)
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +85,12 @@ def time_arm(arm: str, size: str, data: list[Batch], steps: int, device: torch.d
         if "monitor" in arm.split("+"):
             probe = (data[0].token_ids_BS[:1],)
             monitor = geodiag.attach(
-                trainer.model, trainer.optimizers, Path(folder) / "run", probe=probe, probe_every=1 << 30, quiet=True
+                trainer.model,
+                trainer.optimizers,
+                Path(folder) / "run",
+                probe=probe,
+                probe_every=1 << 30,
+                quiet=True,
             )
         passes, whole = [], []
 
@@ -103,7 +121,9 @@ def time_arm(arm: str, size: str, data: list[Batch], steps: int, device: torch.d
             "step_ms": statistics.median(whole),
             "each_step_ms": list(whole),
             "peak_gb": peak,
-            "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"] - retries if peak else 0,
+            "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"] - retries
+            if peak
+            else 0,
             "launches": launches(lambda: step(0), device),
         }
         if monitor is not None:
@@ -142,7 +162,13 @@ def run(
         if there.type == "cuda":
             torch.cuda.empty_cache()
     tokens = sequences * sized(size).sequence
-    return {"size": size, "tokens": tokens, "layers": layers or sized(size).layers, "steps": steps, "arms": rows}
+    return {
+        "size": size,
+        "tokens": tokens,
+        "layers": layers or sized(size).layers,
+        "steps": steps,
+        "arms": rows,
+    }
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -168,7 +194,9 @@ def markdown(result: dict[str, Any]) -> str:
             )
             peak = "" if arm["peak_gb"] is None else f"{arm['peak_gb']:.1f}"
             short = " (short of memory)" if arm["allocator_retries"] else ""
-            lines.append(f"| {arm['arm']} | {passes} | {step} | {peak}{short} | {arm['launches']} |")
+            lines.append(
+                f"| {arm['arm']} | {passes} | {step} | {peak}{short} | {arm['launches']} |"
+            )
         lines.append("")
     return "\n".join([*lines, f"    {result['command']}", ""])
 
@@ -176,7 +204,9 @@ def markdown(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("step_time", __doc__)
     parser.add_argument("--size", nargs="+", default=["3b", "small"])
-    parser.add_argument("--sequences", type=int, nargs="+", default=[4, 8], help="a step, for each size")
+    parser.add_argument(
+        "--sequences", type=int, nargs="+", default=[4, 8], help="a step, for each size"
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--device", default="cuda")

@@ -24,7 +24,9 @@ BENCHES = {
 }
 """Bench → what it measures; each is a module of benchmarks/ with a `main(argv)`."""
 
-bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure: the published numbers, reproducible.")
+bench = typer.Typer(
+    name="bench", no_args_is_help=True, help="Measure: the published numbers, reproducible."
+)
 
 
 def _add(name: str, help: str) -> None:
@@ -33,7 +35,11 @@ def _add(name: str, help: str) -> None:
         name,
         help=help,
         add_help_option=False,
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+        context_settings={
+            "allow_extra_args": True,
+            "ignore_unknown_options": True,
+            "help_option_names": [],
+        },
     )
     def _run(context: typer.Context) -> None:
         import_module(f"geodiag.benchmarks.{name}").main(context.args)

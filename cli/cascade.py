@@ -21,14 +21,23 @@ _ROWS = 5
 
 
 def cascade(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory; a path or a URL. It may be training.")],
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run directory; a path or a URL. It may be training."),
+    ],
     spike: Annotated[
         int | None,
-        typer.Option(help="Number of the spike, 0 the first, -1 the last; or a step.  (default: all spikes)"),
+        typer.Option(
+            help="Number of the spike, 0 the first, -1 the last; or a step.  (default: all spikes)"
+        ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object a spike.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON list, one object a spike.")
+    ] = False,
 ) -> None:
-    """Tell the cascade behind each spike: where it began, how it spread, and what would have stopped it."""
+    """Tell the cascade behind each spike: where it began, how it spread, and what would have
+    stopped it.
+    """
     from geodiag.cascade.explain import cascades, explain
     from geodiag.run import open_run
 
@@ -107,7 +116,16 @@ def _knot(c: "Cascade", knot: "Onset", mark: str) -> tuple[str, ...]:
 def _evidence(c: "Cascade") -> "RenderableType":
     from rich.table import Table
 
-    table = Table("evidence", "is", "usually", "robust z", "where", box=None, pad_edge=False, header_style="dim")
+    table = Table(
+        "evidence",
+        "is",
+        "usually",
+        "robust z",
+        "where",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
     for column in table.columns[1:4]:
         column.justify = "right"
     for e in c.evidence[:_ROWS]:
@@ -124,11 +142,15 @@ def _evidence_row(e: "Evidence") -> tuple[str, ...]:
 
 def _verdict(c: "Cascade") -> "RenderableType":
     filled = round(10 * c.confidence)
-    rows: list[Any] = [f"[bold]confidence[/] {'█' * filled}[dim]{'░' * (10 - filled)}[/] {c.confidence:.2f}"]
+    rows: list[Any] = [
+        f"[bold]confidence[/] {'█' * filled}[dim]{'░' * (10 - filled)}[/] {c.confidence:.2f}"
+    ]
     if c.defence:
         rows.append(f"[bold]fits[/]       [green]{c.defence}[/]")
     for other in c.alternatives[:2]:
         stage = other.stage if other.stage == "data" else f"stage {other.stage}"
         where = place(other.layer, other.site, other.expert) or "the batch"
-        rows.append(f"[dim]or         {stage}, {where}, step {other.onset:,} ({other.confidence:.2f}): {other.why}[/]")
+        rows.append(
+            f"[dim]or         {stage}, {where}, step {other.onset:,} ({other.confidence:.2f}): {other.why}[/]"
+        )
     return "\n".join(rows)

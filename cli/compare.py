@@ -17,17 +17,21 @@ _RUNS = "Run directories, two or more; paths or URLs. They may be training."
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help=_RUNS)],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE.html", help=f"{OUT}  (default: compare-RUN-RUN.html)")
+        Path | None,
+        typer.Option("--out", metavar="FILE.html", help=f"{OUT}  (default: compare-RUN-RUN.html)"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help=JSON)] = False,
     open_browser: Annotated[bool, typer.Option("--open", help=OPEN)] = False,
 ) -> None:
-    """Write one HTML file that sets runs side by side: losses, metrics, stages, spikes, and the settings that differ.
+    """Write one HTML file that sets runs side by side: losses, metrics, stages, spikes, and the
+    settings that differ.
 
-    It needs no network, follows light and dark, and can be printed. --json prints an object whose lists follow the
-    order of the runs: runs (label, run, status, last_step, loss, tokens, spikes, problems), shared (last_step, steps,
-    loss: the means over the newest steps that all have), metrics (name → unit, worse, worst, last, and better, the
-    places of the runs that stand better), differences (setting → values). What a run does not have is null.
+    It needs no network, follows light and dark, and can be printed. --json prints an object whose
+    lists follow the order of the runs: runs (label, run, status, last_step, loss, tokens, spikes,
+    problems), shared (last_step, steps,
+    loss: the means over the newest steps that all have), metrics (name → unit, worse, worst, last,
+    and better, the places of the runs that stand better), differences (setting → values). What a
+    run does not have is null.
     """
     import time
 
@@ -48,7 +52,9 @@ def compare(
 def _name(told: "Comparison") -> str:
     """`compare-a-b`, `compare-a-b-and-3-more`."""
     names = [s.label for s in told.sides]
-    return "-".join(["compare", *names[:2], *([f"and-{len(names) - 2}-more"] if len(names) > 2 else [])])
+    return "-".join(
+        ["compare", *names[:2], *([f"and-{len(names) - 2}-more"] if len(names) > 2 else [])]
+    )
 
 
 def _say(told: "Comparison", path: Path) -> None:
@@ -72,9 +78,14 @@ def _say(told: "Comparison", path: Path) -> None:
         screen().print("no step in common: there is no shared loss", style="dim")
     else:
         n, last = shared["steps"], shared["last_step"]
-        screen().print(f"loss, shared: mean of the {n} newest steps that all have, up to step {last:,}", style="dim")
+        screen().print(
+            f"loss, shared: mean of the {n} newest steps that all have, up to step {last:,}",
+            style="dim",
+        )
     settings = ", ".join(list(differences)[:6]) + (", …" if len(differences) > 6 else "")
-    screen().print(f"{len(differences)} settings differ" + (f": {escape(settings)}" if settings else ""))
+    screen().print(
+        f"{len(differences)} settings differ" + (f": {escape(settings)}" if settings else "")
+    )
     for s in told.sides:
         for piece, why in s.record.problems().items():
             screen().print(f"{s.label}: not read: {piece}: {why}", style="yellow", markup=False)

@@ -1,4 +1,6 @@
-"""`geodiag dashboard DIR`: serves one run or a folder of runs, and prints the address with its token."""
+"""`geodiag dashboard DIR`: serves one run or a folder of runs, and prints the address with its
+token.
+"""
 
 from pathlib import Path
 from typing import Annotated

@@ -28,8 +28,18 @@ class Check:
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Look at this machine: Python, torch, GPUs, Triton, browser, disk, versions. Exit 1 where training cannot work."""
-    checks = [_python(), *_torch(), _triton(), _chromium(), _disk(Path.cwd()), _cores(), _pins(_constraints())]
+    """Look at this machine: Python, torch, GPUs, Triton, browser, disk, versions. Exit 1 where
+    training cannot work.
+    """
+    checks = [
+        _python(),
+        *_torch(),
+        _triton(),
+        _chromium(),
+        _disk(Path.cwd()),
+        _cores(),
+        _pins(_constraints()),
+    ]
     if json:
         print_json([asdict(c) for c in checks])
     else:
@@ -52,19 +62,45 @@ def _torch() -> list[Check]:
         import torch
     except ImportError as e:
         return [Check(name="torch", state="missing", found=str(e), fix="pip install torch")]
-    checks = [Check(name="torch", state="ok", found=f"{torch.__version__}, {torch.get_num_threads()} threads")]
+    checks = [
+        Check(
+            name="torch",
+            state="ok",
+            found=f"{torch.__version__}, {torch.get_num_threads()} threads",
+        )
+    ]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(i)
-            checks.append(Check(name=f"gpu {i}", state="ok", found=f"{card.name}, {card.total_memory / 2**30:.0f} GiB"))
+            checks.append(
+                Check(
+                    name=f"gpu {i}",
+                    state="ok",
+                    found=f"{card.name}, {card.total_memory / 2**30:.0f} GiB",
+                )
+            )
     else:
-        built = f"torch built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch built for CPUs only"
-        fix = "" if shutil.which("nvidia-smi") is None else "there is an NVIDIA driver: install torch's CUDA build"
-        checks.append(Check(name="gpu", state="warn", found=f"none; {built}; training runs on the CPU", fix=fix))
+        built = (
+            f"torch built for CUDA {torch.version.cuda}"
+            if torch.version.cuda
+            else "torch built for CPUs only"
+        )
+        fix = (
+            ""
+            if shutil.which("nvidia-smi") is None
+            else "there is an NVIDIA driver: install torch's CUDA build"
+        )
+        checks.append(
+            Check(
+                name="gpu", state="warn", found=f"none; {built}; training runs on the CPU", fix=fix
+            )
+        )
     grouped = hasattr(torch.nn.functional, "grouped_mm") or hasattr(torch, "_grouped_mm")
     fix = "" if grouped else "pip install 'torch>=2.11'"
     found = "available" if grouped else "not in this torch; experts run one after the other"
-    checks.append(Check(name="grouped matmul", state="ok" if grouped else "warn", found=found, fix=fix))
+    checks.append(
+        Check(name="grouped matmul", state="ok" if grouped else "warn", found=found, fix=fix)
+    )
     return checks
 
 
@@ -73,7 +109,10 @@ def _triton() -> Check:
         import triton
     except ImportError:
         return Check(
-            name="triton", state="missing", found="not installed; kernels: reference", fix="pip install triton"
+            name="triton",
+            state="missing",
+            found="not installed; kernels: reference",
+            fix="pip install triton",
         )
     return Check(name="triton", state="ok", found=triton.__version__)
 
@@ -89,20 +128,32 @@ def _chromium() -> Check:
 def _disk(where: Path) -> Check:
     free = shutil.disk_usage(where).free / 1e9
     if not os.access(where, os.W_OK):
-        return Check(name="disk", state="warn", found=f"{where} cannot be written", fix="work in a folder of your own")
+        return Check(
+            name="disk",
+            state="warn",
+            found=f"{where} cannot be written",
+            fix="work in a folder of your own",
+        )
     fix = "" if free >= FREE_GB else "free some space, or record to another disk with --run"
     return Check(
-        name="disk", state="ok" if free >= FREE_GB else "warn", found=f"{free:.0f} GB free in {where}", fix=fix
+        name="disk",
+        state="ok" if free >= FREE_GB else "warn",
+        found=f"{free:.0f} GB free in {where}",
+        fix=fix,
     )
 
 
 def _cores() -> Check:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return Check(name="cores", state="ok", found=f"{usable} usable of {os.cpu_count()}")
 
 
 def _constraints() -> Path:
-    """constraints.txt of the checkout that this code runs from; absent where it was installed from a wheel."""
+    """constraints.txt of the checkout that this code runs from; absent where it was installed from
+    a wheel.
+    """
     return Path(__file__).resolve().parent.parent / "constraints.txt"
 
 
@@ -111,7 +162,11 @@ def _pins(constraints: Path) -> Check:
     from importlib.metadata import PackageNotFoundError, version
 
     if not constraints.is_file():
-        return Check(name="versions", state="ok", found="no constraints.txt beside this installation to compare with")
+        return Check(
+            name="versions",
+            state="ok",
+            found="no constraints.txt beside this installation to compare with",
+        )
     lines = [line.split(";")[0].strip() for line in constraints.read_text().splitlines()]
     pins = dict(line.split("==", 1) for line in lines if "==" in line and not line.startswith("#"))
     differ = []
@@ -135,5 +190,7 @@ def _print(checks: list[Check]) -> None:
     style = {"ok": "green", "warn": "yellow", "missing": "red"}
     table = Table(box=None, show_header=False, pad_edge=False)
     for c in checks:
-        table.add_row(Text(c.state, style[c.state]), c.name, Text(c.found + (f"\n→ {c.fix}" if c.fix else "")))
+        table.add_row(
+            Text(c.state, style[c.state]), c.name, Text(c.found + (f"\n→ {c.fix}" if c.fix else ""))
+        )
     screen().print(table)

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 _RUN = "A run directory; a path or a URL. It may be training."
 _OUT = "Folder to make.  (default: exports/FORMAT/RUN)"
 _TABLES = "Tables, with commas or repeated.  (default: all of them; as curves, all but experts, tokens and matrices)"
-_METRICS = "Metrics by name or pattern, with commas or repeated, e.g. loss,'amax_gain*'.  (default: all)"
+_METRICS = (
+    "Metrics by name or pattern, with commas or repeated, e.g. loss,'amax_gain*'.  (default: all)"
+)
 _STEPS = "A:B for the steps A ≤ step < B; either end may be left out.  (default: all)"
 _ATTEMPT = "newest, a number, or all: rolled-back and resumed steps too, each attempt as a TensorBoard run of its own."
 _RANKS = "merged puts the ranks together as the registry says; each keeps them apart."
@@ -28,7 +30,9 @@ _PARTIAL = "Export the rest where a piece of the run cannot be read."
 
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help=_RUN)],
-    to: Annotated[Literal["tensorboard", "csv"], typer.Option(help="Event files, or a CSV a table.")],
+    to: Annotated[
+        Literal["tensorboard", "csv"], typer.Option(help="Event files, or a CSV a table.")
+    ],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help=_OUT, show_default=False)] = None,
     tables: Annotated[list[str] | None, typer.Option(metavar="NAMES", help=_TABLES)] = None,
     metrics: Annotated[list[str] | None, typer.Option(metavar="NAMES", help=_METRICS)] = None,
@@ -46,7 +50,14 @@ def export(
     from geodiag.run import open_run
 
     opened = open_run(run)
-    asked = {"tables": tables, "metrics": metrics, "steps": steps, "attempt": attempt, "ranks": ranks, "places": places}
+    asked = {
+        "tables": tables,
+        "metrics": metrics,
+        "steps": steps,
+        "attempt": attempt,
+        "ranks": ranks,
+        "places": places,
+    }
     where = out or default_out(opened, to)
     with bar(f"reading {opened.name}") as advance:
         done = write(opened, to, where, force=force, partial=partial, advance=advance, **asked)
@@ -77,7 +88,9 @@ def _curves(done: "Exported") -> list[str]:
     lines = [f"{done.tags:,} tags, {done.values:,} values"]
     many = [t for t in ("layers", "experts", "tokens") if t in done.rows]
     if done.choice.places == "summary" and many:
-        lines.append(f"of {', '.join(many)} the worst and the mean over all of them; a curve for each: --places all")
+        lines.append(
+            f"of {', '.join(many)} the worst and the mean over all of them; a curve for each: --places all"
+        )
     if done.choice.left_out:
         left = ", ".join(done.choice.left_out)
         lines.append(f"left out: {left}; to have some of them, name all that are wanted: --tables")
@@ -85,4 +98,10 @@ def _curves(done: "Exported") -> list[str]:
 
 
 def _bytes(n: int) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.1f} kB"
+    return (
+        f"{n / 1e9:.1f} GB"
+        if n >= 1e9
+        else f"{n / 1e6:.1f} MB"
+        if n >= 1e6
+        else f"{n / 1e3:.1f} kB"
+    )

@@ -1,4 +1,6 @@
-"""The command line: `geodiag COMMAND …`. Commands parse, call and print; the heavy imports are inside them."""
+"""The command line: `geodiag COMMAND …`. Commands parse, call and print; the heavy imports are
+inside them.
+"""
 
 import os
 import sys
@@ -29,7 +31,9 @@ _UsageError: Any = typer.BadParameter.__bases__[0]
 
 
 class _Polite(TyperGroup):
-    """The one place where a user's mistake becomes one line and exit code 1, and going away is no mistake."""
+    """The one place where a user's mistake becomes one line and exit code 1, and going away is no
+    mistake.
+    """
 
     def make_context(self, *args: Any, **more: Any) -> Any:
         try:
@@ -83,7 +87,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def geodiag(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Where and why a mixture-of-experts training run is about to tear, and what stops it."""

@@ -20,15 +20,26 @@ _READABLE = 100
 
 
 def screen() -> Console:
-    """Where people read, lines never folded; made when used, so that it follows a redirected stdout."""
+    """Where people read, lines never folded; made when used, so that it follows a redirected
+    stdout.
+    """
     console = Console(highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=_ANY_WIDTH)
+    return (
+        console
+        if console.is_terminal
+        else Console(highlight=False, soft_wrap=True, width=_ANY_WIDTH)
+    )
 
 
 def prose(words: str, indent: int = 0) -> Text:
     """Sentences: on a terminal broken between words, in a pipe one line."""
-    width, edge = min(screen().width, _READABLE) if screen().is_terminal else _ANY_WIDTH, " " * indent
-    fold = TextWrapper(width, edge, edge, break_long_words=False, break_on_hyphens=False)  # a path stays in one piece
+    width, edge = (
+        min(screen().width, _READABLE) if screen().is_terminal else _ANY_WIDTH,
+        " " * indent,
+    )
+    fold = TextWrapper(
+        width, edge, edge, break_long_words=False, break_on_hyphens=False
+    )  # a path stays in one piece
     return Text(fold.fill(words))
 
 
@@ -39,7 +50,9 @@ def print_json(data: Any) -> None:
 
 def print_error(error: GeodiagError) -> None:
     """One red line on stderr, never folded: a path in it can be copied."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"geodiag: {error}", style="bold red", markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"geodiag: {error}", style="bold red", markup=False
+    )
 
 
 def number(value: float | None, unit: str = "") -> str:

@@ -1,4 +1,6 @@
-"""Long work on one live line: a training, and what to look at while it runs; or so many pieces of something."""
+"""Long work on one live line: a training, and what to look at while it runs; or so many pieces of
+something.
+"""
 
 import math
 import sys
@@ -18,7 +20,8 @@ _ROOM_FOR_TIME, _ROOM_FOR_BAR = 96, 124
 def watch(training: "Training") -> None:
     """Runs the training to its end; closes its run whatever happens.
 
-    On a terminal, one live line; elsewhere a line every twentieth of the way. Of several ranks the first one speaks.
+    On a terminal, one live line; elsewhere a line every twentieth of the way. Of several ranks the
+    first one speaks.
     """
     status = "failed"
     try:
@@ -62,15 +65,22 @@ def in_words(seen: "Observation | None", mode: str) -> str:
 
 
 def columns(width: int, total: int) -> "list[ProgressColumn]":
-    """The step and what is seen at it; the time left and a bar where the terminal has room for them."""
+    """The step and what is seen at it; the time left and a bar where the terminal has room for
+    them.
+    """
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.table import Column
 
     count = Column(no_wrap=True, min_width=len(f"step {total}/{total}"))
-    shown: list[ProgressColumn] = [TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=count)]
+    shown: list[ProgressColumn] = [
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=count)
+    ]
     shown += [BarColumn(bar_width=24)] if width >= _ROOM_FOR_BAR else []
     shown += [TimeRemainingColumn()] if width >= _ROOM_FOR_TIME else []
-    return [*shown, TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))]
+    return [
+        *shown,
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+    ]
 
 
 def _live(training: "Training") -> None:
@@ -90,12 +100,18 @@ def _plain(training: "Training") -> None:
     for seen in training.steps():
         done = training.trainer.steps_done
         if done == total or done % max(total // 20, 1) == 0:
-            print(f"step {done}/{total}  {in_words(seen, training.routing.mode)}", file=sys.stderr, flush=True)
+            print(
+                f"step {done}/{total}  {in_words(seen, training.routing.mode)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 @contextmanager
 def bar(beginning: str) -> "Iterator[Callable[[int, int, str], None]]":
-    """A bar that is gone when the work is done, and nothing where nobody looks: `advance(done, total, what)`."""
+    """A bar that is gone when the work is done, and nothing where nobody looks: `advance(done,
+    total, what)`.
+    """
     if not sys.stderr.isatty():
         yield lambda done, total, what: None
         return
@@ -104,4 +120,6 @@ def bar(beginning: str) -> "Iterator[Callable[[int, int, str], None]]":
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(beginning, total=None)
-        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
+        yield lambda done, total, what: progress.update(
+            task, completed=done, total=total, description=what
+        )

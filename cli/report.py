@@ -13,18 +13,23 @@ if TYPE_CHECKING:
 
 
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory; a path or a URL. It may be training.")],
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run directory; a path or a URL. It may be training."),
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE.html", help=f"{OUT}  (default: report-RUN.html)")
+        Path | None,
+        typer.Option("--out", metavar="FILE.html", help=f"{OUT}  (default: report-RUN.html)"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help=JSON)] = False,
     open_browser: Annotated[bool, typer.Option("--open", help=OPEN)] = False,
 ) -> None:
-    """Write one HTML file that tells a run: health, loss, the cascade behind each spike, gain, routing, activations.
+    """Write one HTML file that tells a run: health, loss, the cascade behind each spike, gain,
+    routing, activations.
 
-    It needs no network, follows light and dark, and can be printed. --json prints what `geodiag show --json` does, of
-    the key metrics, with name, model, config, versions, cascades (as `geodiag cascade --json`, of the worst spikes)
-    and untold, the number of spikes beyond those.
+    It needs no network, follows light and dark, and can be printed. --json prints what `geodiag
+    show --json` does, of the key metrics, with name, model, config, versions, cascades (as `geodiag
+    cascade --json`, of the worst spikes) and untold, the number of spikes beyond those.
     """
     import time
 
@@ -34,7 +39,9 @@ def report(
     told = look_at(open_run(run))
     path = None
     if out is not None or open_browser or not json:
-        path = write_page(told.html(time.time()), out, f"report-{told.record.run.name}", then_open=open_browser)
+        path = write_page(
+            told.html(time.time()), out, f"report-{told.record.run.name}", then_open=open_browser
+        )
     if json:
         print_json(told.as_json())
     elif path is not None:
@@ -47,7 +54,9 @@ def _say(told: "Report", path: Path) -> None:
     h = told.health
     step = "no step yet" if h.last_step is None else f"last step {h.last_step:,}"
     status = f"[{STATUS_STYLE[h.status]}]{h.status}[/]"
-    screen().print(f"[bold]{escape(told.record.run.name)}[/]  {status}  {step}  loss {number(h.last_loss)}")
+    screen().print(
+        f"[bold]{escape(told.record.run.name)}[/]  {status}  {step}  loss {number(h.last_loss)}"
+    )
     for c in told.cascades:
         screen().print(prose(f"step {c.spike_onset:,}: {c.words}", indent=2))
     if told.untold:

@@ -1,4 +1,6 @@
-"""What `report` and `compare` share: the page becomes one file, whose name is said, and is opened where asked."""
+"""What `report` and `compare` share: the page becomes one file, whose name is said, and is opened
+where asked.
+"""
 
 import re
 from pathlib import Path
@@ -13,7 +15,9 @@ _LONGEST = 80
 
 
 def write_page(text: str, out: Path | None, name: str, *, then_open: bool) -> Path:
-    """Writes the page to `out`, else to `name`.html in this folder. GeodiagError where it cannot be written."""
+    """Writes the page to `out`, else to `name`.html in this folder. GeodiagError where it cannot be
+    written.
+    """
     from geodiag.store.files import write_whole
 
     usual = re.sub(r"[^\w.=+-]+", "-", name)[:_LONGEST].strip("-.") + ".html"
@@ -21,7 +25,9 @@ def write_page(text: str, out: Path | None, name: str, *, then_open: bool) -> Pa
     try:
         write_whole(path, text)
     except OSError as e:
-        raise GeodiagError(f"cannot write {path}: {e.strerror or e}; pass --out with a file you may write") from None
+        raise GeodiagError(
+            f"cannot write {path}: {e.strerror or e}; pass --out with a file you may write"
+        ) from None
     if then_open:
         import webbrowser
 

@@ -30,9 +30,16 @@ def routing(
     ] = Action.status,
     delay: Annotated[
         int | None,
-        typer.Option(min=0, max=64, help="Δ: route with the weights of so many steps ago.", show_default=False),
+        typer.Option(
+            min=0,
+            max=64,
+            help="Δ: route with the weights of so many steps ago.",
+            show_default=False,
+        ),
     ] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the training to obey.")] = 10.0,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for the training to obey.")
+    ] = 10.0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Switch anticipatory routing of a running training: auto, on or off; or see how it stands."""
@@ -47,13 +54,16 @@ def routing(
             _print_status(said)
         return
     if opened.status() != "running":
-        raise GeodiagError(f"{run} is {opened.status()}, not running; only a running training can change its routing")
+        raise GeodiagError(
+            f"{run} is {opened.status()}, not running; only a running training can change its routing"
+        )
     said = _ask(opened, action, delay, wait)
     if json:
         print_json(said)
     elif said["state"] == "obeyed":
         screen().print(
-            f"{run}: asked for {action}; the training obeyed at step {said['step']}: {said['message']}", markup=False
+            f"{run}: asked for {action}; the training obeyed at step {said['step']}: {said['message']}",
+            markup=False,
         )
     else:
         screen().print(
@@ -77,7 +87,9 @@ def _ask(run: "Run", action: Action, delay: int | None, wait: float) -> dict[str
             return said | {"state": "asked", "step": None, "message": None}
         status = run.status()
         if status != "running":
-            raise GeodiagError(f"{run.url} is {status} and did not obey; start the training again, then ask again")
+            raise GeodiagError(
+                f"{run.url} is {status} and did not obey; start the training again, then ask again"
+            )
         time.sleep(_LOOK_EVERY)
 
 
@@ -133,12 +145,16 @@ def _next(decision: dict[str, Any], status: str) -> list[str]:
         return []
     lines = []
     if decision["acted"] is False:
-        lines.append("that was only put on record; geodiag routing RUN auto lets the controller act")
+        lines.append(
+            "that was only put on record; geodiag routing RUN auto lets the controller act"
+        )
     if decision["until"] is not None:
         lines.append(f"the period it began lasts until step {decision['until']:,}")
     left, possible = decision["budget_left"], decision["possible"]
     if left == 0:
-        lines.append("no other intervention: the budget is used up; asking for auto gives a new one")
+        lines.append(
+            "no other intervention: the budget is used up; asking for auto gives a new one"
+        )
     elif possible is not None:
         lines.append(f"another intervention is possible from step {possible:,} on ({left} left)")
     return lines
@@ -167,12 +183,16 @@ def _print_status(said: dict[str, Any]) -> None:
     if said["pending"]:
         lines.append(f"asked for {said['pending']}, not yet obeyed")
     if said["last_change"]:
-        lines.append(f"last change, step {said['last_change']['step']:,}: {said['last_change']['reason']}")
+        lines.append(
+            f"last change, step {said['last_change']['step']:,}: {said['last_change']['reason']}"
+        )
     decision = said["last_decision"]
     if said["last_rollback"]:
         lines.append(f"last rollback: {said['last_rollback']['reason']}")
     lines.append(
-        f"last decision, step {decision['step']:,}: {decision['reason']}" if decision else "no decision so far"
+        f"last decision, step {decision['step']:,}: {decision['reason']}"
+        if decision
+        else "no decision so far"
     )
     lines += _next(decision, said["status"]) if decision else []
     for line in lines:

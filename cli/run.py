@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 _RUN = "Run directory; a new one, or an empty folder.  (default: runs/SCRIPT-TIME)"
 _EVERY = "Steps between samples, of everything or of metrics by the beginning of their names; repeatable.  (default: 1)"
 _LAYERS = "Layers that are recorded, e.g. 0-7,30-.  (default: all)"
-_TRACE = "Tokens of the first batch that are followed: flipped, margin, or their places with commas."
+_TRACE = (
+    "Tokens of the first batch that are followed: flipped, margin, or their places with commas."
+)
 
 _ANY_DEPTH = 10_000
 """How many layers the model has, only the model can say."""
@@ -30,12 +32,20 @@ def run(
     command: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="-- CMD …", help="What trains: python train.py …, torchrun … train.py", show_default=False
+            metavar="-- CMD …",
+            help="What trains: python train.py …, torchrun … train.py",
+            show_default=False,
         ),
     ] = None,
-    folder: Annotated[Path | None, typer.Option("--run", "--run-dir", help=_RUN, show_default=False)] = None,
-    every: Annotated[list[str] | None, typer.Option(metavar="N|METRIC=N", help=_EVERY, show_default=False)] = None,
-    probe_every: Annotated[int, typer.Option(min=1, help="Steps between probes; slow ones keep their ratio.")] = 10,
+    folder: Annotated[
+        Path | None, typer.Option("--run", "--run-dir", help=_RUN, show_default=False)
+    ] = None,
+    every: Annotated[
+        list[str] | None, typer.Option(metavar="N|METRIC=N", help=_EVERY, show_default=False)
+    ] = None,
+    probe_every: Annotated[
+        int, typer.Option(min=1, help="Steps between probes; slow ones keep their ratio.")
+    ] = 10,
     layers: Annotated[str | None, typer.Option(help=_LAYERS, show_default=False)] = None,
     trace: Annotated[str, typer.Option(help=_TRACE)] = "flipped",
 ) -> None:
@@ -43,7 +53,9 @@ def run(
     from geodiag.cli.child_process import check, signals_kept
 
     if not command:
-        raise GeodiagError("no command to run; write it behind --, e.g. geodiag run -- python train.py")
+        raise GeodiagError(
+            "no command to run; write it behind --, e.g. geodiag run -- python train.py"
+        )
     check(command[0])
     path = folder or Path("runs") / f"{_name(command)}-{datetime.now():%Y%m%d-%H%M%S}"
     _check_free(path)
@@ -90,11 +102,15 @@ def _name(command: Sequence[str]) -> str:
 
 def _check_free(path: Path) -> None:
     if path.is_dir() and any(path.iterdir()):
-        raise GeodiagError(f"{path} already holds a run or other files; pass another --run, or move it away")
+        raise GeodiagError(
+            f"{path} already holds a run or other files; pass another --run, or move it away"
+        )
 
 
 def _cadence(every: list[str], probe_every: int, layers: str | None, trace: str) -> dict[str, int]:
-    """What is asked for, as far as it can be checked before there is a model. GeodiagError for what makes no sense."""
+    """What is asked for, as far as it can be checked before there is a model. GeodiagError for what
+    makes no sense.
+    """
     from geodiag.metrics.cadence import Cadence, parse_every, parse_layers
 
     steps = parse_every(every)
@@ -102,7 +118,9 @@ def _cadence(every: list[str], probe_every: int, layers: str | None, trace: str)
     try:
         parse_layers(layers, _ANY_DEPTH)
     except GeodiagError:
-        raise GeodiagError(f"--layers {layers} names no layers; pass numbers, e.g. 0-7,30-") from None
+        raise GeodiagError(
+            f"--layers {layers} names no layers; pass numbers, e.g. 0-7,30-"
+        ) from None
     if trace not in ("flipped", "margin"):
         from geodiag.hooks.probes.token_trace import parse_trace
 
@@ -111,7 +129,9 @@ def _cadence(every: list[str], probe_every: int, layers: str | None, trace: str)
 
 
 def _environment(orders: "Orders") -> dict[str, str]:
-    """Python looks for a sitecustomize on its path first thing: there it finds geodiag's bootstrap under that name."""
+    """Python looks for a sitecustomize on its path first thing: there it finds geodiag's bootstrap
+    under that name.
+    """
     from geodiag.hooks.autorecord import sitecustomize_hook as bootstrap
 
     site = Path(orders.notes) / "site"
@@ -130,12 +150,16 @@ def _outcome(path: Path, notes: Path, code: int) -> str:
     if not looks_like_a_run(Folder.of(path)):
         return f"nothing was recorded in {path}: {why_nothing(notes)}"
     record = open_run(path)
-    if code and record.manifest.get("status") == "finished":  # an exit code is all that sys.exit tells
+    if (
+        code and record.manifest.get("status") == "finished"
+    ):  # an exit code is all that sys.exit tells
         write_json(path / "run.json", record.manifest | {"status": "failed"})
     last = record.last_step()
     if last is None:
         return f"no step was recorded in {path}: {why_nothing(notes)}"
-    return f"recorded up to step {last}; look at it: geodiag show {path}, or geodiag dashboard {path}"
+    return (
+        f"recorded up to step {last}; look at it: geodiag show {path}, or geodiag dashboard {path}"
+    )
 
 
 def _say(what: str) -> None:

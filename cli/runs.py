@@ -18,7 +18,9 @@ def runs(
     folder: Annotated[
         str, typer.Argument(metavar="DIR", help="A folder of runs, or one run; a path or a URL.")
     ] = "runs",
-    json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON list instead of a table.")
+    ] = False,
 ) -> None:
     """List the runs in DIR: status, steps, loss, spikes, worst composite gain."""
     from geodiag.health import health
@@ -35,7 +37,16 @@ def runs(
 def _print_table(found: list["Health"]) -> None:
     from rich.table import Table
 
-    table = Table("run", "status", "last step", "loss", "spikes", "worst composite gain", box=None, pad_edge=False)
+    table = Table(
+        "run",
+        "status",
+        "last step",
+        "loss",
+        "spikes",
+        "worst composite gain",
+        box=None,
+        pad_edge=False,
+    )
     for column in table.columns[2:]:
         column.justify = "right"
     for h in found:

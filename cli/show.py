@@ -24,7 +24,9 @@ _COLUMNS: tuple[tuple[str, int, Literal["left", "right"]], ...] = (
 
 def show(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory; a path or a URL.")],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, every metric included.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, every metric included.")
+    ] = False,
 ) -> None:
     """Show one run's health on one screen: the worst value of each key metric, where and when."""
     from geodiag.health import health
@@ -64,12 +66,16 @@ def _stages(h: "Health") -> list["RenderableType"]:
         stage = title[6] if title.startswith("Stage") else None
         verdict = _verdict(h, int(stage), known) if stage else ""
         first = not parts  # its header is that of all: the columns stand below one another
-        table = Table(box=None, show_header=first, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+        table = Table(
+            box=None, show_header=first, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0)
+        )
         for name, width, side in _COLUMNS:
             table.add_column(name if first else "", min_width=width, justify=side, no_wrap=True)
         for name in known:
             table.add_row(*_row(h, name))
-        parts.append(f"\n[bold]{title}[/]{verdict}" + ("" if known else "  [dim]nothing measured[/]"))
+        parts.append(
+            f"\n[bold]{title}[/]{verdict}" + ("" if known else "  [dim]nothing measured[/]")
+        )
         if known:
             parts.append(table)
         if stage == "3":
@@ -79,7 +85,11 @@ def _stages(h: "Health") -> list["RenderableType"]:
 
 def _verdict(h: "Health", stage: int, known: list[str]) -> str:
     """Whether the stage was calm; nothing where neither its score nor its metrics tell."""
-    broken = [w.step for n in known if not math.isfinite((w := h.worst[n]).value) and not n.endswith("_score")]
+    broken = [
+        w.step
+        for n in known
+        if not math.isfinite((w := h.worst[n]).value) and not n.endswith("_score")
+    ]
     left = h.left[stage]
     if left is not None:
         return f"  [red]left its own history at step {left:,}[/]"
@@ -106,7 +116,11 @@ def composite_in_words(h: "Health") -> str:
     """The one sentence on amplification."""
     c = h.composite
     if c.worst is None:
-        why = "what was could not be read" if h.problems else "this model has no hyper-connections, or none was sampled"
+        why = (
+            "what was could not be read"
+            if h.problems
+            else "this model has no hyper-connections, or none was sampled"
+        )
         return f"composite gain: no residual maps measured; {why}"
     where = f"{c.direction}, step {c.worst.step:,}, {place(c.worst.layer, c.worst.site)}"
     gain = number(c.worst.value, "×")
@@ -125,7 +139,9 @@ def _tail(h: "Health") -> list["RenderableType"]:
 
     parts: list[RenderableType] = [f"\n[bold]Spikes[/]  {len(h.spikes) or 'none'}"]
     parts += [prose(f"step {e['step']:,}: {e['message']}", indent=2) for e in h.spikes[-5:]]
-    parts += [Text(f"not read: {piece}: {why}", style="yellow") for piece, why in h.problems.items()]
+    parts += [
+        Text(f"not read: {piece}: {why}", style="yellow") for piece, why in h.problems.items()
+    ]
     return parts
 
 

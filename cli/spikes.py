@@ -11,16 +11,29 @@ from geodiag.cli.output import number, print_json, screen
 if TYPE_CHECKING:
     from geodiag.spikes.detector import Spike
 
-_STYLE = {"spike": "bold red", "divergence": "red", "nonfinite": "bold magenta", "outlier": "yellow"}
+_STYLE = {
+    "spike": "bold red",
+    "divergence": "red",
+    "nonfinite": "bold magenta",
+    "outlier": "yellow",
+}
 
 
 def spikes(
     target: Annotated[
-        str, typer.Argument(metavar="RUN|CSV", help="A run directory, or a CSV with the columns step,loss[,grad_norm].")
+        str,
+        typer.Argument(
+            metavar="RUN|CSV",
+            help="A run directory, or a CSV with the columns step,loss[,grad_norm].",
+        ),
     ],
-    json_: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print a JSON list instead of a table.")
+    ] = False,
 ) -> None:
-    """Find the spikes, outliers, divergences and non-finite losses of a run, as seen while it trained."""
+    """Find the spikes, outliers, divergences and non-finite losses of a run, as seen while it
+    trained.
+    """
     from geodiag.spikes.loss_curves import find_spikes, read_updates
 
     updates = read_updates(target)
@@ -47,7 +60,10 @@ def _print_table(found: list["Spike"]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for spike in found:
-        steps = ["–" if step is None else f"{step:,}" for step in (spike.detected, spike.onset, spike.peak)]
+        steps = [
+            "–" if step is None else f"{step:,}"
+            for step in (spike.detected, spike.onset, spike.peak)
+        ]
         end = "still on" if spike.end is None else f"{spike.end:,}"
         score = "not finite" if math.isinf(spike.score) else number(spike.score, "σ")
         table.add_row(f"[{_STYLE[spike.kind]}]{spike.kind}[/]", *steps, end, score)

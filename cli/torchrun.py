@@ -1,4 +1,6 @@
-"""A training of several ranks, as torchrun starts it: who this rank is, and what its share of the work is."""
+"""A training of several ranks, as torchrun starts it: who this rank is, and what its share of the
+work is.
+"""
 
 import os
 import warnings
@@ -29,7 +31,9 @@ class Place:
         import torch.distributed as dist
 
         local = int(os.environ.get("LOCAL_RANK", 0))
-        if device.startswith("cuda:"):  # one GPU for all of them, where there is but one to try things on
+        if device.startswith(
+            "cuda:"
+        ):  # one GPU for all of them, where there is but one to try things on
             self.device_name, backend = device, "gloo"
         elif device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
             self.device_name, backend = "cpu", "gloo"
@@ -38,7 +42,9 @@ class Place:
             if local >= torch.cuda.device_count():
                 have = torch.cuda.device_count()
                 fix = "pass --device cpu, or --device cuda:0 to share one"
-                raise GeodiagError(f"rank {local} of this machine has no GPU of its own: there are {have}; {fix}")
+                raise GeodiagError(
+                    f"rank {local} of this machine has no GPU of its own: there are {have}; {fix}"
+                )
         if self.device_name != "cpu":
             torch.cuda.set_device(self.device_name)
         if not dist.is_initialized():
@@ -58,7 +64,9 @@ class Place:
     def share(self, sequences: int, micro_batches: int) -> int:
         """How many of a step's sequences are this rank's. GeodiagError where they do not divide."""
         if self.world > 1 and sequences % (self.world * micro_batches):
-            parts = f"{self.world} ranks" + (f" of {micro_batches} micro-batches" if micro_batches > 1 else "")
+            parts = f"{self.world} ranks" + (
+                f" of {micro_batches} micro-batches" if micro_batches > 1 else ""
+            )
             fits = self.world * micro_batches
             raise GeodiagError(
                 f"{sequences} sequences do not divide among {parts}; pass --sequences {fits} or a multiple"
@@ -66,12 +74,16 @@ class Place:
         return sequences // self.world
 
     def mine(self, batch: "Batch") -> "Batch":
-        """This rank's sequences of a step: every `world`-th, so that each rank sees the mix of domains."""
+        """This rank's sequences of a step: every `world`-th, so that each rank sees the mix of
+        domains.
+        """
         if self.world == 1:
             return batch
         mine = slice(self.rank, None, self.world)
         return batch._replace(
-            token_ids_BS=batch.token_ids_BS[mine], targets_BS=batch.targets_BS[mine], domain_B=batch.domain_B[mine]
+            token_ids_BS=batch.token_ids_BS[mine],
+            targets_BS=batch.targets_BS[mine],
+            domain_B=batch.domain_B[mine],
         )
 
     def spread(self, model: Any, parallel: str) -> "nn.Module":
@@ -88,7 +100,9 @@ class Place:
         from torch.nn.parallel import DistributedDataParallel
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer torch has another name for the same
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # newer torch has another name for the same
             return DistributedDataParallel(model, broadcast_buffers=False)
 
     def leave(self) -> None:

@@ -1,4 +1,6 @@
-"""What a training is asked to be: the options of `geodiag train`, and how a resumed one gets those it began with."""
+"""What a training is asked to be: the options of `geodiag train`, and how a resumed one gets those
+it began with.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -18,8 +20,10 @@ CHANGEABLE = {
 
 
 GOING_BACK = "rollback,route,lower-lr=0.5"
-"""What auto does by itself with snapshots to go back to. Going back needs a change with it, and of those that were
-measured half the learning rate is the one that helped at both sizes of model, beside routing too (docs/routing.md)."""
+"""What auto does by itself with snapshots to go back to. Going back needs a change with it, and of
+those that were measured half the learning rate is the one that helped at both sizes of model,
+beside routing too (docs/routing.md).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,9 @@ class Options:
         except ValueError as e:
             raise GeodiagError(str(e)) from None
         if policy.does("rollback") and self.rollback == "none":
-            raise GeodiagError("the action rollback needs snapshots; pass --rollback memory, or disk")
+            raise GeodiagError(
+                "the action rollback needs snapshots; pass --rollback memory, or disk"
+            )
         return policy
 
     def recorded(self) -> dict[str, Any]:
@@ -91,7 +97,9 @@ class Options:
 
 
 def resumed(path: Path, given: Mapping[str, Any]) -> Options:
-    """The options that a run began with, changed by what is `given` now. GeodiagError where that cannot be."""
+    """The options that a run began with, changed by what is `given` now. GeodiagError where that
+    cannot be.
+    """
     from geodiag.hooks.snapshots.disk_store import snapshots_in
     from geodiag.run import open_run
 
@@ -103,17 +111,31 @@ def resumed(path: Path, given: Mapping[str, Any]) -> Options:
     if run.status() == "running":
         raise GeodiagError(f"{path} is still running; stop it first")
     if not snapshots_in(path):
-        raise GeodiagError(f"{path} holds no snapshots; only a training with --rollback disk can be resumed")
+        raise GeodiagError(
+            f"{path} holds no snapshots; only a training with --rollback disk can be resumed"
+        )
     fixed = sorted(n for n, v in given.items() if n not in CHANGEABLE and _listed(v) != said.get(n))
     if fixed:
-        raise GeodiagError(f"a resumed training keeps its --{fixed[0].replace('_', '-')}; leave that out")
+        raise GeodiagError(
+            f"a resumed training keeps its --{fixed[0].replace('_', '-')}; leave that out"
+        )
     known = {f.name for f in fields(Options)}
     began = Options(**{k: v for k, v in said.items() if k in known})
-    every = tuple(began.every) if isinstance(began.every, list) else (str(began.every),)  # a number, once
-    began = replace(began, inject=tuple(began.inject), every=every, run=path, resume=True, rollback="disk")
+    every = (
+        tuple(began.every) if isinstance(began.every, list) else (str(began.every),)
+    )  # a number, once
+    began = replace(
+        began, inject=tuple(began.inject), every=every, run=path, resume=True, rollback="disk"
+    )
     return replace(began, **{k: v for k, v in given.items() if k != "rollback"})
 
 
 def _listed(value: Any) -> Any:
     """As JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return (
+        list(value)
+        if isinstance(value, tuple)
+        else str(value)
+        if isinstance(value, Path)
+        else value
+    )

@@ -28,8 +28,8 @@ _STATES = 3
 class Training:
     """Everything a training needs, made from `Options`; iterate `steps()`, then `close`.
 
-    GeodiagError for whatever the user can mend: unknown size, fault or device, data that is not there, a run
-    folder that is taken or cannot be written.
+    GeodiagError for whatever the user can mend: unknown size, fault or device, data that is not
+    there, a run folder that is taken or cannot be written.
     """
 
     def __init__(self, options: Options, quiet: bool = False) -> None:
@@ -49,7 +49,9 @@ class Training:
         if options.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for
         self.place = Place(options.device)
-        options = replace(options, device=self.place.device_name, run=Path(self.place.same(str(options.run))))
+        options = replace(
+            options, device=self.place.device_name, run=Path(self.place.same(str(options.run)))
+        )
         self.options = options
         planned = [Fault.parse(text) for text in options.inject]
         late = [f for f in planned if f.step >= options.steps]
@@ -57,17 +59,27 @@ class Training:
             raise GeodiagError(
                 f"{late[0].kind}@{late[0].step} comes after the last step; pass --steps {late[0].step + 50}"
             )
-        if self.place.world > 1 and options.parallel == "fsdp" and any(f.kind == "grad-scale" for f in planned):
-            raise GeodiagError("grad-scale cannot be planted in sharded weights; pass --parallel ddp")
+        if (
+            self.place.world > 1
+            and options.parallel == "fsdp"
+            and any(f.kind == "grad-scale" for f in planned)
+        ):
+            raise GeodiagError(
+                "grad-scale cannot be planted in sharded weights; pass --parallel ddp"
+            )
         policy = options.policy()
         if not options.resume and looks_like_a_run(Folder.of(options.run)):
-            raise GeodiagError(f"{options.run} already holds a run; pass another --run, or move it away")
+            raise GeodiagError(
+                f"{options.run} already holds a run; pass another --run, or move it away"
+            )
         self.device = _device(options.device)
         share = self.place.share(options.sequences, options.micro_batches)
         model_config, train_config, corpus = _plan(replace(options, sequences=share), self.device)
         torch.manual_seed(options.seed)
         self.model = _model(model_config, self.device)
-        self.trainer = Trainer(self.model, train_config, self.place.spread(self.model, options.parallel))
+        self.trainer = Trainer(
+            self.model, train_config, self.place.spread(self.model, options.parallel)
+        )
         self.loader = _loader(corpus, options, model_config.sequence)
         # Before the run directory is made: a fault that cannot be planted leaves nothing behind.
         self.faults = Faults(planned, find_layout(self.model), self._tell)
@@ -110,7 +122,9 @@ class Training:
                 yield from self._trained(data)
         except torch.OutOfMemoryError:
             fix = "pass fewer --sequences, or more --micro-batches"
-            raise GeodiagError(f"out of memory on {self.device} at step {self.trainer.steps_done}; {fix}") from None
+            raise GeodiagError(
+                f"out of memory on {self.device} at step {self.trainer.steps_done}; {fix}"
+            ) from None
 
     def _trained(self, data: "_Data") -> Iterator["Observation | None"]:
         for batch in self.monitor.batches(data):
@@ -148,16 +162,22 @@ class Training:
         self.trainer.lr_scale = self.faults.lr_scale
 
     def _parts(self, batch: "Batch") -> list["Batch"]:
-        """A step's micro-batches, as they are before routing sees them: ids are captured for what is trained on."""
+        """A step's micro-batches, as they are before routing sees them: ids are captured for what
+        is trained on.
+        """
         tokens = self.faults.batch(batch.step, batch.token_ids_BS, self.model.config.vocab)
-        return self.place.mine(batch._replace(token_ids_BS=tokens)).split(self.options.micro_batches)
+        return self.place.mine(batch._replace(token_ids_BS=tokens)).split(
+            self.options.micro_batches
+        )
 
     def _to_device(self, batch: "Batch") -> "Batch":
         return batch if self.device.type == "cpu" else batch.to(self.device)
 
 
 class _Data:
-    """The loader's batches in micro-batches; where it stands is where the loader does, between steps."""
+    """The loader's batches in micro-batches; where it stands is where the loader does, between
+    steps.
+    """
 
     def __init__(self, loader: "Loader", parts: Callable[["Batch"], list["Batch"]]) -> None:
         self._loader, self._parts = loader, parts
@@ -203,7 +223,9 @@ def _plan(options: Options, device: "torch.device") -> tuple[Any, Any, Any]:
 
     try:
         corpus = open_corpus(options.data)
-        config = sized(options.size, options.residual, swiglu_limit=options.clamp, kernels=options.kernels)  # type: ignore[arg-type]
+        config = sized(
+            options.size, options.residual, swiglu_limit=options.clamp, kernels=options.kernels
+        )  # type: ignore[arg-type]
         config = replace(
             config,
             vocab=max(config.vocab, corpus.vocab),
@@ -220,11 +242,15 @@ def _plan(options: Options, device: "torch.device") -> tuple[Any, Any, Any]:
     except FileNotFoundError as e:
         raise GeodiagError(str(e)) from None
     except OSError as e:
-        raise GeodiagError(f"cannot read {e.filename or options.data}: {e.strerror}; pass data you may read") from None
+        raise GeodiagError(
+            f"cannot read {e.filename or options.data}: {e.strerror}; pass data you may read"
+        ) from None
     except ValueError as e:
         raise GeodiagError(str(e)) from None
     if options.kernels == "triton" and device.type != "cuda":
-        raise GeodiagError(f"Triton kernels need a GPU, and this is {device}; pass --kernels reference")
+        raise GeodiagError(
+            f"Triton kernels need a GPU, and this is {device}; pass --kernels reference"
+        )
     return config, train, corpus
 
 

@@ -2,12 +2,12 @@
 
     url.pathname ────────────────► route ────► page, nav
     interval ─(only in a visible tab)─► tick ─► beat ────► pulse ── changes only when the run does
-                                          │       └──────► standing, problems, legend, interval on or off
-                                          └─► runs-table, on the list of runs
-    url.search, pulse, theme ────► draw ─────► each chart and each live piece of the page   (draw.py)
-    controls, drags, clicks ─────► turn ─────► url.search, and back to the controls         (steer.py)
-    ask-off, ask-auto, ask-on ───► ask ──────► asked ──► control panel                      (control_panel.py)
-    theme-button ─(in the browser)─► theme, cookie, provider
+                                          │       └──────► standing, problems, legend, interval on
+                                          or off └─► runs-table, on the list of runs
+    url.search, pulse, theme ────► draw ─────► each chart and each live piece of the page
+    (draw.py) controls, drags, clicks ─────► turn ─────► url.search, and back to the controls
+    (steer.py) ask-off, ask-auto, ask-on ───► ask ──────► asked ──► control panel
+    (control_panel.py) theme-button ─(in the browser)─► theme, cookie, provider
 
 The address is the only state: `/run/NAME/gain?metric=single&steps=300-400` always shows the same.
 A page that is not open has no components, so nothing of it is computed.
@@ -30,19 +30,30 @@ from geodiag.dashboard.server.compression import compress, preload
 from geodiag.dashboard.server.run_library import Library
 from geodiag.dashboard.url.url_state import View
 
-PAGES: dict[str, ModuleType] = {p.NAME: p for p in (overview, cascade, gain, routing, activations, events)}
+PAGES: dict[str, ModuleType] = {
+    p.NAME: p for p in (overview, cascade, gain, routing, activations, events)
+}
 TABS = [(name, page.TITLE) for name, page in PAGES.items()]
 
 
-def create_app(path: str | os.PathLike, token: str | None = None, *, only_loopback: bool = True) -> Dash:
+def create_app(
+    path: str | os.PathLike, token: str | None = None, *, only_loopback: bool = True
+) -> Dash:
     """The app over the run or the folder of runs at `path`.
 
-    Every request needs `token`; None makes a random one, which `app.server.config["GEODIAG_TOKEN"]` tells.
+    Every request needs `token`; None makes a random one, which `app.server.config["GEODIAG_TOKEN"]`
+    tells.
     `only_loopback` also refuses requests under other host names than this machine's own.
     GeodiagError where there is no run.
     """
     library = Library(path)
-    app = Dash("geodiag", title="geodiag", update_title="", assets_folder=_assets(), suppress_callback_exceptions=True)
+    app = Dash(
+        "geodiag",
+        title="geodiag",
+        update_title="",
+        assets_folder=_assets(),
+        suppress_callback_exceptions=True,
+    )
     app.layout = shell.shell
     app.server.config["GEODIAG_TOKEN"] = token = token or new_token()
     guard(app.server, token, only_loopback)
@@ -53,7 +64,11 @@ def create_app(path: str | os.PathLike, token: str | None = None, *, only_loopba
 
         @app.server.before_request
         def straight_to_the_run():
-            return redirect(f"/run/{quote(library.single or '')}/overview") if http.path == "/" else None
+            return (
+                redirect(f"/run/{quote(library.single or '')}/overview")
+                if http.path == "/"
+                else None
+            )
 
     _register_frame(app, library)
     control_panel.register(app, library)
@@ -76,7 +91,9 @@ def content(library: Library, pathname: str | None, search: str | None) -> html.
 
 
 def beat(library: Library, pathname: str | None, old: dict | None) -> tuple:
-    """pulse, whether the interval rests, standing, problems, legend; `no_update` for a pulse that has not changed."""
+    """pulse, whether the interval rests, standing, problems, legend; `no_update` for a pulse that
+    has not changed.
+    """
     if (pathname or "/").strip("/") == "":
         return no_update, False, [], [], []
     record = library.at(pathname)
@@ -117,7 +134,11 @@ def _register_frame(app: Dash, library: Library) -> None:
         (
             "theme",
             [Output("theme", "data"), Output("provider", "forceColorScheme")],
-            [Input("theme-button", "n_clicks"), State("theme", "data"), State("theme-known", "data")],
+            [
+                Input("theme-button", "n_clicks"),
+                State("theme", "data"),
+                State("theme-known", "data"),
+            ],
         ),
     ):
         app.clientside_callback(ClientsideFunction("geodiag", name), outputs, inputs)

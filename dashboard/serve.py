@@ -1,4 +1,6 @@
-"""Serving the page: a socket first, so that a taken port is one clear line, then a quiet threaded server."""
+"""Serving the page: a socket first, so that a taken port is one clear line, then a quiet threaded
+server.
+"""
 
 import errno
 import logging
@@ -25,10 +27,17 @@ class Served:
         listening = _bind(host, port)
         self.port: int = listening.getsockname()[1]
         self._server: BaseWSGIServer = make_server(
-            host, self.port, app.server, threaded=True, request_handler=_Quiet, fd=listening.fileno()
+            host,
+            self.port,
+            app.server,
+            threaded=True,
+            request_handler=_Quiet,
+            fd=listening.fileno(),
         )
         listening.close()  # the server holds its own copy
-        name = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname(), "::1": "[::1]"}.get(host, host)
+        name = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname(), "::1": "[::1]"}.get(
+            host, host
+        )
         self.url = f"http://{name}:{self.port}/?token={token}"
 
     def run(self) -> None:
@@ -63,7 +72,8 @@ def serve(
     open_browser: bool = False,
     say: Callable[[str], object] = print,
 ) -> None:
-    """Serves the run or folder of runs at `path` until Ctrl-C; `port=0` takes a free one; `say` gets the address.
+    """Serves the run or folder of runs at `path` until Ctrl-C; `port=0` takes a free one; `say`
+    gets the address.
 
     GeodiagError where there is no run, or where the port is taken.
     """
@@ -87,10 +97,16 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as e:
         listening.close()
         if e.errno == errno.EADDRINUSE:
-            raise GeodiagError(f"port {port} is in use; pass --port {_free_port(host)}, which is free") from None
+            raise GeodiagError(
+                f"port {port} is in use; pass --port {_free_port(host)}, which is free"
+            ) from None
         if e.errno == errno.EACCES:
-            raise GeodiagError(f"port {port} needs more rights; pass --port {_free_port(host)}") from None
-        raise GeodiagError(f"cannot listen on {host}: {e.strerror}; pass --host 127.0.0.1") from None
+            raise GeodiagError(
+                f"port {port} needs more rights; pass --port {_free_port(host)}"
+            ) from None
+        raise GeodiagError(
+            f"cannot listen on {host}: {e.strerror}; pass --host 127.0.0.1"
+        ) from None
     return listening
 
 

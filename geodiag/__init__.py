@@ -1,6 +1,7 @@
 """geodiag: where and why a mixture-of-experts run is about to tear, and what stops it.
 
-Importing this module loads neither torch nor dash nor pandas: each public name loads what it needs when first used.
+Importing this module loads neither torch nor dash nor pandas: each public name loads what it needs
+when first used.
 """
 
 from importlib import import_module

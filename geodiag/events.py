@@ -46,7 +46,10 @@ class Event:
 
     def columns(self) -> dict[str, list]:
         """The event as columns of one row, as `Run.append` takes them."""
-        row = {k: getattr(self, k) for k in ("step", "kind", "layer", "site", "expert", "message", "time")}
+        row = {
+            k: getattr(self, k)
+            for k in ("step", "kind", "layer", "site", "expert", "message", "time")
+        }
         return {k: [v] for k, v in row.items()} | {"data": [json.dumps(plain(self.data))]}
 
 

@@ -1,4 +1,6 @@
-"""A run's health in a few lines: the worst value of every metric, and what it says of the three stages."""
+"""A run's health in a few lines: the worst value of every metric, and what it says of the three
+stages.
+"""
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -19,7 +21,8 @@ SPIKES = ("spike", "divergence", "nonfinite")
 ALERT = 6.0
 """A stage's score, in robust z, from which its worst layer is outside its own history."""
 PERSISTENCE = 3
-"""So many steps in a row outside mean that a stage has left its history; fewer are one odd batch."""
+"""So many steps in a row outside mean that a stage has left its history; fewer are one odd batch.
+"""
 EXACT = 1e-2
 """How near to 1 the sums of a projected map stay on the side that was normalised last."""
 NEAR = 0.1
@@ -38,7 +41,12 @@ class Worst:
 
     def as_json(self) -> dict[str, Any]:
         """A value that is not finite is null, and named beside it."""
-        said = {"value": plain(self.value), "step": self.step, "layer": self.layer, "site": self.site}
+        said = {
+            "value": plain(self.value),
+            "step": self.step,
+            "layer": self.layer,
+            "site": self.site,
+        }
         said |= {} if self.expert is None else {"expert": self.expert}
         return said | ({} if math.isfinite(self.value) else {"nonfinite": str(self.value)})
 
@@ -51,11 +59,17 @@ class Composite:
     worst: Worst | None
     direction: Literal["forward", "backward"]
     bound: float | None
-    """What the truncated projection alone can account for; None where the maps are not projected."""
+    """What the truncated projection alone can account for; None where the maps are not projected.
+    """
 
     def as_json(self) -> dict[str, Any]:
         worst = self.worst.as_json() if self.worst else None
-        return {"verdict": self.verdict, "direction": self.direction, "worst": worst, "bound": plain(self.bound)}
+        return {
+            "verdict": self.verdict,
+            "direction": self.direction,
+            "worst": worst,
+            "bound": plain(self.bound),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +83,9 @@ class Health:
     spikes: list[dict[str, Any]]
     worst: dict[str, Worst]
     left: dict[int, int | None]
-    """Stage → the first step at which it left its own history for good measure; None where it never did."""
+    """Stage → the first step at which it left its own history for good measure; None where it never
+    did.
+    """
     composite: Composite
     found: dict[str, int]
     missing: list[str]
@@ -94,13 +110,19 @@ class Health:
 
 
 def health(run: Run, names: Collection[str] | None = None) -> Health:
-    """Sums a run up; `names` are the metrics that are wanted, None for all: what nobody asks for is not read."""
+    """Sums a run up; `names` are the metrics that are wanted, None for all: what nobody asks for is
+    not read.
+    """
     steps = run.read_arrow("steps", ranks="merged")
     step_n = steps["step"].to_numpy()
     first, last = (int(step_n.min()), int(step_n.max())) if len(step_n) else (0, 0)
     worst: dict[str, Worst] = {}
     for table in ("steps", "layers", "experts"):
-        wanted = [m for m in metrics_of(table) if m.worse and m.name not in worst and (not names or m.name in names)]
+        wanted = [
+            m
+            for m in metrics_of(table)
+            if m.worse and m.name not in worst and (not names or m.name in names)
+        ]
         if table == "steps":
             worst |= _worst_in([steps], wanted)
         elif wanted:
@@ -122,7 +144,9 @@ def health(run: Run, names: Collection[str] | None = None) -> Health:
     )
 
 
-def _pieces(run: Run, table: str, names: Sequence[str], first: int, last: int) -> Iterator[pa.Table]:
+def _pieces(
+    run: Run, table: str, names: Sequence[str], first: int, last: int
+) -> Iterator[pa.Table]:
     """The table's keys and named metrics, a stretch of steps after another."""
     columns = [*key_names(table), *names]
     for steps in stretches(run, table, len(columns), first, last):
@@ -157,7 +181,9 @@ def _left(steps: pa.Table, stage: int) -> int | None:
 
 
 def worst_of(rows: pa.Table, metric: Metric) -> Worst | None:
-    """The row where the metric was at its bad end; what is not finite is worse than all; nulls say nothing."""
+    """The row where the metric was at its bad end; what is not finite is worse than all; nulls say
+    nothing.
+    """
     column = rows[metric.name]
     measured = np.flatnonzero(column.is_valid().to_numpy())
     if not len(measured):
@@ -174,7 +200,11 @@ def outside(name: str, worst: Worst, table: str = "layers") -> bool:
     """Whether the worst value lies outside the metric's healthy range; false where it has none."""
     low, high = METRICS[table, name].healthy or (None, None)
     value = worst.value
-    return not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high)
+    return (
+        not math.isfinite(value)
+        or (low is not None and value < low)
+        or (high is not None and value > high)
+    )
 
 
 def _composite(worst: dict[str, Worst], projections: Iterable[pa.Table]) -> Composite:
@@ -191,7 +221,10 @@ def _composite(worst: dict[str, Worst], projections: Iterable[pa.Table]) -> Comp
     else:
         verdict = "flat" if top.value <= 1 + NEAR else "grew"
     return Composite(
-        verdict=verdict, worst=top, direction="forward" if name.endswith("fwd") else "backward", bound=bound
+        verdict=verdict,
+        worst=top,
+        direction="forward" if name.endswith("fwd") else "backward",
+        bound=bound,
     )
 
 
@@ -199,10 +232,12 @@ _PROJECTION = ("amax_gain_fwd_max", "amax_gain_bwd_max", "sinkhorn_residual")
 
 
 def _truncation(projections: Iterable[pa.Table]) -> float | None:
-    """The largest composite that unfinished Sinkhorn iterations alone explain: what each map leaves, compounded.
+    """The largest composite that unfinished Sinkhorn iterations alone explain: what each map
+    leaves, compounded.
 
-    A doubly stochastic map that was cut short still has exact sums on the side normalised last. Where neither
-    side of some map is near 1, nothing was projected, and there is nothing to explain growth away with.
+    A doubly stochastic map that was cut short still has exact sums on the side normalised last.
+    Where neither side of some map is near 1, nothing was projected, and there is nothing to explain
+    growth away with.
     """
     most = None
     for piece in projections:
@@ -212,7 +247,9 @@ def _truncation(projections: Iterable[pa.Table]) -> float | None:
         fwd, bwd, left = (rows[n].to_numpy().astype(float) for n in _PROJECTION)
         if not (np.minimum(np.abs(fwd - 1), np.abs(bwd - 1)) < EXACT).all():
             return None
-        rank, attempt, step = (rows[n].to_numpy().astype(np.int64) for n in ("rank", "attempt", "step"))
+        rank, attempt, step = (
+            rows[n].to_numpy().astype(np.int64) for n in ("rank", "attempt", "step")
+        )
         _, moment = np.unique((rank << 48) + (attempt << 32) + step, return_inverse=True)
         most = max(most or 0.0, float(np.exp(np.bincount(moment, np.log1p(left)).max())))
     return most
@@ -223,7 +260,10 @@ def _found(run: Run) -> dict[str, int]:
     said = run.manifest.get("found")
     said = said if isinstance(said, dict) else {}
     counts = {name: said.get(name) for name in ("sites", "routers", "experts")}
-    return {n: len(c) if isinstance(c, list | dict) else c if isinstance(c, int) else 0 for n, c in counts.items()}
+    return {
+        n: len(c) if isinstance(c, list | dict) else c if isinstance(c, int) else 0
+        for n, c in counts.items()
+    }
 
 
 def _missing(run: Run) -> list[str]:

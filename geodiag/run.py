@@ -46,11 +46,19 @@ class Run:
             run = cls(store, said)
             version = said.get("schema_version")
             if isinstance(version, int) and version > SCHEMA_VERSION:
-                run.problems["run.json"] = "written by a newer geodiag; upgrade geodiag to see all of it"
+                run.problems["run.json"] = (
+                    "written by a newer geodiag; upgrade geodiag to see all of it"
+                )
             return run
         if not looks_like_a_run(store):
             inside = [n for n in store.names() if looks_like_a_run(store, n)]
-            what = "is a folder of runs" if inside else "has no run.json" if store.exists() else "does not exist"
+            what = (
+                "is a folder of runs"
+                if inside
+                else "has no run.json"
+                if store.exists()
+                else "does not exist"
+            )
             example = f"{store.url.rstrip('/')}/{inside[0]}" if inside else "sample_runs/mhc-tear"
             raise GeodiagError(f"{path} {what}; pass a run directory, e.g. {example}")
         run = cls(store, {})
@@ -83,11 +91,15 @@ class Run:
             if not isinstance(old, dict):
                 old = manifest.recovered([read_keys(store, t) for t in SCHEMAS])
             writer.attempt = manifest.next_attempt(old, rank) if attempt is None else attempt
-            said = manifest.begin(old, writer.attempt, found or {}, config or {}, counterfactual, world_size)
+            said = manifest.begin(
+                old, writer.attempt, found or {}, config or {}, counterfactual, world_size
+            )
             writer.last_step = said["last_step"]
             run = cls(store, said, writer)
             if rank == 0:
-                (folder / "control.json").unlink(missing_ok=True)  # it asked a training that is no more
+                (folder / "control.json").unlink(
+                    missing_ok=True
+                )  # it asked a training that is no more
             run._save()
             writer.heartbeat(writer.last_step, force=True)
         except OSError as e:
@@ -104,13 +116,15 @@ class Run:
         return self._need_writer().attempt
 
     def append(self, table: str, columns: Mapping[str, Any]) -> None:
-        """Appends rows; see `geodiag.store.writer.to_batch` for what `columns` may hold. Any thread may call it.
+        """Appends rows; see `geodiag.store.writer.to_batch` for what `columns` may hold. Any thread
+        may call it.
 
         OSError on a full disk: the rows are kept, and written with the next ones that fit.
         """
         with self._turn:
             writer = self._need_writer()
-            # The rows come before the note of where the attempt began: a reader can tell that from the rows.
+            # The rows come before the note of where the attempt began: a reader can tell that from
+            # the rows.
             writer.append(table, columns)
             if table == "steps":
                 self._note_attempt(writer)
@@ -125,7 +139,9 @@ class Run:
             self._need_writer().heartbeat(step)
 
     def next_attempt(self) -> int:
-        """After a rollback: rows appended from here on belong to the next attempt, whose number is returned."""
+        """After a rollback: rows appended from here on belong to the next attempt, whose number is
+        returned.
+        """
         with self._turn:
             writer = self._need_writer()
             writer.attempt += 1
@@ -136,7 +152,8 @@ class Run:
     def close(self, status: Status = "finished") -> None:
         """Turns journals into parts and says how the run ended. Closing twice does nothing.
 
-        OSError where the disk refuses; what is in the journals is safe there, and closing may be tried again.
+        OSError where the disk refuses; what is in the journals is safe there, and closing may be
+        tried again.
         """
         with self._turn:
             if self._writer is None:
@@ -150,8 +167,14 @@ class Run:
 
     def _note_attempt(self, writer: Writer) -> None:
         """Notes in the manifest where the attempt began, once it did."""
-        if writer.attempt not in manifest.known_starts(self.manifest) and writer.first_step is not None:
-            self.manifest["attempts"] = [*self.manifest["attempts"], manifest.entry(writer.attempt, writer.first_step)]
+        if (
+            writer.attempt not in manifest.known_starts(self.manifest)
+            and writer.first_step is not None
+        ):
+            self.manifest["attempts"] = [
+                *self.manifest["attempts"],
+                manifest.entry(writer.attempt, writer.first_step),
+            ]
             self._unsaved = True
         if self._unsaved:
             self._save()
@@ -191,11 +214,13 @@ class Run:
         attempt: int | Literal["newest", "all"] | None = None,
         ranks: Literal["each", "merged"] = "each",
     ) -> pa.Table:
-        """Rows of `table`: closed parts and journal, all ranks; `merged` puts them together as the registry says.
+        """Rows of `table`: closed parts and journal, all ranks; `merged` puts them together as the
+        registry says.
 
         `steps=(a, b)` keeps a ≤ step < b, either end None for open. `attempt` None is the newest,
-        except for `events`, whose trail is kept whole. Unreadable pieces are skipped and named in `problems`, and so
-        is a rank that left too few rows. GeodiagError for an unknown table or column.
+        except for `events`, whose trail is kept whole. Unreadable pieces are skipped and named in
+        `problems`, and so is a rank that left too few rows. GeodiagError for an unknown table or
+        column.
         """
         starts = manifest.known_starts(self.manifest)
         which = attempt if attempt is not None else ("all" if table == "events" else "newest")
@@ -241,8 +266,11 @@ class Run:
 
     # -- control -----------------------------------------------------------------------------
 
-    def request(self, routing: str, delay_steps: int | None = None, by: str = "cli") -> control.Request:
-        """Asks the training for routing `off`, `auto` or `on`. It obeys at its next step and says so in `events`.
+    def request(
+        self, routing: str, delay_steps: int | None = None, by: str = "cli"
+    ) -> control.Request:
+        """Asks the training for routing `off`, `auto` or `on`. It obeys at its next step and says
+        so in `events`.
 
         GeodiagError for an unknown mode, or where the run is not on a local disk.
         """
@@ -255,7 +283,9 @@ class Run:
         try:
             control.write_request(Path(self._store.root), request)
         except OSError as e:
-            raise GeodiagError(f"cannot ask {self.url}: {e.strerror or e}; check the folder's rights") from None
+            raise GeodiagError(
+                f"cannot ask {self.url}: {e.strerror or e}; check the folder's rights"
+            ) from None
         return request
 
     def pending(self) -> control.Request | None:
@@ -286,5 +316,7 @@ def find_runs(path: str | os.PathLike) -> list[Run]:
     names = [n for n in store.names() if looks_like_a_run(store, n)]
     if not names:
         what = "holds no runs" if store.exists() else "does not exist"
-        raise GeodiagError(f"{path} {what}; pass a run directory or a folder of them, e.g. sample_runs")
+        raise GeodiagError(
+            f"{path} {what}; pass a run directory or a folder of them, e.g. sample_runs"
+        )
     return [Run.open(f"{store.url.rstrip('/')}/{n}") for n in names]

@@ -53,20 +53,27 @@ def attach(
 ) -> Monitor:
     """Watches `model` and records every step of its training in the run directory `path`.
 
-    Finds the model's residual sites, routers and experts by itself and says what it found. Call `step(loss)` on what
-    is returned after every optimizer step. In a training of several ranks every rank does both, after
-    torch.distributed.init_process_group and before or after DDP or `fully_shard`.
+    Finds the model's residual sites, routers and experts by itself and says what it found. Call
+    `step(loss)` on what is returned after every optimizer step. In a training of several ranks
+    every rank does both, after torch.distributed.init_process_group and before or after DDP or
+    `fully_shard`.
 
-    routing: an AnticipatoryRouting or RouterLag that may be switched. snapshots: what a rollback can go back to.
+    routing: an AnticipatoryRouting or RouterLag that may be switched. snapshots: what a rollback
+    can go back to.
     policy: a `Policy`, or the mode of one: `off` (only record what would be done), `auto` or `on`.
-    resume: go on from the newest snapshot that an earlier training left on disk in `path`, if it left one.
-    probe: arguments of a fixed batch for the probes; without it, the first batch. probe_every: steps between probes;
-    slow ones (curvature, perturbation growth) keep their ratio. probe_domains: the domain of each of its sequences.
+    resume: go on from the newest snapshot that an earlier training left on disk in `path`, if it
+    left one.
+    probe: arguments of a fixed batch for the probes; without it, the first batch. probe_every:
+    steps between probes; slow ones (curvature, perturbation growth) keep their ratio.
+    probe_domains: the domain of each of its sequences.
     trace: which tokens of it are followed: `flipped`, `margin`, or their places.
-    every: steps between samples, for all metrics or by the beginning of their names: {"": 10, "amax_gain": 1}.
-    layers: those that are recorded, e.g. "0-7,30-". sample: tokens a micro-batch for per-token products.
+    every: steps between samples, for all metrics or by the beginning of their names: {"": 10,
+    "amax_gain": 1}.
+    layers: those that are recorded, e.g. "0-7,30-". sample: tokens a micro-batch for per-token
+    products.
     micro_batches: of a step. More are found by themselves, except inside a compiled model.
-    fresh: parts of the model are compiled already, but have not run yet, so that they can still be watched.
+    fresh: parts of the model are compiled already, but have not run yet, so that they can still be
+    watched.
 
     GeodiagError where the model has no blocks to watch, or `path` cannot be written.
     """
@@ -100,14 +107,20 @@ def attach(
         return Run.create(
             path,
             found=layout.summary(),
-            config={"routing": _planned(policy, routing), "cadence": plan.cadence.record(), **(config or {})},
+            config={
+                "routing": _planned(policy, routing),
+                "cadence": plan.cadence.record(),
+                **(config or {}),
+            },
             counterfactual=_COUNTERFACTUAL if unclamped else (),
             rank=ranks.rank,
             world_size=ranks.world,
             attempt=attempt,
         )
 
-    run = ranks.begin(create, attempt_of=lambda made: made.attempt, undo=lambda made: made.close("failed"))
+    run = ranks.begin(
+        create, attempt_of=lambda made: made.attempt, undo=lambda made: made.close("failed")
+    )
     if not quiet and ranks.rank == 0:
         print(_introduction(layout, path), file=sys.stderr, flush=True)
     monitor = None
@@ -127,7 +140,9 @@ def attach(
             ranks=ranks,
         )
         monitor.begin(resume)
-    except BaseException as e:  # also Ctrl-C: a run whose watch never began must not say that it runs
+    except (
+        BaseException
+    ) as e:  # also Ctrl-C: a run whose watch never began must not say that it runs
         if snapshots is not None:
             snapshots.close()
         (monitor or run).close("interrupted" if isinstance(e, KeyboardInterrupt) else "failed")
@@ -140,16 +155,22 @@ def _check_means(policy: Policy, routing: Rerouting | None, snapshots: Snapshots
     if policy.mode == "off":
         return
     if routing is None and (policy.does("route") or policy.mode == "on"):
-        raise GeodiagError(f"routing {policy.mode} needs an AnticipatoryRouting; pass attach(..., routing=...)")
+        raise GeodiagError(
+            f"routing {policy.mode} needs an AnticipatoryRouting; pass attach(..., routing=...)"
+        )
     if snapshots is None and policy.does("rollback"):
-        raise GeodiagError("the action rollback needs something to go back to; pass attach(..., snapshots=...)")
+        raise GeodiagError(
+            "the action rollback needs something to go back to; pass attach(..., snapshots=...)"
+        )
 
 
 def _check_folder(path: Path, rank: int, snapshots: Snapshots | None, resume: bool) -> None:
     """GeodiagError where snapshots of an earlier training and what is asked for do not go together."""
     there = snapshots_in(path, rank)
     if resume and (snapshots is None or snapshots.where != "disk"):
-        raise GeodiagError("only snapshots on disk can be resumed from; pass snapshots=Snapshots(..., where='disk')")
+        raise GeodiagError(
+            "only snapshots on disk can be resumed from; pass snapshots=Snapshots(..., where='disk')"
+        )
     if there and not resume and snapshots is not None and snapshots.where == "disk":
         fix = f"pass resume=True to go on from step {there[-1]}, or another path"
         raise GeodiagError(f"{path} holds snapshots of an earlier training; {fix}")
@@ -157,16 +178,26 @@ def _check_folder(path: Path, rank: int, snapshots: Snapshots | None, resume: bo
 
 def _planned(policy: Policy, routing: Rerouting | None) -> dict[str, Any]:
     """What the manifest says of steering."""
-    plan = {"policy": policy.mode, "on": policy.on, "actions": policy.actions, "period": policy.period}
+    plan = {
+        "policy": policy.mode,
+        "on": policy.on,
+        "actions": policy.actions,
+        "period": policy.period,
+    }
     limits = {"cooldown": policy.cooldown, "budget": policy.budget}
-    way = {"variant": routing.variant if routing else None, "delay_steps": routing.delay_steps if routing else None}
+    way = {
+        "variant": routing.variant if routing else None,
+        "delay_steps": routing.delay_steps if routing else None,
+    }
     return plan | limits | way
 
 
 def _introduction(layout: Layout, path: str | os.PathLike) -> str:
     learned = sum(not r.hashed for r in layout.routers)
     hashed = len(layout.routers) - learned
-    parts = [f"{len(layout.sites)} residual sites of {layout.streams} stream{'s' * (layout.streams > 1)}"]
+    parts = [
+        f"{len(layout.sites)} residual sites of {layout.streams} stream{'s' * (layout.streams > 1)}"
+    ]
     if layout.routers:
         parts.append(f"{learned} learned routers" + (f" and {hashed} by hash" if hashed else ""))
         parts.append(f"{layout.routers[0].experts} experts a layer")

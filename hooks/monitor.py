@@ -32,7 +32,9 @@ from geodiag.run import Run, Status
 
 
 class Monitor:
-    """A watched training. `step` once an optimizer step, `close` at the end; or use it as a context."""
+    """A watched training. `step` once an optimizer step, `close` at the end; or use it as a
+    context.
+    """
 
     def __init__(
         self,
@@ -55,7 +57,9 @@ class Monitor:
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._recorder = Recorder(run, layout, self._device, self._ranks)
         together = 1 if self._ranks.alone else self._ranks.world
-        self._measured = Measurement(model, optimizers, layout, plan, self._complain, ranks=together)
+        self._measured = Measurement(
+            model, optimizers, layout, plan, self._complain, ranks=together
+        )
         self._plan, self._optimizers = plan, optimizers
         self._ended_at: float | None = None
         self._record_seconds: float | None = None
@@ -74,13 +78,17 @@ class Monitor:
         atexit.register(self.close, "interrupted")
 
     def begin(self, resume: bool) -> None:
-        """Before the first step: to the newest snapshot on disk that all ranks have, where that is wanted."""
+        """Before the first step: to the newest snapshot on disk that all ranks have, where that is
+        wanted.
+        """
         resumed = self._rollback.resume({"monitor": self}, resume, self._ranks)
         self._stand_before(self.next_step if resumed is None else resumed)
         self.steering.begin(self.next_step, self.run.attempt, resumed is not None)
 
     def batches(self, source: Iterable[Any]) -> Iterator[Any]:
-        """The batches of `source` in order, as the routing wants them, and once more after a rollback."""
+        """The batches of `source` in order, as the routing wants them, and once more after a
+        rollback.
+        """
         return self._rollback.batches(source, self.next_step)
 
     # -- once a step -------------------------------------------------------------------------
@@ -96,11 +104,13 @@ class Monitor:
     ) -> None:
         """Ends one optimizer step: records it, and lets the controller decide about the next.
 
-        `grad_norm` is the total before clipping, where the trainer knows it; without it, what the optimizer saw.
-        `domains` names the domain of each of the step's sequences, `sequence_losses` has the mean loss of each.
-        A failure in here is reported once and swallowed: monitoring does not end a training. Of several ranks every
-        one calls this for every step; GeodiagError where ranks that are steered together lost each other, or where a
-        probe of sharded weights failed in the model itself.
+        `grad_norm` is the total before clipping, where the trainer knows it; without it, what the
+        optimizer saw.
+        `domains` names the domain of each of the step's sequences, `sequence_losses` has the mean
+        loss of each. A failure in here is reported once and swallowed: monitoring does not end a
+        training. Of several ranks every one calls this for every step; GeodiagError where ranks
+        that are steered together lost each other, or where a probe of sharded weights failed in the
+        model itself.
         """
         if self._closed:  # the writer has ended; nothing would ever answer
             return
@@ -113,13 +123,17 @@ class Monitor:
                 self._record(step, loss, grad_norm, lr, began, domains, sequence_losses, probed)
             finally:  # also where that failed: nothing of this step may be read as the next one's
                 self._measured.turn_over(self.next_step)
-        except Exception as e:  # monitoring must not end a training: said once, and the next step is tried again
+        except (
+            Exception
+        ) as e:  # monitoring must not end a training: said once, and the next step is tried again
             self._complain("the end of a step", e)
         self._recorder.ensure(step)
         if halfway is not None:
             self._recorder.wait()
             fix = "pass attach(..., probe=...) of a batch that the model can run"
-            raise GeodiagError(f"{halfway}; {fix}; steps up to {step} are on record in {self.run.url}") from halfway
+            raise GeodiagError(
+                f"{halfway}; {fix}; steps up to {step} are on record in {self.run.url}"
+            ) from halfway
         try:
             self._steer()
         except Exception as e:  # nor must steering
@@ -131,7 +145,9 @@ class Monitor:
         self._record_seconds = self._ended_at - began
 
     def _probed(self) -> tuple[dict[str, Tensor], Halfway | None]:
-        """What the probes say. Where they left the other ranks alone, nothing more is heard of those."""
+        """What the probes say. Where they left the other ranks alone, nothing more is heard of
+        those.
+        """
         try:
             return self._measured.probed(), None
         except Halfway as e:
@@ -159,7 +175,9 @@ class Monitor:
         sequence_losses: Tensor | None,
         probed: dict[str, Tensor],
     ) -> None:
-        values, absent = self._measured.values(None if grad_norm is None else _scalar(grad_norm, self._device))
+        values, absent = self._measured.values(
+            None if grad_norm is None else _scalar(grad_norm, self._device)
+        )
         values |= probed
         values["loss"] = _scalar(loss, self._device)
         if sequence_losses is not None and self._measured.wants("domains.loss"):
@@ -201,7 +219,9 @@ class Monitor:
         return self.last is None or not (self.last.verdict.active or self.last.verdict.raised)
 
     def _go_back(self, step: int, skip: range | None) -> int:
-        """Training stands before `step` again, and writes it under the next attempt, which is returned."""
+        """Training stands before `step` again, and writes it under the next attempt, which is
+        returned.
+        """
         self._recorder.settle()
         self._rollback.go_back(step, skip)
         attempt = self._recorder.next_attempt()
@@ -229,8 +249,9 @@ class Monitor:
         return self._recorder.last
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs to go on judging as before. The routing has a `state_dict` of its own:
-        its queue holds batches."""
+        """What a resumed training needs to go on judging as before. The routing has a `state_dict`
+        of its own: its queue holds batches.
+        """
         self._recorder.wait()
         return {
             "next_step": self.next_step,
@@ -281,11 +302,15 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close("finished")
         else:
-            self.close("interrupted" if issubclass(kind, KeyboardInterrupt | SystemExit) else "failed")
+            self.close(
+                "interrupted" if issubclass(kind, KeyboardInterrupt | SystemExit) else "failed"
+            )
 
 
 def _scalar(value: Tensor | float, device: torch.device) -> Tensor:

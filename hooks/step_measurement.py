@@ -1,4 +1,6 @@
-"""One step's measurement: what is due is watched while the step runs, and summed up or probed at its end."""
+"""One step's measurement: what is due is watched while the step runs, and summed up or probed at
+its end.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +41,9 @@ class Plan:
 
 
 class Measurement:
-    """`stand_before` the first step; then, at the end of each, `probed`, `values` and `turn_over` to the next one."""
+    """`stand_before` the first step; then, at the end of each, `probed`, `values` and `turn_over`
+    to the next one.
+    """
 
     def __init__(
         self,
@@ -81,11 +85,15 @@ class Measurement:
 
     @property
     def probe_seconds(self) -> Callable[[], float] | None:
-        """Time that the device took for this step's probes, once it is through with them; None without probes."""
+        """Time that the device took for this step's probes, once it is through with them; None
+        without probes.
+        """
         return self._watch.last
 
     def probed(self) -> Values:
-        """What the probes say at this step. Of several ranks each comes here once a step, whatever else fails."""
+        """What the probes say at this step. Of several ranks each comes here once a step, whatever
+        else fails.
+        """
         return self._try("probes", self._timed_probes) if needed(PROBED, self._due) else {}
 
     def _timed_probes(self) -> Values:
@@ -93,7 +101,9 @@ class Measurement:
             return due_only(self._probes.run(self._due), self._due)
 
     def values(self, grad_norm: Tensor | None) -> tuple[Values, tuple[str, ...]]:
-        """What else is due at this step, and the metrics of it that could not be measured this time."""
+        """What else is due at this step, and the metrics of it that could not be measured this
+        time.
+        """
         values = self._try("data shift", self._shift.values) | self._gradients.values(grad_norm)
         absent = []
         if self._taps.recording:

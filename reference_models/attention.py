@@ -40,5 +40,7 @@ class Attention(nn.Module):
     def forward(self, x_BSC: Tensor, rotary: Tensor) -> Tensor:
         q, k, v = self.qkv(x_BSC).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+        )
         return self.out(y.transpose(1, 2).flatten(-2))

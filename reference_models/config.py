@@ -63,7 +63,9 @@ class ModelConfig:
     """Type of the residual stream and the matrices; coefficients and routing stay float32."""
     kernels: Kernels = "auto"
     recompute: Recompute = "none"
-    """What the backward computes once more instead of keeping: nothing, the hyper-connections, or whole layers."""
+    """What the backward computes once more instead of keeping: nothing, the hyper-connections, or
+    whole layers.
+    """
 
     def __post_init__(self) -> None:
         choices = {
@@ -82,7 +84,9 @@ class ModelConfig:
         if self.residual == "plain" and self.streams != 1:
             raise ValueError(f"residual 'plain' has one stream, not {self.streams}; pass streams=1")
         if not 1 <= self.experts_per_token < self.experts:
-            raise ValueError(f"experts_per_token is 1 to {self.experts - 1}, not {self.experts_per_token}")
+            raise ValueError(
+                f"experts_per_token is 1 to {self.experts - 1}, not {self.experts_per_token}"
+            )
         if not 0 <= self.hash_layers <= self.layers:
             raise ValueError(f"hash_layers is 0 to {self.layers}, not {self.hash_layers}")
         if self.head_dim % 2:
@@ -99,7 +103,14 @@ class ModelConfig:
 
 TINY = ModelConfig()
 SMALL = ModelConfig(
-    layers=10, channels=512, heads=8, head_dim=64, sequence=1024, experts=16, expert_dim=384, hash_layers=1
+    layers=10,
+    channels=512,
+    heads=8,
+    head_dim=64,
+    sequence=1024,
+    experts=16,
+    expert_dim=384,
+    hash_layers=1,
 )
 
 
@@ -127,7 +138,9 @@ SIZES: dict[str, ModelConfig] = {
     "9b": _table5(18, 1920, 64, 1280, 24),
     "27b": _table5(30, 2560, 72, 1536, 32),
 }
-"""`tiny` for two CPU cores, `small` of about 100 M parameters, then the sizes of arXiv 2512.24880, Table 5."""
+"""`tiny` for two CPU cores, `small` of about 100 M parameters, then the sizes of arXiv 2512.24880,
+Table 5.
+"""
 
 
 def sized(size: str, residual: Residual = "mhc", **changes: object) -> ModelConfig:

@@ -21,17 +21,24 @@ class Batch(NamedTuple):
     domain_B: tuple[str, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        tokens, targets = (t.to(device, non_blocking=True) for t in (self.token_ids_BS, self.targets_BS))
+        tokens, targets = (
+            t.to(device, non_blocking=True) for t in (self.token_ids_BS, self.targets_BS)
+        )
         return self._replace(token_ids_BS=tokens, targets_BS=targets)
 
     def split(self, parts: int) -> list["Batch"]:
         """Equal micro-batches. ValueError where the sequences do not divide."""
         size, rest = divmod(len(self.domain_B), parts)
         if rest or not size:
-            raise ValueError(f"{len(self.domain_B)} sequences do not make {parts} equal micro-batches")
+            raise ValueError(
+                f"{len(self.domain_B)} sequences do not make {parts} equal micro-batches"
+            )
         return [
             Batch(
-                self.step, self.token_ids_BS[i : i + size], self.targets_BS[i : i + size], self.domain_B[i : i + size]
+                self.step,
+                self.token_ids_BS[i : i + size],
+                self.targets_BS[i : i + size],
+                self.domain_B[i : i + size],
             )
             for i in range(0, len(self.domain_B), size)
         ]
@@ -43,8 +50,16 @@ class Loader:
     `Loader.batch(step)` is deterministic; iteration starts at `step` and continues for ever.
     """
 
-    def __init__(self, corpus: Corpus, sequences: int, sequence: int, seed: int = 0, step: int = 0) -> None:
-        self.corpus, self.sequences, self.sequence, self.seed, self.step = corpus, sequences, sequence, seed, step
+    def __init__(
+        self, corpus: Corpus, sequences: int, sequence: int, seed: int = 0, step: int = 0
+    ) -> None:
+        self.corpus, self.sequences, self.sequence, self.seed, self.step = (
+            corpus,
+            sequences,
+            sequence,
+            seed,
+            step,
+        )
         if sequences < 1 or seed < 0:
             raise ValueError(
                 f"a loader takes sequences of at least 1 and a seed of at least 0, not {sequences}, {seed}"
@@ -59,12 +74,16 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         rng = np.random.default_rng((self.seed, step))
-        # Systematic sampling: every batch has nearly the same mix of domains, so its loss does not jump with the mix.
+        # Systematic sampling: every batch has nearly the same mix of domains, so its loss does not
+        # jump with the mix.
         ladder = (np.arange(self.sequences) + rng.random()) / self.sequences
         picks = np.searchsorted(np.cumsum(self._sizes) / self._sizes.sum(), ladder)
         starts = rng.integers(0, self._sizes[picks])
         names = tuple(self._names[p] for p in picks)
-        windows = [self.corpus.domains[n][s : s + self.sequence + 1] for n, s in zip(names, starts, strict=True)]
+        windows = [
+            self.corpus.domains[n][s : s + self.sequence + 1]
+            for n, s in zip(names, starts, strict=True)
+        ]
         ids = torch.from_numpy(np.stack(windows).astype(np.int64))
         return Batch(step, ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), names)
 
@@ -97,7 +116,9 @@ class Loader:
                 yield item
         finally:
             stop.set()
-            maker.join(timeout=1)  # a thread that outlives its data could still be in numpy when the process ends
+            maker.join(
+                timeout=1
+            )  # a thread that outlives its data could still be in numpy when the process ends
 
     def state_dict(self) -> dict[str, int]:
         return {"seed": self.seed, "step": self.step}

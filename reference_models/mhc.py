@@ -14,8 +14,8 @@ from geodiag.reference_models.kernels.select import select
 class HyperConnection(nn.Module):
     """One site's maps, `mhc` (doubly stochastic H_res) or `hc` (unconstrained).
 
-    `forward` returns them with the block's input; `write`, a module of its own so that it can be watched, applies
-    them to the streams.
+    `forward` returns them with the block's input; `write`, a module of its own so that it can be
+    watched, applies them to the streams.
     """
 
     def __init__(self, config: ModelConfig, site: int) -> None:
@@ -32,7 +32,9 @@ class HyperConnection(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Starts near the plain residual: stream `site mod N` is read, all are written, H_res keeps them apart."""
+        """Starts near the plain residual: stream `site mod N` is read, all are written, H_res keeps
+        them apart.
+        """
         n = self.config.streams
         nn.init.normal_(self.phi, std=self.config.init_std)
         nn.init.constant_(self.alpha, self.config.alpha_init)
@@ -46,8 +48,12 @@ class HyperConnection(nn.Module):
 
     @property
     def next_phi(self) -> Tensor | None:
-        """By what the site before may project this one's streams: nothing, if it lies spread over ranks until used."""
-        spread = hasattr(self.phi, "full_tensor")  # as the trainer asks: torch.distributed need not be there
+        """By what the site before may project this one's streams: nothing, if it lies spread over
+        ranks until used.
+        """
+        spread = hasattr(
+            self.phi, "full_tensor"
+        )  # as the trainer asks: torch.distributed need not be there
         return None if self.config.residual == "hc" or spread else self.phi
 
     def forward(self, x_BSNC: Tensor, projected: Projected | None = None) -> Mix:
@@ -90,11 +96,15 @@ class Write(nn.Module):
         self.flag: Tensor | None = None
         """On the device; while a watcher sets it, fused kernels measure the streams on the way."""
 
-    def forward(self, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix, next_phi: Tensor | None = None) -> Written:
+    def forward(
+        self, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix, next_phi: Tensor | None = None
+    ) -> Written:
         """`next_phi` is the next site's, for kernels that do some of its work on the way."""
         if mix.res_TNN is None or mix.post_TN is None:
             return Written(x_BSNC + branch_BSC.unsqueeze(-2))
-        return select(self.kernels, x_BSNC.device).site_after(x_BSNC, branch_BSC, mix, self.flag, next_phi)
+        return select(self.kernels, x_BSNC.device).site_after(
+            x_BSNC, branch_BSC, mix, self.flag, next_phi
+        )
 
 
 class ReadOut(nn.Module):
@@ -122,4 +132,6 @@ class ReadOut(nn.Module):
         if self.config.streams == 1:
             return x_BSNC.squeeze(-2)
         c = self.config
-        return select(c.kernels, x_BSNC.device).read_out(x_BSNC, self.phi, self.alpha, self.bias, c.hc_eps, c.norm_eps)
+        return select(c.kernels, x_BSNC.device).read_out(
+            x_BSNC, self.phi, self.alpha, self.bias, c.hc_eps, c.norm_eps
+        )

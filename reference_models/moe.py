@@ -11,7 +11,8 @@ from geodiag.reference_models.kernels import reference
 from geodiag.reference_models.kernels.reference import Activated, Routing
 from geodiag.reference_models.kernels.select import select
 
-# T tokens, C channels, E experts, K experts per token, A = T·K assignments sorted by expert, F expert dim
+# T tokens, C channels, E experts, K experts per token, A = T·K assignments sorted by expert, F
+# expert dim
 
 _HASH = 2654435761  # Knuth's multiplicative hash, 2^32 / φ
 
@@ -26,17 +27,24 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.k, self.scale, self.kernels = config.experts_per_token, config.routed_scale, config.kernels
+        self.k, self.scale, self.kernels = (
+            config.experts_per_token,
+            config.routed_scale,
+            config.kernels,
+        )
         self.weight = nn.Parameter(torch.empty(config.experts, config.channels))
         self.balance: Tensor
         self.register_buffer("balance", torch.zeros(config.experts))
 
     def forward(self, hidden_TC: Tensor, token_ids_T: Tensor) -> Routing:
         logits = reference.router_logits(hidden_TC, self.weight)
-        return select(self.kernels, hidden_TC.device).route(logits, self.balance, self.k, self.scale)
+        return select(self.kernels, hidden_TC.device).route(
+            logits, self.balance, self.k, self.scale
+        )
 
     def weighed(self, logits_TE: Tensor | None, expert_ids_TK: Tensor) -> Routing:
-        """Today's gate weights for any choice of experts; anticipatory routing replays a choice through this.
+        """Today's gate weights for any choice of experts; anticipatory routing replays a choice
+        through this.
 
         The same kernel as its own choice's, so that the same ids have the same bits.
         """
@@ -55,10 +63,14 @@ class HashRouter(Router):
         first = ((token * _HASH) % (1 << 32) >> 16) % config.experts
         # Consecutive ids are distinct for every E.
         self.table: Tensor
-        self.register_buffer("table", (first + torch.arange(config.experts_per_token)) % config.experts)
+        self.register_buffer(
+            "table", (first + torch.arange(config.experts_per_token)) % config.experts
+        )
 
     def forward(self, hidden_TC: Tensor, token_ids_T: Tensor) -> Routing:
-        return self.weighed(reference.router_logits(hidden_TC, self.weight), self.table[token_ids_T])
+        return self.weighed(
+            reference.router_logits(hidden_TC, self.weight), self.table[token_ids_T]
+        )
 
 
 class ClampedSwiGLU(nn.Module):
@@ -70,13 +82,21 @@ class ClampedSwiGLU(nn.Module):
         self.flag: Tensor | None = None
         """On the device; while a watcher sets it, fused kernels count on the way."""
 
-    def forward(self, gate_up_A2F: Tensor, expert_A: Tensor | None = None, ends_E: Tensor | None = None) -> Activated:
-        """`expert_A` and `ends_E` say whose rows these are; the activation does not need it, a watcher does."""
-        return select(self.kernels, gate_up_A2F.device).expert_glu(gate_up_A2F, self.limit, ends_E, self.flag)
+    def forward(
+        self, gate_up_A2F: Tensor, expert_A: Tensor | None = None, ends_E: Tensor | None = None
+    ) -> Activated:
+        """`expert_A` and `ends_E` say whose rows these are; the activation does not need it, a
+        watcher does.
+        """
+        return select(self.kernels, gate_up_A2F.device).expert_glu(
+            gate_up_A2F, self.limit, ends_E, self.flag
+        )
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer, applied to tokens sorted by expert with one grouped matmul a weight."""
+    """All routed experts of a layer, applied to tokens sorted by expert with one grouped matmul a
+    weight.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -93,8 +113,11 @@ class Experts(nn.Module):
         token = order // k
         rows = F.grouped_mm(hidden_TC[token], self.gate_up, offs=ends)
         rows = F.grouped_mm(self.act(rows, expert_A, ends).out_AF, self.down, offs=ends)
-        # Back in the tokens' order and summed over K: no two rows race for one token, so a GPU adds alike every time.
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        # Back in the tokens' order and summed over K: no two rows race for one token, so a GPU adds
+        # alike every time.
+        back = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
         rows = rows[back] * routing.weights_TK.flatten().unsqueeze(-1).to(rows.dtype)
         return rows.unflatten(0, (-1, k)).sum(1)
 
@@ -132,9 +155,11 @@ class MoE(nn.Module):
 
 
 def sequence_balance_loss(routing: Routing, sequences: int) -> Tensor:
-    """Σ_e f_e·P_e within each sequence, mean over sequences; 1 when perfectly even (arXiv 2412.19437 eq. 17-20).
+    """Σ_e f_e·P_e within each sequence, mean over sequences; 1 when perfectly even (arXiv
+    2412.19437 eq. 17-20).
 
-    f counts the K best by the scores alone: neither the balancing bias nor a replayed choice enters it.
+    f counts the K best by the scores alone: neither the balancing bias nor a replayed choice enters
+    it.
     """
     scores = routing.scores_TE.unflatten(0, (sequences, -1))
     k, experts = routing.expert_ids_TK.shape[-1], scores.shape[-1]

@@ -10,7 +10,9 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(grad_ERC: Tensor, iterations: int = 5, eps: float = 1e-7) -> Tensor:
-    """Each matrix's nearest semi-orthogonal one, by the quintic Newton-Schulz iteration (arXiv 2502.16982)."""
+    """Each matrix's nearest semi-orthogonal one, by the quintic Newton-Schulz iteration (arXiv
+    2502.16982).
+    """
     a, b, c = _NEWTON_SCHULZ
     x = grad_ERC.bfloat16() if grad_ERC.is_cuda else grad_ERC
     tall = x.shape[-2] > x.shape[-1]
@@ -23,10 +25,16 @@ def orthogonalize(grad_ERC: Tensor, iterations: int = 5, eps: float = 1e-7) -> T
 
 
 class StackedMuon(Optimizer):
-    """Nesterov momentum, orthogonalised per matrix, scaled to AdamW's RMS (0.2·√max(rows, columns))."""
+    """Nesterov momentum, orthogonalised per matrix, scaled to AdamW's RMS (0.2·√max(rows,
+    columns)).
+    """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 

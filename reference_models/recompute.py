@@ -1,7 +1,9 @@
-"""Hyper-connections that are computed again in the backward, instead of kept (arXiv 2512.24880 §4.3.2).
+"""Hyper-connections that are computed again in the backward, instead of kept (arXiv 2512.24880
+§4.3.2).
 
-Of a block of layers, the first stream and what each site's attention or experts gave are kept. Everything else that the
-connections and norms need in the backward follows from these by running the light parts alone once more.
+Of a block of layers, the first stream and what each site's attention or experts gave are kept.
+Everything else that the connections and norms need in the backward follows from these by running
+the light parts alone once more.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,9 @@ from geodiag.reference_models.kernels.reference import Mix, Projected, Written
 
 
 def block_length(streams: int, layers: int) -> int:
-    """Layers a kept stream: √(nL/(n+2)) balances what is kept against what one block's backward makes anew."""
+    """Layers a kept stream: √(nL/(n+2)) balances what is kept against what one block's backward
+    makes anew.
+    """
     return max(1, round((streams * layers / (streams + 2)) ** 0.5))
 
 
@@ -34,7 +38,12 @@ class Kept:
         return heavy(hidden_BSC, *more)
 
     def after(
-        self, connection: nn.Module, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix, next_phi: Tensor | None
+        self,
+        connection: nn.Module,
+        x_BSNC: Tensor,
+        branch_BSC: Tensor,
+        mix: Mix,
+        next_phi: Tensor | None,
     ) -> Written:
         """The streams after the site."""
         return connection.write(x_BSNC, branch_BSC, mix, next_phi)  # type: ignore[operator]
@@ -67,7 +76,9 @@ class _Hidden(NamedTuple):
 
 
 class Recomputed(Kept):
-    """One block of layers in one forward. Its tensors come back, all at once, when the backward asks for the first."""
+    """One block of layers in one forward. Its tensors come back, all at once, when the backward
+    asks for the first.
+    """
 
     def __init__(self, x_BSNC: Tensor, projected: Projected | None) -> None:
         self._first = x_BSNC.detach()
@@ -93,7 +104,11 @@ class Recomputed(Kept):
         return made
 
     def inside(self, heavy: Callable[..., Any], hidden_BSC: Tensor, *more: Tensor) -> Any:
-        site, where, dtype = len(self._numbers) - 1, hidden_BSC.untyped_storage().data_ptr(), hidden_BSC.dtype
+        site, where, dtype = (
+            len(self._numbers) - 1,
+            hidden_BSC.untyped_storage().data_ptr(),
+            hidden_BSC.dtype,
+        )
 
         def forget(saved: Tensor) -> Tensor | _Hidden:
             if saved.dtype != dtype or saved.untyped_storage().data_ptr() != where:
@@ -104,7 +119,12 @@ class Recomputed(Kept):
             return super().inside(heavy, hidden_BSC, *more)
 
     def after(
-        self, connection: nn.Module, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix, next_phi: Tensor | None
+        self,
+        connection: nn.Module,
+        x_BSNC: Tensor,
+        branch_BSC: Tensor,
+        mix: Mix,
+        next_phi: Tensor | None,
     ) -> Written:
         self._sites.append(_Site(connection, self._norm, branch_BSC.detach(), next_phi))
         with saved_tensors_hooks(self._forget, self._recall):
@@ -119,7 +139,8 @@ class Recomputed(Kept):
         if saved not in self._again:
             self._replay()
         if saved.number <= self._before[saved.site]:
-            # Whoever used the site's normalised input is through: its gradient is what this was waiting for.
+            # Whoever used the site's normalised input is through: its gradient is what this was
+            # waiting for.
             self._hidden.pop(saved.site, None)
         return self._again.pop(saved)
 
@@ -131,7 +152,9 @@ class Recomputed(Kept):
         return self._hidden[saved.site].as_strided(saved.size, saved.stride, saved.offset)
 
     def _replay(self) -> None:
-        """Runs the light parts of all sites once more; what they save now is what they saved then, in that order."""
+        """Runs the light parts of all sites once more; what they save now is what they saved then,
+        in that order.
+        """
         again: dict[tuple[int, int], Tensor] = {}
         x, sums = self._first, self._sums
         for i, site in enumerate(self._sites):

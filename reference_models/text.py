@@ -1,4 +1,6 @@
-"""Where training text comes from: the interpreter's own library, a folder, text files, or a flat token file."""
+"""Where training text comes from: the interpreter's own library, a folder, text files, or a flat
+token file.
+"""
 
 import sysconfig
 from collections.abc import Iterator
@@ -7,8 +9,38 @@ from pathlib import Path
 
 import numpy as np
 
-_TEXT = {".txt", ".md", ".rst", ".html", ".tex", ".csv", ".json", ".jsonl", ".xml", ".toml", ".cfg", ".ini", ".yaml"}
-_CODE = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cu", ".rs", ".go", ".js", ".ts", ".java", ".sh", ".sql", ".jl"}
+_TEXT = {
+    ".txt",
+    ".md",
+    ".rst",
+    ".html",
+    ".tex",
+    ".csv",
+    ".json",
+    ".jsonl",
+    ".xml",
+    ".toml",
+    ".cfg",
+    ".ini",
+    ".yaml",
+}
+_CODE = {
+    ".py",
+    ".pyi",
+    ".c",
+    ".h",
+    ".cc",
+    ".cpp",
+    ".cu",
+    ".rs",
+    ".go",
+    ".js",
+    ".ts",
+    ".java",
+    ".sh",
+    ".sql",
+    ".jl",
+}
 _WIDE_ID = 1 << 22
 """No vocabulary is larger."""
 
@@ -34,19 +66,25 @@ def open_corpus(data: str) -> Corpus:
         return stdlib()
     path = Path(data)
     if not path.exists():
-        raise FileNotFoundError(f"{data} does not exist; pass --data stdlib, a folder, a text file or a .bin of tokens")
+        raise FileNotFoundError(
+            f"{data} does not exist; pass --data stdlib, a folder, a text file or a .bin of tokens"
+        )
     if path.is_file() and path.suffix == ".bin":
         return flat_tokens(path)
     files = [path] if path.is_file() else sorted(_texts_in(path))
     corpus = _bytes_by_domain((_kind(p), p) for p in files)
     if not corpus.tokens:
         what = "is empty" if path.is_file() else "holds no text or code files"
-        raise ValueError(f"{data} {what}; pass a folder with some ({', '.join(sorted(_TEXT)[:4])}, .py, …)")
+        raise ValueError(
+            f"{data} {what}; pass a folder with some ({', '.join(sorted(_TEXT)[:4])}, .py, …)"
+        )
     return corpus
 
 
 def stdlib() -> Corpus:
-    """Bytes of the interpreter's standard library: code, tests, codec tables and prose, each a domain."""
+    """Bytes of the interpreter's standard library: code, tests, codec tables and prose, each a
+    domain.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "__pycache__"}
     files = sorted(p for p in _texts_in(root) if not skip & set(p.relative_to(root).parts))
@@ -63,7 +101,9 @@ def stdlib() -> Corpus:
 
 
 def flat_tokens(path: Path) -> Corpus:
-    """A flat little-endian uint16 or uint32 token file, mapped, not read; which of the two is told from the ids."""
+    """A flat little-endian uint16 or uint32 token file, mapped, not read; which of the two is told
+    from the ids.
+    """
     size = path.stat().st_size
     if size < 4 or size % 2:
         raise ValueError(
@@ -75,7 +115,9 @@ def flat_tokens(path: Path) -> Corpus:
 
 
 def _is_wide(path: Path) -> bool:
-    """Whether the ids are 32-bit: then every second 16-bit half is a small high half, unlike its neighbours."""
+    """Whether the ids are 32-bit: then every second 16-bit half is a small high half, unlike its
+    neighbours.
+    """
     low, high = np.fromfile(path, "<u2", count=1 << 20).reshape(-1, 2).max(0).tolist()
     return high < _WIDE_ID >> 16 and (high == 0 or low > 16 * high)
 

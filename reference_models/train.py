@@ -35,27 +35,37 @@ class TrainConfig:
     clip: float = 1.0
     """Largest gradient norm; infinity to leave gradients alone."""
     deterministic: bool = False
-    """Whether a GPU computes the same gradients every time; attention's backward does not by itself."""
+    """Whether a GPU computes the same gradients every time; attention's backward does not by
+    itself.
+    """
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "micro_batches"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is at least 1, not {value}")
         if self.sequences % self.micro_batches:
-            fits = ", ".join(str(d) for d in range(1, self.sequences + 1) if self.sequences % d == 0)
-            parts = f"{self.sequences} sequences do not make {self.micro_batches} equal micro-batches"
+            fits = ", ".join(
+                str(d) for d in range(1, self.sequences + 1) if self.sequences % d == 0
+            )
+            parts = (
+                f"{self.sequences} sequences do not make {self.micro_batches} equal micro-batches"
+            )
             raise ValueError(f"{parts}; pass one of {fits}")
         if not 0 <= self.lr <= _LARGEST_LR:
             raise ValueError(f"lr is 0 to {_LARGEST_LR:g}, not {self.lr:g}")
         if self.warmup < 0 or not self.clip > 0:
-            raise ValueError(f"warmup is 0 or more and clip positive, not {self.warmup}, {self.clip:g}")
+            raise ValueError(
+                f"warmup is 0 or more and clip positive, not {self.warmup}, {self.clip:g}"
+            )
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then cosine decay."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = min((step - self.warmup) / max(self.steps - self.warmup, 1), 1.0)
-        return self.lr * (self.decay_to + (1 - self.decay_to) * 0.5 * (1 + math.cos(math.pi * done)))
+        return self.lr * (
+            self.decay_to + (1 - self.decay_to) * 0.5 * (1 + math.cos(math.pi * done))
+        )
 
 
 class StepResult(NamedTuple):
@@ -77,16 +87,22 @@ def optimizers_of(model: Transformer, config: TrainConfig) -> list[torch.optim.O
     rest: list[Tensor] = []
     for name, p in model.named_parameters():
         inside = name.startswith("layers.") and "_hc." not in name and ".router." not in name
-        (stacked if inside and p.dim() == 3 else flat if inside and p.dim() == 2 else rest).append(p)
+        (stacked if inside and p.dim() == 3 else flat if inside and p.dim() == 2 else rest).append(
+            p
+        )
     return [
-        torch.optim.Muon(flat, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            flat, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
         StackedMuon(stacked, lr=config.lr, weight_decay=config.weight_decay),
         torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
 def _attention(repeatable: bool) -> AbstractContextManager[None]:
-    """Forwards are repeatable as they are, but one of them decides which backward follows: cuDNN's never is."""
+    """Forwards are repeatable as they are, but one of them decides which backward follows: cuDNN's
+    never is.
+    """
     kinds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(kinds) if repeatable else nullcontext()
 
@@ -97,7 +113,10 @@ def _repeatable(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before, warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -121,12 +140,15 @@ class Progress:
 class Trainer:
     """Owns the optimizers. A step is `accumulate` of every micro-batch, then `update`.
 
-    Of several ranks each trains on its share of the batch, and `forward` is the model as it is called there: inside
-    DDP, say. A model that is sharded is called itself.
+    Of several ranks each trains on its share of the batch, and `forward` is the model as it is
+    called there: inside DDP, say. A model that is sharded is called itself.
     """
 
     def __init__(
-        self, model: Transformer, config: TrainConfig, forward: Callable[[Tensor], Output] | None = None
+        self,
+        model: Transformer,
+        config: TrainConfig,
+        forward: Callable[[Tensor], Output] | None = None,
     ) -> None:
         self.model, self.config = model, config
         self.forward = forward or model
@@ -170,12 +192,18 @@ class Trainer:
         return not self._losses
 
     def update(self) -> StepResult:
-        """Clips, steps the optimizers and balances the routers. ValueError before the step has its micro-batches."""
+        """Clips, steps the optimizers and balances the routers. ValueError before the step has its
+        micro-batches.
+        """
         if not self.ready:
-            raise ValueError(f"the step has {len(self._losses)} of {self.config.micro_batches} micro-batches")
+            raise ValueError(
+                f"the step has {len(self._losses)} of {self.config.micro_batches} micro-batches"
+            )
         lr = self.config.lr_at(self.steps_done) * self.lr_scale
         norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of weights spread over ranks
+        norm = (
+            norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        )  # of weights spread over ranks
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -51,7 +51,8 @@ class Layer(nn.Module):
         projected: Projected | None = None,
         next_phi: Tensor | None = None,
     ) -> tuple[Tensor, Routing, Projected | None]:
-        """`run` says what the backward will find, and what it will make anew. `projected` comes from the layer before;
+        """`run` says what the backward will find, and what it will make anew. `projected` comes
+        from the layer before;
         `next_phi` is of the layer behind, whose first site finds its streams projected by it."""
         mix, hidden = run.before(self.attn_hc, self.attn_norm, x_BSNC, projected)
         branch = run.inside(self.attn, hidden, rotary)
@@ -89,16 +90,25 @@ class Transformer(nn.Module):
         std, deep = self.config.init_std, self.config.init_std / (2 * self.config.layers) ** 0.5
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                nn.init.normal_(p, std=deep if name.endswith((".out.weight", ".down.weight", ".down")) else std)
+                nn.init.normal_(
+                    p, std=deep if name.endswith((".out.weight", ".down.weight", ".down")) else std
+                )
         for m in self.modules():
             if isinstance(m, HyperConnection | ReadOut) and not self.head.weight.is_meta:
                 m.reset()
 
     def _to_stream_type(self) -> None:
-        """Matrices and embedding in the stream's type; routers, hyper-connections and norms stay float32."""
+        """Matrices and embedding in the stream's type; routers, hyper-connections and norms stay
+        float32.
+        """
         if self.config.dtype == "bfloat16":
             for name, p in self.named_parameters():
-                small = p.dim() == 1 or "_hc." in name or ".router." in name or name.startswith("read_out.")
+                small = (
+                    p.dim() == 1
+                    or "_hc." in name
+                    or ".router." in name
+                    or name.startswith("read_out.")
+                )
                 if not small:
                     p.data = p.data.to(torch.bfloat16)
 
@@ -108,15 +118,22 @@ class Transformer(nn.Module):
         return [m for m in self.layers if isinstance(m, Layer)]
 
     def forward(self, token_ids_BS: Tensor) -> Output:
-        """Token ids (B, S) to logits (B, S, V). ValueError for a sequence longer than the model was laid out for."""
+        """Token ids (B, S) to logits (B, S, V). ValueError for a sequence longer than the model was
+        laid out for.
+        """
         if token_ids_BS.shape[1] > self.config.sequence:
-            raise ValueError(f"sequence {token_ids_BS.shape[1]} is longer than config.sequence {self.config.sequence}")
+            raise ValueError(
+                f"sequence {token_ids_BS.shape[1]} is longer than config.sequence {self.config.sequence}"
+            )
         x = self.embed(token_ids_BS).unsqueeze(-2).expand(-1, -1, self.config.streams, -1)
         routings, projected = [], None
         behind = [block.attn_hc.next_phi for block in self.blocks[1:]] + [None]
-        # Compiled, the partitioner decides what is kept: the light parts are what it makes anew by itself.
+        # Compiled, the partitioner decides what is kept: the light parts are what it makes anew by
+        # itself.
         differentiated = torch.is_grad_enabled()
-        forgets = self.config.recompute == "mhc" and differentiated and not torch.compiler.is_compiling()
+        forgets = (
+            self.config.recompute == "mhc" and differentiated and not torch.compiler.is_compiling()
+        )
         length, run = block_length(self.config.streams, len(self.layers)), KEPT
         for i, layer in enumerate(self.layers):
             if self.config.recompute == "layers" and differentiated:
@@ -124,15 +141,23 @@ class Transformer(nn.Module):
                 x, routing, projected = checkpoint(layer, x, *arguments, use_reentrant=False)
             else:
                 run = Recomputed(x, projected) if forgets and i % length == 0 else run
-                x, routing, projected = layer(x, token_ids_BS, self.rotary, run, projected, behind[i])
+                x, routing, projected = layer(
+                    x, token_ids_BS, self.rotary, run, projected, behind[i]
+                )
             routings.append(routing)
         return Output(self.head(self.norm(self.read_out(x))), tuple(routings))
 
     def loss(self, output: Output, targets_BS: Tensor) -> Loss:
         """Cross-entropy plus the sequence balance loss of the learned routers."""
-        each = F.cross_entropy(output.logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction="none")
+        each = F.cross_entropy(
+            output.logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction="none"
+        )
         each = each.view_as(targets_BS)
         token = each.mean()
         learned = output.routings[self.config.hash_layers :]
-        balance = sum((sequence_balance_loss(r, len(targets_BS)) for r in learned), start=token.new_zeros(()))
-        return Loss(token + self.config.balance_weight * balance, token.detach(), each.detach().mean(1))
+        balance = sum(
+            (sequence_balance_loss(r, len(targets_BS)) for r in learned), start=token.new_zeros(())
+        )
+        return Loss(
+            token + self.config.balance_weight * balance, token.detach(), each.detach().mean(1)
+        )

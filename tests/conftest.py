@@ -1,4 +1,6 @@
-"""What all tests share: runs in temporary folders, the command line in-process, and a browser or a reason why not."""
+"""What all tests share: runs in temporary folders, the command line in-process, and a browser or a
+reason why not.
+"""
 
 import os
 from collections.abc import Callable
@@ -28,10 +30,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Run]:
-    """Writes a small run: `make_run("a", steps=20, layers=3)` in a temporary folder, closed unless told otherwise."""
+    """Writes a small run: `make_run("a", steps=20, layers=3)` in a temporary folder, closed unless
+    told otherwise.
+    """
 
-    def make(name: str = "run", *, steps: int = 20, layers: int = 3, close: bool = True, **changes: Any) -> Run:
-        run = Run.create(tmp_path / name, found={"sites": 2 * layers, "routers": layers, "experts": 4 * layers})
+    def make(
+        name: str = "run", *, steps: int = 20, layers: int = 3, close: bool = True, **changes: Any
+    ) -> Run:
+        run = Run.create(
+            tmp_path / name, found={"sites": 2 * layers, "routers": layers, "experts": 4 * layers}
+        )
         for step in range(steps):
             write_step(run, step, layers, **changes)
         if close:
@@ -41,13 +49,23 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
     return make
 
 
-def write_step(run: Run, step: int, layers: int = 3, loss: float | None = None, **changes: Any) -> None:
+def write_step(
+    run: Run, step: int, layers: int = 3, loss: float | None = None, **changes: Any
+) -> None:
     """One healthy step of a small run; `changes` are columns of `layers` that differ."""
     run.append(
-        "steps", {"step": [step], "loss": [3.0 - 0.01 * step if loss is None else loss], "routing_mode": ["off"]}
+        "steps",
+        {
+            "step": [step],
+            "loss": [3.0 - 0.01 * step if loss is None else loss],
+            "routing_mode": ["off"],
+        },
     )
     rows = 2 * layers
-    columns = {"composite_gain_fwd": [1.0 + 0.001 * i for i in range(rows)], "flip_rate": [0.01] * rows}
+    columns = {
+        "composite_gain_fwd": [1.0 + 0.001 * i for i in range(rows)],
+        "flip_rate": [0.01] * rows,
+    }
     where = {"layer": [i // 2 for i in range(rows)], "site": ["attn", "ffn"] * layers}
     run.append("layers", {"step": [step] * rows, **where, **columns, **changes})
     run.heartbeat(step)

@@ -1,4 +1,6 @@
-"""The pictures of docs/routing.md, from the trials of its bench: `python tools/routing_figures.py [TRIALS]`."""
+"""The pictures of docs/routing.md, from the trials of its bench: `python tools/routing_figures.py
+[TRIALS]`.
+"""
 
 import argparse
 import os
@@ -22,10 +24,20 @@ PALE = "#c3cad6"
 ROLLED_BACK = "#d6336c"
 
 
-def curves(trials: Sequence[Mapping[str, Any]], scenario: str, arms: Sequence[str], seed: int) -> go.Figure:
-    """Loss over executed steps, one panel an arm, over that of no intervention; what was rolled back is red."""
-    by_arm = {t["arm"]["name"]: t for t in trials if t["scenario"]["name"] == scenario and t["seed"] == seed}
-    figure = make_subplots(len(arms), 1, shared_xaxes=True, shared_yaxes="all", vertical_spacing=0.045)
+def curves(
+    trials: Sequence[Mapping[str, Any]], scenario: str, arms: Sequence[str], seed: int
+) -> go.Figure:
+    """Loss over executed steps, one panel an arm, over that of no intervention; what was rolled
+    back is red.
+    """
+    by_arm = {
+        t["arm"]["name"]: t
+        for t in trials
+        if t["scenario"]["name"] == scenario and t["seed"] == seed
+    }
+    figure = make_subplots(
+        len(arms), 1, shared_xaxes=True, shared_yaxes="all", vertical_spacing=0.045
+    )
     for row, name in enumerate(arms, 1):
         if name != "none":
             plain = losses(by_arm["none"])
@@ -35,9 +47,16 @@ def curves(trials: Sequence[Mapping[str, Any]], scenario: str, arms: Sequence[st
         last = {s: i for i, s in enumerate(steps)}
         undone = np.array([last[s] != i for i, s in enumerate(steps)])
         figure.add_scatter(y=seen, line={"color": LIGHT.ink, "width": 1.4}, row=row, col=1)
-        figure.add_scatter(y=np.where(undone, seen, np.nan), line={"color": ROLLED_BACK, "width": 1.6}, row=row, col=1)
+        figure.add_scatter(
+            y=np.where(undone, seen, np.nan),
+            line={"color": ROLLED_BACK, "width": 1.6},
+            row=row,
+            col=1,
+        )
         for start, end in routed(trial):
-            figure.add_vrect(start, end, fillcolor=LIGHT.on, opacity=0.13, line_width=0, row=row, col=1)
+            figure.add_vrect(
+                start, end, fillcolor=LIGHT.on, opacity=0.13, line_width=0, row=row, col=1
+            )
         label = {
             "text": name,
             "xref": "paper",
@@ -46,7 +65,9 @@ def curves(trials: Sequence[Mapping[str, Any]], scenario: str, arms: Sequence[st
             "y": 0.97,
             "yref": f"y{row if row > 1 else ''} domain",
         }
-        figure.add_annotation(label | {"showarrow": False, "font": {"size": 14, "color": LIGHT.ink}})
+        figure.add_annotation(
+            label | {"showarrow": False, "font": {"size": 14, "color": LIGHT.ink}}
+        )
     figure.update_yaxes(title="loss", title_font_size=12)
     figure.update_xaxes(title="executed step", row=len(arms), col=1)
     return styled(figure, 1000, 130 * len(arms) + 60)
@@ -73,17 +94,27 @@ def routed(trial: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def against_none(rows: Sequence[Mapping[str, Any]], measure: str, title: str) -> go.Figure:
-    """Each arm's difference from no intervention, paired by seed, with its interval; left of 0 is better."""
+    """Each arm's difference from no intervention, paired by seed, with its interval; left of 0 is
+    better.
+    """
     # Where no spike was detected, every answer to spikes is the training without one, bit for bit.
     told = [r for r in rows if r["arm"] != "none" and r["against_none"].get(measure, {}).get("n")]
-    found = [r for r in told if r["against_none"][measure]["low"] or r["against_none"][measure]["high"]]
+    found = [
+        r for r in told if r["against_none"][measure]["low"] or r["against_none"][measure]["high"]
+    ]
     names = [f"{r['scenario']}   <b>{r['arm']}</b>" for r in found]
     cells = [r["against_none"][measure] for r in found]
-    colours = [LIGHT.on if c["high"] < 0 else LIGHT.spike if c["low"] > 0 else LIGHT.soft for c in cells]
+    colours = [
+        LIGHT.on if c["high"] < 0 else LIGHT.spike if c["low"] > 0 else LIGHT.soft for c in cells
+    ]
     figure = go.Figure()
     for name, cell, colour in zip(names, cells, colours, strict=True):
-        figure.add_scatter(x=[cell["low"], cell["high"]], y=[name, name], line={"color": colour, "width": 3})
-        figure.add_scatter(x=[cell["mean"]], y=[name], mode="markers", marker={"color": colour, "size": 10})
+        figure.add_scatter(
+            x=[cell["low"], cell["high"]], y=[name, name], line={"color": colour, "width": 3}
+        )
+        figure.add_scatter(
+            x=[cell["mean"]], y=[name], mode="markers", marker={"color": colour, "size": 10}
+        )
     figure.add_vline(0, line={"color": LIGHT.ink, "width": 1})
     figure.update_xaxes(title=title)
     figure.update_yaxes(autorange="reversed", tickfont_size=12)
@@ -107,9 +138,13 @@ def styled(figure: go.Figure, width: int, height: int) -> go.Figure:
 
 def shoot(figures: Mapping[Path, go.Figure]) -> None:
     """Draws each in the system Chromium (or $CHROMIUM) and keeps the picture."""
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    chromium = (
+        os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    )
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        browser = play.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
         for path, figure in figures.items():
             size = {"width": int(figure.layout.width), "height": int(figure.layout.height)}
             page = browser.new_page(viewport=size, device_scale_factor=2)
@@ -134,7 +169,9 @@ def main() -> None:
     small = "small, learning rate × 30 from step 90, hc, clamp"
     shoot(
         {
-            options.out / "routing-natural.png": curves(natural, "learning rate 0.1, hc, clamp", arms, seed),
+            options.out / "routing-natural.png": curves(
+                natural, "learning rate 0.1, hc, clamp", arms, seed
+            ),
             options.out / "routing-small.png": curves(trials, small, arms, 0),
             options.out / "routing-excess.png": against_none(
                 summarise(trials), "excess", "excess loss against no intervention, nats · steps"

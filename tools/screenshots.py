@@ -1,7 +1,9 @@
-"""Screenshots of every page, light and dark: `python tools/screenshots.py RUNS_FOLDER RUN [--out docs/screenshots]`.
+"""Screenshots of every page, light and dark: `python tools/screenshots.py RUNS_FOLDER RUN [--out
+docs/screenshots]`.
 
-Serves the folder itself, drives the system Chromium (or $CHROMIUM), and writes <page>.png and <page>-dark.png.
-With `--cascade NAME`, the verdict and the picture of one cascade alone, as cascade-NAME.png.
+Serves the folder itself, drives the system Chromium (or $CHROMIUM), and writes <page>.png and
+<page>-dark.png. With `--cascade NAME`, the verdict and the picture of one cascade alone, as
+cascade-NAME.png.
 """
 
 import argparse
@@ -37,7 +39,10 @@ def shoot_cascade(page: Page, base: str, run: str, query: str, target: Path) -> 
     page.wait_for_load_state("networkidle")
     page.wait_for_timeout(900)
     page.mouse.move(5, 5)
-    boxes = [page.locator(place).first.bounding_box() for place in ("#cascade-verdict .card", ".split .column .card")]
+    boxes = [
+        page.locator(place).first.bounding_box()
+        for place in ("#cascade-verdict .card", ".split .column .card")
+    ]
     (x, y), bottom = (boxes[0]["x"], boxes[0]["y"]), boxes[1]["y"] + boxes[1]["height"]
     clip = {"x": x - 8, "y": y - 8, "width": boxes[0]["width"] + 16, "height": bottom - y + 16}
     page.screenshot(path=str(target), clip=clip, full_page=True)
@@ -48,7 +53,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path)
     parser.add_argument("run", help="name of the run that is opened")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "screenshots")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "screenshots"
+    )
     parser.add_argument("--pages", nargs="*", default=PAGES)
     parser.add_argument("--themes", nargs="*", default=("light", "dark"))
     parser.add_argument("--query", default="", help="e.g. '?steps=300-480'")
@@ -60,19 +67,30 @@ def main() -> None:
     served = Served(args.runs, "127.0.0.1", 0, None)
     threading.Thread(target=served.run, daemon=True).start()
     width, height = map(int, args.size.split("x"))
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    chromium = (
+        os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    )
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
         base = f"http://127.0.0.1:{served.port}"
         for theme in args.themes:
-            context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
+            context = browser.new_context(
+                viewport={"width": width, "height": height}, color_scheme=theme
+            )
             page = context.new_page()
-            page.on("console", lambda m: print("console:", m.type, m.text) if m.type in ("error", "warning") else None)
+            page.on(
+                "console",
+                lambda m: (
+                    print("console:", m.type, m.text) if m.type in ("error", "warning") else None
+                ),
+            )
             page.on("pageerror", lambda e: print("page error:", e))
             page.goto(served.url)
             dark = "-dark" if theme == "dark" else ""
             if args.cascade:
-                shoot_cascade(page, base, args.run, args.query, args.out / f"cascade-{args.cascade}{dark}.png")
+                shoot_cascade(
+                    page, base, args.run, args.query, args.out / f"cascade-{args.cascade}{dark}.png"
+                )
                 context.close()
                 continue
             for name in args.pages:

@@ -1,4 +1,6 @@
-"""One cell of the stage map: the series behind its stage in its layer, each beside what is usual for it."""
+"""One cell of the stage map: the series behind its stage in its layer, each beside what is usual
+for it.
+"""
 
 import math
 from collections.abc import Sequence
@@ -32,13 +34,23 @@ class Series(NamedTuple):
 
 
 def series_of(
-    record: Record, cell: Cell, window: tuple[int, int], before: int, told: Sequence[str] = (), most: int = 5
+    record: Record,
+    cell: Cell,
+    window: tuple[int, int],
+    before: int,
+    told: Sequence[str] = (),
+    most: int = 5,
 ) -> list[Series]:
-    """The metrics that speak for the cell's stage in its layer: what is `told`, then what left its range the furthest.
+    """The metrics that speak for the cell's stage in its layer: what is `told`, then what left its
+    range the furthest.
 
     `before` is the step up to which things were usual.
     """
-    names = [n for (table, n), s in SIGNALS.items() if table == "layers" and STAGE_OF[s.part] == cell.stage]
+    names = [
+        n
+        for (table, n), s in SIGNALS.items()
+        if table == "layers" and STAGE_OF[s.part] == cell.stage
+    ]
     first = min(window[0], before - _BEFORE)
     key = ("stretch", cell.stage, first, window[1])
     grids = record.memo(key, lambda: record.stretch("layers", names, first, window[1]))
@@ -59,7 +71,9 @@ def _series(grid: Grid, row: int, cell: Cell, before: int) -> Series:
         low, middle, high = (float(np.quantile(past, q)) for q in (0.02, 0.5, 0.98))
         usual = (low, high)
         cadence = int(np.median(np.diff(step_S))) if len(step_S) > 1 else 1
-        near = value_S[(step_S >= cell.step - cadence) & (step_S <= cell.step + max(_NEAR, cadence))]
+        near = value_S[
+            (step_S >= cell.step - cadence) & (step_S <= cell.step + max(_NEAR, cadence))
+        ]
         wide = max(high - low, 0.02 * abs(middle), 1e-6)
         sides = SIGNALS["layers", grid.metric.name].sides
         away = {"high": near - middle, "low": middle - near}.get(sides, np.abs(near - middle))

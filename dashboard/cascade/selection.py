@@ -1,4 +1,6 @@
-"""Which cascade the reader looks at: the spikes and warnings there are, the one that is chosen, its window and cell."""
+"""Which cascade the reader looks at: the spikes and warnings there are, the one that is chosen, its
+window and cell.
+"""
 
 from typing import NamedTuple
 
@@ -15,7 +17,8 @@ from geodiag.errors import GeodiagError
 from geodiag.spikes.recorded import Seen, spikes_of
 
 LONGEST = 1500
-"""Steps that a stage map shows at most: each of its columns is judged against the steps before it."""
+"""Steps that a stage map shows at most: each of its columns is judged against the steps before it.
+"""
 _QUIET, _PAD, _AFTER = 240, 24, 8
 _STEPS_A_REFRESH = 60
 """A living run's map is worked out anew when it has grown by one so-many-th of the window."""
@@ -40,17 +43,24 @@ class Cell(NamedTuple):
 
 def choices(record: Record) -> list[Choice]:
     """Spikes and early warnings, in time."""
-    found = [Choice(s.onset, s.spike.kind, s.attempt) for s in _spikes(record) if s.spike is not None]
+    found = [
+        Choice(s.onset, s.spike.kind, s.attempt) for s in _spikes(record) if s.spike is not None
+    ]
     warned = [Choice(m.step, m.kind) for m in happened(record) if m.kind == "early_warning"]
     return sorted([*found, *warned], key=lambda c: (c.step, c.kind))
 
 
 def chosen(record: Record, view: View) -> int | None:
-    """The step whose cascade is shown: the reader's, else the newest spike's, else the newest warning's."""
+    """The step whose cascade is shown: the reader's, else the newest spike's, else the newest
+    warning's.
+    """
     if view.spike is not None:
         return view.spike
     there = choices(record)
-    return next((c.step for c in reversed(there) if c.kind != "early_warning"), there[-1].step if there else None)
+    return next(
+        (c.step for c in reversed(there) if c.kind != "early_warning"),
+        there[-1].step if there else None,
+    )
 
 
 def as_lived(record: Record, step: int | None) -> Record:
@@ -64,7 +74,9 @@ def _spikes(record: Record) -> list[Seen]:
 
 
 def most_unusual(record: Record) -> tuple[int, int, float] | None:
-    """(step, stage, score) of the highest stage score on record: where to look in a run without a spike."""
+    """(step, stage, score) of the highest stage score on record: where to look in a run without a
+    spike.
+    """
     steps, best = record.steps(), None
     for stage in STAGES:
         score_S = steps[f"stage{stage}_score"]
@@ -97,14 +109,23 @@ def window_of(record: Record, view: View, cascade: Cascade | None) -> tuple[int,
     if view.steps is not None:
         low, high = view.steps
         if high - low > LONGEST:
-            middle = cascade.spike_onset if cascade is not None and low <= cascade.spike_onset <= high else high
+            middle = (
+                cascade.spike_onset
+                if cascade is not None and low <= cascade.spike_onset <= high
+                else high
+            )
             low = max(low, min(middle - LONGEST // 2, high - LONGEST))
             high = low + LONGEST
     elif cascade is not None:
-        start = min(cascade.spike_onset, cascade.spike_onset if cascade.onset is None else cascade.onset)
+        start = min(
+            cascade.spike_onset, cascade.spike_onset if cascade.onset is None else cascade.onset
+        )
         pad = max(_PAD, round(1.2 * (cascade.spike_onset - start)))
         end = (cascade.spike or {}).get("end") or cascade.spike_onset
-        low, high = start - pad, cascade.spike_onset + max(pad, min(end + _AFTER - cascade.spike_onset, 2 * pad))
+        low, high = (
+            start - pad,
+            cascade.spike_onset + max(pad, min(end + _AFTER - cascade.spike_onset, 2 * pad)),
+        )
     else:
         low, high = last - _QUIET, last
     return max(first, low), max(first + 1, min(last, high))
@@ -113,7 +134,9 @@ def window_of(record: Record, view: View, cascade: Cascade | None) -> tuple[int,
 def scene_of(record: Record, window: tuple[int, int], newest: Record) -> Scene:
     """What was recorded in the window, as `record` lived it; `newest` is the run as it stands now."""
     steps, stages, now = record.steps(), stages_of(record, window), newest.steps()
-    later = [Undone(max(newest.said_attempts(), default=0), now["step"], now["loss"], now["grad_norm"])]
+    later = [
+        Undone(max(newest.said_attempts(), default=0), now["step"], now["loss"], now["grad_norm"])
+    ]
     return Scene(
         window=window,
         steps=steps,
@@ -141,7 +164,11 @@ def cell_of(view: View, cascade: Cascade | None, stages: StageMap) -> Cell | Non
         return Cell(view.stage, view.layer, view.step)
     if cascade is not None and cascade.onset is not None:
         for knot in cascade.path:
-            if knot.stage in STAGES and knot.layer is not None and cascade.stage in (None, "data", knot.stage):
+            if (
+                knot.stage in STAGES
+                and knot.layer is not None
+                and cascade.stage in (None, "data", knot.stage)
+            ):
                 return Cell(int(knot.stage), knot.layer, knot.step)
     if np.isfinite(stages.scores).any():
         stage, layer, step = np.unravel_index(int(np.nanargmax(stages.scores)), stages.scores.shape)

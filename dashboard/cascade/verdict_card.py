@@ -1,4 +1,6 @@
-"""The verdict of a cascade on the page: what there is to choose from, the answer, how sure it is, and the evidence."""
+"""The verdict of a cascade on the page: what there is to choose from, the answer, how sure it is,
+and the evidence.
+"""
 
 from typing import Any
 from urllib.parse import quote
@@ -40,20 +42,34 @@ def strip(record: Record, view: View) -> Any:
     odd = most_unusual(record) if not there else None
     if odd is not None and odd[0] != now:
         links.append(_link(record, odd[0], f"most unusual step {whole(odd[0])}", "step", False))
-    return html.Nav(links, className="choices", **aria("spikes and warnings of this run")) if links else None
+    return (
+        html.Nav(links, className="choices", **aria("spikes and warnings of this run"))
+        if links
+        else None
+    )
 
 
 def card_of(record: Record, view: View, found: Cascade | str | None) -> Any:
     """The answer in words, with what would have stopped it."""
     if found is None:
-        return html.Section(html.Div([html.H1("No spike so far"), html.P(_calm(record))]), className="card verdict")
+        return html.Section(
+            html.Div([html.H1("No spike so far"), html.P(_calm(record))]), className="card verdict"
+        )
     if isinstance(found, str):
-        return html.Section(html.Div([html.H1("Nothing to explain"), notice(found)]), className="card verdict")
+        return html.Section(
+            html.Div([html.H1("Nothing to explain"), notice(found)]), className="card verdict"
+        )
     caveats = [notice(c, "warn") for c in found.caveats]
     warned = (found.spike_onset, "early_warning") in [(c.step, c.kind) for c in choices(record)]
     return html.Section(
         [
-            html.Div([html.H1(headline(found, warned)), html.P(_without_defence(found), className="words"), *caveats]),
+            html.Div(
+                [
+                    html.H1(headline(found, warned)),
+                    html.P(_without_defence(found), className="words"),
+                    *caveats,
+                ]
+            ),
             html.Div([*_facts(found), *_others(view, found)], className="facts"),
         ],
         className="card verdict",
@@ -74,7 +90,11 @@ def rows(found: Cascade) -> list[dict[str, Any]]:
     for i, e in enumerate(found.evidence):
         table = "experts" if e.expert is not None else "layers" if e.layer is not None else "steps"
         known = METRICS.get((table, e.metric)) or METRICS.get(("layers", e.metric))
-        place = " · ".join(where(e.layer if e.layer is None or e.layer >= 0 else None, e.site, e.expert).split(", "))
+        place = " · ".join(
+            where(e.layer if e.layer is None or e.layer >= 0 else None, e.site, e.expert).split(
+                ", "
+            )
+        )
         out.append({
             "id": str(i), "stage": e.stage or "–", "layer": e.layer, "where": place or "the run",
             "metric": e.metric,
@@ -97,18 +117,37 @@ def _cause(found: Cascade) -> str:
 
 
 def _facts(found: Cascade) -> list:
-    place = where(found.layer, found.site, found.expert) or {"lr": "learning rate", "data": "batch"}.get(
-        str(found.cause), "–"
-    )
+    place = where(found.layer, found.site, found.expert) or {
+        "lr": "learning rate",
+        "data": "batch",
+    }.get(str(found.cause), "–")
     lead = (
-        "–" if found.lead is None else "same step" if found.lead <= 0 else f"{found.lead} step{'s' * (found.lead != 1)}"
+        "–"
+        if found.lead is None
+        else "same step"
+        if found.lead <= 0
+        else f"{found.lead} step{'s' * (found.lead != 1)}"
     )
     share = round(100 * found.confidence)
-    bar = html.Span(html.Span(style={"width": f"{share}%"}), className="meter", role="img", **aria(f"{share} %"))
+    bar = html.Span(
+        html.Span(style={"width": f"{share}%"}), className="meter", role="img", **aria(f"{share} %")
+    )
     return [
-        _fact("origin", place, "Where the first quantity left its range that nothing before it explains."),
-        _fact("before the loss" if found.spike else "before this step", lead, "Steps from there to the step shown."),
-        _fact("confidence", [f"{found.confidence:.2f}", bar], "How much better this answer is than the next one."),
+        _fact(
+            "origin",
+            place,
+            "Where the first quantity left its range that nothing before it explains.",
+        ),
+        _fact(
+            "before the loss" if found.spike else "before this step",
+            lead,
+            "Steps from there to the step shown.",
+        ),
+        _fact(
+            "confidence",
+            [f"{found.confidence:.2f}", bar],
+            "How much better this answer is than the next one.",
+        ),
         _fact("what fits", found.defence or "–", "What addresses a cascade that begins so."),
     ]
 
@@ -150,7 +189,9 @@ def _link(record: Record, step: int, label: str, kind: str, here: bool) -> Any:
     target = f"/run/{quote(record.run.name)}/cascade{View(spike=step).search()}"
     mark: Any = {"aria-current": "true"} if here else {}
     inside: list[Any] = [html.Span(className=f"dot choice-{kind}"), label]
-    return html.Span(dcc.Link(inside, href=target), className="choice here" if here else "choice", **mark)
+    return html.Span(
+        dcc.Link(inside, href=target), className="choice here" if here else "choice", **mark
+    )
 
 
 def _calm(record: Record) -> str:

@@ -7,7 +7,16 @@ import dash_mantine_components as dmc
 import plotly.graph_objects as go
 from dash import dcc, html
 
-_REMOVED = ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d", "zoom2d", "sendChartToCloud"]
+_REMOVED = [
+    "select2d",
+    "lasso2d",
+    "autoScale2d",
+    "zoomIn2d",
+    "zoomOut2d",
+    "pan2d",
+    "zoom2d",
+    "sendChartToCloud",
+]
 CHART_CONFIG: Any = {
     "displaylogo": False,
     "plotlyServerURL": "",  # what is measured stays here: plotly would offer to upload a chart
@@ -20,10 +29,18 @@ CHART_CONFIG: Any = {
 """What plotly offers around every chart."""
 
 
-def card(title: str, *children: Any, tip: str = "", controls: Any = None, **more: Any) -> html.Section:
+def card(
+    title: str, *children: Any, tip: str = "", controls: Any = None, **more: Any
+) -> html.Section:
     """A framed part of a page with its title, a help bubble and its controls."""
-    head = [html.H2(title), bubble(title, tip) if tip else None, html.Div(controls, className="card-controls")]
-    return html.Section([html.Div(head, className="card-head"), *children], className="card", **more)
+    head = [
+        html.H2(title),
+        bubble(title, tip) if tip else None,
+        html.Div(controls, className="card-controls"),
+    ]
+    return html.Section(
+        [html.Div(head, className="card-head"), *children], className="card", **more
+    )
 
 
 def bubble(about: str, text: str) -> dmc.Tooltip:
@@ -46,14 +63,21 @@ def tip(child: Any, text: str) -> dmc.Tooltip:
 
 
 def graph(name: str, height: int) -> html.Div:
-    """A chart that is filled by a callback; its space is kept even before there is a chart, so that nothing jumps."""
-    chart = dcc.Graph(id=name, figure=_blank(height), config=CHART_CONFIG, className="chart", responsive="auto")
+    """A chart that is filled by a callback; its space is kept even before there is a chart, so that
+    nothing jumps.
+    """
+    chart = dcc.Graph(
+        id=name, figure=_blank(height), config=CHART_CONFIG, className="chart", responsive="auto"
+    )
     return html.Div(chart, className="chart-frame", style={"minHeight": height})
 
 
 def tile(label: str, value: Any, note: str = "", text: str = "", tone: str = "") -> Any:
     """One headline number."""
-    inside = [html.Span(label, className="tile-label"), html.Span(value, className=f"tile-value {tone}")]
+    inside = [
+        html.Span(label, className="tile-label"),
+        html.Span(value, className=f"tile-value {tone}"),
+    ]
     inside.append(html.Span(note, className="tile-note"))
     return tip(html.Div(inside, className="tile", tabIndex=0), text)
 
@@ -93,5 +117,11 @@ def _blank(height: int) -> go.Figure:
     hidden = {"visible": False}
     clear = "rgba(0,0,0,0)"
     return go.Figure(
-        layout={"height": height, "xaxis": hidden, "yaxis": hidden, "paper_bgcolor": clear, "plot_bgcolor": clear}
+        layout={
+            "height": height,
+            "xaxis": hidden,
+            "yaxis": hidden,
+            "paper_bgcolor": clear,
+            "plot_bgcolor": clear,
+        }
     )

@@ -25,7 +25,10 @@ def panel(record: Record) -> html.Section:
     now = _show(record, None)
     looks = dict(zip(MODES, now["variants"], strict=True))
     idle = now["disabled"][0]
-    buttons = [tip(dmc.Button(m, id=f"ask-{m}", size="xs", variant=looks[m], disabled=idle), POLICY[m]) for m in MODES]
+    buttons = [
+        tip(dmc.Button(m, id=f"ask-{m}", size="xs", variant=looks[m], disabled=idle), POLICY[m])
+        for m in MODES
+    ]
     steps = dmc.NumberInput(
         id="ask-delay", value=delay(record), disabled=idle, min=0, max=_MOST_DELAY, allowDecimal=False,
         size="xs", w=86,
@@ -34,7 +37,10 @@ def panel(record: Record) -> html.Section:
     about = "Which weights choose the experts. The request is one small file; the training obeys at its next step."
     return card(
         "Anticipatory routing",
-        html.Div([dmc.ButtonGroup(buttons), html.Label(["Δ", steps, "steps"], className="delay")], className="ask"),
+        html.Div(
+            [dmc.ButtonGroup(buttons), html.Label(["Δ", steps, "steps"], className="delay")],
+            className="ask",
+        ),
         html.Div(now["state"], id="control-state"),
         tip=about,
     )
@@ -51,7 +57,10 @@ def state(record: Record, error: str | None = None) -> list:
     if request is not None:
         age = max(0, round(time.time() - request.time))
         lag = "" if request.delay_steps is None else f", Δ = {request.delay_steps}"
-        said = [html.B(f"asked: {request.routing}{lag}"), f" {age} s ago, by {request.by}; not yet answered"]
+        said = [
+            html.B(f"asked: {request.routing}{lag}"),
+            f" {age} s ago, by {request.by}; not yet answered",
+        ]
         lines.append(_line("asked", said))
     answer = next((e for e in reversed(events) if e["kind"] == "acknowledge"), None)
     if answer is not None:
@@ -64,7 +73,9 @@ def state(record: Record, error: str | None = None) -> list:
         (e for e in reversed(events) if e["kind"] == "routing"), None
     )
     if why is not None:
-        lines.append(_line("why", [html.B("why"), f" (step {whole(why['step'])}) {why['message'] or ''}"]))
+        lines.append(
+            _line("why", [html.B("why"), f" (step {whole(why['step'])}) {why['message'] or ''}"])
+        )
     if record.run.status() != "running":
         last = int(steps["step"][-1]) if len(steps["step"]) else None
         lines.append(notice(_WHY_NOT.format(step=whole(last))))
@@ -75,7 +86,11 @@ def policy(record: Record) -> str | None:
     """What the training was last told to do, as far as it said."""
     for event in reversed(record.events()):
         said = details(event["data"])
-        if event["kind"] == "acknowledge" and said.get("obeyed", True) and said.get("routing") in MODES:
+        if (
+            event["kind"] == "acknowledge"
+            and said.get("obeyed", True)
+            and said.get("routing") in MODES
+        ):
             return said["routing"]
     routing = record.said("config").get("routing")
     began = routing.get("policy") if isinstance(routing, dict) else record.option("routing")
@@ -115,7 +130,11 @@ def register(app: Dash, library: Library) -> None:
             "disabled": [Output(name, "disabled") for name in _CONTROLS],
             "variants": [Output(f"ask-{m}", "variant") for m in MODES],
         },
-        inputs={"pulse": Input("pulse", "data"), "asked": Input("asked", "data"), "pathname": State("url", "pathname")},
+        inputs={
+            "pulse": Input("pulse", "data"),
+            "asked": Input("asked", "data"),
+            "pathname": State("url", "pathname"),
+        },
     )
     def show(pulse, asked, pathname):
         return _show(library.at(pathname), (asked or {}).get("error"))
@@ -123,10 +142,18 @@ def register(app: Dash, library: Library) -> None:
 
 def _show(record: Record | None, error: str | None) -> dict:
     if record is None:
-        return {"state": no_update, "disabled": [no_update] * len(_CONTROLS), "variants": [no_update] * len(MODES)}
+        return {
+            "state": no_update,
+            "disabled": [no_update] * len(_CONTROLS),
+            "variants": [no_update] * len(MODES),
+        }
     idle, held = record.run.status() != "running", policy(record)
     variants = ["filled" if m == held else "default" for m in MODES]
-    return {"state": state(record, error), "disabled": [idle] * len(_CONTROLS), "variants": variants}
+    return {
+        "state": state(record, error),
+        "disabled": [idle] * len(_CONTROLS),
+        "variants": variants,
+    }
 
 
 def _ask(library: Library, pathname: str, mode: str, steps: Any) -> dict:
@@ -136,7 +163,9 @@ def _ask(library: Library, pathname: str, mode: str, steps: Any) -> dict:
     if record.run.status() != "running":
         return {"error": _WHY_NOT.format(step=whole(record.run.manifest.get("last_step")))}
     try:
-        request = record.run.request(mode, int(steps) if isinstance(steps, int | float) else None, by="dashboard")
+        request = record.run.request(
+            mode, int(steps) if isinstance(steps, int | float) else None, by="dashboard"
+        )
     except GeodiagError as e:
         return {"error": str(e)}
     return {"id": request.id}
@@ -150,4 +179,6 @@ def _since(steps: dict) -> int:
 
 
 def _line(kind: str, children: list) -> html.Div:
-    return html.Div([html.Span(className=f"dot dot-{kind}"), html.Span(children)], className=f"said said-{kind}")
+    return html.Div(
+        [html.Span(className=f"dot dot-{kind}"), html.Span(children)], className=f"said said-{kind}"
+    )

@@ -17,7 +17,18 @@ from geodiag.dashboard.url.url_state import View
 from geodiag.metrics.schema import ROUTING_MODES
 
 REFRESH_MS = 1500
-_DARK = ["#e6e9f0", "#c3c9d4", "#98a2b3", "#667085", "#3a4150", "#2a303c", "#1f2430", "#171b23", "#10131a", "#0b0d12"]
+_DARK = [
+    "#e6e9f0",
+    "#c3c9d4",
+    "#98a2b3",
+    "#667085",
+    "#3a4150",
+    "#2a303c",
+    "#1f2430",
+    "#171b23",
+    "#10131a",
+    "#0b0d12",
+]
 _FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 THEME_COOKIE = "geodiag-theme"
 MODES = {"warmup": "warm-up", "on": "anticipatory", "drain": "drain"}
@@ -28,7 +39,9 @@ LEGEND["undone"] = ("undone", "Steps that were rolled back: a later attempt took
 
 
 def shell() -> dmc.MantineProvider:
-    """The page without its content. The colour scheme comes from a cookie, so the first paint is the right one."""
+    """The page without its content. The colour scheme comes from a cookie, so the first paint is
+    the right one.
+    """
     theme = request.cookies.get(THEME_COOKIE, "") if has_request_context() else ""
     known = theme if theme in ("light", "dark") else None
     return dmc.MantineProvider(
@@ -39,7 +52,10 @@ def shell() -> dmc.MantineProvider:
             dcc.Store(id="theme-known", data=known is not None),
             *(dcc.Store(id=name) for name in ("tick", "pulse", "asked")),
             html.A("Skip to content", href="#page", className="skip"),
-            html.Header([html.Div(id="nav", className="nav"), html.Div(_right(), className="right")], className="top"),
+            html.Header(
+                [html.Div(id="nav", className="nav"), html.Div(_right(), className="right")],
+                className="top",
+            ),
             html.Div(id="problems"),
             html.Div(id="legend"),
             html.Main(id="page", tabIndex=-1),
@@ -56,7 +72,9 @@ def shell() -> dmc.MantineProvider:
     )
 
 
-def nav(record: Record | None, tabs: list[tuple[str, str]], pathname: str, view: View, single: bool) -> list:
+def nav(
+    record: Record | None, tabs: list[tuple[str, str]], pathname: str, view: View, single: bool
+) -> list:
     """Brand, run and tabs; a tab keeps the range of steps and the site that the reader looks at."""
     brand: Any = [html.Img(src="/assets/mark.svg", alt="", width=22, height=22), "geodiag"]
     out: list[Any] = [dcc.Link(brand, href="/", className="brand", title="all runs")]
@@ -71,12 +89,20 @@ def nav(record: Record | None, tabs: list[tuple[str, str]], pathname: str, view:
         here = pathname.rstrip("/").endswith(f"/{name}")
         mark: Any = {"aria-current": "page"} if here else {}
         target = f"/run/{quote(record.run.name)}/{name}{kept}"
-        links.append(html.Div(dcc.Link(title, href=target), className="g-tab here" if here else "g-tab", **mark))
+        links.append(
+            html.Div(
+                dcc.Link(title, href=target), className="g-tab here" if here else "g-tab", **mark
+            )
+        )
     said: list[Any] = [html.Nav(links, className="tabs", **aria("pages of this run"))]
     if view.steps:
         low, high = map(whole, view.steps)
         back = f"{pathname}{view.but(steps=None).search()}"
-        said.append(dcc.Link(f"steps {low} – {high}  ×", href=back, className="zoom", title="show all steps"))
+        said.append(
+            dcc.Link(
+                f"steps {low} – {high}  ×", href=back, className="zoom", title="show all steps"
+            )
+        )
     return out + said
 
 
@@ -86,7 +112,10 @@ def standing(record: Record | None) -> list:
         return []
     steps, status = record.steps()["step"], record.run.status()
     step = f"step {whole(int(steps[-1]))}" if len(steps) else "no step yet"
-    return [tip(html.Span(badge(status), tabIndex=0), STATUS[status]), html.Span(step, className="standing-step")]
+    return [
+        tip(html.Span(badge(status), tabIndex=0), STATUS[status]),
+        html.Span(step, className="standing-step"),
+    ]
 
 
 def legend(record: Record | None, pathname: str) -> list:
@@ -100,7 +129,8 @@ def legend(record: Record | None, pathname: str) -> list:
         kinds |= {ROUTING_MODES[m] for m in np.unique(record.steps()["routing_mode"]) if m > 0}
     said = {k: v for k, v in LEGEND.items() if k in kinds}
     return [
-        tip(html.Span([html.I(className=f"key key-{k}"), name], tabIndex=0), why) for k, (name, why) in said.items()
+        tip(html.Span([html.I(className=f"key key-{k}"), name], tabIndex=0), why)
+        for k, (name, why) in said.items()
     ]
 
 
@@ -112,7 +142,11 @@ def problems(record: Record | None) -> list:
     lines = [html.Li([html.Code(name), f" {why}"]) for name, why in sorted(found.items())[:12]]
     more = f" and {len(found) - 12} more" if len(found) > 12 else ""
     one = "1 piece of this run could not be read and is left out"
-    said = one if len(found) == 1 else f"{len(found)} pieces of this run could not be read and are left out"
+    said = (
+        one
+        if len(found) == 1
+        else f"{len(found)} pieces of this run could not be read and are left out"
+    )
     return [notice(html.Details([html.Summary(said + more), html.Ul(lines)]), "warn")]
 
 

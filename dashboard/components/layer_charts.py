@@ -1,4 +1,6 @@
-"""What the pages of routers and of activations have in common: all layers over steps, and one layer in detail."""
+"""What the pages of routers and of activations have in common: all layers over steps, and one layer
+in detail.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -46,20 +48,31 @@ def one_layer(
 
 
 def register(
-    app: Dash, library: Library, page: str, charts: Mapping[str, Drawing], metric_first: str, over_first: str
+    app: Dash,
+    library: Library,
+    page: str,
+    charts: Mapping[str, Drawing],
+    metric_first: str,
+    over_first: str,
 ) -> None:
-    """Draws the charts of a page, and steers them by its metric, by its layer, and by clicks on a row of layers."""
+    """Draws the charts of a page, and steers them by its metric, by its layer, and by clicks on a
+    row of layers.
+    """
     for chart, make in charts.items():
         draws(app, library, f"{page}-{chart}", "figure", make)
     controls = {
         f"{page}-metric": Control("metric", metric_first),
         f"{page}-over": Control("over", over_first),
-        f"{page}-layer": Control("layer", lambda pathname, view: layer_shown(library, pathname, view)),
+        f"{page}-layer": Control(
+            "layer", lambda pathname, view: layer_shown(library, pathname, view)
+        ),
     }
     steer(app, controls, [f"{page}-{chart}" for chart in charts], pick_layer)
 
 
-def all_layers(record: Record, view: View, look: Look, name: str, title: str, nothing: str) -> go.Figure:
+def all_layers(
+    record: Record, view: View, look: Look, name: str, title: str, nothing: str
+) -> go.Figure:
     """One metric of every layer; the chosen layer has a frame."""
     (grid,) = record.grids("layers", name)
     return heat_map(
@@ -93,9 +106,12 @@ def experts(record: Record, view: View, look: Look, name: str, shares: bool = Fa
 def lines(record: Record, view: View, look: Look, strips: Lines, lacks: str) -> go.Figure:
     """Series of the chosen layer; `lacks` says what a layer without any has not."""
     layer = layer_of(record, view)
-    record.grids("layers", *(name for _, names in strips for name in names))  # one reading instead of one a strip
+    record.grids(
+        "layers", *(name for _, names in strips for name in names)
+    )  # one reading instead of one a strip
     shown = [
-        Strip(title, series(record, layer, names), metric("layers", next(iter(names))).unit) for title, names in strips
+        Strip(title, series(record, layer, names), metric("layers", next(iter(names))).unit)
+        for title, names in strips
     ]
     return over_steps(
         shown,

@@ -39,9 +39,15 @@ def experts_of(record: Record, layer: int) -> int:
 
 
 def layer_of(record: Record, view: View) -> int:
-    """The chosen layer; else that of the chosen site, of the latest spike's first suspect, or the deepest one."""
+    """The chosen layer; else that of the chosen site, of the latest spike's first suspect, or the
+    deepest one.
+    """
     there = layers_of(record)
-    named = [e["layer"] for e in reversed(record.events()) if e["layer"] is not None and e["kind"] != "problem"]
+    named = [
+        e["layer"]
+        for e in reversed(record.events())
+        if e["layer"] is not None and e["kind"] != "problem"
+    ]
     for layer in (view.layer, view.site[0] if view.site else None, *named[:1]):
         if layer is not None and (layer in there or not there):
             return layer

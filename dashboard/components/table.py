@@ -12,14 +12,23 @@ _THEME = (
 )
 
 
-def table(name: str, columns: list[dict[str, Any]], rows: list[dict], height: str | None) -> dag.AgGrid:
-    """Sortable, filterable, reachable by keyboard. Each row needs an `id`; no `height` means as tall as the rows."""
+def table(
+    name: str, columns: list[dict[str, Any]], rows: list[dict], height: str | None
+) -> dag.AgGrid:
+    """Sortable, filterable, reachable by keyboard. Each row needs an `id`; no `height` means as
+    tall as the rows.
+    """
     return dag.AgGrid(
         id=name,
         columnDefs=columns,
         rowData=rows,
         getRowId="params.data.id",
-        defaultColDef={"sortable": True, "filter": True, "resizable": True, "suppressHeaderMenuButton": False},
+        defaultColDef={
+            "sortable": True,
+            "filter": True,
+            "resizable": True,
+            "suppressHeaderMenuButton": False,
+        },
         dashGridOptions={
             "theme": {"function": _THEME},
             "animateRows": False,

@@ -1,4 +1,6 @@
-"""Words and numbers as readers want them: help from the registry, large numbers with commas, unknowns as a dash."""
+"""Words and numbers as readers want them: help from the registry, large numbers with commas,
+unknowns as a dash.
+"""
 
 import math
 import time
@@ -32,7 +34,13 @@ def about(metric: Metric, counterfactual: bool = False) -> str:
         parts.append(f"Unit: {metric.unit}.")
     if metric.healthy:
         low, high = metric.healthy
-        said = f"below {high:g}" if low is None else f"above {low:g}" if high is None else f"{low:g} to {high:g}"
+        said = (
+            f"below {high:g}"
+            if low is None
+            else f"above {low:g}"
+            if high is None
+            else f"{low:g} to {high:g}"
+        )
         parts.append(f"Healthy: {said}.")
     if counterfactual:
         parts.append("This model has no such clamp: these are the hits it would have.")
@@ -47,7 +55,11 @@ def metric(table: str, name: str) -> Metric:
 def counterfactual(manifest: dict[str, Any], table: str, name: str) -> bool:
     """Whether the run's registry marks the metric as "would have been"."""
     entries = manifest.get("registry") or []
-    return any(e.get("counterfactual") for e in entries if e.get("table") == table and e.get("name") == name)
+    return any(
+        e.get("counterfactual")
+        for e in entries
+        if e.get("table") == table and e.get("name") == name
+    )
 
 
 def number(value: float | None, digits: int = 4) -> str:

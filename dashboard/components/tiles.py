@@ -14,11 +14,14 @@ from geodiag.health import SPIKES
 
 COMPOSITES = ("composite_gain_fwd", "composite_gain_bwd")
 _HIGH_GAIN = 2.0
-"""Composite gain from which the tile takes the warning colour; truncated Sinkhorn stays well below."""
+"""Composite gain from which the tile takes the warning colour; truncated Sinkhorn stays well below.
+"""
 
 
 def tiles(record: Record) -> list:
-    """Step, loss, composite gain, flip rate, routing, spikes. How the training stands is at the top of every page."""
+    """Step, loss, composite gain, flip rate, routing, spikes. How the training stands is at the top
+    of every page.
+    """
     steps, mode = record.steps(), record.mode()
     some = len(steps["step"]) > 0
     last = int(steps["step"][-1]) if some else None
@@ -30,7 +33,13 @@ def tiles(record: Record) -> list:
     found = [s for s in raised(record) if s.kind in SPIKES]
     return [
         tile("step", whole(last), pace, "The newest step on record."),
-        tile("loss", number(loss), metric("steps", "loss").unit, about(metric("steps", "loss")), _tone(loss, np.inf)),
+        tile(
+            "loss",
+            number(loss),
+            metric("steps", "loss").unit,
+            about(metric("steps", "loss")),
+            _tone(loss, np.inf),
+        ),
         _gain_tile(gain),
         _flip_tile(flip),
         tile(
@@ -49,7 +58,9 @@ def tiles(record: Record) -> list:
 
 
 def worst_now(record: Record, *names: str) -> Grid | None:
-    """The named metric whose newest values hold the worst; one column, or None where none was measured."""
+    """The named metric whose newest values hold the worst; one column, or None where none was
+    measured.
+    """
     best: tuple[float, Grid] | None = None
     for grid in record.recent("layers", *names):
         if not grid.rows or not len(grid.steps_S):
@@ -70,7 +81,13 @@ def _gain_tile(grid: Grid | None) -> Any:
         return tile(label, "–", "no residual maps recorded", about(metric("layers", COMPOSITES[0])))
     value, _, row = grid.worst()  # type: ignore[misc]
     way = "backward" if grid.metric.name.endswith("bwd") else "forward"
-    return tile(label, times(value), f"{way}, at {row_name(row)}", about(grid.metric), _tone(value, _HIGH_GAIN))
+    return tile(
+        label,
+        times(value),
+        f"{way}, at {row_name(row)}",
+        about(grid.metric),
+        _tone(value, _HIGH_GAIN),
+    )
 
 
 def _flip_tile(grid: Grid | None) -> Any:

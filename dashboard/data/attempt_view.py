@@ -1,4 +1,6 @@
-"""A run as an earlier attempt lived it: a spike that was rolled back is looked at among its own steps."""
+"""A run as an earlier attempt lived it: a spike that was rolled back is looked at among its own
+steps.
+"""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -1,7 +1,7 @@
 """A grid: one metric as rows × steps, dense, ready to slice and draw.
 
-Where there is no value the grid holds NaN; a value that was measured and is not finite is held as ±inf
-(+inf where high is bad, −inf where low is), so that a gap and a blow-up can never be confused.
+Where there is no value the grid holds NaN; a value that was measured and is not finite is held as
+±inf (+inf where high is bad, −inf where low is), so that a gap and a blow-up can never be confused.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,9 @@ _MOST_ROWS = 1 << 12
 
 @dataclass(frozen=True)
 class Grid:
-    """One metric over rows and steps. A row is (layer, site index) or (layer, expert), in static order."""
+    """One metric over rows and steps. A row is (layer, site index) or (layer, expert), in static
+    order.
+    """
 
     metric: Metric
     rows: tuple[tuple[int, int], ...]
@@ -40,7 +42,9 @@ class Grid:
 
     def measured(self) -> "Grid":
         """Without the rows in which this metric does not exist."""
-        return self._rows(np.flatnonzero(~np.isnan(self.values_RS).all(1)).tolist() if len(self.steps_S) else [])
+        return self._rows(
+            np.flatnonzero(~np.isnan(self.values_RS).all(1)).tolist() if len(self.steps_S) else []
+        )
 
     def at(self, step: int) -> np.ndarray:
         """Every row's newest value at or before `step`."""
@@ -61,7 +65,9 @@ class Grid:
         return float(self.values_RS[r, s]), int(self.steps_S[s]), self.rows[r]
 
     def _rows(self, keep: list[int]) -> "Grid":
-        return Grid(self.metric, tuple(self.rows[i] for i in keep), self.steps_S, self.values_RS[keep])
+        return Grid(
+            self.metric, tuple(self.rows[i] for i in keep), self.steps_S, self.values_RS[keep]
+        )
 
 
 def row_name(row: tuple[int, int]) -> str:
@@ -70,8 +76,14 @@ def row_name(row: tuple[int, int]) -> str:
 
 
 def to_grids(table: str, rows: pa.Table, names: list[str]) -> dict[str, Grid]:
-    """Table rows as one grid a metric; several ranks become one as each metric's registry entry says."""
-    step_n, layer_n, second_n = rows["step"].to_numpy(), rows["layer"].to_numpy(), _second(table, rows)
+    """Table rows as one grid a metric; several ranks become one as each metric's registry entry
+    says.
+    """
+    step_n, layer_n, second_n = (
+        rows["step"].to_numpy(),
+        rows["layer"].to_numpy(),
+        _second(table, rows),
+    )
     rank_n = rows["rank"].to_numpy()
     width = _period(step_n, layer_n, second_n, rank_n)
     if width:
@@ -108,8 +120,12 @@ def _second(table: str, rows: pa.Table) -> np.ndarray:
     return place_of[np.concatenate(codes)] if codes else np.array([], np.int16)
 
 
-def _period(step_n: np.ndarray, layer_n: np.ndarray, second_n: np.ndarray, rank_n: np.ndarray) -> int:
-    """R, where every step is the same R rows in static order, of one rank: then a grid is a reshape. 0 if not so."""
+def _period(
+    step_n: np.ndarray, layer_n: np.ndarray, second_n: np.ndarray, rank_n: np.ndarray
+) -> int:
+    """R, where every step is the same R rows in static order, of one rank: then a grid is a
+    reshape. 0 if not so.
+    """
     if not len(step_n) or step_n[0] < 0:
         return 0
     width = int((step_n != step_n[0]).argmax()) or len(step_n)
@@ -129,7 +145,9 @@ def values_of(column: pa.ChunkedArray, metric: Metric) -> np.ndarray:
     if broken_n.any():
         broken_n &= column.is_valid().to_numpy()
     if broken_n.any():
-        value_n = np.where(broken_n, np.float32(-np.inf if metric.worse == "low" else np.inf), value_n)
+        value_n = np.where(
+            broken_n, np.float32(-np.inf if metric.worse == "low" else np.inf), value_n
+        )
     return value_n
 
 
@@ -153,7 +171,9 @@ def merge_ranks(parts: list[np.ndarray], metric: Metric, shape: tuple[int, ...])
 
 
 def joined(head: Grid, tail: Grid) -> Grid | None:
-    """`head` continued by `tail`, which wins where they overlap; None where `tail` has rows that `head` has not."""
+    """`head` continued by `tail`, which wins where they overlap; None where `tail` has rows that
+    `head` has not.
+    """
     if not set(tail.rows) <= set(head.rows):
         return None
     if not len(tail.steps_S):
@@ -162,11 +182,15 @@ def joined(head: Grid, tail: Grid) -> Grid | None:
     new_RS = np.full((len(head.rows), len(tail.steps_S)), np.nan, np.float32)
     new_RS[[head.rows.index(r) for r in tail.rows]] = tail.values_RS
     steps_S = np.concatenate([head.steps_S[:keep], tail.steps_S])
-    return Grid(head.metric, head.rows, steps_S, np.concatenate([head.values_RS[:, :keep], new_RS], 1))
+    return Grid(
+        head.metric, head.rows, steps_S, np.concatenate([head.values_RS[:, :keep], new_RS], 1)
+    )
 
 
 def stacked(parts: Sequence[Grid]) -> Grid | None:
-    """Grids of one metric, of one stretch of steps after another, as one; None where their rows differ."""
+    """Grids of one metric, of one stretch of steps after another, as one; None where their rows
+    differ.
+    """
     some = [p for p in parts if len(p.steps_S)] or parts[:1]
     first = some[0]
     if any(p.rows != first.rows for p in some):
@@ -178,7 +202,9 @@ def stacked(parts: Sequence[Grid]) -> Grid | None:
 
 
 def _index(key_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(sorted distinct keys, each key's place among them), by counting: keys are dense, and there are millions."""
+    """(sorted distinct keys, each key's place among them), by counting: keys are dense, and there
+    are millions.
+    """
     if not len(key_n):
         return key_n, key_n
     low = key_n.min()

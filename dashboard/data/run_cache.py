@@ -1,4 +1,6 @@
-"""One run as the pages see it: its tables held dense in memory, and brought up to date by reading only the tail."""
+"""One run as the pages see it: its tables held dense in memory, and brought up to date by reading
+only the tail.
+"""
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -39,7 +41,9 @@ class Record:
         self._kept: dict[Hashable, Any] = {}
 
     def refresh(self) -> str:
-        """Looks whether the run changed on disk and reads what is new. Returns a mark of the version."""
+        """Looks whether the run changed on disk and reads what is new. Returns a mark of the
+        version.
+        """
         with self._lock:
             stamp = self._look()
             if stamp != self._stamp:
@@ -52,7 +56,9 @@ class Record:
             return f"{hash(self._stamp) & 0xFFFFFFFF:08x}"
 
     def steps(self) -> dict[str, np.ndarray]:
-        """Table `steps`, ranks merged: column → values; `routing_mode` as indices into ROUTING_MODES, −1 for none."""
+        """Table `steps`, ranks merged: column → values; `routing_mode` as indices into
+        ROUTING_MODES, −1 for none.
+        """
         with self._lock:
             if self._steps is None:
                 self._steps = steps_of(self.run.read_arrow("steps"))
@@ -68,7 +74,9 @@ class Record:
         return self.memo("undone", lambda: undone_of(self.run))
 
     def lived(self, attempt: int | None) -> "Record":
-        """The run as it stood when `attempt` was its newest; itself for None and for the newest attempt."""
+        """The run as it stood when `attempt` was its newest; itself for None and for the newest
+        attempt.
+        """
         starts = self.said_attempts()
         if attempt is None or attempt not in starts or attempt == max(starts):
             return self
@@ -108,7 +116,9 @@ class Record:
             return self._memos[key]
 
     def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returns, for as long as the key says everything that it depends on; the last few are kept."""
+        """What `make` returns, for as long as the key says everything that it depends on; the last
+        few are kept.
+        """
         with self._lock:
             if key not in self._kept:
                 while len(self._kept) >= _KEPT:
@@ -117,7 +127,9 @@ class Record:
             return self._kept[key]
 
     def stretch(self, table: str, names: Sequence[str], first: int, last: int) -> list[Grid]:
-        """The named metrics of `layers` or `experts` from step `first` to `last`, without reading the rest."""
+        """The named metrics of `layers` or `experts` from step `first` to `last`, without reading
+        the rest.
+        """
         made = self._made(table, list(names), (max(0, first), last + 1))
         return [made[n] for n in names]
 
@@ -148,7 +160,9 @@ class Record:
         return dict(self.run.problems)
 
     def _whole(self, table: str, names: list[str]) -> dict[str, Grid]:
-        """The named metrics of every step, a stretch at a time: rows take several times the room of their grid."""
+        """The named metrics of every step, a stretch at a time: rows take several times the room of
+        their grid.
+        """
         steps_S = self.steps()["step"]
         first, last = (int(steps_S[0]), int(steps_S[-1])) if len(steps_S) else (0, 0)
         parts = [
@@ -175,7 +189,9 @@ class Record:
             for name, tail in self._made(table, names, (first, None)).items():
                 whole = joined(self._grids[table, name], tail)
                 if whole is None:
-                    del self._grids[table, name]  # other rows than before: read it anew when it is asked for
+                    del self._grids[
+                        table, name
+                    ]  # other rows than before: read it anew when it is asked for
                 else:
                     self._grids[table, name] = whole
 

@@ -12,25 +12,33 @@ from geodiag.dashboard.figures.trajectory import Trajectory
 from geodiag.metrics.schema import SITES
 
 _NEAR, _FAR = 64, 4096
-"""How far back to look for a sample, at first: a table can be large, and samples are rarely far apart."""
+"""How far back to look for a sample, at first: a table can be large, and samples are rarely far
+apart.
+"""
 
 
 def sampled_at(record: Record, table: str, step: int) -> int | None:
     """The newest step up to `step` at which the table has rows."""
     for back in (_NEAR, _FAR, step + 1):
-        known = record.run.read_arrow(table, ["step"], steps=(max(0, step + 1 - back), step + 1))["step"]
+        known = record.run.read_arrow(table, ["step"], steps=(max(0, step + 1 - back), step + 1))[
+            "step"
+        ]
         if len(known):
             return int(known[-1].as_py())
     return None
 
 
 def sampled_near(record: Record, table: str, step: int) -> int | None:
-    """The first step from `step` on at which the table has rows, so that what happened at it shows; else the newest."""
+    """The first step from `step` on at which the table has rows, so that what happened at it shows;
+    else the newest.
+    """
     after = record.run.read_arrow(table, ["step"], steps=(step, step + _NEAR))["step"]
     return int(after[0].as_py()) if len(after) else sampled_at(record, table, step)
 
 
-def matrices(record: Record, layer: int, site: str, step: int) -> tuple[int, dict[str, np.ndarray]] | None:
+def matrices(
+    record: Record, layer: int, site: str, step: int
+) -> tuple[int, dict[str, np.ndarray]] | None:
     """(step, map → token-mean matrix) of one site."""
     at = record.memo(("matrices at", step), lambda: sampled_at(record, "matrices", step))
     if at is None:
@@ -41,7 +49,9 @@ def matrices(record: Record, layer: int, site: str, step: int) -> tuple[int, dic
 
 
 def composites(record: Record, layer: int, at: int) -> list[tuple[str, np.ndarray]]:
-    """(name, N×N) at a sampled step: the maps of a layer's sites, and the product of all from the first site to it."""
+    """(name, N×N) at a sampled step: the maps of a layer's sites, and the product of all from the
+    first site to it.
+    """
     maps = _maps_at(record, at)
     sites = sorted(where for where, name in maps if name == "res" and where[0] <= layer)
     own = [(row_name(s), maps[s, "res"]) for s in sites if s[0] == layer]
@@ -67,7 +77,10 @@ def _trajectories(rows: pa.Table) -> list[Trajectory]:
         out.append(
             Trajectory(
                 token=int(token),
-                place_P=tuple(f"{layer}.{site}" for layer, site in zip(mine["layer"], mine["site"], strict=True)),
+                place_P=tuple(
+                    f"{layer}.{site}"
+                    for layer, site in zip(mine["layer"], mine["site"], strict=True)
+                ),
                 projection_P2=mine[["projection_1", "projection_2"]].to_numpy(float),
                 expert_P=np.array(experts),
                 flipped_P=mine["flipped"].to_numpy(float),
@@ -78,10 +91,14 @@ def _trajectories(rows: pa.Table) -> list[Trajectory]:
 
 
 def before_and_near(record: Record, table: str, before: int, step: int) -> list[tuple[str, int]]:
-    """(what to call it, sampled step): the newest sample before `before`, where there is one, and one near `step`."""
+    """(what to call it, sampled step): the newest sample before `before`, where there is one, and
+    one near `step`.
+    """
     key = ("around", table, before, step)
     near = record.memo((*key, "near"), lambda: sampled_near(record, table, step))
-    past = record.memo((*key, "past"), lambda: sampled_at(record, table, before - 1) if before > 0 else None)
+    past = record.memo(
+        (*key, "past"), lambda: sampled_at(record, table, before - 1) if before > 0 else None
+    )
     out = [("before", past)] if past is not None and near is not None and past < near else []
     return [*out, ("at the cell", near)] if near is not None else []
 

@@ -1,4 +1,6 @@
-"""Table `steps` as the pages see it: one value a step and column, ranks merged, and what later attempts took back."""
+"""Table `steps` as the pages see it: one value a step and column, ranks merged, and what later
+attempts took back.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,7 +27,9 @@ class Undone(NamedTuple):
 
 
 def steps_of(rows: pa.Table, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Columns of `steps`, ranks merged; all metrics and the routing mode, or the named metrics alone."""
+    """Columns of `steps`, ranks merged; all metrics and the routing mode, or the named metrics
+    alone.
+    """
     step_n, rank_n = rows["step"].to_numpy(), rows["rank"].to_numpy()
     steps_S, at_n = np.unique(step_n, return_inverse=True)
     out: dict[str, np.ndarray] = {"step": steps_S}
@@ -56,7 +60,9 @@ def undone_of(run: Run) -> list[Undone]:
         ends = min((first for later, first in starts.items() if later > attempt), default=None)
         if ends is None:
             continue
-        gone = rows.filter(pc.and_(pc.equal(rows["attempt"], attempt), pc.greater_equal(rows["step"], ends)))
+        gone = rows.filter(
+            pc.and_(pc.equal(rows["attempt"], attempt), pc.greater_equal(rows["step"], ends))
+        )
         if len(gone):
             merged = steps_of(gone, ("loss", "grad_norm"))
             out.append(Undone(attempt, merged["step"], merged["loss"], merged["grad_norm"]))

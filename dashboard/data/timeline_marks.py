@@ -1,4 +1,6 @@
-"""What happened, as places on a time axis: spikes, warnings, rollbacks, attempts, and spans of routing modes."""
+"""What happened, as places on a time axis: spikes, warnings, rollbacks, attempts, and spans of
+routing modes.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -56,20 +58,28 @@ class Mark:
 
 
 def spikes(events: Iterable[dict[str, Any]]) -> list[Spike]:
-    """The detector's events; what a later row says of the same onset (its peak, its end) is merged in."""
+    """The detector's events; what a later row says of the same onset (its peak, its end) is merged
+    in.
+    """
     found: dict[int, Spike] = {}
     for event in events:
         data = details(event["data"])
         if event["kind"] in _RAISED:
             onset = _number(data, "onset", event["step"])
             old = found.get(onset)
-            said = {"kind": event["kind"], "detected": event["step"], "message": event["message"] or ""}
+            said = {
+                "kind": event["kind"],
+                "detected": event["step"],
+                "message": event["message"] or "",
+            }
             first = Spike(onset=onset, attempt=event.get("attempt") or 0, **said)
             found[onset] = _told(old or first, data)
         elif event["kind"] == "recovered" and found:
             onset = _number(data, "onset", max(found))
             if onset in found:
-                found[onset] = _told(found[onset], {"end": event["step"]} | {k: v for k, v in data.items() if v})
+                found[onset] = _told(
+                    found[onset], {"end": event["step"]} | {k: v for k, v in data.items() if v}
+                )
     return [found[k] for k in sorted(found)]
 
 

@@ -1,4 +1,6 @@
-"""The cascade: the loss above three maps of layers over steps, and the path from the origin to the loss across them."""
+"""The cascade: the loss above three maps of layers over steps, and the path from the origin to the
+loss across them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,7 +48,10 @@ class Scene:
 
 
 def picture(
-    scene: Scene, look: Look, cascade: Cascade | None = None, cell: tuple[int, int, int] | None = None
+    scene: Scene,
+    look: Look,
+    cascade: Cascade | None = None,
+    cell: tuple[int, int, int] | None = None,
 ) -> go.Figure:
     """The scene with the path of `cascade` across it; `cell` (stage, layer, step) has a frame.
 
@@ -70,7 +75,11 @@ def picture(
         margin={"l": 58, "r": 76, "t": 2, "b": 42},
     )
     fig.update_layout(xaxis={"spikecolor": look.cursor, "spikedash": "dot"})
-    others = [m for m in scene.marks if cascade is None or m.kind != "spike" or m.step != cascade.spike_onset]
+    others = [
+        m
+        for m in scene.marks
+        if cascade is None or m.kind != "spike" or m.step != cascade.spike_onset
+    ]
     draw_marks(fig, others, reach, look, place.domains)
     if cascade is not None:
         asked = "early warning" if _warned(scene, cascade.spike_onset) else "the step in question"
@@ -109,7 +118,9 @@ def _loss(fig: go.Figure, scene: Scene, near: np.ndarray, place: Place, look: Lo
     pad = max(0.08 * (b - a), 1e-3)
     place.loss_range = (a - pad, b + 1.6 * pad)
     unit = METRICS["steps", "loss"].unit
-    fig.update_layout(yaxis=axis(look, domain=place.domains[0], range=place.loss_range, nticks=5, anchor="x"))
+    fig.update_layout(
+        yaxis=axis(look, domain=place.domains[0], range=place.loss_range, nticks=5, anchor="x")
+    )
     _title(fig, place, 0, f"<b>loss</b>  {_soft(unit, look)}", look)
     for span in scene.spans:
         if span.end >= low and span.start <= high:
@@ -125,7 +136,15 @@ def _loss(fig: go.Figure, scene: Scene, near: np.ndarray, place: Place, look: Lo
                 )  # fmt: skip
     draw_undone(fig, scene.undone, low, high, look, {"loss": "y"})
     hover = "loss %{y:.4g} at step %{x:,d}"
-    curve(fig, scene.steps["step"][near], loss_S, look, name="loss", hover=hover, extra="<extra></extra>")
+    curve(
+        fig,
+        scene.steps["step"][near],
+        loss_S,
+        look,
+        name="loss",
+        hover=hover,
+        extra="<extra></extra>",
+    )
 
 
 def _map(fig: go.Figure, scene: Scene, stage: int, place: Place, look: Look) -> None:
@@ -134,20 +153,36 @@ def _map(fig: go.Figure, scene: Scene, stage: int, place: Place, look: Look) -> 
     names = [str(k) for k in place.layers]
     rows = tuple((int(k), 1) for k in place.layers)
     score_LS = scene.stages.scores[stage - 1]
-    columns = binned(Grid(METRICS["steps", f"stage{stage}_score"], rows, scene.stages.steps, score_LS))
+    columns = binned(
+        Grid(METRICS["steps", f"stage{stage}_score"], rows, scene.stages.steps, score_LS)
+    )
     seen = len(columns.left_B) > 0
-    kind: dict[str, Any] = {"range": [0, 1], "tickvals": []}  # categories that nothing is drawn at would be none
+    kind: dict[str, Any] = {
+        "range": [0, 1],
+        "tickvals": [],
+    }  # categories that nothing is drawn at would be none
     if seen:
         kind = {"type": "category", "categoryorder": "array", "categoryarray": names}
-        kind |= {"range": [len(names) - 0.5, -0.5], "tickvals": names[:: max(1, -(-len(names) // 8))]}
-    shape = {"domain": place.domains[stage], "autorange": False, "anchor": "x", "showgrid": False, "ticks": ""}
+        kind |= {
+            "range": [len(names) - 0.5, -0.5],
+            "tickvals": names[:: max(1, -(-len(names) // 8))],
+        }
+    shape = {
+        "domain": place.domains[stage],
+        "autorange": False,
+        "anchor": "x",
+        "showgrid": False,
+        "ticks": "",
+    }
     fig.update_layout({f"yaxis{stage + 1}": axis(look, "layer", **shape, **kind)})
     if not seen:
         fig.add_annotation(
             text=scene.missing.get(stage, "Nothing of this stage was recorded here."), x=0.5, xref="paper",
             y=sum(place.domains[stage]) / 2, yref="paper", showarrow=False, font={"size": 13, "color": look.soft},
         )  # fmt: skip
-        fig.add_scatter(x=[None], y=[None], yaxis=f"y{stage + 1}", hoverinfo="skip")  # keeps the axis, and its turn
+        fig.add_scatter(
+            x=[None], y=[None], yaxis=f"y{stage + 1}", hoverinfo="skip"
+        )  # keeps the axis, and its turn
         return
     fig.add_heatmap(
         z=z_shade(columns.values_RB), customdata=columns.values_RB, dx=columns.width,
@@ -185,7 +220,10 @@ def _frame(fig: go.Figure, cell: tuple[int, int, int], scene: Scene, look: Look)
     if layer not in layers or not scene.window[0] <= step <= scene.window[1]:
         return
     at, half = layers.index(layer), max(0.5, (scene.window[1] - scene.window[0]) / 220)
-    for colour, width in ((look.paper, 4.5), (look.ink, 1.8)):  # to be seen on the palest and on the deepest cell
+    for colour, width in (
+        (look.paper, 4.5),
+        (look.ink, 1.8),
+    ):  # to be seen on the palest and on the deepest cell
         fig.add_shape(
             type="rect", x0=step - half, x1=step + half, y0=at - 0.5, y1=at + 0.5, yref=f"y{stage + 1}",
             line={"color": colour, "width": width},

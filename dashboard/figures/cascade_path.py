@@ -1,4 +1,6 @@
-"""The path of a cascade: rings where each stage left its range, a line through them in time, and what each one says."""
+"""The path of a cascade: rings where each stage left its range, a line through them in time, and
+what each one says.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,9 @@ from geodiag.dashboard.figures.style import Look, faded, upright
 
 @dataclass
 class Place:
-    """Where things are: the panels' vertical domains (the loss first, then the stages), and the rows in them."""
+    """Where things are: the panels' vertical domains (the loss first, then the stages), and the
+    rows in them.
+    """
 
     domains: tuple[tuple[float, float], ...]
     layers: list[int]
@@ -45,7 +49,9 @@ def draw_path(
     loss: float | None,
     asked: str,
 ) -> None:
-    """Rings, line, dashes and labels of one cascade; `asked` is what its end is called where the loss did not spike."""
+    """Rings, line, dashes and labels of one cascade; `asked` is what its end is called where the
+    loss did not spike.
+    """
     end_said = _lead(cascade, asked)
     knots = [k for k in cascade.path if k.stage in (1, 2, 3) and k.layer in place.layers]
     heads = first_of_each_stage(knots, cascade)
@@ -91,7 +97,9 @@ def _line(fig: go.Figure, points: Sequence[tuple[float, float]], look: Look) -> 
         )  # fmt: skip
 
 
-def _dots(fig: go.Figure, knots: Sequence[Onset], heads: Sequence[Onset], place: Place, look: Look) -> None:
+def _dots(
+    fig: go.Figure, knots: Sequence[Onset], heads: Sequence[Onset], place: Place, look: Look
+) -> None:
     for stage in (1, 2, 3):
         mine = [k for k in knots if k.stage == stage]
         if not mine:
@@ -120,7 +128,11 @@ def _says(head: Onset, knots: Sequence[Onset], cascade: Cascade) -> str:
         place = " · ".join(where(cascade.layer, cascade.site, cascade.expert).split(", "))
         return f"<b>{place}</b><br>{measured(cascade.evidence[0]) if cascade.evidence else head.metric}"
     layers = sorted({int(k.layer) for k in knots if k.stage == head.stage and k.layer is not None})
-    later = "" if cascade.onset is None or head.step == cascade.onset else f", {_after(head.step - cascade.onset)}"
+    later = (
+        ""
+        if cascade.onset is None or head.step == cascade.onset
+        else f", {_after(head.step - cascade.onset)}"
+    )
     return f"<b>{layers_in_words(layers)}</b><br>{head.metric} {head.score:.0f} σ{later}"
 
 
@@ -153,7 +165,9 @@ def _label(
     reach: tuple[float, float],
     look: Look,
 ) -> None:
-    """A framed note beside a ring: before it, where it is still quiet, and in the other half of its panel."""
+    """A framed note beside a ring: before it, where it is still quiet, and in the other half of its
+    panel.
+    """
     x, y = point
     low, high = place.domains[panel]
     left = (x - reach[0]) / (reach[1] - reach[0]) > 0.3

@@ -1,4 +1,6 @@
-"""How a metric's values become colour: gains around 1 on a log scale, shares from 0, wide ranges as logarithms."""
+"""How a metric's values become colour: gains around 1 on a log scale, shares from 0, wide ranges as
+logarithms.
+"""
 
 from typing import Any, NamedTuple
 
@@ -24,7 +26,9 @@ def is_gain(metric: Metric) -> bool:
 
 
 def shade(metric: Metric, values: np.ndarray, look: Look, centre: float | None = None) -> Shade:
-    """The colour axis for these values of `metric`; `centre` is the value that is drawn as neither high nor low."""
+    """The colour axis for these values of `metric`; `centre` is the value that is drawn as neither
+    high nor low.
+    """
     finite = values[np.isfinite(values)]
     if not len(finite):
         return Shade({"colorscale": look.heat, "cmin": 0, "cmax": 1, "showscale": False}, False)
@@ -32,10 +36,14 @@ def shade(metric: Metric, values: np.ndarray, look: Look, centre: float | None =
     if is_gain(metric) or centre is not None:
         middle, least = centre or 1.0, _LEAST_GAIN if centre is None else 2.0
         positive = finite[finite > 0] / middle
-        reach = max(least, float(positive.max()), 1 / float(positive.min())) if len(positive) else least
+        reach = (
+            max(least, float(positive.max()), 1 / float(positive.min())) if len(positive) else least
+        )
         reach = min(reach, max(least, 1e4 if centre is None else 4.0))
         a, b = np.log10(middle) - np.log10(reach), np.log10(middle) + np.log10(reach)
-        return Shade(_axis(look.gain, float(a), float(b), metric.unit, _ticks(float(a), float(b))), True)
+        return Shade(
+            _axis(look.gain, float(a), float(b), metric.unit, _ticks(float(a), float(b))), True
+        )
     scale = [(1 - p, c) for p, c in reversed(look.heat)] if metric.worse == "low" else look.heat
     if low > 0 and high / low > 100:
         a, b = float(np.log10(low)), float(np.log10(high))
@@ -48,8 +56,9 @@ def shade(metric: Metric, values: np.ndarray, look: Look, centre: float | None =
 
 
 Z_MIN, Z_MAX = 3.0, 60.0
-"""The colours of robust z: below the first it is the noise of a worst-of-many. Logarithmic: what began as a whisper
-and what is far out of range are both there to be seen."""
+"""The colours of robust z: below the first it is the noise of a worst-of-many. Logarithmic: what
+began as a whisper and what is far out of range are both there to be seen.
+"""
 
 
 def z_shade(score: np.ndarray) -> np.ndarray:
@@ -64,11 +73,24 @@ def robust_z(look: Look, length: float) -> dict[str, Any]:
         "title": {"text": "robust z", "font": {"size": 11}}, "tickfont": {"size": 11},
         "tickvals": np.log10([3, 6, 12, 24, 48]).tolist(), "ticktext": ["≤ 3", "6", "12", "24", "48"],
     }  # fmt: skip
-    return {"colorscale": look.heat, "cmin": float(np.log10(Z_MIN)), "cmax": float(np.log10(Z_MAX)), "colorbar": bar}
+    return {
+        "colorscale": look.heat,
+        "cmin": float(np.log10(Z_MIN)),
+        "cmax": float(np.log10(Z_MAX)),
+        "colorbar": bar,
+    }
 
 
-def _axis(scale: Any, low: float, high: float, unit: str, ticks: list[float] | None) -> dict[str, Any]:
-    bar: dict[str, Any] = {"thickness": 10, "outlinewidth": 0, "tickfont": {"size": 11}, "x": 1.01, "nticks": 6}
+def _axis(
+    scale: Any, low: float, high: float, unit: str, ticks: list[float] | None
+) -> dict[str, Any]:
+    bar: dict[str, Any] = {
+        "thickness": 10,
+        "outlinewidth": 0,
+        "tickfont": {"size": 11},
+        "x": 1.01,
+        "nticks": 6,
+    }
     share, gain = unit == "share", unit == "×"
     bar["title"] = {"text": "" if share or gain or unit == "1" else unit, "font": {"size": 12}}
     if ticks is not None:
@@ -79,13 +101,23 @@ def _axis(scale: Any, low: float, high: float, unit: str, ticks: list[float] | N
     return {"colorscale": scale, "cmin": low, "cmax": high, "colorbar": bar}
 
 
-_ROUND: tuple[tuple[float, ...], ...] = ((1,), (2, 5), (1.5, 3, 7), (1.2, 8), (1.1, 9), (1.05, 9.5), (1.02, 9.8))
+_ROUND: tuple[tuple[float, ...], ...] = (
+    (1,),
+    (2, 5),
+    (1.5, 3, 7),
+    (1.2, 8),
+    (1.1, 9),
+    (1.05, 9.5),
+    (1.02, 9.8),
+)
 """Round numbers, the roundest first."""
 _MOST_TICKS = 9
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between 10^low and 10^high, the rounder the likelier, none too close to another."""
+    """Round numbers between 10^low and 10^high, the rounder the likelier, none too close to
+    another.
+    """
     chosen: list[float] = []
     decades = range(int(np.floor(low)) - 1, int(np.ceil(high)) + 1)
     for mantissas in _ROUND:

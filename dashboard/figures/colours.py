@@ -1,6 +1,8 @@
-"""Colour maps that tell the truth: equal steps of value are equal steps of lightness, for every kind of eye.
+"""Colour maps that tell the truth: equal steps of value are equal steps of lightness, for every
+kind of eye.
 
-Each map is a few anchor colours; between them we walk through OKLab, with the lightness made linear.
+Each map is a few anchor colours; between them we walk through OKLab, with the lightness made
+linear.
 """
 
 from collections.abc import Sequence
@@ -46,7 +48,9 @@ def sequential(anchors: Sequence[str], stops: int = 17) -> Scale:
     rising = labs[:, 0] if labs[0, 0] < labs[-1, 0] else labs[::-1, 0]
     order = slice(None) if labs[0, 0] < labs[-1, 0] else slice(None, None, -1)
     a, b = (np.interp(light, rising, labs[order, i]) for i in (1, 2))
-    return [(i / (stops - 1), to_hex(np.array(c))) for i, c in enumerate(zip(light, a, b, strict=True))]
+    return [
+        (i / (stops - 1), to_hex(np.array(c))) for i, c in enumerate(zip(light, a, b, strict=True))
+    ]
 
 
 def diverging(low: Sequence[str], high: Sequence[str], stops: int = 17) -> Scale:
@@ -57,7 +61,9 @@ def diverging(low: Sequence[str], high: Sequence[str], stops: int = 17) -> Scale
 
 
 def hues(count: int, dark: bool) -> list[str]:
-    """Colours for things without an order: as far apart as they can be, of one lightness. They repeat from 12 on."""
+    """Colours for things without an order: as far apart as they can be, of one lightness. They
+    repeat from 12 on.
+    """
     light, chroma, most = (0.76, 0.125, 12) if dark else (0.58, 0.135, 12)
     angles = 2 * np.pi * (np.arange(min(count, most)) / min(count, most) + 0.08)
     ring = [to_hex(np.array([light, chroma * np.cos(a), chroma * np.sin(a)])) for a in angles]

@@ -1,4 +1,6 @@
-"""One measured line: as few points as show it all, its gaps, and a cross wherever a value was not finite."""
+"""One measured line: as few points as show it all, its gaps, and a cross wherever a value was not
+finite.
+"""
 
 from typing import Any
 

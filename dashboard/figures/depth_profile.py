@@ -1,4 +1,6 @@
-"""One step, seen over depth: the gain of every site, forward and backward, down the stack of layers."""
+"""One step, seen over depth: the gain of every site, forward and backward, down the stack of
+layers.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +21,9 @@ class Curve(NamedTuple):
     value_R: np.ndarray
 
 
-def profile(curves: Sequence[Curve], look: Look, row: str | None = None, height: int = 310) -> go.Figure:
+def profile(
+    curves: Sequence[Curve], look: Look, row: str | None = None, height: int = 310
+) -> go.Figure:
     """Layer 0 on top, as in the heat maps beside it; a dotted line marks a gain of 1."""
     curves = [c for c in curves if np.isfinite(c.value_R).any()]
     if not curves:
@@ -29,7 +33,12 @@ def profile(curves: Sequence[Curve], look: Look, row: str | None = None, height:
     wide = bool((every > 0).all()) and every.max() / every.min() > 20
     metric = curves[0].grid.metric
     fig = base(look, height, hovermode="y unified")
-    rows: Any = {"type": "category", "autorange": "reversed", "categoryarray": names, "categoryorder": "array"}
+    rows: Any = {
+        "type": "category",
+        "autorange": "reversed",
+        "categoryarray": names,
+        "categoryorder": "array",
+    }
     ticks = names[:: max(1, -(-len(names) // 16))]
     fig.update_layout(
         xaxis=axis(look, titled("", metric.unit).strip(", ") or "value", type="log" if wide else "linear", nticks=6),
@@ -38,7 +47,9 @@ def profile(curves: Sequence[Curve], look: Look, row: str | None = None, height:
         showlegend=True,
         legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 12, "color": look.ink}},
     )  # fmt: skip
-    for curve, colour, symbol in zip(curves, (look.forward, look.backward), ("circle", "diamond"), strict=False):
+    for curve, colour, symbol in zip(
+        curves, (look.forward, look.backward), ("circle", "diamond"), strict=False
+    ):
         fig.add_scatter(
             x=np.where(np.isfinite(curve.value_R), curve.value_R, np.nan), y=names, mode="lines+markers",
             name=curve.label, line={"color": colour, "width": 1.6},
@@ -52,5 +63,7 @@ def profile(curves: Sequence[Curve], look: Look, row: str | None = None, height:
             fig.update_xaxes(range=[low - pad, high + pad])
     if row in names:
         at = names.index(row)
-        fig.add_hrect(y0=at - 0.5, y1=at + 0.5, fillcolor=look.line, opacity=0.6, line_width=0, layer="below")
+        fig.add_hrect(
+            y0=at - 0.5, y1=at + 0.5, fillcolor=look.line, opacity=0.6, line_width=0, layer="below"
+        )
     return fig

@@ -6,7 +6,9 @@ import numpy as np
 from tsdownsample import MinMaxDownsampler, MinMaxLTTBDownsampler
 
 _SHAPE, _EXTREMES = 1200, 1200
-"""Points that keep the shape of the line, and points that are each pixel's smallest and largest value."""
+"""Points that keep the shape of the line, and points that are each pixel's smallest and largest
+value.
+"""
 
 
 class Points(NamedTuple):
@@ -17,10 +19,12 @@ class Points(NamedTuple):
 
 
 def thinned(step_S: np.ndarray, value_S: np.ndarray) -> Points:
-    """At most a few thousand points of a series: NaN is "no value" and breaks the line, ±inf is left to `broken`.
+    """At most a few thousand points of a series: NaN is "no value" and breaks the line, ±inf is
+    left to `broken`.
 
-    LTTB alone may drop one of two opposite spikes that share a bucket, and the NaN-aware variants keep the NaN and
-    drop the spike beside it; so the finite values are thinned, by shape and by extremes, and the gaps put back.
+    LTTB alone may drop one of two opposite spikes that share a bucket, and the NaN-aware variants
+    keep the NaN and drop the spike beside it; so the finite values are thinned, by shape and by
+    extremes, and the gaps put back.
     """
     kept = np.flatnonzero(np.isfinite(value_S))
     if not len(kept):
@@ -37,11 +41,15 @@ def thinned(step_S: np.ndarray, value_S: np.ndarray) -> Points:
         gap_after = np.flatnonzero(np.isin(chosen, gap_after))
         x, y = x[chosen], y[chosen]
     hole = gap_after + 1
-    return Points(np.insert(x.astype(float), hole, (x[hole - 1] + x[hole]) / 2), np.insert(y, hole, np.nan))
+    return Points(
+        np.insert(x.astype(float), hole, (x[hole - 1] + x[hole]) / 2), np.insert(y, hole, np.nan)
+    )
 
 
 def broken(step_S: np.ndarray, value_S: np.ndarray, most: int = 400) -> np.ndarray:
-    """Steps at which the value was measured and was not finite; evenly fewer where there are very many."""
+    """Steps at which the value was measured and was not finite; evenly fewer where there are very
+    many.
+    """
     return _some(step_S[np.isinf(value_S)], most)
 
 

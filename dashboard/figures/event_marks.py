@@ -1,4 +1,6 @@
-"""What happened, as thin lines across a chart: one colour and one dash for each kind, the same on every page."""
+"""What happened, as thin lines across a chart: one colour and one dash for each kind, the same on
+every page.
+"""
 
 from collections.abc import Sequence
 
@@ -14,7 +16,9 @@ _DASH = {"spike": "dash", "early_warning": "dot", "rollback": "solid", "attempt"
 
 
 def colour_of(kind: str, look: Look) -> str:
-    return {"spike": look.spike, "early_warning": look.warn, "rollback": look.drain}.get(kind, look.cursor)
+    return {"spike": look.spike, "early_warning": look.warn, "rollback": look.drain}.get(
+        kind, look.cursor
+    )
 
 
 def draw_marks(
@@ -24,16 +28,29 @@ def draw_marks(
     look: Look,
     domains: Sequence[tuple[float, float]] = ((0.0, 1.0),),
 ) -> None:
-    """Lines at the marks within `reach`, over each of the vertical `domains`; the newest where there are too many."""
+    """Lines at the marks within `reach`, over each of the vertical `domains`; the newest where
+    there are too many.
+    """
     inside = [m for m in marks if reach[0] <= m.step <= reach[1]][-_MOST:]
-    shapes = [upright(m.step, colour_of(m.kind, look), _DASH.get(m.kind, "dot"), d) for m in inside for d in domains]
+    shapes = [
+        upright(m.step, colour_of(m.kind, look), _DASH.get(m.kind, "dot"), d)
+        for m in inside
+        for d in domains
+    ]
     fig.update_layout(shapes=[*fig.layout.shapes, *shapes])
 
 
 def draw_undone(
-    fig: go.Figure, undone: Sequence[Undone], low: int, high: int, look: Look, panels: dict[str, str]
+    fig: go.Figure,
+    undone: Sequence[Undone],
+    low: int,
+    high: int,
+    look: Look,
+    panels: dict[str, str],
 ) -> None:
-    """Steps that were rolled back, as faint lines under what took their place; `panels`: metric → its y axis."""
+    """Steps that were rolled back, as faint lines under what took their place; `panels`: metric →
+    its y axis.
+    """
     for old in undone:
         inside = (old.step_S >= low - 1) & (old.step_S <= high + 1)
         for name, y in panels.items():

@@ -41,10 +41,11 @@ def heat_map(
     title: str = "step",
     nothing: str = "Not recorded in this run.",
 ) -> go.Figure:
-    """Rows in static order, the first on top. Thin lines are `marks`, a cursor is `step`, a frame is `row`.
+    """Rows in static order, the first on top. Thin lines are `marks`, a cursor is `step`, a frame
+    is `row`.
 
-    `centre` is the value that is drawn as neither high nor low, `extent` the time axis's range where no window
-    is given, `title` what that axis is called.
+    `centre` is the value that is drawn as neither high nor low, `extent` the time axis's range
+    where no window is given, `title` what that axis is called.
     """
     low, high = window or (None, None)
     shown = [(p, p.grid.window(low, high).measured()) for p in panels]
@@ -57,7 +58,11 @@ def heat_map(
     fig = base(look, height_of([len(g.rows) for _, g in shown]))
     every = np.concatenate([c.values_RB.ravel() for c in columns])
     colours = shade(shown[0][1].metric, every, look, centre)
-    bar = colours.axis.get("colorbar", {}) | {"len": 1 - _TITLE_PX / inner, "y": 0, "yanchor": "bottom"}
+    bar = colours.axis.get("colorbar", {}) | {
+        "len": 1 - _TITLE_PX / inner,
+        "y": 0,
+        "yanchor": "bottom",
+    }
     fig.update_layout(coloraxis=colours.axis | {"colorbar": bar}, margin={"t": 4, "b": 42})
     top, domains = 1.0, []
     for i, ((panel, grid), column, pixels) in enumerate(zip(shown, columns, tall, strict=True), 1):
@@ -87,15 +92,21 @@ def heat_map(
         top -= pixels / inner
     first, last = min(c.left_B[0] for c in columns), max(c.left_B[-1] + c.width for c in columns)
     reach = window or ((extent[0] - 0.5, extent[1] + 0.5) if extent else (first - 0.5, last - 0.5))
-    fig.update_layout(xaxis=time_axis(look, reach, title, anchor=f"y{_n(len(shown))}", showgrid=False))
+    fig.update_layout(
+        xaxis=time_axis(look, reach, title, anchor=f"y{_n(len(shown))}", showgrid=False)
+    )
     draw_marks(fig, marks, (first, last), look, domains)
     if step is not None:
-        fig.update_layout(shapes=[*fig.layout.shapes, *(upright(step, look.ink, "dot", d) for d in domains)])
+        fig.update_layout(
+            shapes=[*fig.layout.shapes, *(upright(step, look.ink, "dot", d) for d in domains)]
+        )
     return fig
 
 
 def height_of(rows: Sequence[int]) -> int:
-    """Pixels of a heat map whose panels have so many rows; of the sentence in its place where there are none."""
+    """Pixels of a heat map whose panels have so many rows; of the sentence in its place where there
+    are none.
+    """
     tall = _panel_pixels(rows)
     return round(sum(tall) + _TITLE_PX * len(tall) + _AXIS_PX) if tall else EMPTY_PX
 
@@ -104,9 +115,13 @@ def _panel_pixels(rows: Sequence[int]) -> list[float]:
     return [_row_pixels(n) * n for n in rows if n]
 
 
-def _panel(fig: go.Figure, column: Binned, names: list[str], i: int, log: bool, grid: Grid, look: Look) -> None:
+def _panel(
+    fig: go.Figure, column: Binned, names: list[str], i: int, log: bool, grid: Grid, look: Look
+) -> None:
     value_RB = np.where(np.isinf(column.values_RB), np.nan, column.values_RB)
-    when = f"worst of {column.width} steps around %{{x:,.0f}}" if column.merged else "step %{x:,.0f}"
+    when = (
+        f"worst of {column.width} steps around %{{x:,.0f}}" if column.merged else "step %{x:,.0f}"
+    )
     shown = {"z": value_RB}
     if log:
         # A zero is a value, the lowest colour there is; only NaN may look like a gap.
@@ -141,7 +156,9 @@ def _names(grid: Grid, experts: bool) -> list[str]:
 
 
 def _ticks(grid: Grid, names: list[str], experts: bool) -> list[tuple[str, str]]:
-    """(row, label) of the rows that get a label: every row where there is room, else every so many layers."""
+    """(row, label) of the rows that get a label: every row where there is room, else every so many
+    layers.
+    """
     several = len({r[1] for r in grid.rows}) > 1
     if len(names) <= 16:
         label = [

@@ -1,4 +1,6 @@
-"""Lines over steps: a few small panels on one time axis, each with its unit, its colours named beside it."""
+"""Lines over steps: a few small panels on one time axis, each with its unit, its colours named
+beside it.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +15,9 @@ from geodiag.dashboard.figures.style import Look, axis, base, empty, ticks_of, t
 
 
 class Line(NamedTuple):
-    """One series: what it is called beside the panel, and its values (see `geodiag.dashboard.data.grid`)."""
+    """One series: what it is called beside the panel, and its values (see
+    `geodiag.dashboard.data.grid`).
+    """
 
     label: str
     step_S: np.ndarray
@@ -62,8 +66,20 @@ def over_steps(
         kind |= {"tickformat": ticks_of(strip.unit)} if strip.unit == "share" else {}
         fig.update_layout({f"yaxis{n}": axis(look, titled(strip.title, strip.unit), **kind)})
         for line, colour in zip(strip.lines, look.series, strict=False):
-            curve(fig, line.step_S, line.value_S, look, name=line.label, y=f"y{n}", colour=colour, unit=strip.unit)
-        names = [f'<span style="color:{c}">━ {x.label}</span>' for x, c in zip(strip.lines, look.series, strict=False)]
+            curve(
+                fig,
+                line.step_S,
+                line.value_S,
+                look,
+                name=line.label,
+                y=f"y{n}",
+                colour=colour,
+                unit=strip.unit,
+            )
+        names = [
+            f'<span style="color:{c}">━ {x.label}</span>'
+            for x, c in zip(strip.lines, look.series, strict=False)
+        ]
         fig.add_annotation(
             text="<br>".join(names), x=1.005, y=top, xref="paper", yref="paper", xanchor="left", yanchor="top",
             align="left", showarrow=False, font={"size": 11},
@@ -71,7 +87,9 @@ def over_steps(
         top -= (_STRIP_PX + _GAP_PX) / inner
     reach = window or ((extent[0] - 0.5, extent[1] + 0.5) if extent else None)
     fig.update_layout(margin={"t": 22})  # where the buttons appear, above the names of the lines
-    fig.update_layout(xaxis=time_axis(look, reach, anchor=f"y{'' if len(shown) == 1 else len(shown)}"))
+    fig.update_layout(
+        xaxis=time_axis(look, reach, anchor=f"y{'' if len(shown) == 1 else len(shown)}")
+    )
     draw_marks(fig, marks, window or (-np.inf, np.inf), look)
     return fig
 

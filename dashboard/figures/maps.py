@@ -1,4 +1,6 @@
-"""Residual maps of one layer beside what they compound to: small heat maps with their numbers, then and now."""
+"""Residual maps of one layer beside what they compound to: small heat maps with their numbers, then
+and now.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,12 +28,18 @@ class Tile(NamedTuple):
 _TITLE_PX, _GAP, _APART, _FEW = 19, 0.02, 0.05, 6
 
 
-def maps(groups: Sequence[tuple[str, Sequence[Tile]]], look: Look, nothing: str, tile_px: int = 132) -> go.Figure:
-    """Groups of (when, tiles), side by side. Rows of a matrix are streams out, columns streams in; 0 has no colour."""
+def maps(
+    groups: Sequence[tuple[str, Sequence[Tile]]], look: Look, nothing: str, tile_px: int = 132
+) -> go.Figure:
+    """Groups of (when, tiles), side by side. Rows of a matrix are streams out, columns streams in;
+    0 has no colour.
+    """
     groups = [(when, tiles) for when, tiles in groups if tiles]
     if not groups:
         return empty(nothing, look, 120)
-    groups = [(when, tiles) for when, tiles in groups if all(np.isfinite(t.cell_NN).any() for t in tiles)]
+    groups = [
+        (when, tiles) for when, tiles in groups if all(np.isfinite(t.cell_NN).any() for t in tiles)
+    ]
     if not groups:
         return empty("The residual maps are not finite here.", look, 120)
     inner = tile_px + 3 * _TITLE_PX
@@ -54,7 +62,9 @@ def maps(groups: Sequence[tuple[str, Sequence[Tile]]], look: Look, nothing: str,
     return fig
 
 
-def _tile(fig: go.Figure, tile: Tile, i: int, x: tuple[float, float], y: tuple[float, float], look: Look) -> None:
+def _tile(
+    fig: go.Figure, tile: Tile, i: int, x: tuple[float, float], y: tuple[float, float], look: Look
+) -> None:
     n = "" if i == 1 else str(i)
     hidden = axis(look, showgrid=False, showticklabels=False, ticks="")
     fig.update_layout({
@@ -81,4 +91,6 @@ def _short(value: float) -> str:
     """Three characters at most, so that four fit side by side: `.91`, `−.04`, `1.5`, `12`."""
     if abs(value) < 0.995:
         return f"{value:.2f}".replace("0.", ".", 1).replace("-", "−").replace("−.00", ".00")
-    return f"{value:.1f}".replace("-", "−") if abs(value) < 9.95 else f"{value:.0f}".replace("-", "−")
+    return (
+        f"{value:.1f}".replace("-", "−") if abs(value) < 9.95 else f"{value:.0f}".replace("-", "−")
+    )

@@ -6,19 +6,27 @@ import plotly.graph_objects as go
 from geodiag.dashboard.figures.style import Look, axis, base, empty
 
 _NAMES = {"res": "H<sub>res</sub>", "pre": "H<sub>pre</sub>", "post": "H<sub>post</sub>"}
-_DOMAINS = {"res": ((0.0, 0.62), (0.0, 0.9)), "pre": ((0.7, 1.0), (0.56, 0.74)), "post": ((0.7, 1.0), (0.08, 0.26))}
+_DOMAINS = {
+    "res": ((0.0, 0.62), (0.0, 0.9)),
+    "pre": ((0.7, 1.0), (0.56, 0.74)),
+    "post": ((0.7, 1.0), (0.08, 0.26)),
+}
 """Where each map stands: (x, y) in the figure."""
 
 
 def matrices(maps: dict[str, np.ndarray], look: Look, height: int = 250) -> go.Figure:
-    """Rows are streams out, columns streams in. Colour runs from −1 to 1 at least, with 0 in the middle."""
+    """Rows are streams out, columns streams in. Colour runs from −1 to 1 at least, with 0 in the
+    middle.
+    """
     if not maps:
         return empty("No token-mean maps on record for this site up to this step.", look, height)
     if not any(np.isfinite(m).any() for m in maps.values()):
         return empty("The maps of this site are not finite here.", look, height)
     fig = base(look, height)
     reach = max(1.0, *(float(np.nanmax(np.abs(m))) for m in maps.values()))
-    rows = {k: m.reshape(1, -1) if 1 in m.shape else m for k, m in maps.items()}  # a column of numbers reads as a row
+    rows = {
+        k: m.reshape(1, -1) if 1 in m.shape else m for k, m in maps.items()
+    }  # a column of numbers reads as a row
     for i, (name, cell_NN) in enumerate(((k, rows[k]) for k in _NAMES if k in rows), 1):
         x, y = _DOMAINS[name]
         n = "" if i == 1 else str(i)

@@ -1,4 +1,6 @@
-"""Several runs on one axis: a panel a quantity, a line a run, told apart by colour, from the fifth on by dashes too."""
+"""Several runs on one axis: a panel a quantity, a line a run, told apart by colour, from the fifth
+on by dashes too.
+"""
 
 from collections.abc import Sequence
 from html import escape
@@ -15,7 +17,8 @@ from geodiag.dashboard.figures.style import Look, axis, base, empty, time_axis, 
 DASHES = ("solid", "dash", "dot")
 _TOP_PX, _LINE_PX, _GAP_PX, _AXIS_PX = 14, 20, 20, 46
 _LETTER_PX, _LEGEND_PX = 7, 560
-"""Room that a name takes in the legend, and that there is in a row of it, in the narrowest window."""
+"""Room that a name takes in the legend, and that there is in a row of it, in the narrowest window.
+"""
 
 
 class Ring(NamedTuple):
@@ -53,8 +56,12 @@ def stroke(i: int, look: Look) -> tuple[str, str]:
     return look.series[i % len(look.series)], DASHES[i // len(look.series) % len(DASHES)]
 
 
-def overlay(tracks: Sequence[Track], panels: Sequence[Panel], look: Look, of: str = "step") -> go.Figure:
-    """Panels from top to bottom; the first has the rings. `of` is what the axis counts: `step`, `tokens`."""
+def overlay(
+    tracks: Sequence[Track], panels: Sequence[Panel], look: Look, of: str = "step"
+) -> go.Figure:
+    """Panels from top to bottom; the first has the rings. `of` is what the axis counts: `step`,
+    `tokens`.
+    """
     panels = [p for p in panels if any(np.isfinite(v).any() for v in p.values)]
     if not panels:
         return empty("None of these runs has it on record.", look, 160)
@@ -81,12 +88,22 @@ def overlay(tracks: Sequence[Track], panels: Sequence[Panel], look: Look, of: st
     pad = 0.5 if of == "step" else 0.0
     across: dict[str, Any] = {"anchor": f"y{'' if len(panels) == 1 else len(panels)}"}
     if of != "step":
-        across |= {"tickformat": ".3~s", "unifiedhovertitle": {"text": f"%{{x:.4s}} {of}"}, "dtick": None}
+        across |= {
+            "tickformat": ".3~s",
+            "unifiedhovertitle": {"text": f"%{{x:.4s}} {of}"},
+            "dtick": None,
+        }
     fig.update_layout(
         xaxis=time_axis(look, (min(ends) - pad, max(ends) + pad), of, **across),
         margin={"l": 70, "r": 20, "t": above, "b": 42},
         showlegend=True,
-        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "font": {"size": 12, "color": look.ink}},
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": 1,
+            "yanchor": "bottom",
+            "font": {"size": 12, "color": look.ink},
+        },
     )
     return fig
 
@@ -99,16 +116,31 @@ def _height(panel: Panel, domain: tuple[float, float], look: Look) -> dict:
     reach = max(*finite, 2 * (panel.alert or panel.floor), 2 * panel.floor)
     ticks = [3.0 * 2**i for i in range(20)]  # those of robust z elsewhere
     kind |= {"type": "log", "range": [float(np.log10(panel.floor)), float(np.log10(1.15 * reach))]}
-    return axis(look, titled(panel.title, panel.unit), **kind | {"tickvals": ticks[: int(np.log2(reach / 3)) + 1]})
+    return axis(
+        look,
+        titled(panel.title, panel.unit),
+        **kind | {"tickvals": ticks[: int(np.log2(reach / 3)) + 1]},
+    )
 
 
-def _line(fig: go.Figure, track: Track, panel: Panel, value_S: np.ndarray, k: int, n: str, look: Look) -> None:
+def _line(
+    fig: go.Figure, track: Track, panel: Panel, value_S: np.ndarray, k: int, n: str, look: Look
+) -> None:
     """Thinned by steps, of which each knows its place on the axis: gaps are gaps in steps."""
     colour, dash = stroke(k, look)
     before = len(fig.data)
     shown_S = value_S if panel.floor is None else np.maximum(value_S, panel.floor)  # NaN stays NaN
     hover = f"{panel.title} %{{y:.4g}}"
-    curve(fig, track.step_S, shown_S, look, name=escape(track.label), y=f"y{n}", colour=colour, hover=hover)
+    curve(
+        fig,
+        track.step_S,
+        shown_S,
+        look,
+        name=escape(track.label),
+        y=f"y{n}",
+        colour=colour,
+        hover=hover,
+    )
     for j, trace in enumerate(fig.data[before:]):
         trace.update(legendgroup=str(k), showlegend=n == "" and j == 0)
         if j == 0:

@@ -1,4 +1,6 @@
-"""Small multiples: one strip a series on one time axis, each with its name above it and its usual range behind it."""
+"""Small multiples: one strip a series on one time axis, each with its name above it and its usual
+range behind it.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +9,16 @@ import numpy as np
 import plotly.graph_objects as go
 
 from geodiag.dashboard.figures.curve import curve
-from geodiag.dashboard.figures.style import Look, axis, base, empty, faded, ticks_of, time_axis, upright
+from geodiag.dashboard.figures.style import (
+    Look,
+    axis,
+    base,
+    empty,
+    faded,
+    ticks_of,
+    time_axis,
+    upright,
+)
 
 
 class Strip(NamedTuple):
@@ -31,7 +42,9 @@ def multiples(
 ) -> go.Figure:
     """Strips from top to bottom; a dotted line at `cursor`."""
     low, high = window
-    shown = [s for s in strips if ((s.step_S >= low) & (s.step_S <= high) & ~np.isnan(s.value_S)).any()]
+    shown = [
+        s for s in strips if ((s.step_S >= low) & (s.step_S <= high) & ~np.isnan(s.value_S)).any()
+    ]
     if not shown:
         return empty(nothing, look, 120)
     inner = len(shown) * (_STRIP_PX + _TITLE_PX)
@@ -42,7 +55,11 @@ def multiples(
         top -= _TITLE_PX / inner
         domain = (max(0.0, top - _STRIP_PX / inner), top)
         fig.update_layout(
-            {f"yaxis{n}": axis(look, domain=domain, anchor="x", nticks=3, tickformat=ticks_of(strip.unit))}
+            {
+                f"yaxis{n}": axis(
+                    look, domain=domain, anchor="x", nticks=3, tickformat=ticks_of(strip.unit)
+                )
+            }
         )
         fig.add_annotation(
             text=f'<b>{strip.name}</b>  <span style="color:{look.soft}">{strip.said}</span>', x=0, y=top, xref="paper",
@@ -62,7 +79,11 @@ def multiples(
         top = domain[0]
     fig.update_layout(
         xaxis=time_axis(
-            look, (low - 0.5, high + 0.5), "", anchor=f"y{'' if len(shown) == 1 else len(shown)}", nticks=5
+            look,
+            (low - 0.5, high + 0.5),
+            "",
+            anchor=f"y{'' if len(shown) == 1 else len(shown)}",
+            nticks=5,
         ),
         margin={"l": 48, "r": 10, "t": 2, "b": 30},
     )

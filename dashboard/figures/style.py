@@ -1,4 +1,6 @@
-"""How every chart looks, in light and in dark: ink, paper, the few colours with a meaning, and a template."""
+"""How every chart looks, in light and in dark: ink, paper, the few colours with a meaning, and a
+template.
+"""
 
 from dataclasses import dataclass
 from textwrap import wrap
@@ -94,7 +96,11 @@ def base(look: Look, height: int, **layout: Any) -> go.Figure:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": FONT, "size": 12, "color": look.soft},
         margin={"l": 92, "r": 84, "t": 6, "b": 42},
-        hoverlabel={"bgcolor": look.paper, "bordercolor": look.line, "font": {"family": FONT, "color": look.ink}},
+        hoverlabel={
+            "bgcolor": look.paper,
+            "bordercolor": look.line,
+            "font": {"family": FONT, "color": look.ink},
+        },
         dragmode="zoom",
         showlegend=False,
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": look.cursor, "activecolor": look.ink},
@@ -116,13 +122,20 @@ def axis(look: Look, title: str = "", **more: Any) -> dict:
     } | more
 
 
-def time_axis(look: Look, reach: tuple[float, float] | None, title: str = "step", **more: Any) -> dict:
+def time_axis(
+    look: Look, reach: tuple[float, float] | None, title: str = "step", **more: Any
+) -> dict:
     """The step axis that all charts of a page share: a drag on it zooms. `reach` fixes its range."""
     given: dict[str, Any] = {"range": list(reach)} if reach else {}
     if reach and reach[1] - reach[0] < FEW_STEPS:
         given["dtick"] = 1  # a step between two steps is none
     # The address knows the range: whatever it says wins over what the browser remembers.
-    usual: dict[str, Any] = {"fixedrange": False, "tickformat": ",d", "nticks": 9, "uirevision": str(reach)}
+    usual: dict[str, Any] = {
+        "fixedrange": False,
+        "tickformat": ",d",
+        "nticks": 9,
+        "uirevision": str(reach),
+    }
     usual["unifiedhovertitle"] = {"text": "step %{x:,d}"}
     return axis(look, title, **usual | given | more)
 
@@ -158,7 +171,9 @@ def empty(text: str, look: Look, height: int = EMPTY_PX) -> go.Figure:
     fig.update_xaxes(visible=False)
     fig.update_yaxes(visible=False)
     lines = "<br>".join(wrap(text, _LINE))
-    fig.add_annotation(text=lines, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper", font={"size": 14})
+    fig.add_annotation(
+        text=lines, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper", font={"size": 14}
+    )
     return fig
 
 

@@ -1,4 +1,6 @@
-"""Columns of a heat map: one a sampled step while there is room, else the worst value of each run of steps."""
+"""Columns of a heat map: one a sampled step while there is room, else the worst value of each run
+of steps.
+"""
 
 from typing import NamedTuple
 
@@ -38,7 +40,9 @@ def binned(grid: Grid, columns: int = COLUMNS) -> Binned:
 
 
 def _worst(values_RS: np.ndarray, starts: np.ndarray, worse: str | None) -> np.ndarray:
-    """One value a run of columns. Where neither end is bad, the value furthest from the row's usual one."""
+    """One value a run of columns. Where neither end is bad, the value furthest from the row's usual
+    one.
+    """
     if worse == "low":
         return np.fmin.reduceat(values_RS, starts, axis=1)
     high_RB = np.fmax.reduceat(values_RS, starts, axis=1)

@@ -1,4 +1,6 @@
-"""The overview: loss with what happened to it, gradient norm, and the three stages, on one time axis."""
+"""The overview: loss with what happened to it, gradient norm, and the three stages, on one time
+axis.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +14,17 @@ from geodiag.dashboard.data.timeline_marks import Mark, Span, Spike
 from geodiag.dashboard.figures.colour_scale import robust_z, z_shade
 from geodiag.dashboard.figures.curve import curve
 from geodiag.dashboard.figures.event_marks import draw_marks, draw_undone
-from geodiag.dashboard.figures.style import FEW_STEPS, Look, axis, base, empty, faded, time_axis, titled, upright
+from geodiag.dashboard.figures.style import (
+    FEW_STEPS,
+    Look,
+    axis,
+    base,
+    empty,
+    faded,
+    time_axis,
+    titled,
+    upright,
+)
 from geodiag.dashboard.figures.time_bins import binned
 from geodiag.metrics.schema import METRICS
 
@@ -36,22 +48,29 @@ def timeline(
     undone: Sequence[Undone] = (),
     height: int = 640,
 ) -> go.Figure:
-    """`steps` is table `steps` by column; `window` the visible range of steps; `step` gets a cursor.
+    """`steps` is table `steps` by column; `window` the visible range of steps; `step` gets a
+    cursor.
 
     `undone` is what was rolled back: it stays, faintly.
     """
     if not len(steps["step"]):
         return empty("Waiting for the first step.", look, height)
     low, high = window or (int(steps["step"][0]), int(steps["step"][-1]))
-    reach: tuple[float, float] | None = window or ((low - 0.5, high + 0.5) if high - low < FEW_STEPS else None)
+    reach: tuple[float, float] | None = window or (
+        (low - 0.5, high + 0.5) if high - low < FEW_STEPS else None
+    )
     near = (steps["step"] >= low - 1) & (steps["step"] <= high + 1)
     seen = {k: v[near] for k, v in steps.items()}
     fig = base(look, height, hovermode="x unified", hoversubplots="axis")
     fig.update_layout(
-        xaxis=time_axis(look, reach, anchor="y3", showspikes=True, spikemode="across", spikethickness=1),
+        xaxis=time_axis(
+            look, reach, anchor="y3", showspikes=True, spikemode="across", spikethickness=1
+        ),
         yaxis=axis(look, _title("loss"), domain=_DOMAINS["loss"], type="log" if log else "linear"),
         yaxis2=axis(look, _title("grad_norm"), domain=_DOMAINS["grad_norm"], rangemode="tozero"),
-        yaxis3=axis(look, domain=_DOMAINS["stages"], autorange="reversed", showgrid=False, ticks=""),
+        yaxis3=axis(
+            look, domain=_DOMAINS["stages"], autorange="reversed", showgrid=False, ticks=""
+        ),
     )
     fig.update_layout(xaxis={"spikecolor": look.cursor, "spikedash": "dot"})
     _bands(fig, [s for s in spans if s.end >= low and s.start <= high], low, high, look)
@@ -75,11 +94,19 @@ def _title(name: str) -> str:
 def _stages(fig: go.Figure, seen: dict[str, np.ndarray], look: Look) -> None:
     names = [f"stage{i}_score" for i in (1, 2, 3)]
     values = np.stack([seen[n] for n in names])
-    columns = binned(Grid(METRICS["steps", names[0]], ((0, 0), (1, 0), (2, 0)), seen["step"], values))
-    fig.update_layout(yaxis3={"tickvals": [0, 1, 2], "ticktext": list(STAGES)}, coloraxis=robust_z(look, 0.19))
+    columns = binned(
+        Grid(METRICS["steps", names[0]], ((0, 0), (1, 0), (2, 0)), seen["step"], values)
+    )
+    fig.update_layout(
+        yaxis3={"tickvals": [0, 1, 2], "ticktext": list(STAGES)}, coloraxis=robust_z(look, 0.19)
+    )
     if not len(columns.left_B):
-        fig.add_scatter(x=[None], y=[None], yaxis="y3", hoverinfo="skip")  # keeps the axis, and the steps below it
-        fig.update_layout(yaxis3={"autorange": False, "range": [2.5, -0.5]}, coloraxis={"showscale": False})
+        fig.add_scatter(
+            x=[None], y=[None], yaxis="y3", hoverinfo="skip"
+        )  # keeps the axis, and the steps below it
+        fig.update_layout(
+            yaxis3={"autorange": False, "range": [2.5, -0.5]}, coloraxis={"showscale": False}
+        )
         fig.add_annotation(
             text="No stage scores here.", x=0.5, xref="paper", y=sum(_DOMAINS["stages"]) / 2, yref="paper",
             showarrow=False, font={"size": 13, "color": look.soft},
@@ -110,7 +137,11 @@ def _bands(fig: go.Figure, spans: Sequence[Span], low: int, high: int, look: Loo
 
 
 def _spike_marks(
-    fig: go.Figure, seen: dict[str, np.ndarray], spikes: Sequence[Spike], undone: Sequence[Undone], look: Look
+    fig: go.Figure,
+    seen: dict[str, np.ndarray],
+    spikes: Sequence[Spike],
+    undone: Sequence[Undone],
+    look: Look,
 ) -> None:
     for spike in spikes[-_MOST_BANDS:]:
         end = spike.end or spike.peak
@@ -123,7 +154,13 @@ def _spike_marks(
     told: dict[str, Any] = {"hovertemplate": "%{text}<extra></extra>"}
     for name, at, symbol, size, hover in (
         ("onset", [s.onset for s in spikes], "circle-open", 12, told),
-        ("peak", [s.peak for s in spikes], "diamond", 9, {"hoverinfo": "skip"}),  # its onset tells of both
+        (
+            "peak",
+            [s.peak for s in spikes],
+            "diamond",
+            9,
+            {"hoverinfo": "skip"},
+        ),  # its onset tells of both
     ):
         known = [(x, t, s) for x, t, s in zip(at, texts, spikes, strict=True) if x is not None]
         if known:
@@ -144,10 +181,15 @@ def _words(spike: Spike) -> str:
     return " · ".join(p for p in [spike.kind, *parts, score] if p)
 
 
-def loss_at(seen: dict[str, np.ndarray], undone: Sequence[Undone], attempt: int | None, step: int) -> float | None:
+def loss_at(
+    seen: dict[str, np.ndarray], undone: Sequence[Undone], attempt: int | None, step: int
+) -> float | None:
     """The loss that an attempt, a spike's own, had at a step."""
     for old in undone:
-        if old.attempt == attempt and (value := _value_at(old.step_S, old.loss_S, step)) is not None:
+        if (
+            old.attempt == attempt
+            and (value := _value_at(old.step_S, old.loss_S, step)) is not None
+        ):
             return value
     return _value_at(seen["step"], seen["loss"], step)
 

@@ -1,4 +1,6 @@
-"""Traced tokens down the stack: two projections of each token's streams, coloured by its expert, flips ringed."""
+"""Traced tokens down the stack: two projections of each token's streams, coloured by its expert,
+flips ringed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +32,9 @@ class Trajectory:
 _PANEL_PX, _TITLE_PX, _APART = 168, 22, 0.06
 
 
-def trajectories(now: Sequence[Trajectory], usual: Sequence[Trajectory], look: Look, nothing: str) -> go.Figure:
+def trajectories(
+    now: Sequence[Trajectory], usual: Sequence[Trajectory], look: Look, nothing: str
+) -> go.Figure:
     """One panel a projection; `usual` are the same tokens at a sample from before, drawn faintly."""
     if not now:
         return empty(nothing, look, 120)
@@ -75,7 +79,9 @@ def _threads(fig: go.Figure, tokens: Sequence[Trajectory], k: int, n: str, colou
     )  # fmt: skip
 
 
-def _beads(fig: go.Figure, tokens: Sequence[Trajectory], k: int, n: str, palette: Sequence[str], look: Look) -> None:
+def _beads(
+    fig: go.Figure, tokens: Sequence[Trajectory], k: int, n: str, palette: Sequence[str], look: Look
+) -> None:
     beads = [
         (t, i, bool(np.nan_to_num(t.flipped_P[i]) > 0))
         for t in tokens

@@ -31,7 +31,10 @@ OVERALL = {
 }
 EXPERTS = {"act_rms": "RMS", "act_amax": "amax", "clamp_hits": "clamp hits"}
 LINES: Lines = (
-    ("clamped", {"clamp_gate_rate": "gate", "clamp_up_high_rate": "up high", "clamp_up_low_rate": "up low"}),
+    (
+        "clamped",
+        {"clamp_gate_rate": "gate", "clamp_up_high_rate": "up high", "clamp_up_low_rate": "up low"},
+    ),
     ("amax", {"gate_amax": "gate", "up_amax": "up", "act_amax": "activation"}),
     ("max / median", {"expert_norm_max_median": "experts"}),
 )
@@ -45,8 +48,14 @@ def layout(record: Record, view: View) -> html.Div:
         tip=" ".join(about(metric("layers", n)) for n in list(OVERALL)[:8]),
         controls=select("activations-metric", _overall(view), options(OVERALL), "quantity", 230),
     )  # fmt: skip
-    tip = " ".join(about(metric("experts", n)) for n in EXPERTS) + " A blank cell: no token reached the expert."
-    return html.Div([overall, one_layer(NAME, record, view, EXPERTS, "act_rms", "per expert", tip)], className="column")
+    tip = (
+        " ".join(about(metric("experts", n)) for n in EXPERTS)
+        + " A blank cell: no token reached the expert."
+    )
+    return html.Div(
+        [overall, one_layer(NAME, record, view, EXPERTS, "act_rms", "per expert", tip)],
+        className="column",
+    )
 
 
 def register(app: Dash, library: Library) -> None:

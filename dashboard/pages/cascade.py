@@ -1,6 +1,7 @@
 """Cascade: where did it start, how did it spread, and what would have stopped it.
 
-url.search ─► spike ─► verdict, picture ─► cell (the origin, until another is clicked) ─► the four cards beside it
+url.search ─► spike ─► verdict, picture ─► cell (the origin, until another is clicked) ─► the four
+cards beside it
 """
 
 from typing import Any, NamedTuple
@@ -92,7 +93,9 @@ def register(app: Dash, library: Library) -> None:
     draws(app, library, "cascade-verdict", "children", lambda r, v, look: _verdict(r, v))
     draws(app, library, "cascade-picture", "figure", draw_picture)
     draws(app, library, "cascade-evidence", "rowData", lambda r, v, look: _evidence(r, v))
-    draws(app, library, "cascade-proof", "style", lambda r, v, look: _only_with_rows(_evidence(r, v)))
+    draws(
+        app, library, "cascade-proof", "style", lambda r, v, look: _only_with_rows(_evidence(r, v))
+    )
     draws(app, library, "cascade-where", "children", lambda r, v, look: _where(r, v))
     draws(app, library, "cascade-series", "figure", draw_series)
     draws(app, library, "cascade-experts", "figure", draw_experts)
@@ -111,7 +114,11 @@ def register(app: Dash, library: Library) -> None:
         row = next((r for r in shown or [] if cell and r["id"] == str(cell.get("rowId"))), None)
         if row is None or row["layer"] is None or row["stage"] not in STAGES:
             return no_update
-        return View.parse(search).but(stage=row["stage"], layer=row["layer"], step=row["step"]).search()
+        return (
+            View.parse(search)
+            .but(stage=row["stage"], layer=row["layer"], step=row["step"])
+            .search()
+        )
 
 
 def _found(record: Record, view: View) -> Cascade | None:
@@ -153,14 +160,18 @@ class _Place(NamedTuple):
     def before(self) -> int:
         """The step up to which things were usual."""
         step = self.cell.step if self.cell else 0
-        return step if self.found is None or self.found.onset is None else min(self.found.onset, step)
+        return (
+            step if self.found is None or self.found.onset is None else min(self.found.onset, step)
+        )
 
 
 def _place(record: Record, view: View) -> _Place:
     found, lived = _found(record, view), as_lived(record, chosen(record, view))
     window = window_of(lived, view, found)
     some = len(lived.steps()["step"]) > 0
-    return _Place(lived, cell_of(view, found, stages_of(lived, window)) if some else None, window, found)
+    return _Place(
+        lived, cell_of(view, found, stages_of(lived, window)) if some else None, window, found
+    )
 
 
 def _where(record: Record, view: View) -> Any:
@@ -184,7 +195,9 @@ def draw_series(record: Record, view: View, look: Look) -> go.Figure:
         share = s.metric.unit == "share"
         usual = " to ".join(percent(v) if share else number(v, 3) for v in s.usual or ())
         said = f"usually {usual}" if usual else ""
-        strips.append(Strip(f"{s.metric.name} · {s.site}", said, s.step_S, s.value_S, s.usual, s.metric.unit))
+        strips.append(
+            Strip(f"{s.metric.name} · {s.site}", said, s.step_S, s.value_S, s.usual, s.metric.unit)
+        )
     nothing = f"Layer {cell.layer} has nothing of stage {cell.stage} on record."
     return multiples(strips, look, at.window, cell.step, nothing)
 
@@ -194,7 +207,9 @@ def draw_experts(record: Record, view: View, look: Look) -> go.Figure:
     if cell is None:
         return empty("Nothing is measured yet.", look, 120)
     name = "act_rms" if cell.stage == 1 else "load"
-    (grid,) = lived.memo(("experts", name, window), lambda: lived.stretch("experts", [name], *window))
+    (grid,) = lived.memo(
+        ("experts", name, window), lambda: lived.stretch("experts", [name], *window)
+    )
     grid = grid.of_layer(cell.layer)
     mine = found is not None and found.expert is not None and cell.layer == found.layer
     fig = heat_map(
@@ -220,7 +235,10 @@ def _maps(record: Record, view: View, look: Look) -> go.Figure:
         return empty(none, look, 120)
     layer, run = at.cell.layer, at.record
     there = before_and_near(run, "matrices", at.before, at.cell.step)
-    groups = [(f"{name}, step {whole(s)}", [Tile(*t) for t in composites(run, layer, s)]) for name, s in there]
+    groups = [
+        (f"{name}, step {whole(s)}", [Tile(*t) for t in composites(run, layer, s)])
+        for name, s in there
+    ]
     return maps(groups, look, none)
 
 

@@ -68,7 +68,9 @@ def register(app: Dash, library: Library) -> None:
 
 
 def jump(record: Record, event: dict[str, Any]) -> str:
-    """Where an event is looked at: a spike or a warning in its cascade, the rest in the middle of the overview."""
+    """Where an event is looked at: a spike or a warning in its cascade, the rest in the middle of
+    the overview.
+    """
     step, run = event["step"], quote(record.run.name)
     if event["kind"] in (*SPIKES, "cascade", "early_warning"):
         onset = details(event["data"]).get("spike_onset" if event["kind"] == "cascade" else "onset")
@@ -83,7 +85,9 @@ def rows(record: Record) -> list[dict[str, Any]]:
     out = []
     for i, e in enumerate(record.events()):
         row = {k: e[k] for k in ("step", "kind", "message", "layer", "site", "expert", "attempt")}
-        out.append(row | {"id": str(i), "time": utc(e["time"]), "meaning": KINDS.get(e["kind"], "")})
+        out.append(
+            row | {"id": str(i), "time": utc(e["time"]), "meaning": KINDS.get(e["kind"], "")}
+        )
     return out[::-1]
 
 

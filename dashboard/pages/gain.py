@@ -1,9 +1,19 @@
-"""Gain: how every layer stretches what passes through it, over steps, and down the stack at one step."""
+"""Gain: how every layer stretches what passes through it, over steps, and down the stack at one
+step.
+"""
 
 import plotly.graph_objects as go
 from dash import Dash, dcc, html
 
-from geodiag.dashboard.components.components import aria, card, graph, notice, options, segments, select
+from geodiag.dashboard.components.components import (
+    aria,
+    card,
+    graph,
+    notice,
+    options,
+    segments,
+    select,
+)
 from geodiag.dashboard.components.layer_select import sites_of
 from geodiag.dashboard.components.text import whole
 from geodiag.dashboard.data.grid import row_name
@@ -47,7 +57,10 @@ QUANTITIES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         "transport gain",
         {"mean": ("transport_gain_fwd", "transport_gain_bwd"), "max": ("transport_gain_fwd_max",)},
     ),
-    "spectral": ("spectral norm", {"mean": ("spectral_norm_res",), "max": ("spectral_norm_res_max",)}),
+    "spectral": (
+        "spectral norm",
+        {"mean": ("spectral_norm_res",), "max": ("spectral_norm_res_max",)},
+    ),
     "sinkhorn": ("Sinkhorn residual", {"max": ("sinkhorn_residual",)}),
     "early": ("early signal share", {"mean": ("early_signal_share",)}),
     "stream_amax": ("stream amax", {"max": ("stream_amax",)}),
@@ -60,8 +73,16 @@ _WAYS = ("forward", "backward")
 
 
 def quantity(record: Record, view: View) -> str:
-    """The quantity that the view asks for; else composite gain, or transport gain where there are no maps."""
-    return view.metric if view.metric in QUANTITIES else "composite" if record.has_maps() else "transport"
+    """The quantity that the view asks for; else composite gain, or transport gain where there are
+    no maps.
+    """
+    return (
+        view.metric
+        if view.metric in QUANTITIES
+        else "composite"
+        if record.has_maps()
+        else "transport"
+    )
 
 
 def chosen(record: Record, view: View) -> tuple[str, ...]:
@@ -99,7 +120,9 @@ def layout(record: Record, view: View) -> html.Div:
         "Maps of one site",
         html.Div(id="gain-site", className="where"),
         graph("gain-matrices", 250),
-        controls=select("gain-site-choice", row_name(_site(record, view)), _sites(record), "site", 110),
+        controls=select(
+            "gain-site-choice", row_name(_site(record, view)), _sites(record), "site", 110
+        ),
         tip="Token means at their newest sample up to the step. Rows are streams out, columns streams in.",
         style={} if record.has_maps() else {"display": "none"},
     )
@@ -117,7 +140,9 @@ def register(app: Dash, library: Library) -> None:
     controls = {
         "gain-metric": Control("metric", lambda pathname, view: _usual(library, pathname, view)),
         "gain-over": Control("over", "mean"),
-        "gain-site-choice": Control("site", lambda pathname, view: _worst_site(library, pathname, view)),
+        "gain-site-choice": Control(
+            "site", lambda pathname, view: _worst_site(library, pathname, view)
+        ),
         "gain-step": Control("step", lambda pathname, view: _newest(library, pathname, view)),
     }
     steer(app, controls, ["gain-heat", "gain-profile"], lambda *a: _clicked(library, *a))
@@ -174,7 +199,11 @@ def _when(record: Record, view: View) -> str:
 def _where(record: Record, view: View) -> str:
     step, site = step_of(record, view), _site(record, view)
     found = sampled(record, site[0], SITES[site[1]], step) if step is not None else None
-    return f"{row_name(site)}, sampled at step {whole(found[0])}" if found else f"{row_name(site)}, never sampled"
+    return (
+        f"{row_name(site)}, sampled at step {whole(found[0])}"
+        if found
+        else f"{row_name(site)}, never sampled"
+    )
 
 
 def _site(record: Record, view: View) -> tuple[int, int]:
@@ -205,10 +234,14 @@ def _clicked(library: Library, pathname: str, view: View, name: str, point: dict
         return view
     if name == "gain-profile":
         return view.but(site=site)
-    grid = record.grids("layers", *chosen(record, view))[point.get("curveNumber", 0) % len(chosen(record, view))]
+    grid = record.grids("layers", *chosen(record, view))[
+        point.get("curveNumber", 0) % len(chosen(record, view))
+    ]
     grid = grid.window(view.low, view.high)
     column = binned(grid.measured())
-    step = worst_step(grid, grid.rows.index(site), round(point["x"] - (column.width - 1) / 2), column.width)
+    step = worst_step(
+        grid, grid.rows.index(site), round(point["x"] - (column.width - 1) / 2), column.width
+    )
     return view.but(site=site, step=round(point["x"]) if step is None else step)
 
 

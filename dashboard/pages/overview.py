@@ -27,21 +27,33 @@ STAGES = "Robust z of the worst layer against its own past. " + " ".join(
 
 def layout(record: Record, view: View) -> html.Div:
     scale = segments(
-        "overview-scale", "log" if view.scale == "log" else "linear", ["linear", "log"], "scale of the loss axis"
+        "overview-scale",
+        "log" if view.scale == "log" else "linear",
+        ["linear", "log"],
+        "scale of the loss axis",
     )
     help = f"{about(metric('steps', 'loss'))} {STAGES} Drag to zoom, double click for all."
     main = card("Loss, gradient, stages", graph("overview-timeline", 640), tip=help, controls=scale)
     recent = card("What happened", html.Div(_recent(record, view), id="overview-recent"))
     side = html.Div([control_panel.panel(record), recent], className="side")
     return html.Div(
-        [html.Div(tiles(record), id="overview-tiles", className="tiles"), html.Div([main, side], className="split")]
+        [
+            html.Div(tiles(record), id="overview-tiles", className="tiles"),
+            html.Div([main, side], className="split"),
+        ]
     )
 
 
 def register(app: Dash, library: Library) -> None:
     draws(app, library, "overview-timeline", "figure", draw_timeline)
     draws(app, library, "overview-tiles", "children", lambda record, view, look: tiles(record))
-    draws(app, library, "overview-recent", "children", lambda record, view, look: _recent(record, view))
+    draws(
+        app,
+        library,
+        "overview-recent",
+        "children",
+        lambda record, view, look: _recent(record, view),
+    )
     steer(app, {"overview-scale": Control("scale", "linear")}, ["overview-timeline"], _clicked)
 
 

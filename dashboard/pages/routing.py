@@ -27,7 +27,10 @@ FLIPS = {
 LOADS = {"load": "load", "gate_mass": "gate mass"}
 LINES: Lines = (
     ("MaxVio", {"max_vio": "MaxVio"}),
-    ("margin", {"router_margin_mean": "mean", "router_margin_p10": "p10", "router_margin_p01": "p01"}),
+    (
+        "margin",
+        {"router_margin_mean": "mean", "router_margin_p10": "p10", "router_margin_p01": "p01"},
+    ),
     ("entropy", {"router_entropy": "entropy"}),
 )
 
@@ -43,7 +46,10 @@ def layout(record: Record, view: View) -> html.Div:
     tip = " ".join(about(metric("layers", n)) for _, names in LINES for n in names)
     one = one_layer(NAME, record, view, LOADS, "load", "share of", tip)
     return html.Div(
-        [html.Div([flips, one], className="column"), html.Div(control_panel.panel(record), className="side")],
+        [
+            html.Div([flips, one], className="column"),
+            html.Div(control_panel.panel(record), className="side"),
+        ],
         className="split",
     )
 
@@ -75,7 +81,9 @@ def _nothing(record: Record, name: str) -> str:
         return "Waiting for the first step."
     if name == "flip_rate_anticipatory":
         on = (record.steps()["routing_mode"] == ROUTING_MODES.index("on")).any()
-        return "Recorded while anticipatory routing is on." + ("" if on else " It has not been on in this run.")
+        return "Recorded while anticipatory routing is on." + (
+            "" if on else " It has not been on in this run."
+        )
     return "Not recorded in this run."
 
 

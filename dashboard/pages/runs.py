@@ -22,7 +22,9 @@ _SPARK, _MANY = 90, 40
 
 _NUMBER = {"filter": "agNumberColumnFilter", "type": "rightAligned"}
 _COMMAS = {"function": "params.value == null ? '–' : d3.format(',')(params.value)"}
-_DIGITS = {"function": "params.value == null ? params.data.no_loss : d3.format('.4g')(params.value)"}
+_DIGITS = {
+    "function": "params.value == null ? params.data.no_loss : d3.format('.4g')(params.value)"
+}
 _TIMES = "'×' + d3.format('.4g')(params.value) + params.data.gain_at"
 _GAIN = {"function": f"params.value == null ? params.data.no_gain : {_TIMES}"}
 _LOSS_HELP, _GAIN_HELP = about(metric("steps", "loss")), about(metric("layers", COMPOSITES[0]))
@@ -45,9 +47,13 @@ _COLUMNS: list[dict[str, Any]] = [
 
 def layout(library: Library) -> html.Div:
     now = rows(library)
-    runs = table("runs-table", _COLUMNS, now, height="calc(100vh - 180px)" if len(now) > _MANY else None)
+    runs = table(
+        "runs-table", _COLUMNS, now, height="calc(100vh - 180px)" if len(now) > _MANY else None
+    )
     help = "Every run in the folder that is being served. Click one to open it. The list follows the folder."
-    return html.Div([card("Runs", runs, tip=help), dcc.Location(id="runs-jump", refresh="callback-nav")])
+    return html.Div(
+        [card("Runs", runs, tip=help), dcc.Location(id="runs-jump", refresh="callback-nav")]
+    )
 
 
 def register(app: Dash, library: Library) -> None:
@@ -61,9 +67,15 @@ def register(app: Dash, library: Library) -> None:
         now = rows(library)
         return now if now != shown else no_update
 
-    @app.callback(Output("runs-jump", "href"), Input("runs-table", "cellClicked"), prevent_initial_call=True)
+    @app.callback(
+        Output("runs-jump", "href"), Input("runs-table", "cellClicked"), prevent_initial_call=True
+    )
     def go(cell):
-        return f"/run/{quote(str(cell['rowId']))}/overview" if cell and cell.get("rowId") else no_update
+        return (
+            f"/run/{quote(str(cell['rowId']))}/overview"
+            if cell and cell.get("rowId")
+            else no_update
+        )
 
 
 def rows(library: Library) -> list[dict[str, Any]]:
@@ -89,7 +101,10 @@ def _row(record: Record) -> dict[str, Any]:
         "gain": value if value is not None and np.isfinite(value) else None,
         "no_gain": number(value),
         "gain_at": f" at {row_name(at)}" if at else "",
-        "model": ", ".join(str(said) for key in ("residual", "size") if (said := record.option(key))) or "–",
+        "model": ", ".join(
+            str(said) for key in ("residual", "size") if (said := record.option(key))
+        )
+        or "–",
         "began": utc(record.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
     }
 
@@ -98,4 +113,6 @@ def _spark(steps: dict[str, np.ndarray]) -> list[float | None]:
     """The loss at a glance: the largest of each of a few dozen stretches, so that a spike shows."""
     loss_S = np.where(np.isinf(steps["loss"]), np.nan, steps["loss"])
     parts = np.array_split(loss_S, min(_SPARK, max(1, len(loss_S))))
-    return [round(float(np.nanmax(p)), 4) if len(p) and not np.isnan(p).all() else None for p in parts]
+    return [
+        round(float(np.nanmax(p)), 4) if len(p) and not np.isnan(p).all() else None for p in parts
+    ]

@@ -1,4 +1,6 @@
-"""Two runs or more, side by side as data: how each stands, what differs, and which is the better at what."""
+"""Two runs or more, side by side as data: how each stands, what differs, and which is the better at
+what.
+"""
 
 import math
 from collections.abc import Sequence
@@ -65,14 +67,18 @@ class Comparison:
     sides: tuple[Side, ...]
 
     def differences(self) -> dict[str, list[Any]]:
-        """Setting → each run's value, of the settings that are not the same in all; None where a run does not say."""
+        """Setting → each run's value, of the settings that are not the same in all; None where a
+        run does not say.
+        """
         told = [_settings(s.record) for s in self.sides]
         names = list(dict.fromkeys(name for settings in told for name in settings))
         values = {name: [settings.get(name) for settings in told] for name in names}
         return {name: v for name, v in values.items() if any(x != v[0] for x in v)}
 
     def shared(self) -> dict[str, Any]:
-        """The newest step that all runs with a loss have, and the mean loss of each over up to 50 shared steps."""
+        """The newest step that all runs with a loss have, and the mean loss of each over up to 50
+        shared steps.
+        """
         common: np.ndarray | None = None
         for s in self.sides:
             steps = s.record.steps()
@@ -83,15 +89,24 @@ class Comparison:
         if common is None or not len(common):
             return {"last_step": None, "steps": 0, "loss": [None] * len(self.sides)}
         last = common[-_MEAN_OF:]
-        return {"last_step": int(last[-1]), "steps": len(last), "loss": [_mean(s.record, last) for s in self.sides]}
+        return {
+            "last_step": int(last[-1]),
+            "steps": len(last),
+            "loss": [_mean(s.record, last) for s in self.sides],
+        }
 
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """Key metric → unit, bad end, every run's worst with its place and newest value, and which runs are better."""
+        """Key metric → unit, bad end, every run's worst with its place and newest value, and which
+        runs are better.
+        """
         out = {}
         for name in _NAMES:
             metric = metric_of(name)
             worst = [s.health.worst.get(name) for s in self.sides]
-            values, last = [None if w is None else w.value for w in worst], [s.last.get(name) for s in self.sides]
+            values, last = (
+                [None if w is None else w.value for w in worst],
+                [s.last.get(name) for s in self.sides],
+            )
             if any(w is not None for w in worst):
                 out[name] = {
                     "unit": metric.unit,
@@ -99,7 +114,8 @@ class Comparison:
                     "worst": [None if w is None else w.as_json() for w in worst],
                     "last": plain(last),
                     "better": {
-                        # The worst loss is that of the first step: it tells of the start, not of the run.
+                        # The worst loss is that of the first step: it tells of the start, not of
+                        # the run.
                         "worst": [] if name == "loss" else better(name, values),
                         "last": better(name, last),
                     },
@@ -117,16 +133,22 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Looks at every run, by its newest attempt. GeodiagError for fewer than two, too many, or one twice."""
+    """Looks at every run, by its newest attempt. GeodiagError for fewer than two, too many, or one
+    twice.
+    """
     if len(runs) < 2:
         raise GeodiagError("compare needs two runs or more; for one run: geodiag report RUN")
     if len(runs) > MOST_RUNS:
         raise GeodiagError(f"{len(runs)} lines cannot be told apart; pass at most {MOST_RUNS} runs")
-    return Comparison(sides=tuple(_side(r, label) for r, label in zip(runs, labels_of(runs), strict=True)))
+    return Comparison(
+        sides=tuple(_side(r, label) for r, label in zip(runs, labels_of(runs), strict=True))
+    )
 
 
 def better(name: str, values: Sequence[float | None]) -> list[int]:
-    """Places of the runs that stand better, by a difference that can be read; none where all are alike."""
+    """Places of the runs that stand better, by a difference that can be read; none where all are
+    alike.
+    """
     metric = metric_of(name)
     known = {i: v for i, v in enumerate(values) if v is not None}
     finite = {i: v for i, v in known.items() if math.isfinite(v)}
@@ -142,7 +164,9 @@ def _side(run: Run, label: str) -> Side:
     known = [s for s in spikes_of(run) if s.spike is not None]
     worst = sorted(known, key=lambda s: -(s.spike.score if s.spike else 0.0))[:_TOLD]
     told = tuple((s, explain(run, s).words if s in worst else None) for s in known)
-    return Side(label=label, record=record, health=health(run, _NAMES), last=_last(record), spikes=told)
+    return Side(
+        label=label, record=record, health=health(run, _NAMES), last=_last(record), spikes=told
+    )
 
 
 def _last(record: Record) -> dict[str, float]:
@@ -157,7 +181,9 @@ def _last(record: Record) -> dict[str, float]:
     for grid in record.recent("layers", *names):
         value_R = grid.at(int(grid.steps_S[-1])) if len(grid.steps_S) else np.array([])
         if not np.isnan(value_R).all():
-            out[grid.metric.name] = float((np.nanmin if grid.metric.worse == "low" else np.nanmax)(value_R))
+            out[grid.metric.name] = float(
+                (np.nanmin if grid.metric.worse == "low" else np.nanmax)(value_R)
+            )
     return out
 
 

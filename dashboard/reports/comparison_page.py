@@ -1,4 +1,6 @@
-"""The comparison of runs as a page: losses on one axis, what stands better where, stages, spikes, settings."""
+"""The comparison of runs as a page: losses on one axis, what stands better where, stages, spikes,
+settings.
+"""
 
 from functools import partial
 from typing import Any
@@ -32,27 +34,46 @@ def page(c: Comparison, now: float) -> str:
     sections = [
         ("runs", "Runs", sides.head(c, title)),
         ("loss", "Loss", _losses(c, paper)),
-        ("metrics", "Metrics", card("Worst and newest values", sides.metrics(c), tip=sides.METRICS_TIP)),
+        (
+            "metrics",
+            "Metrics",
+            card("Worst and newest values", sides.metrics(c), tip=sides.METRICS_TIP),
+        ),
         ("stages", "Stages", _stages(c, paper)),
         ("spikes", "Spikes", card("Spikes", sides.spikes(c))),
-        ("settings", "Settings", card(f"What differs: {len(differences)} settings", sides.settings(c, differences))),
+        (
+            "settings",
+            "Settings",
+            card(f"What differs: {len(differences)} settings", sides.settings(c, differences)),
+        ),
     ]
-    head = [html.Span([mark(), "geodiag"], className="brand"), html.Span(title, className="crumb here")]
+    head = [
+        html.Span([mark(), "geodiag"], className="brand"),
+        html.Span(title, className="crumb here"),
+    ]
     return paper.html(
-        sections, head, f"geodiag compare, {utc(now)} UTC. " + " · ".join(s.record.run.url for s in c.sides)
+        sections,
+        head,
+        f"geodiag compare, {utc(now)} UTC. " + " · ".join(s.record.run.url for s in c.sides),
     )
 
 
 def _losses(c: Comparison, paper: Paper) -> html.Div:
     steps = card(
         "Loss over steps",
-        paper.chart(partial(draw_losses, c), "Loss and gradient norm of every run over steps", "steps"),
+        paper.chart(
+            partial(draw_losses, c), "Loss and gradient norm of every run over steps", "steps"
+        ),
         tip=f"{about(metric('steps', 'loss'))} Rings are spikes; grey lines, steps that were rolled back. {_ZOOM}",
     )
     unknown = [s.label for s in c.sides if s.tokens() is None]
     if len(unknown) == len(c.sides):
         return html.Div(steps)
-    lacks = [notice(f"Not every step of {', '.join(unknown)} says how many tokens it had.")] if unknown else []
+    lacks = (
+        [notice(f"Not every step of {', '.join(unknown)} says how many tokens it had.")]
+        if unknown
+        else []
+    )
     tokens = card(
         "Loss over tokens", *lacks,
         paper.chart(partial(draw_losses_over_tokens, c), "Loss of every run over tokens"), tip=_ZOOM,
@@ -72,7 +93,9 @@ def draw_losses(c: Comparison, look: Look) -> go.Figure:
         step_S = s.record.steps()["step"]
         if len(step_S):
             before = len(fig.data)
-            draw_undone(fig, s.record.undone(), int(step_S[0]), int(step_S[-1]), look, {"loss": "y"})
+            draw_undone(
+                fig, s.record.undone(), int(step_S[0]), int(step_S[-1]), look, {"loss": "y"}
+            )
             for trace in fig.data[before:]:
                 trace.update(showlegend=False, hoverinfo="skip", hovertemplate=None)
     return fig
@@ -89,7 +112,9 @@ def draw_losses_over_tokens(c: Comparison, look: Look) -> go.Figure:
         step_S = steps["step"] if found is not None else np.array([])
         tracks.append(Track(s.label, step_S, x_S))
         values.append(steps["loss"] if found is not None else np.array([]))
-    return overlay(tracks, [Panel("loss", metric("steps", "loss").unit, values, 280)], look, "tokens")
+    return overlay(
+        tracks, [Panel("loss", metric("steps", "loss").unit, values, 280)], look, "tokens"
+    )
 
 
 def _stages(c: Comparison, paper: Paper) -> html.Section:
@@ -98,7 +123,11 @@ def _stages(c: Comparison, paper: Paper) -> html.Section:
         f"above it for three steps has left its history. Noise, up to {_LEAST_Z:g}, lies on the ground. {_ZOOM}"
     )
     what = "Scores of the three stages of every run over steps"
-    return card("Stages, each run against its own past", paper.chart(partial(draw_stages, c), what, "steps"), tip=tip)
+    return card(
+        "Stages, each run against its own past",
+        paper.chart(partial(draw_stages, c), what, "steps"),
+        tip=tip,
+    )
 
 
 def draw_stages(c: Comparison, look: Look) -> go.Figure:
@@ -106,7 +135,8 @@ def draw_stages(c: Comparison, look: Look) -> go.Figure:
     tracks = [Track(s.label, x := s.record.steps()["step"], x) for s in c.sides]
     titles = ("1 curvature", "2 chart", "3 amplification")
     panels = [
-        Panel(title, "", _column(c, f"stage{i}_score"), 150, _LEAST_Z, ALERT) for i, title in enumerate(titles, 1)
+        Panel(title, "", _column(c, f"stage{i}_score"), 150, _LEAST_Z, ALERT)
+        for i, title in enumerate(titles, 1)
     ]
     return overlay(tracks, panels, look)
 
@@ -121,6 +151,8 @@ def _rings(side: Side) -> list[Ring]:
         spike: Any = seen.spike
         score = f", {spike.score:.1f} robust σ" if np.isfinite(spike.score) else ""
         kind = spike.kind if spike.kind in SPIKES else "spike"
-        text = f"{side.label}: {kind} at step {whole(seen.onset)}, peak at {number(spike.peak)}{score}"
+        text = (
+            f"{side.label}: {kind} at step {whole(seen.onset)}, peak at {number(spike.peak)}{score}"
+        )
         out.append(Ring(seen.onset, loss_at(steps, undone, seen.attempt, seen.onset), text))
     return out

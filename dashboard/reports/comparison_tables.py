@@ -1,4 +1,6 @@
-"""The tables of a comparison: the runs themselves, their key metrics, their spikes, and what was set otherwise."""
+"""The tables of a comparison: the runs themselves, their key metrics, their spikes, and what was
+set otherwise.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,8 +32,14 @@ def head(c: Comparison, title: str) -> html.Section:
     rows = []
     for i, (s, loss) in enumerate(zip(c.sides, shared["loss"], strict=True)):
         h, tokens = s.health, s.tokens()
-        model = ", ".join(str(said) for key in ("residual", "size") if (said := s.record.option(key)))
-        best = len(known) > 1 and number(loss) == number(min(known)) and len({number(v) for v in known}) > 1
+        model = ", ".join(
+            str(said) for key in ("residual", "size") if (said := s.record.option(key))
+        )
+        best = (
+            len(known) > 1
+            and number(loss) == number(min(known))
+            and len({number(v) for v in known}) > 1
+        )
         rows.append([
             named(c, i), badge(h.status), whole(h.last_step), "–" if tokens is None else _short(float(tokens[-1])),
             _better(number(loss), best), number(h.last_loss), str(len(s.spikes)),
@@ -39,10 +47,24 @@ def head(c: Comparison, title: str) -> html.Section:
             utc(s.record.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
         ])  # fmt: skip
     mean = f"loss, shared: mean over the {shared['steps']} newest steps that all runs have, up to step {whole(at)}"
-    heads = ["run", "status", "last step", "tokens", "loss, shared", "newest loss", "spikes", "model", "began, UTC"]
+    heads = [
+        "run",
+        "status",
+        "last step",
+        "tokens",
+        "loss, shared",
+        "newest loss",
+        "spikes",
+        "model",
+        "began, UTC",
+    ]
     said = notice("These runs have no step in common." if at is None else mean)
-    wrong = [html.Div([html.B(s.label), *problems(s.record)]) for s in c.sides if s.record.problems()]
-    return html.Section([html.H1(title), grid(heads, rows, (2, 3, 4, 5, 6)), said, *wrong], className="card runs-of")
+    wrong = [
+        html.Div([html.B(s.label), *problems(s.record)]) for s in c.sides if s.record.problems()
+    ]
+    return html.Section(
+        [html.H1(title), grid(heads, rows, (2, 3, 4, 5, 6)), said, *wrong], className="card runs-of"
+    )
 
 
 def metrics(c: Comparison) -> html.Div:
@@ -68,7 +90,10 @@ def _cells(side: Side, i: int, name: str, better: Mapping[str, Sequence[int]]) -
     metric, worst = metric_of(name), side.health.worst.get(name)
     if worst is None:
         return ["–", "–"]
-    said = [_better(value(worst.value, metric), i in better["worst"]), html.Span(place(worst), className="at")]
+    said = [
+        _better(value(worst.value, metric), i in better["worst"]),
+        html.Span(place(worst), className="at"),
+    ]
     return [html.Div(said), _better(value(side.last.get(name), metric), i in better["last"])]
 
 
@@ -104,11 +129,17 @@ def swatch(i: int) -> html.I:
     """The stroke of run number `i` as its lines have it, in both looks."""
     (light, dash), (dark, _) = stroke(i, LIGHT), stroke(i, DARK)
     kind = {"solid": "solid", "dash": "dashed", "dot": "dotted"}[dash]
-    return html.I(className="swatch", style={"--light": light, "--dark": dark, "borderTopStyle": kind})
+    return html.I(
+        className="swatch", style={"--light": light, "--dark": dark, "borderTopStyle": kind}
+    )
 
 
 def _better(text: str, best: bool) -> Any:
-    return html.B([html.Span("✓ ", title="the better value"), text], className="calm") if best else text
+    return (
+        html.B([html.Span("✓ ", title="the better value"), text], className="calm")
+        if best
+        else text
+    )
 
 
 def _said(setting: Any) -> Any:

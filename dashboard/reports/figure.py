@@ -1,4 +1,6 @@
-"""One figure in two looks: the light one whole, and of the dark one only what differs, which is a few colours."""
+"""One figure in two looks: the light one whole, and of the dark one only what differs, which is a
+few colours.
+"""
 
 import json
 from collections.abc import Callable
@@ -13,7 +15,9 @@ Change = tuple[list[str | int], Any]
 
 
 def both(make: Callable[[Look], go.Figure]) -> dict[str, Any]:
-    """`figure` in light, and `dark`, the changes that make it the dark one. The template is left to the page."""
+    """`figure` in light, and `dark`, the changes that make it the dark one. The template is left to
+    the page.
+    """
     light, dark = (json.loads(make(LOOKS[name]).to_json()) for name in ("light", "dark"))
     for figure in (light, dark):
         figure["layout"].pop("template", None)
@@ -30,7 +34,11 @@ def differences(old: Any, new: Any, at: tuple[str | int, ...] = ()) -> list[Chan
     if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
         return [c for k in old for c in differences(old[k], new[k], (*at, k))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and _objects(old):
-        return [c for i, (a, b) in enumerate(zip(old, new, strict=True)) for c in differences(a, b, (*at, i))]
+        return [
+            c
+            for i, (a, b) in enumerate(zip(old, new, strict=True))
+            for c in differences(a, b, (*at, i))
+        ]
     return [] if old == new else [(list(at), new)]
 
 

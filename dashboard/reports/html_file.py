@@ -1,4 +1,6 @@
-"""One page as one file: style, charts and the charting library inside it, and nothing that is fetched."""
+"""One page as one file: style, charts and the charting library inside it, and nothing that is
+fetched.
+"""
 
 import base64
 import hashlib
@@ -41,18 +43,28 @@ class Paper:
             made["figure"]["layout"]["height"] = _SENTENCE_PX  # nothing will be drawn here later
         self._charts.append({"id": name, "axis": axis} | made)
         height = made["figure"]["layout"].get("height", 300)
-        inside = html.Div(id=name, className="chart", style={"height": height}, role="img", **aria(what))
+        inside = html.Div(
+            id=name, className="chart", style={"height": height}, role="img", **aria(what)
+        )
         return html.Div(inside, className="chart-frame", style={"minHeight": height})
 
     def html(self, sections: Sequence[tuple[str, str, Any]], head: list, foot: str) -> str:
-        """The file's text. A section is its anchor, its name at the top of the page, and what it shows."""
+        """The file's text. A section is its anchor, its name at the top of the page, and what it
+        shows.
+        """
         page = (_HERE / "page.js").read_text(encoding="utf-8")
         library = get_plotlyjs()
         data = {"charts": self._charts, "template": template(), "config": CHART_CONFIG}
-        tabs = [html.Div(html.A(name, href=f"#{at}"), className="g-tab") for at, name, _ in sections]
-        top = [html.Div([*head, html.Nav(tabs, className="tabs", **aria("sections"))], className="nav")]
+        tabs = [
+            html.Div(html.A(name, href=f"#{at}"), className="g-tab") for at, name, _ in sections
+        ]
+        top = [
+            html.Div([*head, html.Nav(tabs, className="tabs", **aria("sections"))], className="nav")
+        ]
         body = [html.Section(shown, id=at, className="part") for at, _, shown in sections]
-        style = "\n".join(p.read_text(encoding="utf-8") for p in (_ASSETS / "style.css", _HERE / "page.css"))
+        style = "\n".join(
+            p.read_text(encoding="utf-8") for p in (_ASSETS / "style.css", _HERE / "page.css")
+        )
         return f"""<!doctype html>
 <html lang="en" data-mantine-color-scheme="light">
 <head>
@@ -81,7 +93,9 @@ def _policy(scripts: Sequence[str]) -> str:
     """Nothing is fetched, and only these very scripts run, whatever a run calls itself."""
     sums = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
     allowed = " ".join(f"'sha256-{s}'" for s in sums)
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    )
 
 
 def _inert(data: Any) -> str:
@@ -91,7 +105,10 @@ def _inert(data: Any) -> str:
 
 
 def _icon() -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode((_ASSETS / "favicon.svg").read_bytes()).decode()
+    return (
+        "data:image/svg+xml;base64,"
+        + base64.b64encode((_ASSETS / "favicon.svg").read_bytes()).decode()
+    )
 
 
 def mark() -> html.Img:

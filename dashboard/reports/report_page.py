@@ -1,4 +1,6 @@
-"""The report of one run: what it is, how it stands, what happened to its loss and why, and its geometry over depth."""
+"""The report of one run: what it is, how it stands, what happened to its loss and why, and its
+geometry over depth.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +31,9 @@ from geodiag.spikes.recorded import spikes_of
 from geodiag.store.files import plain
 
 MOST_SPIKES = 8
-"""Spikes whose cascade is told: the worst ones. Each costs about half a second, and a page has an end."""
+"""Spikes whose cascade is told: the worst ones. Each costs about half a second, and a page has an
+end.
+"""
 _COLUMNS = (
     "Rows are layers, the first on top; columns are steps, or the worst of a few steps where there are very many. "
     "Drag to zoom in time, double click for all: every chart of the run follows."
@@ -48,9 +52,15 @@ class Report:
     """Spikes beyond those."""
 
     def as_json(self) -> dict[str, Any]:
-        """What `geodiag show --json` says of the key metrics, and more of the run; see `geodiag report --help`."""
+        """What `geodiag show --json` says of the key metrics, and more of the run; see `geodiag
+        report --help`.
+        """
         said = self.record.run.manifest
-        more = {"name": self.record.run.name, "model": said.get("found"), "config": said.get("config")}
+        more = {
+            "name": self.record.run.name,
+            "model": said.get("found"),
+            "config": said.get("config"),
+        }
         more |= {"versions": said.get("versions"), "cascades": [c.as_json() for c in self.cascades]}
         return self.health.as_json() | plain(more | {"untold": self.untold})
 
@@ -66,11 +76,18 @@ class Report:
             ("gain", "Gain", _gain(self, paper)),
             ("routing", "Routing", _routing(record, paper)),
             ("activations", "Activations", _activations(record, paper)),
-            ("worst", "Worst values", card("The worst of each key metric", facts.key_table(self.health))),
+            (
+                "worst",
+                "Worst values",
+                card("The worst of each key metric", facts.key_table(self.health)),
+            ),
             ("events", "Events", facts.trail(record)),
             ("run", "The run", html.Div(facts.manifest(record), className="column")),
         ]
-        head = [html.Span([mark(), "geodiag"], className="brand"), html.Span(run.name, className="crumb here")]
+        head = [
+            html.Span([mark(), "geodiag"], className="brand"),
+            html.Span(run.name, className="crumb here"),
+        ]
         made = f"geodiag report of {run.url}, {utc(now)} UTC."
         return paper.html(sections, head, made)
 
@@ -82,7 +99,12 @@ def report(run: Run) -> Report:
     chosen = sorted(sorted(worst, key=lambda step: -worst[step])[:MOST_SPIKES])
     found = [c for c in (cascade_of(record, step) for step in chosen) if isinstance(c, Cascade)]
     names = {name for names in KEY_METRICS.values() for name in names}
-    return Report(record=record, health=health(run, names), cascades=tuple(found), untold=len(worst) - len(found))
+    return Report(
+        record=record,
+        health=health(run, names),
+        cascades=tuple(found),
+        untold=len(worst) - len(found),
+    )
 
 
 def _shown(record: Record) -> list[str]:
@@ -98,9 +120,14 @@ def _summary(r: Report) -> list:
 
 def _loss(record: Record, paper: Paper) -> html.Section:
     keys = html.Div(legend(record, "/overview"), className="keys")
-    chart = paper.chart(partial(_timeline, record), "Loss, gradient norm and stages over steps", "run")
+    chart = paper.chart(
+        partial(_timeline, record), "Loss, gradient norm and stages over steps", "run"
+    )
     return card(
-        "Loss, gradient, stages", keys, chart, tip=f"{about(metric('steps', 'loss'))} {overview.STAGES} {_COLUMNS}"
+        "Loss, gradient, stages",
+        keys,
+        chart,
+        tip=f"{about(metric('steps', 'loss'))} {overview.STAGES} {_COLUMNS}",
     )
 
 
@@ -116,11 +143,17 @@ def _gain(r: Report, paper: Paper) -> html.Div:
     record, view = r.record, View(step=step)
     name = gain.QUANTITIES[gain.quantity(record, view)][0]
     when = f"at step {whole(step)}" if step is not None else "at the newest step"
-    lacks = [] if record.has_maps() else [notice("No hyper-connections, so no residual maps and no composite gain.")]
+    lacks = (
+        []
+        if record.has_maps()
+        else [notice("No hyper-connections, so no residual maps and no composite gain.")]
+    )
     main = card(
         f"{name.capitalize()} over layers and steps",
         *lacks,
-        paper.chart(partial(gain.draw_heat, record, view), f"{name} of every layer over steps", "run"),
+        paper.chart(
+            partial(gain.draw_heat, record, view), f"{name} of every layer over steps", "run"
+        ),
         tip=_COLUMNS,
     )
     deep = card(
@@ -129,24 +162,39 @@ def _gain(r: Report, paper: Paper) -> html.Div:
         tip="Every site at the step of the worst composite gain, or else at the newest. Forward gains multiply from "
         "the input, backward gains from the output.",
     )
-    return html.Div([html.Div(main, className="column"), html.Div(deep, className="side")], className="split wide-side")
+    return html.Div(
+        [html.Div(main, className="column"), html.Div(deep, className="side")],
+        className="split wide-side",
+    )
 
 
 def _routing(record: Record, paper: Paper) -> html.Div:
     layer = layer_of(record, View())
-    flips = paper.chart(partial(routing.draw_flips, record, View()), "Flip rate of every layer over steps", "run")
-    lines = paper.chart(partial(routing.draw_lines, record, View()), f"Router of layer {layer} over steps", "run")
+    flips = paper.chart(
+        partial(routing.draw_flips, record, View()), "Flip rate of every layer over steps", "run"
+    )
+    lines = paper.chart(
+        partial(routing.draw_lines, record, View()), f"Router of layer {layer} over steps", "run"
+    )
     return html.Div(
-        [card("Flip rate", flips, tip=_COLUMNS), card(f"The router of layer {layer}", lines)], className="column"
+        [card("Flip rate", flips, tip=_COLUMNS), card(f"The router of layer {layer}", lines)],
+        className="column",
     )
 
 
 def _activations(record: Record, paper: Paper) -> html.Div:
     layer = layer_of(record, View())
-    heat = paper.chart(partial(activations.draw_heat, record, View()), "Largest gate of every layer over steps", "run")
+    heat = paper.chart(
+        partial(activations.draw_heat, record, View()),
+        "Largest gate of every layer over steps",
+        "run",
+    )
     lines = paper.chart(
-        partial(activations.draw_lines, record, View()), f"Activations of layer {layer} over steps", "run"
+        partial(activations.draw_lines, record, View()),
+        f"Activations of layer {layer} over steps",
+        "run",
     )
     return html.Div(
-        [card("Largest gate", heat, tip=_COLUMNS), card(f"The experts of layer {layer}", lines)], className="column"
+        [card("Largest gate", heat, tip=_COLUMNS), card(f"The experts of layer {layer}", lines)],
+        className="column",
     )

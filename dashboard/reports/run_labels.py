@@ -1,4 +1,6 @@
-"""What runs are called beside each other: the folder's name, and as much of the way to it as tells them apart."""
+"""What runs are called beside each other: the folder's name, and as much of the way to it as tells
+them apart.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,5 +27,7 @@ def labels_of(runs: Sequence[Run]) -> list[str]:
 
 
 def _way(run: Run) -> list[str]:
-    """The parts of the address; a local path from the root on, so that `runs/a` and `./runs/a` are one."""
+    """The parts of the address; a local path from the root on, so that `runs/a` and `./runs/a` are
+    one.
+    """
     return run.address.split("/")

@@ -1,4 +1,6 @@
-"""Every spike of a report: the verdict in words, the picture from the origin to the loss, the series, the evidence."""
+"""Every spike of a report: the verdict in words, the picture from the origin to the loss, the
+series, the evidence.
+"""
 
 from functools import partial
 from typing import Any
@@ -26,7 +28,11 @@ def told(record: Record, paper: Paper, cascades: tuple[Cascade, ...], untold: in
              for c in cascades]  # fmt: skip
     strip = html.Nav(links, className="choices", **aria("spikes of this run"))
     head = [strip] if len(cascades) > 1 else []
-    return [*head, *([notice(more)] if untold else []), *(_block(record, paper, c) for c in cascades)]
+    return [
+        *head,
+        *([notice(more)] if untold else []),
+        *(_block(record, paper, c) for c in cascades),
+    ]
 
 
 def _block(record: Record, paper: Paper, found: Cascade) -> html.Div:
@@ -34,7 +40,10 @@ def _block(record: Record, paper: Paper, found: Cascade) -> html.Div:
     at = f"step {whole(found.spike_onset)}"
     picture = card(
         "From the origin to the loss",
-        paper.chart(partial(page.draw_picture, record, view), f"The cascade behind {at}: loss and stages over steps"),
+        paper.chart(
+            partial(page.draw_picture, record, view),
+            f"The cascade behind {at}: loss and stages over steps",
+        ),
         tip=page.PICTURE,
     )
     series = card(
@@ -62,7 +71,13 @@ def _evidence(found: Cascade) -> list[html.Section]:
     ]  # fmt: skip
     heads = ["stage", "where", "metric", "from step", "value", "usually", "robust z"]
     return (
-        [card("Evidence", grid(heads, rows, (3, 4, 5, 6), "evidence"), tip="What left its range at the origin.")]
+        [
+            card(
+                "Evidence",
+                grid(heads, rows, (3, 4, 5, 6), "evidence"),
+                tip="What left its range at the origin.",
+            )
+        ]
         if rows
         else []
     )
@@ -74,13 +89,13 @@ def _calm(record: Record, paper: Paper) -> html.Section:
     if odd is None:
         return card("No spike", notice("The loss never left its trend, and no stage was scored."))
     step, stage, score = odd
-    said = (
-        f"The loss never left its trend. The most unusual step is {whole(step)}: stage {stage} at {score:.1f} robust z."
-    )
+    said = f"The loss never left its trend. The most unusual step is {whole(step)}: stage {stage} at {score:.1f} robust z."
     view = View(steps=(max(0, step - 120), step + 60), stage=stage)
     return card(
         "No spike",
         html.P(said, className="words"),
-        paper.chart(partial(page.draw_picture, record, view), f"Loss and stages around step {step}"),
+        paper.chart(
+            partial(page.draw_picture, record, view), f"Loss and stages around step {step}"
+        ),
         tip=page.PICTURE,
     )

@@ -4,7 +4,12 @@ from html import escape
 from typing import Any
 
 _VOID = {"img", "br", "hr"}
-_NAMES: dict[str, str] = {"className": "class", "tabIndex": "tabindex", "htmlFor": "for", "colSpan": "colspan"}
+_NAMES: dict[str, str] = {
+    "className": "class",
+    "tabIndex": "tabindex",
+    "htmlFor": "for",
+    "colSpan": "colspan",
+}
 _TIP, _LINK = "Tooltip", "Link"
 
 
@@ -22,7 +27,9 @@ def render(part: Any) -> str:
     if name == _TIP:
         return _tipped(children, props.get("label", ""))
     if name == _LINK:
-        return _element("span", {"class": props.get("className")}, children)  # it leads into the dashboard
+        return _element(
+            "span", {"class": props.get("className")}, children
+        )  # it leads into the dashboard
     if said["namespace"] != "dash_html_components":
         raise TypeError(f"{name} is drawn by a script of its own; a file has none")
     return _element(name.lower(), _attributes(props), children)
@@ -33,7 +40,9 @@ def _tipped(child: Any, text: Any) -> str:
     said = child.to_plotly_json()
     props = _attributes({k: v for k, v in said["props"].items() if k != "children"})
     props["class"] = f"{props.get('class') or ''} tipped".strip()
-    return _element(said["type"].lower(), {"tabindex": 0} | props | {"data-tip": text}, child.children)
+    return _element(
+        said["type"].lower(), {"tabindex": 0} | props | {"data-tip": text}, child.children
+    )
 
 
 def _attributes(props: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +50,9 @@ def _attributes(props: dict[str, Any]) -> dict[str, Any]:
 
 
 def _element(name: str, props: dict[str, Any], children: Any) -> str:
-    given = "".join(f' {k}="{escape(_value(v))}"' for k, v in props.items() if v is not None and v is not False)
+    given = "".join(
+        f' {k}="{escape(_value(v))}"' for k, v in props.items() if v is not None and v is not False
+    )
     return f"<{name}{given}>" if name in _VOID else f"<{name}{given}>{render(children)}</{name}>"
 
 

@@ -34,20 +34,29 @@ def head(record: Record, health: Health, cascades: Sequence[Cascade]) -> html.Se
     layers, streams = found.get("layers"), found.get("streams")
     what = {
         "model": found.get("family"),
-        "layers": f"{layers}, {streams} stream{'s' * (streams != 1)}" if layers and streams else layers,
-        "experts": f"{found['experts']}, top {k}" if (k := found.get("experts_per_token")) else health.found["experts"],
+        "layers": f"{layers}, {streams} stream{'s' * (streams != 1)}"
+        if layers and streams
+        else layers,
+        "experts": f"{found['experts']}, top {k}"
+        if (k := found.get("experts_per_token"))
+        else health.found["experts"],
         "watched": f"{health.found['sites']} sites, {health.found['routers']} routers",
         "data": record.option("data"),
         "began, UTC": utc(record.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
     }
     facts = [
-        html.Div([html.Span(k, className="tile-label"), html.Span(str(v), className="fact-value")], className="fact")
+        html.Div(
+            [html.Span(k, className="tile-label"), html.Span(str(v), className="fact-value")],
+            className="fact",
+        )
         for k, v in what.items()
         if v
     ]
     lacks = [notice(line) for line in health.missing]
     said = [html.Li(html.A(verdict.headline(c), href=f"#spike-{c.spike_onset}")) for c in cascades]
-    standing = html.Div([badge(health.status), html.Span(step, className="soft")], className="standing")
+    standing = html.Div(
+        [badge(health.status), html.Span(step, className="soft")], className="standing"
+    )
     words = html.Ul(said, className="lead") if said else html.P(_calm(health))
     left = html.Div([html.H1(record.run.name), standing, words, *lacks, *problems(record)])
     return html.Section([left, html.Div(facts, className="facts of-run")], className="card verdict")
@@ -77,18 +86,37 @@ def tiles(record: Record, h: Health, cascades: Sequence[Cascade]) -> list:
     tone = "alarm" if h.last_loss is not None and not math.isfinite(h.last_loss) else ""
     out = [
         tile("loss", number(h.last_loss), lowest, about(loss), tone),
-        tile("spikes", str(len(h.spikes)), span, f"{KINDS['spike'].capitalize()}.", "alarm" if h.spikes else ""),
+        tile(
+            "spikes",
+            str(len(h.spikes)),
+            span,
+            f"{KINDS['spike'].capitalize()}.",
+            "alarm" if h.spikes else "",
+        ),
     ]
     for stage, (name, what) in STAGES.items():
         left, scored = h.left[stage], f"stage{stage}_score" in h.worst
         said = f"left at {whole(left)}" if left is not None else "calm" if scored else "–"
-        top = f"{h.worst[f'stage{stage}_score'].value:.3g} robust z at worst" if scored else "not scored"
+        top = (
+            f"{h.worst[f'stage{stage}_score'].value:.3g} robust z at worst"
+            if scored
+            else "not scored"
+        )
         text = f"{what.capitalize()}. Left: more than 6 robust z from its own past for three steps in a row."
         out.append(tile(f"{stage} · {name}", said, top, text, "alarm" if left is not None else ""))
     c = h.composite
     gain = times(c.worst.value) if c.worst else "–"
     grew = "alarm" if c.verdict in ("grew", "nonfinite") else ""
-    return [*out, tile("composite gain, worst", gain, _GAIN[c.verdict], about(metric("layers", COMPOSITES[0])), grew)]
+    return [
+        *out,
+        tile(
+            "composite gain, worst",
+            gain,
+            _GAIN[c.verdict],
+            about(metric("layers", COMPOSITES[0])),
+            grew,
+        ),
+    ]
 
 
 def _lowest(record: Record) -> str:

@@ -28,16 +28,24 @@ def grid(heads: Sequence[Any], rows: Rows, numbers: Sequence[int] = (), name: st
     What is too wide for the window moves inside it, under the finger.
     """
     sides = ["num" if i in numbers else None for i in range(len(heads))]
-    first = html.Thead(html.Tr([html.Th(h, className=s, scope="col") for h, s in zip(heads, sides, strict=True)]))
+    first = html.Thead(
+        html.Tr([html.Th(h, className=s, scope="col") for h, s in zip(heads, sides, strict=True)])
+    )
     rest = [
-        row if isinstance(row, html.Tr) else html.Tr([html.Td(c, className=s) for c, s in zip(row, sides, strict=True)])
+        row
+        if isinstance(row, html.Tr)
+        else html.Tr([html.Td(c, className=s) for c, s in zip(row, sides, strict=True)])
         for row in rows
     ]
-    return html.Div(html.Table([first, html.Tbody(rest)], className=f"plain {name}".strip()), className="sheet")
+    return html.Div(
+        html.Table([first, html.Tbody(rest)], className=f"plain {name}".strip()), className="sheet"
+    )
 
 
 def hint(text: str, why: str, name: str = "") -> html.Span:
-    """A word in a table with its explanation, in the browser's own way: a table cuts off what hangs over it."""
+    """A word in a table with its explanation, in the browser's own way: a table cuts off what hangs
+    over it.
+    """
     return html.Span(text, title=why, className=f"hint {name}".strip())
 
 
@@ -51,7 +59,11 @@ def value(v: float | None, metric: Metric) -> str:
     if v is not None and not math.isfinite(v):
         return "not finite"
     said = {"share": percent, "×": times}.get(metric.unit, number)(v)
-    return said if v is None or metric.unit in ("share", "×", "1", "score", "") else f"{said} {metric.unit}"
+    return (
+        said
+        if v is None or metric.unit in ("share", "×", "1", "score", "")
+        else f"{said} {metric.unit}"
+    )
 
 
 def place(worst: Worst) -> str:
@@ -66,7 +78,9 @@ def key_table(health: Health) -> html.Div:
     for title, names in KEY_METRICS.items():
         known = [n for n in names if n in health.worst]
         stage = int(title[6]) if title.startswith("Stage") else None
-        standing = _standing(health, stage) if known else html.Span("nothing measured", className="soft")
+        standing = (
+            _standing(health, stage) if known else html.Span("nothing measured", className="soft")
+        )
         rows.append(html.Tr(html.Th([title, standing], colSpan=4, scope="rowgroup")))
         rows += [_row(n, health.worst[n]) for n in known]
     return grid(["", "worst", "where", "healthy"], rows, (1,), "worst")
@@ -88,7 +102,11 @@ def _standing(health: Health, stage: int | None) -> Any:
     left = health.left[stage]
     if left is not None:
         return html.B(f"! left its own history at step {whole(left)}", className="alarm")
-    return html.Span("within its own history", className="calm") if f"stage{stage}_score" in health.worst else ""
+    return (
+        html.Span("within its own history", className="calm")
+        if f"stage{stage}_score" in health.worst
+        else ""
+    )
 
 
 def trail(record: Record) -> html.Section:
@@ -104,32 +122,51 @@ def trail(record: Record) -> html.Section:
     heads = ["step", "kind", "message", "where", "attempt", "time, UTC"]
     left_out = len(events) - len(shown)
     said = (
-        [notice(f"{left_out:,} older events are left out; the table events of the run has them.")] if left_out else []
+        [notice(f"{left_out:,} older events are left out; the table events of the run has them.")]
+        if left_out
+        else []
     )
-    return card("What happened", *said, grid(heads, rows, (0, 4), "trail") if rows else notice("Nothing."))
+    return card(
+        "What happened", *said, grid(heads, rows, (0, 4), "trail") if rows else notice("Nothing.")
+    )
 
 
 def manifest(record: Record) -> list:
     """The run's own words about itself: model, versions, command, configuration."""
     said = record.run.manifest
-    found = [[k.replace("_", " "), plainly(v)] for k, v in record.said("found").items() if v not in ([], None)]
+    found = [
+        [k.replace("_", " "), plainly(v)]
+        for k, v in record.said("found").items()
+        if v not in ([], None)
+    ]
     command = said.get("command")
     began: Rows = [
         ["run", record.run.url],
         ["began, UTC", utc(said.get("created"))],
-        ["attempts", ", ".join(f"{a} from step {whole(s)}" for a, s in record.said_attempts().items())],
+        [
+            "attempts",
+            ", ".join(f"{a} from step {whole(s)}" for a, s in record.said_attempts().items()),
+        ],
         ["ranks", plainly(said.get("world_size", 1))],
         ["command", html.Code(shlex.join(map(str, command)) if isinstance(command, list) else "–")],
         ["schema", f"{plainly(said.get('schema_version'))} (this geodiag: {SCHEMA_VERSION})"],
         *([f"{k} version", plainly(v)] for k, v in record.said("versions").items()),
     ]
     settings = [[html.Code(k), plainly(v)] for k, v in flat(record.said("config")).items()]
-    long = html.Details([html.Summary(f"{len(settings)} settings"), grid(["setting", "value"], settings)])
+    long = html.Details(
+        [html.Summary(f"{len(settings)} settings"), grid(["setting", "value"], settings)]
+    )
     pair = [
-        card("The model, as it was found", grid(["", ""], found, name="facts-of") if found else notice(_SILENT)),
+        card(
+            "The model, as it was found",
+            grid(["", ""], found, name="facts-of") if found else notice(_SILENT),
+        ),
         card("The training", grid(["", ""], began, name="facts-of")),
     ]
-    return [html.Div(pair, className="pair"), card("Configuration", long if settings else notice(_SILENT))]
+    return [
+        html.Div(pair, className="pair"),
+        card("Configuration", long if settings else notice(_SILENT)),
+    ]
 
 
 def flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:

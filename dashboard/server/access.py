@@ -1,4 +1,6 @@
-"""Who may look: a random token on every request, a known host on loopback, and nothing fetched from elsewhere."""
+"""Who may look: a random token on every request, a known host on loopback, and nothing fetched from
+elsewhere.
+"""
 
 import hmac
 import secrets
@@ -9,9 +11,7 @@ from flask import Flask, Response, redirect, request
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>geodiag</title>
 <body style="font:16px/1.6 system-ui,sans-serif;max-width:36em;margin:18vh auto;padding:0 1.5em">{text}</body></html>
 """
-_NO_TOKEN = (
-    "This page needs its token: open the address that <code>geodiag dashboard</code> printed, the one with ?token=…"
-)
+_NO_TOKEN = "This page needs its token: open the address that <code>geodiag dashboard</code> printed, the one with ?token=…"
 _HOST = "This page answers to its own address only: open the one that <code>geodiag dashboard</code> printed."
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Dash starts itself with an inline script; everything else comes from files served here.
@@ -30,8 +30,9 @@ def new_token() -> str:
 def guard(server: Flask, token: str, only_loopback: bool = True) -> None:
     """Refuses every request, callbacks included, that does not carry `token` in its cookie.
 
-    `?token=…` in an address sets the cookie and is taken out of the address again. With `only_loopback`
-    a request under any other host name is refused too: a web page that rebinds its name to 127.0.0.1 gets nothing.
+    `?token=…` in an address sets the cookie and is taken out of the address again. With
+    `only_loopback` a request under any other host name is refused too: a web page that rebinds its
+    name to 127.0.0.1 gets nothing.
     """
 
     @server.before_request
@@ -57,7 +58,8 @@ def guard(server: Flask, token: str, only_loopback: bool = True) -> None:
 
 
 def _cookie() -> str:
-    # Browsers keep one cookie jar for all ports of a host; two pages side by side must not log each other out.
+    # Browsers keep one cookie jar for all ports of a host; two pages side by side must not log each
+    # other out.
     return f"geodiag-{urlsplit(f'//{request.host}').port or 80}"
 
 

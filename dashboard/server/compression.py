@@ -1,4 +1,6 @@
-"""How answers travel: text leaves compressed, and a page of charts says at once which large files it will need."""
+"""How answers travel: text leaves compressed, and a page of charts says at once which large files
+it will need.
+"""
 
 import gzip
 from collections.abc import Container
@@ -6,12 +8,16 @@ from collections.abc import Container
 from flask import Flask, Response, request
 
 _LEVEL = 1
-"""Half a second more for the best level would be worse than the bytes it saves, here and over a tunnel."""
+"""Half a second more for the best level would be worse than the bytes it saves, here and over a
+tunnel.
+"""
 _LEAST = 1400
 """Bytes that fit into one packet anyway."""
 _TEXT = ("application/json", "application/javascript", "text/", "image/svg")
 _LIBRARIES = "/_dash-component-suites/"
-"""Dash's own files: their addresses change with their version, so that one address is always the same file."""
+"""Dash's own files: their addresses change with their version, so that one address is always the
+same file.
+"""
 
 
 _CHARTS = (f"{_LIBRARIES}plotly/package_data/plotly.min.js", f"{_LIBRARIES}dash/dcc/async-graph.js")
@@ -46,7 +52,9 @@ def compress(server: Flask) -> None:
 
 
 def preload(server: Flask, pages: Container[str]) -> None:
-    """The charting library is asked for with the page itself, not only once the first chart is on it."""
+    """The charting library is asked for with the page itself, not only once the first chart is on
+    it.
+    """
     link = ", ".join(f"<{file}>; rel=preload; as=script" for file in _CHARTS)
 
     @server.after_request

@@ -16,7 +16,9 @@ Drawing = Callable[[Record, View, Look], Any]
 
 
 def draws(app: Dash, library: Library, name: str, prop: str, make: Drawing) -> None:
-    """`name.prop` is `make(record, view, look)`, made anew when the address, the run or the look changes."""
+    """`name.prop` is `make(record, view, look)`, made anew when the address, the run or the look
+    changes.
+    """
 
     @app.callback(
         Output(name, prop),
@@ -31,7 +33,9 @@ def draws(app: Dash, library: Library, name: str, prop: str, make: Drawing) -> N
             return no_update  # the pulse of this run is on its way, and draws
         made = make(record, View.parse(search), LOOKS.get(theme, LOOKS["light"]))
         if isinstance(made, go.Figure):
-            made.update_layout(uirevision=f"{pathname}{name}")  # a live update keeps what the reader toggled
+            made.update_layout(
+                uirevision=f"{pathname}{name}"
+            )  # a live update keeps what the reader toggled
         return made
 
 

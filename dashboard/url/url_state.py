@@ -11,7 +11,9 @@ from geodiag.metrics.schema import SITES
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A reader's choices; None is the page's own default. Nonsense in an address is ignored, not an error."""
+    """A reader's choices; None is the page's own default. Nonsense in an address is ignored, not an
+    error.
+    """
 
     steps: tuple[int, int] | None = None
     """The range of steps on every time axis; None for all."""
@@ -34,7 +36,9 @@ class View:
     def parse(cls, search: str | None) -> "View":
         """The view of `?steps=100-200&site=3.ffn`."""
         given = dict(parse_qsl((search or "").lstrip("?")))
-        known: dict[str, Any] = {f.name: _READ[f.name](given[f.name]) for f in fields(cls) if f.name in given}
+        known: dict[str, Any] = {
+            f.name: _READ[f.name](given[f.name]) for f in fields(cls) if f.name in given
+        }
         return cls(**{k: v for k, v in known.items() if v is not None})
 
     def search(self) -> str:
@@ -64,7 +68,11 @@ def zoomed(view: View, relayout: dict | None) -> View:
         if key.endswith(".autorange") and value:
             return view.but(steps=None)
         axis = key.split(".")[0]
-        both = value if key.endswith(".range") else [relayout.get(f"{axis}.range[{i}]") for i in (0, 1)]  # type: ignore[union-attr]
+        both = (
+            value
+            if key.endswith(".range")
+            else [relayout.get(f"{axis}.range[{i}]") for i in (0, 1)]
+        )  # type: ignore[union-attr]
         if ".range" in key and isinstance(both, list) and None not in both:
             low, high = sorted((max(0, round(float(both[0]))), max(0, round(float(both[1])))))
             return view.but(steps=(low, max(high, low + 1)))

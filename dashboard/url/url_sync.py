@@ -1,7 +1,8 @@
-"""From a reader's hand to the address: every control, drag and click of a page becomes its query string.
+"""From a reader's hand to the address: every control, drag and click of a page becomes its query
+string.
 
-The address is the only state. Charts are drawn from it, so a copied link, the back button and another page's
-zoom all show the same thing; the controls follow it too.
+The address is the only state. Charts are drawn from it, so a copied link, the back button and
+another page's zoom all show the same thing; the controls follow it too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,9 @@ from geodiag.dashboard.data.grid import row_name
 from geodiag.dashboard.url.url_state import View, zoomed
 
 _NEWEST = 20
-"""A slider that was set to the newest step may be so many steps behind a living run: that is not a choice."""
+"""A slider that was set to the newest step may be so many steps behind a living run: that is not a
+choice.
+"""
 
 
 class Control(NamedTuple):
@@ -50,7 +53,9 @@ def steer(
     def turn(values, drags, clicks, search, pathname):
         view = moved = View.parse(search)
         # Drags first: a double click clicks too, and then means only the range.
-        for prop in sorted((e["prop_id"] for e in ctx.triggered), key=lambda p: not p.endswith(".relayoutData")):
+        for prop in sorted(
+            (e["prop_id"] for e in ctx.triggered), key=lambda p: not p.endswith(".relayoutData")
+        ):
             if not (prop.endswith(".clickData") and moved.steps != view.steps):
                 moved = _moved(prop, moved, pathname, values, drags, clicks)
         return moved.search() if moved != view else no_update
@@ -58,7 +63,9 @@ def steer(
     if controls:
         _follow(app, controls)
 
-    def _moved(prop_id: str, view: View, pathname: str, values: list, drags: list, clicks: list) -> View:
+    def _moved(
+        prop_id: str, view: View, pathname: str, values: list, drags: list, clicks: list
+    ) -> View:
         """The view after one thing that the reader just did."""
         name, _, prop = prop_id.rpartition(".")
         if name in controls:

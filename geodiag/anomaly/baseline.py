@@ -1,16 +1,20 @@
-"""A running baseline for many series at once: what each should be now, and how far from that is far.
+"""A running baseline for many series at once: what each should be now, and how far from that is
+far.
 
-One pass an update and constant memory, so that the same code judges a training while it runs and a window of a
-recorded one. Every series has a level and a slope that follow it (Holt), a spread, and the height of its own odd
-moments. All four learn from clipped surprises only: what is out of range moves the baseline little, what is far out
-of range not at all, and what stays there for `patience` samples is the new normal.
+One pass an update and constant memory, so that the same code judges a training while it runs and a
+window of a recorded one. Every series has a level and a slope that follow it (Holt), a spread, and
+the height of its own odd moments. All four learn from clipped surprises only: what is out of range
+moves the baseline little, what is far out of range not at all, and what stays there for `patience`
+samples is the new normal.
 """
 
 import numpy as np
 
 CEILING = 1e3
 """The largest score; what is not finite has it."""
-_MEAN_TO_SIGMA = 1.29  # σ over the mean of |x| clipped at 3 σ, for normal noise, with a margin for its own error
+_MEAN_TO_SIGMA = (
+    1.29  # σ over the mean of |x| clipped at 3 σ, for normal noise, with a margin for its own error
+)
 _CLIP = 3.0
 _YOUNG = 160
 """Samples up to which a baseline follows faster than later."""
@@ -28,7 +32,9 @@ _COUNTED = ("_count", "_out", "_pending", "_lean", "_gap", "_usual_gap")
 
 
 class Baseline:
-    """Robust z of every series against its own past; `update` takes one sample of each, NaN where there is none."""
+    """Robust z of every series against its own past; `update` takes one sample of each, NaN where
+    there is none.
+    """
 
     def __init__(
         self,
@@ -69,7 +75,9 @@ class Baseline:
         self._early = np.concatenate([self._early, new._early], 1)
 
     def update(self, x: np.ndarray) -> np.ndarray:
-        """Signed z of each series: 0 is as expected. NaN where nothing was sampled or too little is known."""
+        """Signed z of each series: 0 is as expected. NaN where nothing was sampled or too little is
+        known.
+        """
         known = np.isfinite(x)
         ready = self._count >= self.first
         now = known & ready
@@ -92,8 +100,12 @@ class Baseline:
         return np.minimum(np.maximum(score, -CEILING), CEILING)
 
     def _doubt(self) -> np.ndarray:
-        """Factor on σ: little was seen so far, or not for long (an expert without tokens may have moved meanwhile)."""
-        return (1 + 4 / np.maximum(self._count, 1)) * (1 + _STALE * np.maximum(self._gap / self._usual_gap - 1, 0))
+        """Factor on σ: little was seen so far, or not for long (an expert without tokens may have
+        moved meanwhile).
+        """
+        return (1 + 4 / np.maximum(self._count, 1)) * (
+            1 + _STALE * np.maximum(self._gap / self._usual_gap - 1, 0)
+        )
 
     def _seen(self, known: np.ndarray) -> None:
         late = np.minimum(self._gap, 2 * self._usual_gap) - self._usual_gap
@@ -104,7 +116,9 @@ class Baseline:
         self._gap += 1
         self._gap[known] = 1
 
-    def _learn(self, now: np.ndarray, x: np.ndarray, surprise: np.ndarray, z: np.ndarray, base: np.ndarray) -> None:
+    def _learn(
+        self, now: np.ndarray, x: np.ndarray, surprise: np.ndarray, z: np.ndarray, base: np.ndarray
+    ) -> None:
         """Levels, slopes and spreads follow what is in range; what is out of range is counted."""
         rates: tuple = self._rates
         if (age := self._count.min(initial=0)) < _YOUNG:
@@ -116,7 +130,8 @@ class Baseline:
         clipped = np.minimum(np.maximum(surprise, -most), most) * normal
         self.level += self.slope * now + rates[0] * clipped
         self.slope += rates[1] * clipped - 0.02 * self.slope * (now & ~normal)
-        # Once a training is settled, a drift is not noise: surprises that all point one way widen the spread little.
+        # Once a training is settled, a drift is not noise: surprises that all point one way widen
+        # the spread little.
         self._lean += 0.2 * (np.minimum(np.maximum(z / _CLIP, -1), 1) - self._lean) * now
         settled = np.minimum(np.maximum(self._count / _SETTLED - 0.5, 0), 1)
         steady = normal * (1 - settled * np.minimum(1.5 * np.abs(self._lean), 1))
@@ -129,7 +144,9 @@ class Baseline:
             self._settle(few, x[few], surprise[few])
 
     def _out_of_range(self, few: np.ndarray, outside: np.ndarray, size: np.ndarray) -> None:
-        """The height of an odd moment counts once it is over: a fault that stays must not excuse itself."""
+        """The height of an odd moment counts once it is over: a fault that stays must not excuse
+        itself.
+        """
         brief = ~outside & (self._out[few] <= 3)
         height = np.minimum(self._pending[few] / _CLIP, 10.0)
         self.odd[few] = np.where(brief, np.maximum(self.odd[few], height), self.odd[few])
@@ -143,7 +160,9 @@ class Baseline:
         if stayed.any():
             mine, was = few[stayed], self.spread[few[stayed]]
             self.level[mine], self.slope[mine] = x[stayed], 0.0
-            self.spread[mine] = np.maximum(2 * was, np.minimum(np.abs(surprise[stayed]) / 4, 8 * was))
+            self.spread[mine] = np.maximum(
+                2 * was, np.minimum(np.abs(surprise[stayed]) / 4, 8 * was)
+            )
             self._out[mine], self._pending[mine] = 0, 0.0
 
     def _begin(self, now: np.ndarray, x: np.ndarray) -> None:

@@ -1,4 +1,6 @@
-"""Onsets: when did a place leave its range for good, told by a running sum and walked back to where it began."""
+"""Onsets: when did a place leave its range for good, told by a running sum and walked back to where
+it began.
+"""
 
 from typing import NamedTuple
 
@@ -9,7 +11,9 @@ ALLOWED = 3.5
 ALARM = 10.0
 """Summed excess from which an excursion is one: three samples at 7, or one at 14."""
 _LARGEST = 30.0  # one wild sample is one sample
-_MEMORY = 2 * ALARM  # so an excursion ends a few samples after the last excess, however long it lasted
+_MEMORY = (
+    2 * ALARM
+)  # so an excursion ends a few samples after the last excess, however long it lasted
 _JUDGED = 5
 
 
@@ -20,11 +24,17 @@ class Excursion(NamedTuple):
     alarm: int
     end: int
     strength: float
-    """Mean score of the first samples, the wild ones cut: what persists is stronger than what flickers."""
+    """Mean score of the first samples, the wild ones cut: what persists is stronger than what
+    flickers.
+    """
 
 
-def excursions(score_S: np.ndarray, allowed: float = ALLOWED, alarm: float = ALARM) -> list[Excursion]:
-    """Every excursion in a series of scores, as places in it; NaN is not sampled and decides nothing."""
+def excursions(
+    score_S: np.ndarray, allowed: float = ALLOWED, alarm: float = ALARM
+) -> list[Excursion]:
+    """Every excursion in a series of scores, as places in it; NaN is not sampled and decides
+    nothing.
+    """
     known = np.flatnonzero(~np.isnan(score_S))
     found: list[Excursion] = []
     if not (score_S[known] > allowed).any():

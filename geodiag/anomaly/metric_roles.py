@@ -1,9 +1,10 @@
-"""Which metric speaks for which part of a layer, and so for which stage: what makes an origin an origin.
+"""Which metric speaks for which part of a layer, and so for which stage: what makes an origin an
+origin.
 
-Inside a training step causes run one way: through the layers' forward in order, then back through the gradients. A
-metric of a *part* depends on that part's own weights and on what came before it in the step, so the first part that
-leaves its range is where the step went wrong. What accumulates over layers (the stream, composite gains) shows how
-far it reached, never where it began.
+Inside a training step causes run one way: through the layers' forward in order, then back through
+the gradients. A metric of a *part* depends on that part's own weights and on what came before it in
+the step, so the first part that leaves its range is where the step went wrong. What accumulates
+over layers (the stream, composite gains) shows how far it reached, never where it began.
 """
 
 from collections.abc import Collection
@@ -15,7 +16,16 @@ import numpy as np
 from geodiag.metrics.schema import METRICS, SITES
 
 Part = Literal["data", "map", "attention", "router", "experts", "write", "gradient", "stream"]
-PARTS: tuple[Part, ...] = ("data", "map", "attention", "router", "experts", "write", "stream", "gradient")
+PARTS: tuple[Part, ...] = (
+    "data",
+    "map",
+    "attention",
+    "router",
+    "experts",
+    "write",
+    "stream",
+    "gradient",
+)
 """In the order in which a site's forward passes them; gradients come last."""
 STAGE_OF: dict[Part, int | None] = {
     "data": None,
@@ -80,7 +90,14 @@ _PARTS: dict[Part, tuple[str, ...]] = {
     "gradient": ("grad_norm", "transport_gain_bwd"),
     "stream": ("stream_amax", "stream_rms", "composite_gain_fwd", "composite_gain_fwd_max"),
 }
-_TWO_SIDED = {"router_entropy", "router_margin_mean", "router_margin_p10", "load", "gate_mass", "branch_share"}
+_TWO_SIDED = {
+    "router_entropy",
+    "router_margin_mean",
+    "router_margin_p10",
+    "load",
+    "gate_mass",
+    "branch_share",
+}
 _TWO_SIDED |= {"bias_jaccard", "act_rms", "transport_gain_fwd"}
 
 
@@ -93,7 +110,9 @@ class Place(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int, int, int]:
-        """Its turn within a step: the forward from the first layer, then the gradients from the last."""
+        """Its turn within a step: the forward from the first layer, then the gradients from the
+        last.
+        """
         if self.part == "data":
             return -1, 0, 0, 0
         if self.part == "gradient":
@@ -127,7 +146,8 @@ class Signal:
     scale: Literal["log", "root", "plain"]
     sides: Literal["high", "low", "both"]
     floor: float
-    """Least spread that counts, on the metric's scale: below it is the noise of an idle quantity."""
+    """Least spread that counts, on the metric's scale: below it is the noise of an idle quantity.
+    """
 
 
 HASHED = ("load", "max_vio", "load_cv")
@@ -139,14 +159,18 @@ _MAP_FLOOR = 0.02
 
 def _signal(name: str, table: str, part: Part) -> Signal | None:
     metric = METRICS.get((table, name))
-    if metric is None or (table == "steps") != (part == "data"):  # the run's own gradient norm is an outcome
+    if metric is None or (table == "steps") != (
+        part == "data"
+    ):  # the run's own gradient norm is an outcome
         return None
     positive, counted = metric.unit in ("×", "1", "logit"), metric.unit in ("share", "hits")
     scale: Literal["log", "root", "plain"] = "log" if positive else "root" if counted else "plain"
     if name == "sinkhorn_residual":
         scale = "plain"  # a residual that grows from 1e-6 to 1e-5 is still none
     sides = "both" if name in _TWO_SIDED or metric.worse is None else metric.worse
-    return Signal(part=part, scale=scale, sides=sides, floor=_MAP_FLOOR if part == "map" else _FLOORS[scale])
+    return Signal(
+        part=part, scale=scale, sides=sides, floor=_MAP_FLOOR if part == "map" else _FLOORS[scale]
+    )
 
 
 SIGNALS: dict[tuple[str, str], Signal] = {
@@ -156,18 +180,24 @@ SIGNALS: dict[tuple[str, str], Signal] = {
     for table in ("steps", "layers", "experts")
     if (signal := _signal(name, table, part)) is not None
 }
-"""(table, metric) → how it is judged. A metric that is not here is shown, and says nothing about an origin."""
+"""(table, metric) → how it is judged. A metric that is not here is shown, and says nothing about an
+origin.
+"""
 
 
 def place_of(series: Series, hashed: Collection[int] = ()) -> Place:
-    """The part of the site that a series speaks for; `hashed` are the layers whose router is a hash."""
+    """The part of the site that a series speaks for; `hashed` are the layers whose router is a
+    hash.
+    """
     if series.layer in hashed and series.metric in HASHED:
         return Place(series.layer, series.site, "data")
     return Place(series.layer, series.site, SIGNALS[series.table, series.metric].part)
 
 
 def rescaled(values: np.ndarray, log: np.ndarray, root: np.ndarray) -> np.ndarray:
-    """Values on the scales on which their noise is alike at every size: logarithms, roots of shares, or as they are."""
+    """Values on the scales on which their noise is alike at every size: logarithms, roots of
+    shares, or as they are.
+    """
     with np.errstate(all="ignore"):
         out = np.where(log, np.log(np.maximum(np.abs(values), 1e-12)), values)
         return np.where(root, np.sqrt(np.maximum(values, 0)), out)

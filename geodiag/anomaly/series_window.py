@@ -1,4 +1,6 @@
-"""A window of a run as arrays: one row a step, one column a series, ranks put together, one attempt's view."""
+"""A window of a run as arrays: one row a step, one column a series, ranks put together, one
+attempt's view.
+"""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +16,9 @@ from geodiag.store.manifest import all_starts, known_starts
 
 @dataclass(frozen=True)
 class Tracks:
-    """What was recorded in a window of steps; NaN is not sampled, infinite is what was no finite number."""
+    """What was recorded in a window of steps; NaN is not sampled, infinite is what was no finite
+    number.
+    """
 
     step_S: np.ndarray
     series: list[Series]
@@ -39,13 +43,21 @@ class Tracks:
     @property
     def sampled_S(self) -> np.ndarray:
         """The steps at which the layers were sampled."""
-        return np.isfinite(self.values_SP).any(1) if self.values_SP.size else np.zeros(len(self.step_S), bool)
+        return (
+            np.isfinite(self.values_SP).any(1)
+            if self.values_SP.size
+            else np.zeros(len(self.step_S), bool)
+        )
 
 
 def read_tracks(run: Run, first: int, last: int, attempt: int | None = None) -> Tracks:
-    """Steps `first` to `last` as a training of that attempt lived them; the newest attempt unless one is named."""
+    """Steps `first` to `last` as a training of that attempt lived them; the newest attempt unless
+    one is named.
+    """
     parts, missing, ranks = [], [], 0
-    steps = rows_of_attempt(run, "steps", ["loss", "grad_norm", "lr", "data_shift"], first, last, attempt)
+    steps = rows_of_attempt(
+        run, "steps", ["loss", "grad_norm", "lr", "data_shift"], first, last, attempt
+    )
     if not len(steps):
         missing.append("steps")
     for table in ("layers", "experts"):
@@ -72,10 +84,16 @@ def read_tracks(run: Run, first: int, last: int, attempt: int | None = None) -> 
     return Tracks(step_S, series, np.concatenate(blocks, 1), outcome, missing, ranks)
 
 
-def rows_of_attempt(run: Run, table: str, names: list[str], first: int, last: int, attempt: int | None) -> pa.Table:
-    """Rows of a table, steps `first` to `last`, as that attempt lived them; the newest unless one is named."""
+def rows_of_attempt(
+    run: Run, table: str, names: list[str], first: int, last: int, attempt: int | None
+) -> pa.Table:
+    """Rows of a table, steps `first` to `last`, as that attempt lived them; the newest unless one
+    is named.
+    """
     keys = ["rank", "attempt", "step"]
-    names = [n for n in names if (table, n) in METRICS or n in ("layer", "site", "expert", "domain")]
+    names = [
+        n for n in names if (table, n) in METRICS or n in ("layer", "site", "expert", "domain")
+    ]
     if attempt is None:
         return run.read_arrow(table, keys + names, (first, last + 1))
     # A later attempt may be writing already, of which the manifest that was read does not know yet.
@@ -111,7 +129,9 @@ def _pivot(table: str, rows: pa.Table, step_S: np.ndarray) -> tuple[list[Series]
             value[valid & np.isnan(value)] = np.inf
         else:
             value[np.isnan(value)] = np.inf
-        grid = _by_rank(value, rank, at, place, (len(step_S), len(keys)), METRICS[table, name].ranks)
+        grid = _by_rank(
+            value, rank, at, place, (len(step_S), len(keys)), METRICS[table, name].ranks
+        )
         sampled = ~np.isnan(grid).all(0)
         for i in np.flatnonzero(sampled):
             key = divmod(int(keys[i]), 65536)
@@ -122,7 +142,12 @@ def _pivot(table: str, rows: pa.Table, step_S: np.ndarray) -> tuple[list[Series]
 
 
 def _by_rank(
-    value: np.ndarray, rank: np.ndarray, at: np.ndarray, place: np.ndarray, shape: tuple[int, int], how: str
+    value: np.ndarray,
+    rank: np.ndarray,
+    at: np.ndarray,
+    place: np.ndarray,
+    shape: tuple[int, int],
+    how: str,
 ) -> np.ndarray:
     """One value a step and place: what the ranks saw, put together as the registry says."""
     ranks = int(rank.max()) + 1 if len(rank) else 1
@@ -135,7 +160,9 @@ def _by_rank(
         return joined(each)
     known = ~np.isnan(each)
     total = np.where(known, each, 0).sum(0)
-    return np.where(known.any(0), total if how == "sum" else total / np.maximum(known.sum(0), 1), np.nan)
+    return np.where(
+        known.any(0), total if how == "sum" else total / np.maximum(known.sum(0), 1), np.nan
+    )
 
 
 def _outcome(steps: pa.Table, step_S: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,4 +1,6 @@
-"""Stage scores: how far each part of each layer stands from its own past, in robust standard deviations."""
+"""Stage scores: how far each part of each layer stands from its own past, in robust standard
+deviations.
+"""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -12,7 +14,9 @@ from geodiag.anomaly.metric_roles import SIGNALS, Series, place_of, rescaled
 class Scores:
     """Judges a list of series, one step after another; the same code while training and afterwards."""
 
-    def __init__(self, series: Sequence[Series] = (), hashed: Collection[int] = (), patience: int = 64) -> None:
+    def __init__(
+        self, series: Sequence[Series] = (), hashed: Collection[int] = (), patience: int = 64
+    ) -> None:
         """hashed: layers whose router is a hash, so that their loads speak for the batch.
         patience: samples out of range that make a new normal.
         """
@@ -31,8 +35,12 @@ class Scores:
         self._root = np.array([s.scale == "root" for s in signals], bool)
         mine = [place_of(s, self._hashed) for s in self.series]
         both = [s.sides == "both" or p.part == "data" for s, p in zip(signals, mine, strict=True)]
-        self._high = np.array([b or s.sides == "high" for s, b in zip(signals, both, strict=True)], float)
-        self._low = np.array([b or s.sides == "low" for s, b in zip(signals, both, strict=True)], float)
+        self._high = np.array(
+            [b or s.sides == "high" for s, b in zip(signals, both, strict=True)], float
+        )
+        self._low = np.array(
+            [b or s.sides == "low" for s, b in zip(signals, both, strict=True)], float
+        )
         self.places = sorted(set(mine), key=lambda p: (p.order, p))
         index = {p: i for i, p in enumerate(self.places)}
         self.place_P = np.array([index[p] for p in mine], int)
@@ -43,7 +51,9 @@ class Scores:
         self._stages = np.array([p.stage or 0 for p in self.places], int)
 
     def update(self, values: np.ndarray) -> np.ndarray:
-        """One step's values of all series → how far each is out of range on a side that matters, NaN if unknown."""
+        """One step's values of all series → how far each is out of range on a side that matters,
+        NaN if unknown.
+        """
         z = self.baseline.update(rescaled(values, self._log, self._root))
         score = np.maximum(z * self._high, -z * self._low)
         if len(self._few):  # the activations of an expert with few tokens are noise
@@ -52,14 +62,22 @@ class Scores:
         return score
 
     def _rarely_used(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Series of an expert's activations, the series of its load, and how many experts its layer has."""
+        """Series of an expert's activations, the series of its load, and how many experts its layer
+        has.
+        """
         at = {(s.layer, s.expert): i for i, s in enumerate(self.series) if s.metric == "load"}
         count = Counter(layer for layer, _ in at)
         few = [
-            i for i, s in enumerate(self.series) if s.metric in ("act_rms", "act_amax") and (s.layer, s.expert) in at
+            i
+            for i, s in enumerate(self.series)
+            if s.metric in ("act_rms", "act_amax") and (s.layer, s.expert) in at
         ]
         load_of = [at[self.series[i].layer, self.series[i].expert] for i in few]
-        return np.array(few, int), np.array(load_of, int), np.array([count[self.series[i].layer] for i in few], float)
+        return (
+            np.array(few, int),
+            np.array(load_of, int),
+            np.array([count[self.series[i].layer] for i in few], float),
+        )
 
     def by_place(self, scores: np.ndarray) -> np.ndarray:
         """The worst score of every place; NaN where nothing is known."""
@@ -72,5 +90,7 @@ class Scores:
         worst = {}
         for stage in (1, 2, 3):
             mine = at_place[self._stages == stage]
-            worst[stage] = float(np.nanmax(mine)) if len(mine) and not np.isnan(mine).all() else float("nan")
+            worst[stage] = (
+                float(np.nanmax(mine)) if len(mine) and not np.isnan(mine).all() else float("nan")
+            )
         return worst

@@ -37,8 +37,14 @@ def caveats(run: Run, window: Judged, seen: Seen, others: Sequence[Seen]) -> lis
 
 
 def _missing(table: str) -> Caveat:
-    means = {"experts": "no expert can be named", "layers": "no layer can be named", "steps": "the loss is not known"}
-    return Caveat(f"table {table} has no rows here: {means[table]}", 0.9 if table == "experts" else 0.2)
+    means = {
+        "experts": "no expert can be named",
+        "layers": "no layer can be named",
+        "steps": "the loss is not known",
+    }
+    return Caveat(
+        f"table {table} has no rows here: {means[table]}", 0.9 if table == "experts" else 0.2
+    )
 
 
 def _sampling(window: Judged, onset: int) -> list[Caveat]:
@@ -50,12 +56,23 @@ def _sampling(window: Judged, onset: int) -> list[Caveat]:
     said, gaps = [], np.diff(before[-4 * ENOUGH :])
     usual = int(np.median(gaps))
     if usual > 1:
-        said.append(Caveat(f"layers were sampled every {usual} steps: an onset may lie {usual - 1} steps earlier", 0.9))
+        said.append(
+            Caveat(
+                f"layers were sampled every {usual} steps: an onset may lie {usual - 1} steps earlier",
+                0.9,
+            )
+        )
     for i in np.flatnonzero(gaps > _HOLE * usual):
         first = int(before[-4 * ENOUGH :][i])
-        said.append(Caveat(f"nothing was sampled from step {first + 1:,} to {first + int(gaps[i]) - 1:,}", 0.8))
+        said.append(
+            Caveat(
+                f"nothing was sampled from step {first + 1:,} to {first + int(gaps[i]) - 1:,}", 0.8
+            )
+        )
     if onset - before[-1] > _HOLE * usual:
-        said.append(Caveat(f"nothing was sampled from step {int(before[-1]) + 1:,} to the loss", 0.5))
+        said.append(
+            Caveat(f"nothing was sampled from step {int(before[-1]) + 1:,} to the loss", 0.5)
+        )
     return said
 
 
@@ -68,9 +85,18 @@ def _ranks(run: Run, window: Judged) -> list[Caveat]:
 
 
 def _attempts(run: Run, seen: Seen) -> list[Caveat]:
-    later = [a for a, first in known_starts(run.manifest).items() if a > (seen.attempt or 0) and first <= seen.onset]
+    later = [
+        a
+        for a, first in known_starts(run.manifest).items()
+        if a > (seen.attempt or 0) and first <= seen.onset
+    ]
     if seen.attempt is not None and later:
-        return [Caveat(f"the training went back before this step: told as attempt {seen.attempt} lived it", 1.0)]
+        return [
+            Caveat(
+                f"the training went back before this step: told as attempt {seen.attempt} lived it",
+                1.0,
+            )
+        ]
     return []
 
 

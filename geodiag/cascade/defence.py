@@ -20,7 +20,8 @@ _DEFENCES = {
 def defence_for(stage: Stage, cause: str | None, part: str | None, mhc: bool) -> str | None:
     """What would have stopped a cascade that began so; None where nothing is known that fits.
 
-    mhc: the residual maps are doubly stochastic already, so that what still grows is the block's own.
+    mhc: the residual maps are doubly stochastic already, so that what still grows is the block's
+    own.
     """
     if cause == "lr":
         return "the learning rate: back to before that step, with a smoother schedule"

@@ -1,8 +1,10 @@
-"""Early warning: says, while a run trains, that a place has left its range, and no spike was raised yet.
+"""Early warning: says, while a run trains, that a place has left its range, and no spike was raised
+yet.
 
-Fed with the same scores that the cascade is told from. A place warns when its scores add up to a clear excess over at
-least three samples, so that one odd batch never does; what was told is not told again until it has been calm, nor
-what follows from it. While the loss is out of range too, the detector has the first word: `Held`.
+Fed with the same scores that the cascade is told from. A place warns when its scores add up to a
+clear excess over at least three samples, so that one odd batch never does; what was told is not
+told again until it has been calm, nor what follows from it. While the loss is out of range too, the
+detector has the first word: `Held`.
 """
 
 from collections.abc import Sequence
@@ -51,10 +53,13 @@ class Warning:
 class EarlyWarning:
     """Scores of the places in, once a sampled step; a `Warning` out, seldom."""
 
-    def __init__(self, *, alarm: float = 20.0, allowed: float = 6.0, most: float = 14.0, spreads: int = 24) -> None:
+    def __init__(
+        self, *, alarm: float = 20.0, allowed: float = 6.0, most: float = 14.0, spreads: int = 24
+    ) -> None:
         """
-        alarm: summed excess that warns. allowed: score that is no excess. most: score that one sample counts for at
-        most; three samples at least are needed. spreads: samples in which what else moves belongs to what was said.
+        alarm: summed excess that warns. allowed: score that is no excess. most: score that one
+        sample counts for at most; three samples at least are needed. spreads: samples in which what
+        else moves belongs to what was said.
         """
         if not 0 < allowed < most or alarm <= 2 * (most - allowed):
             raise ValueError("need 0 < allowed < most, and an alarm that two samples cannot reach")
@@ -74,7 +79,9 @@ class EarlyWarning:
         self._known += known
         excess = np.where(known, np.minimum(at_place, self.most) - self.allowed, 0.0)
         self._since[(self._sum <= 0) & (excess > 0)] = step
-        self._sum = np.minimum(np.maximum(self._sum + excess, 0.0), 2 * self.alarm) * (self._known > SETTLING)
+        self._sum = np.minimum(np.maximum(self._sum + excess, 0.0), 2 * self.alarm) * (
+            self._known > SETTLING
+        )
         alarms = self._sum >= self.alarm
         news = alarms & ~self._told
         self._told = (self._told | alarms) & (self._sum > 0)
@@ -85,7 +92,9 @@ class EarlyWarning:
         return None if spreading else self._said(step, at_place, alarms)
 
     def _said(self, step: int, at_place: np.ndarray, alarms: np.ndarray) -> Warning:
-        """Of what is out of range, the first in time and then in the order of the step that stands out enough."""
+        """Of what is out of range, the first in time and then in the order of the step that stands
+        out enough.
+        """
         rising = np.flatnonzero(self._sum >= EXPLAINS * self._sum[alarms].max())
         k = min((int(k) for k in rising), key=lambda k: (self._since[k], k))
         place = self._places[k]
@@ -111,10 +120,14 @@ class EarlyWarning:
 
 
 class Held:
-    """A warning that waits, while the loss is out of range as well, for the word of the spike detector."""
+    """A warning that waits, while the loss is out of range as well, for the word of the spike
+    detector.
+    """
 
     def __init__(self, normal: float, wait: int = 5) -> None:
-        """normal: σ up to which a loss is in its range. wait: steps in which a detector that will speak has spoken."""
+        """normal: σ up to which a loss is in its range. wait: steps in which a detector that will
+        speak has spoken.
+        """
         self.normal, self.wait = normal, wait
         self._waiting: Warning | None = None
 

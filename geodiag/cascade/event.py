@@ -11,7 +11,9 @@ _COLUMNS = ("layer", "site", "expert", "words")
 
 
 def told(url: str, spike: Spike, attempt: int, step: int) -> Event:
-    """The cascade behind a spike that an attempt lived, as far as it is on record by now, told at `step`."""
+    """The cascade behind a spike that an attempt lived, as far as it is on record by now, told at
+    `step`.
+    """
     found = explain(open_run(url), Seen(spike=spike, onset=spike.onset, attempt=attempt))
     data = {k: v for k, v in found.as_json().items() if k not in _COLUMNS}
     return Event(

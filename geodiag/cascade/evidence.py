@@ -1,4 +1,6 @@
-"""Evidence: the series behind a verdict, each with its value, what is usual for it, and how far that is."""
+"""Evidence: the series behind a verdict, each with its value, what is usual for it, and how far
+that is.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any

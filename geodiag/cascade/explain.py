@@ -1,7 +1,8 @@
-"""The cascade behind a spike: which stage, layer, site and expert left its range first, and what would have helped.
+"""The cascade behind a spike: which stage, layer, site and expert left its range first, and what
+would have helped.
 
-Reads what a run records and nothing else: the tables `steps`, `layers` and `experts`, and of the events only what the
-detector said of the loss. Never what was planted.
+Reads what a run records and nothing else: the tables `steps`, `layers` and `experts`, and of the
+events only what the detector said of the loss. Never what was planted.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,16 @@ from geodiag.spikes.event import Spike
 from geodiag.spikes.recorded import Seen, spikes_of
 from geodiag.store.files import plain
 
-__all__ = ["Alternative", "Cascade", "Evidence", "Onset", "StageMap", "cascades", "explain", "stage_map"]
+__all__ = [
+    "Alternative",
+    "Cascade",
+    "Evidence",
+    "Onset",
+    "StageMap",
+    "cascades",
+    "explain",
+    "stage_map",
+]
 
 LOOKBACK = 128
 """Steps before the loss in which an origin is looked for."""
@@ -37,8 +47,9 @@ AFTER = 8
 def explain(run: Run | str | Path, spike: int | Spike | Seen | None = None) -> Cascade:
     """The cascade behind a spike of a run, which may still be training.
 
-    spike: its number among the run's spikes (0 is the first, -1 the last), or a step, or a `Spike`, or what an attempt
-    has `Seen`; without one, the worst. GeodiagError where there is no such step, or no spike and none was named.
+    spike: its number among the run's spikes (0 is the first, -1 the last), or a step, or a `Spike`,
+    or what an attempt has `Seen`; without one, the worst. GeodiagError where there is no such step,
+    or no spike and none was named.
     """
     run = run if isinstance(run, Run) else open_run(run)
     known = spikes_of(run)
@@ -56,7 +67,10 @@ def _chosen(run: Run, known: Sequence[Seen], spike: int | Spike | Seen | None) -
     if isinstance(spike, Seen):
         return spike
     if isinstance(spike, Spike):
-        return next((s for s in known if s.spike == spike), Seen(spike=spike, onset=spike.onset, attempt=None))
+        return next(
+            (s for s in known if s.spike == spike),
+            Seen(spike=spike, onset=spike.onset, attempt=None),
+        )
     if spike is None:
         if not known:
             raise GeodiagError(f"{run.url} has no spike; pass a step to explain, e.g. --spike 120")
@@ -70,7 +84,9 @@ def _chosen(run: Run, known: Sequence[Seen], spike: int | Spike | Seen | None) -
     last = run.last_step()
     if last is None or not 0 <= spike <= last:
         have = "no step" if last is None else f"steps up to {last}"
-        raise GeodiagError(f"{run.url} has {len(known)} spikes and {have}; pass --spike with one of them, not {spike}")
+        raise GeodiagError(
+            f"{run.url} has {len(known)} spikes and {have}; pass --spike with one of them, not {spike}"
+        )
     return Seen(spike=None, onset=spike, attempt=None)
 
 
@@ -86,13 +102,19 @@ def _explained(run: Run, seen: Seen, known: Sequence[Seen]) -> Cascade:
         drifted = drifts(slow, row)
         if drifted:
             window, found, likely = slow, drifted, origins(drifted)
-            but.append(Caveat(f"it drifted: told against what was usual until step {window.begins}", 0.6))
+            but.append(
+                Caveat(f"it drifted: told against what was usual until step {window.begins}", 0.6)
+            )
     told = _told(run, window, seen, found, likely)
     trust = float(np.prod([c.trust for c in but]))
-    return replace(told, confidence=round(told.confidence * trust, 3), caveats=tuple(c.words for c in but))
+    return replace(
+        told, confidence=round(told.confidence * trust, 3), caveats=tuple(c.words for c in but)
+    )
 
 
-def _told(run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: list[Candidate]) -> Cascade:
+def _told(
+    run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: list[Candidate]
+) -> Cascade:
     spike = None if seen.spike is None else {k: plain(v) for k, v in asdict(seen.spike).items()}
     origin = likely[0] if likely else None
     stage, layer, site, expert, cause = _verdict(window, origin)
@@ -102,7 +124,9 @@ def _told(run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: 
     # A learning rate that was raised long before anything moved is not what moved it.
     began = until if start is None else start
     kink = causes.lr_kink(window, max(window.first, began - causes.REACH), until)
-    if kink is not None and not (origin and origin.start < kink.row and origin.strength > causes.OWN):
+    if kink is not None and not (
+        origin and origin.start < kink.row and origin.strength > causes.OWN
+    ):
         stage, layer, site, expert, cause, start = None, None, None, None, "lr", kink.row
         rows = [_lr_evidence(window, kink), *rows]
     onset = None if start is None else int(window.step_S[start])
@@ -129,7 +153,9 @@ def _told(run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: 
     return replace(draft, words=in_words(draft))
 
 
-def _verdict(window: Judged, origin: Candidate | None) -> tuple[Stage, int | None, str | None, int | None, Any]:
+def _verdict(
+    window: Judged, origin: Candidate | None
+) -> tuple[Stage, int | None, str | None, int | None, Any]:
     if origin is None:
         return None, None, None, None, None
     place = origin.place
@@ -154,17 +180,25 @@ def _lr_evidence(window: Judged, kink: causes.Kink) -> Evidence:
 
 
 def _confidence(likely: list[Candidate], sure: bool) -> float:
-    """How much the origin stands out, and above the next; a learning rate is known, what it did is likely."""
+    """How much the origin stands out, and above the next; a learning rate is known, what it did is
+    likely.
+    """
     if sure or not likely:
         return 0.9 if sure else 0.0
     best = likely[0]
-    rival = next((c for c in likely[1:] if not c.explained and c.place.layer != best.place.layer), None)
+    rival = next(
+        (c for c in likely[1:] if not c.explained and c.place.layer != best.place.layer), None
+    )
     margin = 1 - 0.6 * (rival.weight / best.weight if rival else 0.0)
     return round(float(0.99 * margin * (1 - np.exp(-best.weight / 6))), 3)
 
 
-def _alternatives(window: Judged, likely: list[Candidate], told: int, most: int = 4) -> tuple[Alternative, ...]:
-    """What may have been the origin instead; the first `told` of the candidates are the answer itself."""
+def _alternatives(
+    window: Judged, likely: list[Candidate], told: int, most: int = 4
+) -> tuple[Alternative, ...]:
+    """What may have been the origin instead; the first `told` of the candidates are the answer
+    itself.
+    """
     out: list[Alternative] = []
     taken = {(c.place.layer, c.place.stage) for c in likely[:told]}
     for c in likely[told:]:
@@ -173,7 +207,11 @@ def _alternatives(window: Judged, likely: list[Candidate], told: int, most: int 
             continue
         taken.add((c.place.layer, c.place.stage))
         share = c.weight / (c.weight + likely[0].weight) * (0.3 if c.explained else 0.8)
-        why = "what came before it explains it" if c.explained else f"stands out less: {c.strength:.0f} σ"
+        why = (
+            "what came before it explains it"
+            if c.explained
+            else f"stands out less: {c.strength:.0f} σ"
+        )
         out.append(
             Alternative(
                 stage=stage,
@@ -188,11 +226,17 @@ def _alternatives(window: Judged, likely: list[Candidate], told: int, most: int 
     return tuple(out)
 
 
-def _path(window: Judged, origin: Candidate | None, found: list[Candidate], seen: Seen) -> tuple[Onset, ...]:
+def _path(
+    window: Judged, origin: Candidate | None, found: list[Candidate], seen: Seen
+) -> tuple[Onset, ...]:
     """The first onset of each stage and layer from the origin on, then the loss."""
     knots: dict[tuple[Stage, int | None], Onset] = {}
     if origin is not None:
-        until = int(np.searchsorted(window.step_S, seen.onset)) if seen.spike is not None else len(window.step_S)
+        until = (
+            int(np.searchsorted(window.step_S, seen.onset))
+            if seen.spike is not None
+            else len(window.step_S)
+        )
         for c in [origin, *(c for c in found if origin.before(c) and c.start <= until)]:
             stage, layer, site, _, _ = _verdict(window, c)
             row = rows_of(window, c, stage, most=1)
@@ -208,5 +252,7 @@ def _path(window: Judged, origin: Candidate | None, found: list[Candidate], seen
                 metric=row[0].metric,
             )
     score = seen.spike.score if seen.spike is not None else float("nan")
-    loss = Onset(stage=None, layer=None, site=None, expert=None, step=seen.onset, score=score, metric="loss")
+    loss = Onset(
+        stage=None, layer=None, site=None, expert=None, step=seen.onset, score=score, metric="loss"
+    )
     return (*knots.values(), loss)

@@ -11,13 +11,18 @@ from geodiag.run import Run
 KINK = 1.3
 """A learning rate this many times what its schedule leads to is a kink."""
 _APART = 8
-"""Rows between the points by which a rate that creeps away is told: 5 % a step is a kink by then, a warm-up none."""
+"""Rows between the points by which a rate that creeps away is told: 5 % a step is a kink by then, a
+warm-up none.
+"""
 _FULL = 0.3
 """Rise of a domain's share of the tokens that is no chance."""
 REACH = 24
-"""Steps that a learning rate may have been too high before the first layer, or else the loss, leaves its range."""
+"""Steps that a learning rate may have been too high before the first layer, or else the loss,
+leaves its range.
+"""
 OWN = 20.0
-"""Strength from which a layer that moved before the learning rate did is the origin all the same."""
+"""Strength from which a layer that moved before the learning rate did is the origin all the same.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,8 @@ class Kink:
 
 
 def lr_kink(window: Judged, first: int, last: int) -> Kink | None:
-    """The first step from row `first` to `last` whose learning rate lies well above where it was heading.
+    """The first step from row `first` to `last` whose learning rate lies well above where it was
+    heading.
 
     By where the last two steps point; or, of a rate that creeps away, by two points further back.
     """
@@ -49,7 +55,9 @@ def lr_kink(window: Judged, first: int, last: int) -> Kink | None:
 
 
 def _line(lr: np.ndarray, older: int, newer: int, row: int) -> float:
-    """Where the rates of two rows point at another, for a rate that rises; NaN where that is not known."""
+    """Where the rates of two rows point at another, for a rate that rises; NaN where that is not
+    known.
+    """
     if older < 0 or not (np.isfinite(lr[older]) and lr[newer] > 0):
         return float("nan")
     return float(lr[newer] + max(lr[newer] - lr[older], 0.0) * (row - newer) / (newer - older))
@@ -62,8 +70,12 @@ def _rose_from(lr: np.ndarray, i: int) -> int:
     return i + 1
 
 
-def domain_of(run: Run, window: Judged, row: int, attempt: int | None, after: int = 5) -> str | None:
-    """The domain that the batches from row `row` on are suddenly full of; None where none is, or none were named."""
+def domain_of(
+    run: Run, window: Judged, row: int, attempt: int | None, after: int = 5
+) -> str | None:
+    """The domain that the batches from row `row` on are suddenly full of; None where none is, or
+    none were named.
+    """
     if row >= len(window.step_S):
         return None
     at, last = int(window.step_S[row]), int(window.step_S[min(row + after, len(window.step_S) - 1)])

@@ -42,7 +42,9 @@ class Candidate:
 
 
 def candidates(window: Judged, row: int, last: int) -> list[Candidate]:
-    """Every excursion in the window that begins by row `last` and still goes on shortly before `row`, in time."""
+    """Every excursion in the window that begins by row `last` and still goes on shortly before
+    `row`, in time.
+    """
     steps, found = window.step_S, []
     onset = steps[row] if row < len(steps) else steps[-1] + 1 if len(steps) else 0
     for k, place in enumerate(window.places):
@@ -55,7 +57,9 @@ def candidates(window: Judged, row: int, last: int) -> list[Candidate]:
 
 
 def drifts(window: Judged, row: int) -> list[Candidate]:
-    """In a window that is held against its beginning: what has been clearly out of range for long, and grows still."""
+    """In a window that is held against its beginning: what has been clearly out of range for long,
+    and grows still.
+    """
     found = []
     for c in candidates(window, row, row - _SLOW):
         scores = window.at_place_SK[:row, window.places.index(c.place)]
@@ -67,7 +71,9 @@ def drifts(window: Judged, row: int) -> list[Candidate]:
 
 
 def origins(found: list[Candidate]) -> list[Candidate]:
-    """The candidates that may be where it began, the likeliest first; those that others explain go last."""
+    """The candidates that may be where it began, the likeliest first; those that others explain go
+    last.
+    """
     may = [c for c in found if c.place.part != "stream"]
     judged = []
     for c in may:

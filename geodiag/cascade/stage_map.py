@@ -1,4 +1,6 @@
-"""The stage map: the worst score of every layer at every step, stage by stage; what the cascade view draws."""
+"""The stage map: the worst score of every layer at every step, stage by stage; what the cascade
+view draws.
+"""
 
 from dataclasses import dataclass
 
@@ -12,9 +14,13 @@ from geodiag.run import Run
 HISTORY = 192
 """Samples before a window from which its baselines are learned."""
 PATIENCE = 256
-"""Afterwards nothing need be learned anew: what broke and stayed broken must not look normal when the loss follows."""
+"""Afterwards nothing need be learned anew: what broke and stayed broken must not look normal when
+the loss follows.
+"""
 CALM = 64
-"""Samples after which a picture takes a lasting change of level for the new normal, as a training's own scores do."""
+"""Samples after which a picture takes a lasting change of level for the new normal, as a training's
+own scores do.
+"""
 _LONGEST = 1 << 14
 
 
@@ -30,7 +36,9 @@ class StageMap:
 
 @dataclass(frozen=True)
 class Judged:
-    """A window of a run with its scores, a series and a place a column; the history before it is in it too."""
+    """A window of a run with its scores, a series and a place a column; the history before it is in
+    it too.
+    """
 
     tracks: Tracks
     places: list[Place]
@@ -55,19 +63,26 @@ class Judged:
 
 
 def judged(run: Run, first: int, last: int, attempt: int | None = None) -> Judged:
-    """Scores of steps `first` to `last`, learned from enough samples before them, whatever the cadence."""
+    """Scores of steps `first` to `last`, learned from enough samples before them, whatever the
+    cadence.
+    """
     return _judged(_enough(run, first, last, attempt), first)
 
 
 def held_against(window: Judged) -> Judged:
-    """The same window against what was usual when it began: what moves too slowly for a baseline that follows."""
+    """The same window against what was usual when it began: what moves too slowly for a baseline
+    that follows.
+    """
     return _judged(window.tracks, window.begins, follow=False)
 
 
 def _enough(run: Run, first: int, last: int, attempt: int | None) -> Tracks:
     reach = HISTORY
     tracks = read_tracks(run, max(0, first - reach), last, attempt)
-    while reach < min(_LONGEST, first) and (tracks.sampled_S & (tracks.step_S < first)).sum() < HISTORY // 2:
+    while (
+        reach < min(_LONGEST, first)
+        and (tracks.sampled_S & (tracks.step_S < first)).sum() < HISTORY // 2
+    ):
         reach *= 4
         tracks = read_tracks(run, max(0, first - reach), last, attempt)
     return tracks
@@ -86,7 +101,9 @@ def _judged(tracks: Tracks, first: int, follow: bool = True, patience: int = PAT
 
 
 def stage_map(run: Run, first: int, last: int) -> StageMap:
-    """The worst score of each stage, layer and step from `first` to `last`; what lasts is calm after `CALM` samples."""
+    """The worst score of each stage, layer and step from `first` to `last`; what lasts is calm
+    after `CALM` samples.
+    """
     window = _judged(_enough(run, first, last, None), first, patience=CALM)
     layers = np.array(window.tracks.layers, int)
     steps = window.step_S[window.first :]

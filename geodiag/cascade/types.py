@@ -40,7 +40,9 @@ class Cascade:
     """The answer to "where did it start, and what would have stopped it?"."""
 
     spike: dict[str, Any] | None
-    """kind, onset, detected, peak, end; None where a step was asked about at which the loss did not spike."""
+    """kind, onset, detected, peak, end; None where a step was asked about at which the loss did not
+    spike.
+    """
     spike_onset: int
     """The step at which the loss left its trend, or that was asked about."""
     stage: Stage

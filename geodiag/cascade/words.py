@@ -22,7 +22,11 @@ def _began(c: "Cascade") -> str:
     """Where, when, and the two loudest measurements."""
     assert c.onset is not None
     what = "the loss" if c.spike else f"step {c.spike_onset:,}"
-    ahead = f"{_steps(c.lead)} before {what}, at step {c.onset:,}" if c.lead and c.lead > 0 else f"at step {c.onset:,}"
+    ahead = (
+        f"{_steps(c.lead)} before {what}, at step {c.onset:,}"
+        if c.lead and c.lead > 0
+        else f"at step {c.onset:,}"
+    )
     if c.cause == "lr":
         e = c.evidence[0]
         rate = f"{e.value:.3g} where its schedule led to {e.usual:.3g}"

@@ -1,6 +1,7 @@
 """A run as CSV: a file a table, and columns.csv, which says what the columns are.
 
-A float is written with as many digits as give the same float back, NaN as `nan`; what was not sampled stays empty.
+A float is written with as many digits as give the same float back, NaN as `nan`; what was not
+sampled stays empty.
 """
 
 import csv
@@ -68,7 +69,9 @@ class CsvFiles:
         with (self._folder / COLUMNS).open("w", newline="", encoding="utf-8") as f:
             out = csv.writer(f, lineterminator="\n")
             out.writerow(["table", "column", "type", "unit", "meaning"])
-            out.writerows([t, *_about(t, name)] for t in self._open for name in self._choice.tables[t])
+            out.writerows(
+                [t, *_about(t, name)] for t in self._open for name in self._choice.tables[t]
+            )
 
     def abandon(self) -> None:
         for writer in self._open.values():
@@ -76,7 +79,9 @@ class CsvFiles:
 
 
 def as_text(rows: pa.Table) -> pa.Table:
-    """`rows` without the kinds of columns that CSV does not have: categories as words, lists with blanks between."""
+    """`rows` without the kinds of columns that CSV does not have: categories as words, lists with
+    blanks between.
+    """
     columns = []
     for column in rows.columns:
         if pa.types.is_dictionary(column.type):
@@ -90,7 +95,9 @@ def as_text(rows: pa.Table) -> pa.Table:
 def _about(table: str, name: str) -> list[str]:
     kind = SCHEMAS[table].field(name).type
     said = "text" if pa.types.is_dictionary(kind) or pa.types.is_string(kind) else str(kind)
-    said = {"float": "float32", "double": "float64"}.get(said, "numbers" if pa.types.is_list(kind) else said)
+    said = {"float": "float32", "double": "float64"}.get(
+        said, "numbers" if pa.types.is_list(kind) else said
+    )
     if (table, name) in METRICS:
         metric = METRICS[table, name]
         return [name, said, metric.unit, metric.help]

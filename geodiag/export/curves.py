@@ -1,4 +1,6 @@
-"""Rows as points of curves: at every step so many (tag, value) pairs, a curve a place, or two over all places."""
+"""Rows as points of curves: at every step so many (tag, value) pairs, a curve a place, or two over
+all places.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -63,14 +65,18 @@ def _columns(rows: pa.Table, metrics: list[Metric]) -> tuple[np.ndarray, np.ndar
 def _over_places(
     table: str, rows: pa.Table, metrics: list[Metric], first: np.ndarray
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """At every moment the mean over all places, and where a metric has a bad end, the worst. A NaN shows in both."""
+    """At every moment the mean over all places, and where a metric has a bad end, the worst. A NaN
+    shows in both.
+    """
     tags, out, known = [], [], []
     for m in metrics:
         there = rows[m.name].is_valid().to_numpy()
         value = rows[m.name].to_numpy().astype(np.float64)
         count = np.add.reduceat(there.astype(np.int64), first)
         if m.worse is not None:
-            worst, none, name = (np.maximum, -np.inf, "max") if m.worse == "high" else (np.minimum, np.inf, "min")
+            worst, none, name = (
+                (np.maximum, -np.inf, "max") if m.worse == "high" else (np.minimum, np.inf, "min")
+            )
             tags.append(f"{table}/{m.name}/{name}")
             out.append(worst.reduceat(np.where(there, value, none), first))
             known.append(count > 0)
@@ -85,7 +91,9 @@ def _tags(table: str, rows: pa.Table, metrics: list[Metric]) -> list[list[str]]:
     if table == "steps":
         return [[m.name for m in metrics]] * len(rows)
     keys = [n for n in ("token", "domain", "layer", "site", "expert") if n in rows.column_names]
-    keys += ["rank"] if table == "tokens" else []  # no rank's tokens are a share of anything: they are not merged
+    keys += (
+        ["rank"] if table == "tokens" else []
+    )  # no rank's tokens are a share of anything: they are not merged
     known: dict[tuple, list[str]] = {}
     tags = []
     for place in zip(*(rows[k].to_pylist() for k in keys), strict=True):

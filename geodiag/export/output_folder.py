@@ -1,4 +1,6 @@
-"""The folder that an export makes: whole or not at all, never inside a run, never over anything of somebody else's."""
+"""The folder that an export makes: whole or not at all, never inside a run, never over anything of
+somebody else's.
+"""
 
 import os
 import shutil
@@ -15,19 +17,25 @@ MARK = "export.json"
 
 
 def default_out(run: Run, to: str) -> Path:
-    """`exports/tensorboard/hc` for `sample_runs/hc`: TensorBoard shows all runs of a folder beside one another."""
+    """`exports/tensorboard/hc` for `sample_runs/hc`: TensorBoard shows all runs of a folder beside
+    one another.
+    """
     return Path("exports", to, run.name or "run")
 
 
 def refuse_early(out: Path, run: Run, force: bool) -> None:
     """GeodiagError where nothing may be written to `out`, before the long work begins."""
     if ":/" in str(out):
-        raise GeodiagError(f"cannot write to {out}; pass a folder on this machine with --out, and copy it from there")
+        raise GeodiagError(
+            f"cannot write to {out}; pass a folder on this machine with --out, and copy it from there"
+        )
     store = Folder.of(run.url)
     if store.is_local:
         here, root = out.resolve(), Path(store.root).resolve()
         if here == root or root in here.parents:
-            raise GeodiagError(f"{out} lies inside the run; pass a folder outside of {run.url} with --out")
+            raise GeodiagError(
+                f"{out} lies inside the run; pass a folder outside of {run.url} with --out"
+            )
     try:
         inside = os.listdir(out)
     except FileNotFoundError:
@@ -35,17 +43,27 @@ def refuse_early(out: Path, run: Run, force: bool) -> None:
     except OSError as e:
         raise cannot_write(out, e) from None
     if os.path.ismount(out):
-        raise GeodiagError(f"{out} is a disk of its own, which cannot be put in place whole; pass a folder in it")
+        raise GeodiagError(
+            f"{out} is a disk of its own, which cannot be put in place whole; pass a folder in it"
+        )
     if inside and not force:
-        how = "pass --force to replace that export, or another --out" if MARK in inside else "pass another --out"
+        how = (
+            "pass --force to replace that export, or another --out"
+            if MARK in inside
+            else "pass another --out"
+        )
         raise GeodiagError(f"{out} exists and is not empty; {how}")
     if inside and MARK not in inside:
-        raise GeodiagError(f"{out} was not written by geodiag export, so --force leaves it alone; pass another --out")
+        raise GeodiagError(
+            f"{out} was not written by geodiag export, so --force leaves it alone; pass another --out"
+        )
 
 
 @contextmanager
 def whole_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A hidden folder beside `out` to write into; it becomes `out` when all went well, and is gone when not."""
+    """A hidden folder beside `out` to write into; it becomes `out` when all went well, and is gone
+    when not.
+    """
     here = out.resolve()
     tmp, old = (here.with_name(f".{here.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     made = [p for p in here.parents if not p.exists()]
@@ -83,4 +101,6 @@ def told(out: Path) -> Iterator[None]:
 def cannot_write(out: Path, error: OSError) -> GeodiagError:
     """Why `out` cannot be written, and what to do."""
     why = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
-    return GeodiagError(f"cannot write {out}: {why}; free space there, or pass a folder you may write with --out")
+    return GeodiagError(
+        f"cannot write {out}: {why}; free space there, or pass a folder you may write with --out"
+    )

@@ -1,4 +1,6 @@
-"""The rows of an export, a stretch of steps at a time: a long run takes gigabytes, what is held of it does not."""
+"""The rows of an export, a stretch of steps at a time: a long run takes gigabytes, what is held of
+it does not.
+"""
 
 from collections.abc import Iterator
 
@@ -22,7 +24,9 @@ class Pieces:
     def __init__(self, run: Run, choice: Choice, partial: bool = False) -> None:
         self._run, self._choice, self._partial = run, choice, partial
         running = run.status() == "running"
-        clock = run.read_arrow("steps", ["attempt", "step", "step_seconds"], attempt="all", ranks="merged")
+        clock = run.read_arrow(
+            "steps", ["attempt", "step", "step_seconds"], attempt="all", ranks="merged"
+        )
         self._check()
         self.times = WallTimes(clock, run.manifest)
         step, attempt = clock["step"].to_numpy(), clock["attempt"].to_numpy()
@@ -59,14 +63,20 @@ class Pieces:
 
     def _read(self, table: str, steps: Steps) -> pa.Table:
         choice = self._choice
-        attempt = None if choice.attempt == "newest" else choice.attempt  # events keep their whole trail
+        attempt = (
+            None if choice.attempt == "newest" else choice.attempt
+        )  # events keep their whole trail
         rows = self._run.read_arrow(table, choice.tables[table], steps, attempt, choice.ranks)
         self._check()
         return rows
 
     def _check(self) -> None:
-        """An export that looks whole and is not would be believed: a piece that cannot be read ends it."""
-        torn = [p for p in self._run.problems if "/" in p]  # the others say that there is no such piece
+        """An export that looks whole and is not would be believed: a piece that cannot be read ends
+        it.
+        """
+        torn = [
+            p for p in self._run.problems if "/" in p
+        ]  # the others say that there is no such piece
         if torn and not self._partial:
             more = f", and {len(torn) - 1} more" if len(torn) > 1 else ""
             why = self._run.problems[torn[0]]

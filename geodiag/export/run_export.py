@@ -1,6 +1,8 @@
-"""A run for the tools people already have: tables as CSV, or curves and texts as TensorBoard's event files.
+"""A run for the tools people already have: tables as CSV, or curves and texts as TensorBoard's
+event files.
 
-Choice (tables, columns, attempts) → Pieces (a stretch of steps at a time) → CsvFiles or EventFiles → whole_folder
+Choice (tables, columns, attempts) → Pieces (a stretch of steps at a time) → CsvFiles or EventFiles
+→ whole_folder
 """
 
 import json
@@ -67,8 +69,18 @@ class Exported:
     problems: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
-        said: dict[str, Any] = {"run": self.run, "to": self.to, "out": self.out, "files": self.files}
-        said |= {"rows": self.rows, "tags": self.tags, "values": self.values, "seconds": round(self.seconds, 3)}
+        said: dict[str, Any] = {
+            "run": self.run,
+            "to": self.to,
+            "out": self.out,
+            "files": self.files,
+        }
+        said |= {
+            "rows": self.rows,
+            "tags": self.tags,
+            "values": self.values,
+            "seconds": round(self.seconds, 3),
+        }
         return said | {"left_out": self.choice.left_out, "problems": self.problems}
 
 
@@ -84,8 +96,9 @@ def export(
 ) -> Exported:
     """Writes `run` to the folder `out`, whole or not at all; `asked` is what `choose` takes.
 
-    GeodiagError where there is nothing to write, where `out` cannot be written or is in use, and, unless `partial`,
-    where a piece of the run cannot be read. A run that is still training is exported up to the step it is at.
+    GeodiagError where there is nothing to write, where `out` cannot be written or is in use, and,
+    unless `partial`, where a piece of the run cannot be read. A run that is still training is
+    exported up to the step it is at.
     """
     began = time.monotonic()
     choice = choose(to, **asked)
@@ -93,7 +106,11 @@ def export(
     pieces = Pieces(run, choice, partial)
     rows = dict.fromkeys(choice.tables, 0)
     with whole_folder(out, force) as folder:
-        files: Files = CsvFiles(folder, choice) if to == "csv" else EventFiles(folder, choice, run, pieces.times)
+        files: Files = (
+            CsvFiles(folder, choice)
+            if to == "csv"
+            else EventFiles(folder, choice, run, pieces.times)
+        )
         try:
             for done, (table, piece) in enumerate(pieces, 1):
                 with told(out):
@@ -102,7 +119,9 @@ def export(
                 if advance:
                     advance(done, len(pieces), table)
             if not files.values:
-                raise GeodiagError(f"{run.url} recorded nothing of what is asked for; {pieces.held()}")
+                raise GeodiagError(
+                    f"{run.url} recorded nothing of what is asked for; {pieces.held()}"
+                )
             with told(out):
                 files.finish()
         except BaseException:  # Ctrl-C too: files are closed before their folder goes
@@ -122,7 +141,9 @@ def export(
             problems=dict(run.problems),
         )
         with told(out):
-            (folder / MARK).write_text(json.dumps(done_now.as_json(), indent=1) + "\n", encoding="utf-8")
+            (folder / MARK).write_text(
+                json.dumps(done_now.as_json(), indent=1) + "\n", encoding="utf-8"
+            )
     return done_now
 
 

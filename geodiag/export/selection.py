@@ -1,4 +1,6 @@
-"""What of a run is exported: tables, columns, steps, attempts; from what was asked for, or what makes sense."""
+"""What of a run is exported: tables, columns, steps, attempts; from what was asked for, or what
+makes sense.
+"""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -50,10 +52,13 @@ def choose(
 ) -> Choice:
     """What was asked for, in words of the command line; GeodiagError for a name that is not there.
 
-    Of metrics that are named every place is wanted; of all of them, that many curves would serve nobody.
+    Of metrics that are named every place is wanted; of all of them, that many curves would serve
+    nobody.
     """
     if to == "csv" and places is not None:
-        raise GeodiagError("--places is about curves, a CSV has every place; leave it out, or pass --to tensorboard")
+        raise GeodiagError(
+            "--places is about curves, a CSV has every place; leave it out, or pass --to tensorboard"
+        )
     possible = _TABLES[to]["all"]
     named = _named_tables(to, tables, possible)
     wanted = _named_metrics(metrics)
@@ -79,10 +84,14 @@ def parse_steps(text: str | None) -> Steps:
         return None, None
     low, colon, high = (piece.strip() for piece in text.partition(":"))
     if not colon or not all(end.isdecimal() or not end for end in (low, high)):
-        raise GeodiagError(f"--steps {text} names no steps; pass A:B for A ≤ step < B, e.g. 100:200 or 100:")
+        raise GeodiagError(
+            f"--steps {text} names no steps; pass A:B for A ≤ step < B, e.g. 100:200 or 100:"
+        )
     first, end = (int(e) if e else None for e in (low, high))
     if first is not None and end is not None and first >= end:
-        raise GeodiagError(f"--steps {text} holds no step: it ends where it begins, or earlier; pass A:B with A < B")
+        raise GeodiagError(
+            f"--steps {text} holds no step: it ends where it begins, or earlier; pass A:B with A < B"
+        )
     return first, end
 
 
@@ -97,13 +106,19 @@ def keys_of(table: str) -> list[str]:
     return [n for n in SCHEMAS[table].names if (table, n) not in METRICS]
 
 
-def _named_tables(to: str, given: Sequence[str] | None, possible: Sequence[str]) -> list[str] | None:
+def _named_tables(
+    to: str, given: Sequence[str] | None, possible: Sequence[str]
+) -> list[str] | None:
     names = words(given)
     for name in names or ():
         if name not in SCHEMAS:
-            raise GeodiagError(f"there is no table {name!r}; {_near(name, list(SCHEMAS), 'tables are ')}")
+            raise GeodiagError(
+                f"there is no table {name!r}; {_near(name, list(SCHEMAS), 'tables are ')}"
+            )
         if name not in possible:
-            raise GeodiagError(f"{to} has no curves for the table {name}; pass --to csv for that one")
+            raise GeodiagError(
+                f"{to} has no curves for the table {name}; pass --to csv for that one"
+            )
     return names
 
 
@@ -115,7 +130,9 @@ def _named_metrics(given: Sequence[str] | None) -> list[str] | None:
     for pattern in patterns:
         fit = [n for n in _METRIC_NAMES if fnmatchcase(n, pattern)]
         if not fit:
-            hint = _near(pattern.strip("*"), list(_METRIC_NAMES), "docs/metrics.md lists them", listed=False)
+            hint = _near(
+                pattern.strip("*"), list(_METRIC_NAMES), "docs/metrics.md lists them", listed=False
+            )
             raise GeodiagError(f"no metric is called {pattern!r}; {hint}")
         found += fit
     return list(dict.fromkeys(found))
@@ -142,7 +159,9 @@ def _columns(table: str, metrics: list[str] | None) -> list[str]:
         return list(SCHEMAS[table].names)
     wanted = [m.name for m in metrics_of(table) if m.name in metrics]
     if not wanted:
-        raise GeodiagError(f"table {table} records none of {', '.join(metrics)}; leave it out of --tables")
+        raise GeodiagError(
+            f"table {table} records none of {', '.join(metrics)}; leave it out of --tables"
+        )
     return keys_of(table) + wanted
 
 

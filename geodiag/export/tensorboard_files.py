@@ -1,4 +1,6 @@
-"""A run as TensorBoard's event files: curves, events as texts, the configuration as text and hyperparameters."""
+"""A run as TensorBoard's event files: curves, events as texts, the configuration as text and
+hyperparameters.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from geodiag.run import Run
 
 
 class EventFiles:
-    """Writes tables piece by piece; see `run_export.Files`. One event file for each attempt and rank kept apart.
+    """Writes tables piece by piece; see `run_export.Files`. One event file for each attempt and
+    rank kept apart.
 
-    TensorBoard's record writer is used without its queue and thread: what the disk refuses is heard at once.
+    TensorBoard's record writer is used without its queue and thread: what the disk refuses is heard
+    at once.
     """
 
     def __init__(self, folder: Path, choice: Choice, run: Run, times: WallTimes) -> None:
@@ -45,7 +49,8 @@ class EventFiles:
 
     def finish(self) -> None:
         for sub, events in self._trail.items():
-            # TensorBoard drops what it has of a tag from a step on when that step comes again: in order, one text each.
+            # TensorBoard drops what it has of a tag from a step on when that step comes again: in
+            # order, one text each.
             for (kind, step), rows in sorted(_together(events).items()):
                 text = "\n\n---\n\n".join(event_text(row) for row in rows)
                 self._text(sub, f"events/{kind}", text, step, rows[-1]["time"])
@@ -62,7 +67,9 @@ class EventFiles:
         parts = [f"attempt-{attempt}"] if self._choice.attempt == "all" else []
         return "/".join([*parts, *([f"rank-{rank}"] if self._choice.ranks == "each" else [])])
 
-    def _write_points(self, sub: str, step: int, time: float, points: list[tuple[str, float]]) -> None:
+    def _write_points(
+        self, sub: str, step: int, time: float, points: list[tuple[str, float]]
+    ) -> None:
         event = self._pb.Event(step=step, wall_time=time)
         writer, known = self._writer(sub, time), self._tags[sub]
         for tag, value in points:
@@ -96,7 +103,9 @@ class EventFiles:
             folder = self._folder / sub
             folder.mkdir(parents=True, exist_ok=True)
             # TensorBoard knows a file of events by this beginning.
-            file = (folder / f"events.out.tfevents.{int(time):010d}.geodiag").open("wb", buffering=1 << 20)
+            file = (folder / f"events.out.tfevents.{int(time):010d}.geodiag").open(
+                "wb", buffering=1 << 20
+            )
             self._open[sub] = self._pb.RecordWriter(file)
             self._tags[sub] = {"configuration"}
             begin = self._pb.Event(wall_time=time, file_version="brain.Event:2")
@@ -141,7 +150,13 @@ class _Protos:
         data = self._Data()
         data.session_start_info.start_time_secs = time
         for name, value in known.items():
-            kind = "bool" if isinstance(value, bool) else "string" if isinstance(value, str) else "number"
+            kind = (
+                "bool"
+                if isinstance(value, bool)
+                else "string"
+                if isinstance(value, str)
+                else "number"
+            )
             setattr(data.session_start_info.hparams[name], f"{kind}_value", value)
         about = self._of_hparams.create_summary_metadata(data)
         tag, empty = self._of_hparams.SESSION_START_INFO_TAG, self._of_hparams.NULL_TENSOR

@@ -1,4 +1,6 @@
-"""What of a run is text in TensorBoard: its events and its configuration, as Markdown; its hyperparameters."""
+"""What of a run is text in TensorBoard: its events and its configuration, as Markdown; its
+hyperparameters.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +31,9 @@ def hyperparameters(manifest: Mapping[str, Any]) -> dict[str, bool | float | str
 def event_text(row: Mapping[str, Any]) -> str:
     """One event: what happened, and its details."""
     more = details(row["data"])
-    return f"**{row['kind']}** at step {row['step']}: {row['message']}" + (f"\n\n{_block(more)}" if more else "")
+    return f"**{row['kind']}** at step {row['step']}: {row['message']}" + (
+        f"\n\n{_block(more)}" if more else ""
+    )
 
 
 def trail(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -55,4 +59,7 @@ def _leaves(path: str, data: Mapping[str, Any]) -> Iterator[tuple[str, bool | fl
         if isinstance(value, Mapping):
             yield from _leaves(here, value)
         else:
-            yield here, value if isinstance(value, bool | int | float | str) else json.dumps(plain(value))
+            yield (
+                here,
+                value if isinstance(value, bool | int | float | str) else json.dumps(plain(value)),
+            )

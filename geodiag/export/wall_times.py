@@ -26,10 +26,17 @@ class WallTimes:
             self._times[of] = begun.get(a, self._fallback) + _since_first(step[of], seconds[of])
 
     def of(self, attempt: np.ndarray, step: np.ndarray) -> np.ndarray:
-        """The time at which these steps ended; of a step that left no time, that of the step before it."""
+        """The time at which these steps ended; of a step that left no time, that of the step before
+        it.
+        """
         if not len(self._keys):
             return np.full(len(step), self._fallback)
-        at = np.searchsorted(self._keys, _key(attempt.astype(np.int64), step.astype(np.int64)), side="right") - 1
+        at = (
+            np.searchsorted(
+                self._keys, _key(attempt.astype(np.int64), step.astype(np.int64)), side="right"
+            )
+            - 1
+        )
         return self._times[np.maximum(at, 0)]
 
 
@@ -42,12 +49,16 @@ def _begun(manifest: dict[str, Any]) -> dict[int, float]:
     said = manifest.get("attempts")
     entries = [e for e in said if isinstance(e, dict)] if isinstance(said, list) else []
     return {
-        e["attempt"]: float(e["time"]) for e in entries if "attempt" in e and isinstance(e.get("time"), int | float)
+        e["attempt"]: float(e["time"])
+        for e in entries
+        if "attempt" in e and isinstance(e.get("time"), int | float)
     }
 
 
 def _since_first(step: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Seconds from the end of the first step; a step that left none took no time, rather than an invented one."""
+    """Seconds from the end of the first step; a step that left none took no time, rather than an
+    invented one.
+    """
     took = np.where(np.isfinite(seconds), seconds, 0.0)
     took[1:] *= np.diff(step)
     return np.cumsum(took) - took[0]

@@ -14,7 +14,8 @@ _OF_PROBES = {"matrices": PROBE_EVERY}
 """Tables without metrics of their own."""
 
 Every = int | Mapping[str, int]
-"""Steps between samples: of everything, or by the beginning of a metric's name ("" for all others)."""
+"""Steps between samples: of everything, or by the beginning of a metric's name ("" for all others).
+"""
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,25 @@ class Cadence:
 
     every: Mapping[str, int]
     layers: tuple[int, ...] | None = None
-    _seen: dict[tuple[bool, ...], frozenset[str]] = field(default_factory=dict, compare=False, repr=False)
+    _seen: dict[tuple[bool, ...], frozenset[str]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @classmethod
-    def of(cls, every: Every = 1, probe_every: int = PROBE_EVERY, layers: tuple[int, ...] | None = None) -> "Cadence":
-        """What a user asked for, on top of the defaults. GeodiagError for a name that no metric begins with."""
+    def of(
+        cls, every: Every = 1, probe_every: int = PROBE_EVERY, layers: tuple[int, ...] | None = None
+    ) -> "Cadence":
+        """What a user asked for, on top of the defaults. GeodiagError for a name that no metric
+        begins with.
+        """
         asked = {"": every} if isinstance(every, int) else dict(every)
         if min([probe_every, *asked.values()]) < 1:
             raise ValueError("every and probe_every are at least 1")
         plain = asked.pop("", 1)
-        steps = {name: plain if n == 1 else max(1, n * probe_every // PROBE_EVERY) for name, n in _defaults().items()}
+        steps = {
+            name: plain if n == 1 else max(1, n * probe_every // PROBE_EVERY)
+            for name, n in _defaults().items()
+        }
         for prefix in sorted(asked, key=len):  # the longest, which says most, comes last and stays
             for name in _begin_with(prefix, list(steps)):
                 steps[name] = asked[prefix]
@@ -50,7 +60,10 @@ class Cadence:
 
     def record(self) -> dict[str, Any]:
         """What the manifest says of it."""
-        return {"every": dict(self.every), "layers": None if self.layers is None else list(self.layers)}
+        return {
+            "every": dict(self.every),
+            "layers": None if self.layers is None else list(self.layers),
+        }
 
     def due(self, step: int) -> frozenset[str]:
         """The "table.metric" names that are sampled at `step`; the same object for the same set."""
@@ -67,24 +80,32 @@ class Cadence:
 
 
 def _defaults() -> dict[str, int]:
-    sampled = {f"{table}.{name}": m.every for (table, name), m in METRICS.items() if table != "steps"}
+    sampled = {
+        f"{table}.{name}": m.every for (table, name), m in METRICS.items() if table != "steps"
+    }
     return sampled | _OF_PROBES
 
 
 def _begin_with(prefix: str, names: Sequence[str]) -> list[str]:
     found = [n for n in names if n == prefix or n.startswith(f"{prefix}.")]  # a table
-    found = found or [n for n in names if n.startswith(prefix) or n.partition(".")[2].startswith(prefix)]
+    found = found or [
+        n for n in names if n.startswith(prefix) or n.partition(".")[2].startswith(prefix)
+    ]
     if found:
         return found
     if any(table == "steps" and name.startswith(prefix) for table, name in METRICS):
-        raise GeodiagError(f"{prefix!r} has no cadence: the table steps has a row of every step; leave it out")
+        raise GeodiagError(
+            f"{prefix!r} has no cadence: the table steps has a row of every step; leave it out"
+        )
     near = difflib.get_close_matches(prefix, [n.partition(".")[2] or n for n in names], 1, 0.4)
     hint = f"did you mean {near[0]}?" if near else "docs/metrics.md lists them"
     raise GeodiagError(f"no metric begins with {prefix!r}; {hint}")
 
 
 def parse_every(given: Iterable[str]) -> dict[str, int]:
-    """Command-line words, `10` or `amax_gain=1`, as a mapping. GeodiagError where one makes no sense."""
+    """Command-line words, `10` or `amax_gain=1`, as a mapping. GeodiagError where one makes no
+    sense.
+    """
     out: dict[str, int] = {}
     for word in given:
         name, _, number = word.rpartition("=")
@@ -97,7 +118,9 @@ def parse_every(given: Iterable[str]) -> dict[str, int]:
 
 
 def parse_layers(given: str | Iterable[int] | None, count: int) -> tuple[int, ...] | None:
-    """`0-7,30-` or numbers as layers of a model that has `count`. GeodiagError where it has no such layer."""
+    """`0-7,30-` or numbers as layers of a model that has `count`. GeodiagError where it has no such
+    layer.
+    """
     if given is None:
         return None
     fix = f"pass some of 0 to {count - 1}, e.g. 0-{min(3, count - 1)}"
@@ -107,7 +130,11 @@ def parse_layers(given: str | Iterable[int] | None, count: int) -> tuple[int, ..
         raise GeodiagError(f"{given!r} names no layers; {fix}") from None
     absent = sorted(n for n in wanted if not 0 <= n < count)
     if absent or not wanted:
-        raise GeodiagError(f"the model has no layer {absent[0]}; {fix}" if absent else f"no layers are named; {fix}")
+        raise GeodiagError(
+            f"the model has no layer {absent[0]}; {fix}"
+            if absent
+            else f"no layers are named; {fix}"
+        )
     return tuple(sorted(wanted))
 
 

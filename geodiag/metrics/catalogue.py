@@ -1,4 +1,5 @@
-"""The catalogue as a page: docs/metrics.md, printed from the registry so that the two cannot differ.
+"""The catalogue as a page: docs/metrics.md, printed from the registry so that the two cannot
+differ.
 
 `make docs` writes it; a test compares.
 """
@@ -21,18 +22,25 @@ _STAGES = {1: "1 curvature", 2: "2 chart", 3: "3 amplification"}
 
 def page() -> str:
     """The whole page as Markdown."""
-    keys = (
-        "Every row has `rank`, `attempt` and `step`; null is *not sampled* or *not applicable*, NaN is a measured NaN."
-    )
+    keys = "Every row has `rank`, `attempt` and `step`; null is *not sampled* or *not applicable*, NaN is a measured NaN."
     reduced = (
         "*Every* is the default cadence in steps (`--every` changes it); *reduced by* says how micro-batches, then "
         "ranks, become one value."
     )
-    parts = ["# What geodiag records", "Printed from `geodiag/metrics/registry.py` by `make docs`.", keys, reduced]
+    parts = [
+        "# What geodiag records",
+        "Printed from `geodiag/metrics/registry.py` by `make docs`.",
+        keys,
+        reduced,
+    ]
     for table in SCHEMAS:
         parts.append(f"## Table `{table}`\n\n{_ABOUT[table]}")
         if metrics_of(table):
-            head = "| metric | unit | what it is | healthy | stage | every | reduced by | source |\n" + "|---" * 8 + "|"
+            head = (
+                "| metric | unit | what it is | healthy | stage | every | reduced by | source |\n"
+                + "|---" * 8
+                + "|"
+            )
             parts.append("\n".join([head, *map(_row, metrics_of(table))]))
     kinds = [f"| `{kind}` | {meaning} |" for kind, meaning in KINDS.items()]
     parts.append("\n".join(["### Kinds of events\n", "| kind | meaning |", "|---|---|", *kinds]))

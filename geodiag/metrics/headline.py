@@ -1,4 +1,6 @@
-"""The metrics that say how a run stands, by what they speak of: what one screen, or one page, has room for."""
+"""The metrics that say how a run stands, by what they speak of: what one screen, or one page, has
+room for.
+"""
 
 KEY_METRICS = {
     "Outcome": ["loss", "grad_norm", "spike_score"],

@@ -1,4 +1,6 @@
-"""The quantities of a layer, in the order of the tear: amplification, curvature, chart (docs/metrics.md)."""
+"""The quantities of a layer, in the order of the tear: amplification, curvature, chart
+(docs/metrics.md).
+"""
 
 from functools import partial
 
@@ -18,28 +20,110 @@ _SHRINK = {"worse": "low", "source": MHC}
 CLAMP = {"stage": 1, "source": V4_CLAMP}
 _AMPLIFICATION = [
     _layer("amax_gain_fwd", "×", "mean", "Largest |row sum| of H_res, mean over tokens.", **_GAIN),
-    _layer("amax_gain_bwd", "×", "mean", "Largest |column sum| of H_res, mean over tokens.", **_GAIN),
+    _layer(
+        "amax_gain_bwd", "×", "mean", "Largest |column sum| of H_res, mean over tokens.", **_GAIN
+    ),
     _layer("amax_gain_fwd_max", "×", "max", "Largest |row sum| of H_res, worst token.", **_GAIN),
     _layer("amax_gain_bwd_max", "×", "max", "Largest |column sum| of H_res, worst token.", **_GAIN),
-    _layer("gain_fwd_min", "×", "mean", "Smallest |row sum| of H_res, mean over tokens: attenuation.", **_SHRINK),
-    _layer("gain_bwd_min", "×", "mean", "Smallest |column sum| of H_res, mean over tokens: attenuation.", **_SHRINK),
-    _layer("composite_gain_fwd", "×", "mean", "Amax gain of all maps up to here, mean over tokens.", **_GAIN),
-    _layer("composite_gain_fwd_min", "×", "mean", "Smallest |row sum| of the composite, mean over tokens.", **_SHRINK),
-    _layer("composite_gain_fwd_max", "×", "max", "Amax gain of all maps up to here, worst token.", **_GAIN),
-    _layer("composite_gain_bwd", "×", "mean", "Amax gain of all maps from here to the end, mean over tokens.", **_GAIN),
     _layer(
-        "composite_gain_bwd_min", "×", "mean", "Smallest |column sum| of the composite, mean over tokens.", **_SHRINK
+        "gain_fwd_min",
+        "×",
+        "mean",
+        "Smallest |row sum| of H_res, mean over tokens: attenuation.",
+        **_SHRINK,
     ),
-    _layer("composite_gain_bwd_max", "×", "max", "Amax gain of all maps from here to the end, worst token.", **_GAIN),
-    _layer("amax_gain_fwd_of_mean", "×", "mean", "Amax gain of the token-mean map (a second definition).", source=FIG8),
-    _layer("amax_gain_bwd_of_mean", "×", "mean", "Backward Amax gain of the token-mean map.", source=FIG8),
-    _layer("gain_fwd_min_of_mean", "×", "mean", "Smallest |row sum| of the token-mean map.", worse="low", source=FIG8),
     _layer(
-        "gain_bwd_min_of_mean", "×", "mean", "Smallest |column sum| of the token-mean map.", worse="low", source=FIG8
+        "gain_bwd_min",
+        "×",
+        "mean",
+        "Smallest |column sum| of H_res, mean over tokens: attenuation.",
+        **_SHRINK,
     ),
-    _layer("composite_gain_fwd_of_mean", "×", "mean", "Amax gain of the product of token-mean maps.", source=FIG8),
     _layer(
-        "composite_gain_bwd_of_mean", "×", "mean", "Backward Amax gain of the product of token-mean maps.", source=FIG8
+        "composite_gain_fwd",
+        "×",
+        "mean",
+        "Amax gain of all maps up to here, mean over tokens.",
+        **_GAIN,
+    ),
+    _layer(
+        "composite_gain_fwd_min",
+        "×",
+        "mean",
+        "Smallest |row sum| of the composite, mean over tokens.",
+        **_SHRINK,
+    ),
+    _layer(
+        "composite_gain_fwd_max",
+        "×",
+        "max",
+        "Amax gain of all maps up to here, worst token.",
+        **_GAIN,
+    ),
+    _layer(
+        "composite_gain_bwd",
+        "×",
+        "mean",
+        "Amax gain of all maps from here to the end, mean over tokens.",
+        **_GAIN,
+    ),
+    _layer(
+        "composite_gain_bwd_min",
+        "×",
+        "mean",
+        "Smallest |column sum| of the composite, mean over tokens.",
+        **_SHRINK,
+    ),
+    _layer(
+        "composite_gain_bwd_max",
+        "×",
+        "max",
+        "Amax gain of all maps from here to the end, worst token.",
+        **_GAIN,
+    ),
+    _layer(
+        "amax_gain_fwd_of_mean",
+        "×",
+        "mean",
+        "Amax gain of the token-mean map (a second definition).",
+        source=FIG8,
+    ),
+    _layer(
+        "amax_gain_bwd_of_mean",
+        "×",
+        "mean",
+        "Backward Amax gain of the token-mean map.",
+        source=FIG8,
+    ),
+    _layer(
+        "gain_fwd_min_of_mean",
+        "×",
+        "mean",
+        "Smallest |row sum| of the token-mean map.",
+        worse="low",
+        source=FIG8,
+    ),
+    _layer(
+        "gain_bwd_min_of_mean",
+        "×",
+        "mean",
+        "Smallest |column sum| of the token-mean map.",
+        worse="low",
+        source=FIG8,
+    ),
+    _layer(
+        "composite_gain_fwd_of_mean",
+        "×",
+        "mean",
+        "Amax gain of the product of token-mean maps.",
+        source=FIG8,
+    ),
+    _layer(
+        "composite_gain_bwd_of_mean",
+        "×",
+        "mean",
+        "Backward Amax gain of the product of token-mean maps.",
+        source=FIG8,
     ),
     _layer(
         "composite_gain_fwd_min_of_mean",
@@ -81,11 +165,38 @@ _AMPLIFICATION = [
         every=50,
         stage=3,
     ),
-    _layer("sinkhorn_residual", "1", "max", "Largest |row or column sum − 1|: what Sinkhorn left.", source=MHC),
-    _layer("res_logit_min", "logit", "min", "Smallest entry of H_res before its projection.", worse="low", source=MHC),
-    _layer("res_logit_max", "logit", "max", "Largest entry of H_res before its projection: saturation.", source=MHC),
-    _layer("branch_share", "1", "mean", "How much of the update is the block's own output.", worse=None),
-    _layer("post_concentration", "×", "mean", "Largest over mean H_post: N = all mass on one stream.", worse=None),
+    _layer(
+        "sinkhorn_residual",
+        "1",
+        "max",
+        "Largest |row or column sum − 1|: what Sinkhorn left.",
+        source=MHC,
+    ),
+    _layer(
+        "res_logit_min",
+        "logit",
+        "min",
+        "Smallest entry of H_res before its projection.",
+        worse="low",
+        source=MHC,
+    ),
+    _layer(
+        "res_logit_max",
+        "logit",
+        "max",
+        "Largest entry of H_res before its projection: saturation.",
+        source=MHC,
+    ),
+    _layer(
+        "branch_share", "1", "mean", "How much of the update is the block's own output.", worse=None
+    ),
+    _layer(
+        "post_concentration",
+        "×",
+        "mean",
+        "Largest over mean H_post: N = all mass on one stream.",
+        worse=None,
+    ),
     _layer(
         "stream_amax",
         "1",
@@ -95,16 +206,37 @@ _AMPLIFICATION = [
         stage=3,
     ),
     _layer("stream_rms", "1", "mean", "RMS of the residual stream after the site.", stage=3),
-    _layer("transport_gain_fwd", "×", "mean", "Growth of a token's stream across the site, mean.", stage=3),
-    _layer("transport_gain_fwd_max", "×", "max", "Growth of a token's stream across the site, worst token."),
-    _layer("transport_gain_bwd", "×", "mean", "Growth of the gradient across the site, towards the input.", stage=3),
+    _layer(
+        "transport_gain_fwd",
+        "×",
+        "mean",
+        "Growth of a token's stream across the site, mean.",
+        stage=3,
+    ),
+    _layer(
+        "transport_gain_fwd_max",
+        "×",
+        "max",
+        "Growth of a token's stream across the site, worst token.",
+    ),
+    _layer(
+        "transport_gain_bwd",
+        "×",
+        "mean",
+        "Growth of the gradient across the site, towards the input.",
+        stage=3,
+    ),
     _layer("grad_norm", "1", ("mean", "max"), "Gradient norm of the layer's parameters.", stage=3),
 ]
 
 _CURVATURE = [
-    _layer("clamp_gate_rate", "share", "mean", "Gate pre-activations above the SwiGLU limit.", **CLAMP),
+    _layer(
+        "clamp_gate_rate", "share", "mean", "Gate pre-activations above the SwiGLU limit.", **CLAMP
+    ),
     _layer("clamp_up_high_rate", "share", "mean", "Up pre-activations above the limit.", **CLAMP),
-    _layer("clamp_up_low_rate", "share", "mean", "Up pre-activations below minus the limit.", **CLAMP),
+    _layer(
+        "clamp_up_low_rate", "share", "mean", "Up pre-activations below minus the limit.", **CLAMP
+    ),
     _layer("gate_amax", "1", "max", "Largest |gate| before the clamp.", stage=1),
     _layer("up_amax", "1", "max", "Largest |up| before the clamp.", stage=1),
     _layer("act_amax", "1", "max", "Largest |activation| of the gated product.", stage=1),
@@ -132,7 +264,9 @@ _CURVATURE = [
         every=50,
         stage=1,
     ),
-    _layer("curvature_max", "1", ("last", "max"), "The same, worst probe token.", every=50, stage=1),
+    _layer(
+        "curvature_max", "1", ("last", "max"), "The same, worst probe token.", every=50, stage=1
+    ),
     _layer(
         "attn_logit_max",
         "logit",
@@ -142,11 +276,28 @@ _CURVATURE = [
         stage=1,
     ),
     _layer(
-        "spectral_norm_gate", "×", "last", "Top singular value of the gate weights, worst expert.", every=10, stage=1
+        "spectral_norm_gate",
+        "×",
+        "last",
+        "Top singular value of the gate weights, worst expert.",
+        every=10,
+        stage=1,
     ),
-    _layer("spectral_norm_up", "×", "last", "Top singular value of the up weights, worst expert.", every=10, stage=1),
     _layer(
-        "spectral_norm_down", "×", "last", "Top singular value of the down weights, worst expert.", every=10, stage=1
+        "spectral_norm_up",
+        "×",
+        "last",
+        "Top singular value of the up weights, worst expert.",
+        every=10,
+        stage=1,
+    ),
+    _layer(
+        "spectral_norm_down",
+        "×",
+        "last",
+        "Top singular value of the down weights, worst expert.",
+        every=10,
+        stage=1,
     ),
 ]
 
@@ -159,9 +310,21 @@ _CHART = [
         every=10,
         stage=2,
     ),
-    _layer("flip_top1", "share", ("last", "mean"), "Probe tokens whose first expert changed.", every=10, stage=2),
     _layer(
-        "flip_any", "share", ("last", "mean"), "Probe tokens with any of their K experts changed.", every=10, stage=2
+        "flip_top1",
+        "share",
+        ("last", "mean"),
+        "Probe tokens whose first expert changed.",
+        every=10,
+        stage=2,
+    ),
+    _layer(
+        "flip_any",
+        "share",
+        ("last", "mean"),
+        "Probe tokens with any of their K experts changed.",
+        every=10,
+        stage=2,
     ),
     _layer(
         "tear",
@@ -171,8 +334,21 @@ _CHART = [
         every=10,
         stage=2,
     ),
-    _layer("tear_flipped", "1", ("last", "mean"), "The same, over the tokens whose choice changed.", every=10, stage=2),
-    _layer("flip_rate_router", "share", "mean", "Flips that the router's own update alone causes.", stage=2),
+    _layer(
+        "tear_flipped",
+        "1",
+        ("last", "mean"),
+        "The same, over the tokens whose choice changed.",
+        every=10,
+        stage=2,
+    ),
+    _layer(
+        "flip_rate_router",
+        "share",
+        "mean",
+        "Flips that the router's own update alone causes.",
+        stage=2,
+    ),
     _layer(
         "flip_rate_anticipatory",
         "share",
@@ -195,12 +371,37 @@ _CHART = [
         "Last chosen over best rejected expert: 10th percentile.",
         worse="low",
     ),
-    _layer("router_margin_mean", "score", "mean", "Last chosen over best rejected expert: mean.", worse="low"),
     _layer(
-        "router_entropy", "nats", "mean", "Entropy of the normalised scores, mean over tokens.", worse="low", stage=2
+        "router_margin_mean",
+        "score",
+        "mean",
+        "Last chosen over best rejected expert: mean.",
+        worse="low",
     ),
-    _layer("max_vio", "×", "last", "Busiest expert over the mean load, minus 1.", stage=2, source=BALANCE),
-    _layer("load_cv", "1", "last", "Coefficient of variation of the experts' loads.", stage=2, source=BALANCE),
+    _layer(
+        "router_entropy",
+        "nats",
+        "mean",
+        "Entropy of the normalised scores, mean over tokens.",
+        worse="low",
+        stage=2,
+    ),
+    _layer(
+        "max_vio",
+        "×",
+        "last",
+        "Busiest expert over the mean load, minus 1.",
+        stage=2,
+        source=BALANCE,
+    ),
+    _layer(
+        "load_cv",
+        "1",
+        "last",
+        "Coefficient of variation of the experts' loads.",
+        stage=2,
+        source=BALANCE,
+    ),
     _layer("bias_abs_max", "score", "last", "Largest |balancing bias|.", source=BALANCE),
     _layer(
         "bias_jaccard",
@@ -210,7 +411,14 @@ _CHART = [
         worse="low",
         source=BALANCE,
     ),
-    _layer("spectral_norm_router", "×", "last", "Top singular value of the router's weights.", every=10, stage=2),
+    _layer(
+        "spectral_norm_router",
+        "×",
+        "last",
+        "Top singular value of the router's weights.",
+        every=10,
+        stage=2,
+    ),
 ]
 
 QUANTITIES_OF_LAYERS = [*_AMPLIFICATION, *_CURVATURE, *_CHART]

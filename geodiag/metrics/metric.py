@@ -1,4 +1,6 @@
-"""What is said of one recorded quantity: its name, unit, reductions, cadence, healthy range, definition, source."""
+"""What is said of one recorded quantity: its name, unit, reductions, cadence, healthy range,
+definition, source.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,7 +31,12 @@ class Metric:
 
 
 def metric(
-    table: str, name: str, unit: str, reduce: Reduction | tuple[Reduction, Reduction], help: str, **more: Any
+    table: str,
+    name: str,
+    unit: str,
+    reduce: Reduction | tuple[Reduction, Reduction],
+    help: str,
+    **more: Any,
 ) -> Metric:
     """A metric whose reduction over micro-batches and ranks is one, or a pair of them."""
     micro, ranks = (reduce, reduce) if isinstance(reduce, str) else reduce

@@ -1,7 +1,7 @@
 """The shared vocabulary: every metric by name, and the Arrow schema of every table.
 
-The metrics themselves are listed in registry.py; the catalogue in docs/metrics.md is printed from them.
-A null in a table means "not sampled" or "not applicable"; a NaN is a measured NaN.
+The metrics themselves are listed in registry.py; the catalogue in docs/metrics.md is printed from
+them. A null in a table means "not sampled" or "not applicable"; a NaN is a measured NaN.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,9 @@ from geodiag.metrics.metric import Metric
 from geodiag.metrics.registry import QUANTITIES
 
 SCHEMA_VERSION = 2
-"""2: tables `tokens` and `domains`, and the probes' columns. A run of an earlier version reads as if they were null."""
+"""2: tables `tokens` and `domains`, and the probes' columns. A run of an earlier version reads as
+if they were null.
+"""
 
 SITES = ("attn", "ffn", "block")
 ROUTING_MODES = ("off", "warmup", "on", "drain")
@@ -56,7 +58,8 @@ _KEYS = {
 }
 
 CATEGORIES = {"routing_mode": ROUTING_MODES, "site": SITES, "map": MAPS}
-"""Fixed dictionaries of the dictionary-encoded columns, so that every batch carries the same one."""
+"""Fixed dictionaries of the dictionary-encoded columns, so that every batch carries the same one.
+"""
 
 
 def metrics_of(table: str) -> list[Metric]:

@@ -13,14 +13,18 @@ from geodiag.spikes.trend import Trend
 __all__ = ["Spike", "SpikeDetector", "Verdict"]
 
 _RISING = 1.5
-"""σ above the trend at which a loss may already be rising: an onset is walked back while it is exceeded."""
+"""σ above the trend at which a loss may already be rising: an onset is walked back while it is
+exceeded.
+"""
 
 
 class Verdict(NamedTuple):
     """What the detector says about one update."""
 
     score: float
-    """Robust σ above the loss's own trend; NaN while there is no trend yet, infinite for a non-finite loss."""
+    """Robust σ above the loss's own trend; NaN while there is no trend yet, infinite for a
+    non-finite loss.
+    """
     raised: Spike | None
     """Detected at this update. An outlier is known only when it is over: it is raised complete."""
     ended: Spike | None
@@ -32,10 +36,12 @@ class Verdict(NamedTuple):
 class SpikeDetector:
     """Streaming spike detection from the loss, with the gradient norm as a second opinion.
 
-    Each update is judged in robust σ above the trend of earlier normal updates (spike_trend.py); `hold` steps of a
-    clear excess make a spike, fewer an outlier (spike_evidence.py); a slow climb is a divergence (spike_drift.py).
-    Nothing out of range is learned, so a spike cannot hide the next one; a loss that stays out of range for
-    `patience` updates is a divergence and then the new normal, so nothing blinds the detector for good.
+    Each update is judged in robust σ above the trend of earlier normal updates (spike_trend.py);
+    `hold` steps of a clear excess make a spike, fewer an outlier (spike_evidence.py); a slow climb
+    is a divergence (spike_drift.py). Nothing out of range is learned, so a spike cannot hide the
+    next one; a loss that stays out of range for
+    `patience` updates is a divergence and then the new normal, so nothing blinds the detector for
+    good.
     """
 
     def __init__(
@@ -57,21 +63,37 @@ class SpikeDetector:
         """
         threshold: σ of a clear excess.
         normal: σ up to which a loss is in its range and is learned.
-        hold: steps that a clear excess must last, and updates in range that end it; one or two are a bad batch.
+        hold: steps that a clear excess must last, and updates in range that end it; one or two are
+        a bad batch.
         drift: σ by which the long median may climb above its best before that is a divergence.
         patience: updates out of range before they are the new normal.
-        floor: least σ, as a share of the loss; a very quiet loss need not be watched to the last digit.
+        floor: least σ, as a share of the loss; a very quiet loss need not be watched to the last
+        digit.
         warmup: updates before there is a trend.
         short, long: updates in the two medians of the trend.
         noise: updates in the noise estimate.
-        smooth: share of the last update that the log must carry over to count as smoothed before logging.
-        tails: share of near misses above which the noise has heavy tails, and one sparse update is no spike.
+        smooth: share of the last update that the log must carry over to count as smoothed before
+        logging.
+        tails: share of near misses above which the noise has heavy tails, and one sparse update is
+        no spike.
         """
-        if not (0 < normal < threshold and hold >= 1 and 4 <= warmup <= short <= long and hold <= long and noise >= 16):
-            raise ValueError("need 0 < normal < threshold, 1 ≤ hold ≤ long, 4 ≤ warmup ≤ short ≤ long, noise ≥ 16")
+        if not (
+            0 < normal < threshold
+            and hold >= 1
+            and 4 <= warmup <= short <= long
+            and hold <= long
+            and noise >= 16
+        ):
+            raise ValueError(
+                "need 0 < normal < threshold, 1 ≤ hold ≤ long, 4 ≤ warmup ≤ short ≤ long, noise ≥ 16"
+            )
         self.normal, self.threshold, self.hold, self.patience = normal, threshold, hold, patience
-        self._trend = Trend(long=long, short=short, noise=noise, warmup=warmup, floor=floor, smooth=smooth)
-        self._evidence = Evidence(threshold=threshold, normal=normal, hold=hold, noise=noise, tails=tails)
+        self._trend = Trend(
+            long=long, short=short, noise=noise, warmup=warmup, floor=floor, smooth=smooth
+        )
+        self._evidence = Evidence(
+            threshold=threshold, normal=normal, hold=hold, noise=noise, tails=tails
+        )
         self._drift = Drift(limit=drift, memory=2 * patience)
         self._recent: deque[Row] = deque(maxlen=long)
         self._active: OpenSpike | None = None
@@ -149,7 +171,9 @@ class SpikeDetector:
         return sum(last) <= self.hold * self.normal / 2
 
     def _outlier(self, step: int) -> Spike | None:
-        """The loss is back in its range and nothing was raised: if it was clearly out, that was an outlier."""
+        """The loss is back in its range and nothing was raised: if it was clearly out, that was an
+        outlier.
+        """
         excursion = self._excursion
         self._excursion = None
         if excursion is None:
@@ -179,7 +203,9 @@ class SpikeDetector:
             self._quiet = 0
             if self._active is None:
                 self._normal_level = climb.best
-                self._active = OpenSpike("divergence", row.step, climb.onset, row.step, row.loss, climb.score)
+                self._active = OpenSpike(
+                    "divergence", row.step, climb.onset, row.step, row.loss, climb.score
+                )
                 return self._active.at(None), None
         elif self._active:
             self._quiet += 1

@@ -10,7 +10,9 @@ class Climb(NamedTuple):
 
 
 class Drift:
-    """Compares a slow level with the best it has had. The best is forgotten at one σ in `memory` updates."""
+    """Compares a slow level with the best it has had. The best is forgotten at one σ in `memory`
+    updates.
+    """
 
     def __init__(self, *, limit: float, memory: float) -> None:
         self.limit, self.memory = limit, memory

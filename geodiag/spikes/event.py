@@ -11,7 +11,9 @@ class Spike:
     """One thing that happened to the loss."""
 
     kind: Kind
-    """`spike`, `outlier` (over before it lasted), `divergence` (slow, or a spike that stayed), `nonfinite`."""
+    """`spike`, `outlier` (over before it lasted), `divergence` (slow, or a spike that stayed),
+    `nonfinite`.
+    """
     detected: int
     """Step of the update that raised it."""
     onset: int
@@ -19,7 +21,9 @@ class Spike:
     peak: int | None
     """Step of the largest loss so far."""
     end: int | None
-    """Step at which the loss was back in its range, was taken as the new normal, or that a rollback went to."""
+    """Step at which the loss was back in its range, was taken as the new normal, or that a rollback
+    went to.
+    """
     score: float
     """Robust σ above the trend at the worst update; infinite for `nonfinite`."""
 
@@ -58,7 +62,12 @@ class OpenSpike:
     def at(self, end: int | None) -> Spike:
         """As it stands, or as it ended."""
         return Spike(
-            kind=self.kind, detected=self.detected, onset=self.onset, peak=self.peak, end=end, score=self.score
+            kind=self.kind,
+            detected=self.detected,
+            onset=self.onset,
+            peak=self.peak,
+            end=end,
+            score=self.score,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,5 +76,7 @@ class OpenSpike:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "OpenSpike":
-        finite = {"largest": float("inf"), "score": float("inf")} if state["kind"] == "nonfinite" else {}
+        finite = (
+            {"largest": float("inf"), "score": float("inf")} if state["kind"] == "nonfinite" else {}
+        )
         return cls(**(state | finite))

@@ -1,4 +1,6 @@
-"""When is a rise a spike? Evidence builds up while the loss is out of its range, and drains while it is in it."""
+"""When is a rise a spike? Evidence builds up while the loss is out of its range, and drains while
+it is in it.
+"""
 
 import math
 from collections import deque
@@ -11,13 +13,17 @@ from geodiag.spikes.sorted_window import SortedWindow
 class Evidence:
     """Adds up how far updates lie out of range until a clear excess has lasted `hold` steps.
 
-    `hold` updates in a row at `threshold` σ are exactly enough; weaker ones take longer, and however strong,
-    updates that span fewer than `hold` steps never are. Where near misses are common (a share `tails` of updates),
-    the noise has heavy tails, and one update alone proves nothing, however sparse the log. The gradient norm can only
-    confirm: beside a gradient norm `threshold` σ above its own past, a loss out of its range counts as clear.
+    `hold` updates in a row at `threshold` σ are exactly enough; weaker ones take longer, and
+    however strong, updates that span fewer than `hold` steps never are. Where near misses are
+    common (a share `tails` of updates), the noise has heavy tails, and one update alone proves
+    nothing, however sparse the log. The gradient norm can only
+    confirm: beside a gradient norm `threshold` σ above its own past, a loss out of its range counts
+    as clear.
     """
 
-    def __init__(self, *, threshold: float, normal: float, hold: int, noise: int, tails: float) -> None:
+    def __init__(
+        self, *, threshold: float, normal: float, hold: int, noise: int, tails: float
+    ) -> None:
         self.threshold, self.normal, self.hold, self.tails = threshold, normal, hold, tails
         self._enough = hold * (threshold - normal)
         self._sum = 0.0
@@ -46,8 +52,9 @@ class Evidence:
         if self.normal < score < self.threshold and self._grad_score(grad_norm) > self.threshold:
             score = self.threshold
         self._near_misses -= self._near_misses / self._memory
-        # An update that stands for n steps weighs √n. One alone can do where updates are `hold` steps apart; closer
-        # together, none may weigh so much that fewer than `hold` steps would do.
+        # An update that stands for n steps weighs √n. One alone can do where updates are `hold`
+        # steps apart; closer together, none may weigh so much that fewer than `hold` steps would
+        # do.
         updates = math.ceil(self.hold / self.interval)
         if updates == 1 and self.hold > 1 and self._near_misses > self.tails:
             updates = 2
@@ -63,7 +70,12 @@ class Evidence:
 
     def _grad_score(self, grad_norm: float | None) -> float:
         grads = self._log_grads
-        if grad_norm is None or not math.isfinite(grad_norm) or grad_norm <= 0 or len(grads) < grads.size // 4:
+        if (
+            grad_norm is None
+            or not math.isfinite(grad_norm)
+            or grad_norm <= 0
+            or len(grads) < grads.size // 4
+        ):
             return 0.0
         # Below 5 % of noise a gradient norm is as good as constant.
         return (math.log(grad_norm) - grads.median) / max(grads.sigma, 0.05)

@@ -26,7 +26,9 @@ def read_updates(target: str) -> list[Update]:
     """
     updates = _read_csv(Path(target)) if Path(target).is_file() else _read_run(target)
     if not updates:
-        raise GeodiagError(f"{target} has no recorded loss; pass a run that has trained, or a CSV with rows")
+        raise GeodiagError(
+            f"{target} has no recorded loss; pass a run that has trained, or a CSV with rows"
+        )
     return updates
 
 
@@ -46,7 +48,9 @@ def find_spikes(updates: Iterable[Update], detector: SpikeDetector | None = None
 
 
 def _put(found: list[Spike], spike: Spike) -> None:
-    """Replaces what was known of `spike`; it was raised last of its kind and step, or before `found` began."""
+    """Replaces what was known of `spike`; it was raised last of its kind and step, or before
+    `found` began.
+    """
     for i in reversed(range(len(found))):
         if (found[i].kind, found[i].detected) == (spike.kind, spike.detected):
             found[i] = spike
@@ -58,11 +62,17 @@ def _read_run(target: str) -> list[Update]:
     try:
         run = open_run(target)
     except GeodiagError as error:
-        other = ", or a CSV with the columns step,loss" if "pass a run directory" in str(error) else ""
+        other = (
+            ", or a CSV with the columns step,loss" if "pass a run directory" in str(error) else ""
+        )
         raise GeodiagError(f"{error}{other}") from None
     # All attempts: a spike that was rolled back did happen.
     table = run.read_arrow("steps", ["step", "loss", "grad_norm"], attempt="all", ranks="merged")
-    return [Update(row["step"], row["loss"], row["grad_norm"]) for row in table.to_pylist() if row["loss"] is not None]
+    return [
+        Update(row["step"], row["loss"], row["grad_norm"])
+        for row in table.to_pylist()
+        if row["loss"] is not None
+    ]
 
 
 def _read_csv(path: Path) -> list[Update]:
@@ -71,16 +81,23 @@ def _read_csv(path: Path) -> list[Update]:
             rows = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise GeodiagError(f"cannot read {path}: {why}; pass a CSV with the columns step,loss") from None
+        raise GeodiagError(
+            f"cannot read {path}: {why}; pass a CSV with the columns step,loss"
+        ) from None
     if not rows:
         raise GeodiagError(f"{path} is empty; pass a CSV with the columns step,loss")
     names = [name.strip().lower() for name in rows[0]]
     missing = [name for name in ("step", "loss") if name not in names]
     if missing:
         has = ", ".join(rows[0]) or "none"
-        raise GeodiagError(f"{path} has no column {' and no column '.join(missing)}; name it so (it has: {has})")
+        raise GeodiagError(
+            f"{path} has no column {' and no column '.join(missing)}; name it so (it has: {has})"
+        )
     columns = [names.index(name) if name in names else None for name in Update._fields]
-    cells = ((line, [_cell(row, column) for column in columns]) for line, row in enumerate(rows[1:], start=2))
+    cells = (
+        (line, [_cell(row, column) for column in columns])
+        for line, row in enumerate(rows[1:], start=2)
+    )
     return [_update(path, line, row) for line, row in cells if row[1]]
 
 
@@ -89,7 +106,9 @@ def _cell(row: Sequence[str], column: int | None) -> str:
 
 
 def _update(path: Path, line: int, cells: list[str]) -> Update:
-    step, loss, grad_norm = (_number(path, line, name, cell) for name, cell in zip(Update._fields, cells, strict=True))
+    step, loss, grad_norm = (
+        _number(path, line, name, cell) for name, cell in zip(Update._fields, cells, strict=True)
+    )
     if step is None or not math.isfinite(step) or step != int(step):
         raise GeodiagError(f"{path}, line {line}: step is {cells[0]!r}; write a whole number")
     assert loss is not None  # rows without one were left out
@@ -102,4 +121,6 @@ def _number(path: Path, line: int, name: str, cell: str) -> float | None:
     try:
         return float(cell)
     except ValueError:
-        raise GeodiagError(f"{path}, line {line}: {name} is {cell!r}; write a number, nan or inf") from None
+        raise GeodiagError(
+            f"{path}, line {line}: {name} is {cell!r}; write a number, nan or inf"
+        ) from None

@@ -1,4 +1,6 @@
-"""A run's spikes, as the detector said them while it trained; where it could not, as it says them now."""
+"""A run's spikes, as the detector said them while it trained; where it could not, as it says them
+now.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -19,7 +21,9 @@ class Seen:
 
 
 def spikes_of(run: Run) -> list[Seen]:
-    """Spikes, divergences and non-finite losses of all attempts, in the order in which they were raised."""
+    """Spikes, divergences and non-finite losses of all attempts, in the order in which they were
+    raised.
+    """
     rows = run.read_arrow("events", ["kind", "step", "data", "attempt", "rank"]).to_pylist()
     found: dict[tuple, Seen] = {}
     newest: dict[tuple, tuple] = {}

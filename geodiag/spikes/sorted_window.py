@@ -1,4 +1,6 @@
-"""A sliding window that is always sorted: medians and quantiles in microseconds, with no array library."""
+"""A sliding window that is always sorted: medians and quantiles in microseconds, with no array
+library.
+"""
 
 from bisect import bisect_left, insort
 from collections import deque

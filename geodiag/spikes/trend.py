@@ -1,4 +1,5 @@
-"""What a loss normally does: its trend, its noise, and how smooth somebody made it before logging it.
+"""What a loss normally does: its trend, its noise, and how smooth somebody made it before logging
+it.
 
 Only normal updates are learned. Every statistic is a median or a quartile of a short window.
 """
@@ -11,7 +12,9 @@ from geodiag.spikes.sorted_window import SortedWindow
 _APART = 4
 """Smoothness shows in how differences grow from 1 update apart to this many."""
 _YOUNG = 8.0
-"""Residuals by which a young noise estimate is doubted: of n, σ is taken to be larger by the factor 1 + 8 / n."""
+"""Residuals by which a young noise estimate is doubted: of n, σ is taken to be larger by the factor
+1 + 8 / n.
+"""
 _FURTHEST = 1e9
 """No score is larger, so that scores stay finite."""
 
@@ -21,26 +24,38 @@ class Excess(NamedTuple):
 
     total: float
     fresh: float
-    """The part that the update before does not explain. In a smoothed log every update carries most of the last one."""
+    """The part that the update before does not explain. In a smoothed log every update carries most
+    of the last one.
+    """
 
 
 class Trend:
-    """The running trend and noise of a loss. `judge` says how far a loss is off; `learn` takes it as normal.
+    """The running trend and noise of a loss. `judge` says how far a loss is off; `learn` takes it
+    as normal.
 
-    The level is the lower of a short and a long median: the short one follows a falling loss closely, the long one
-    does not follow a rising one. Nothing is extrapolated, so a kink in the descent is not a rise.
+    The level is the lower of a short and a long median: the short one follows a falling loss
+    closely, the long one does not follow a rising one. Nothing is extrapolated, so a kink in the
+    descent is not a rise.
     """
 
-    def __init__(self, *, long: int, short: int, noise: int, warmup: int, floor: float, smooth: float) -> None:
+    def __init__(
+        self, *, long: int, short: int, noise: int, warmup: int, floor: float, smooth: float
+    ) -> None:
         self.warmup, self.floor, self.smooth = warmup, floor, smooth
         self._long, self._short = SortedWindow(long), SortedWindow(short)
         self._steps: deque[int] = deque(maxlen=long)
-        self._residuals, self._near, self._apart = SortedWindow(noise), SortedWindow(noise), SortedWindow(noise)
+        self._residuals, self._near, self._apart = (
+            SortedWindow(noise),
+            SortedWindow(noise),
+            SortedWindow(noise),
+        )
         self._unbroken: deque[float] = deque(maxlen=_APART + 1)
         self._last: float | None = None
         self._carry, self._carried = 0.0, noise // 4  # taken as unsmoothed until shown
         self._fell = False
-        """Whether the loss has fallen so steeply that this drowned the noise, while residuals were still few."""
+        """Whether the loss has fallen so steeply that this drowned the noise, while residuals were
+        still few.
+        """
 
     @property
     def ready(self) -> bool:
@@ -63,13 +78,15 @@ class Trend:
         if known < self._residuals.size:
             sigma = self._young_sigma(sigma * (1 + _YOUNG / known))
         if sigma < least:
-            # A loss printed with few digits takes few values and has no quartiles: then go by the largest normal one.
+            # A loss printed with few digits takes few values and has no quartiles: then go by the
+            # largest normal one.
             return max(least, (self._residuals.largest - self._residuals.median) / 3)
         return sigma
 
     def _young_sigma(self, sigma: float) -> float:
-        # Residuals of a steep descent are the level's lag more than noise. Differences have no level to lag behind;
-        # those over `_APART` updates hold most of the noise of a smoothed log too.
+        # Residuals of a steep descent are the level's lag more than noise. Differences have no
+        # level to lag behind; those over `_APART` updates hold most of the noise of a smoothed log
+        # too.
         if not self._fell:
             return sigma
         steady = max(self._near.sigma, self._apart.sigma) / 2**0.5
@@ -82,8 +99,11 @@ class Trend:
         level, sigma, last, carry = self.level, self.sigma, self._last, self._carry
         total = fresh = (loss - level) / sigma
         if carry > self.smooth and last is not None:
-            # Where the log is not quite an exponential average, its differences are noisier than one would have.
-            new_sigma = max(sigma * (1 - carry * carry) ** 0.5, self._near.sigma * ((1 + carry) / 2) ** 0.5)
+            # Where the log is not quite an exponential average, its differences are noisier than
+            # one would have.
+            new_sigma = max(
+                sigma * (1 - carry * carry) ** 0.5, self._near.sigma * ((1 + carry) / 2) ** 0.5
+            )
             fresh = (loss - level - carry * (last - level)) / new_sigma
             if loss < last:
                 fresh = min(fresh, 0.0)  # a decay, whatever its pace, is nothing new
@@ -116,8 +136,9 @@ class Trend:
                 self._fell = self._fell or -self._apart.median > self._apart.sigma
 
     def _update_carry(self) -> None:
-        # For an exponential average with factor c, Var(x[t+4] - x[t]) / Var(x[t+1] - x[t]) = 1 + c + c² + c³; for an
-        # unsmoothed loss it is 1. A descent that drowns the noise looks smooth too, and tells nothing.
+        # For an exponential average with factor c, Var(x[t+4] - x[t]) / Var(x[t+1] - x[t]) = 1 + c
+        # + c² + c³; for an unsmoothed loss it is 1. A descent that drowns the noise looks smooth
+        # too, and tells nothing.
         near = self._near.sigma
         if len(self._apart) >= self._apart.size // 4 and near > abs(self._apart.median):
             carry = _solve_carry((self._apart.sigma / near) ** 2)
@@ -134,7 +155,9 @@ class Trend:
         self._last = None
 
     def forget_from(self, step: int) -> None:
-        """Training goes back to `step`: losses of that step and later ones are forgotten, the noise is not."""
+        """Training goes back to `step`: losses of that step and later ones are forgotten, the noise
+        is not.
+        """
         while self._steps and self._steps[-1] >= step:
             self._steps.pop()
         self._long.keep_oldest(len(self._steps))

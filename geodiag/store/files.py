@@ -31,7 +31,9 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def plain(data: Any) -> Any:
-    """`data` as JSON has it: NaN and infinity as null, numpy's and torch's scalars as numbers, the rest as text."""
+    """`data` as JSON has it: NaN and infinity as null, numpy's and torch's scalars as numbers, the
+    rest as text.
+    """
     if data is None or isinstance(data, bool | int | str):
         return data
     if isinstance(data, float):
@@ -69,7 +71,9 @@ class Folder:
 
     @property
     def is_local(self) -> bool:
-        return "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+        return "file" in (
+            self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,)
+        )
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -78,12 +82,16 @@ class Folder:
         """Names of what lies in `sub`; an absent folder holds nothing."""
         path = self.path(sub) if sub else self.root
         try:
-            self.fs.invalidate_cache(path)  # a remote file system remembers listings; a running run outgrows them
+            self.fs.invalidate_cache(
+                path
+            )  # a remote file system remembers listings; a running run outgrows them
             entries = self.fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         except PermissionError:
-            raise GeodiagError(f"cannot list {path}: permission denied; check the folder's rights") from None
+            raise GeodiagError(
+                f"cannot list {path}: permission denied; check the folder's rights"
+            ) from None
         return sorted(e.rstrip("/").rsplit("/", 1)[-1] for e in entries)
 
     def exists(self, name: str = "") -> bool:
@@ -97,7 +105,9 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except PermissionError:
-            raise GeodiagError(f"cannot read {self.path(name)}: permission denied; check the file's rights") from None
+            raise GeodiagError(
+                f"cannot read {self.path(name)}: permission denied; check the file's rights"
+            ) from None
 
     def read_json(self, name: str) -> Any:
         """The file's JSON, or None where it is absent or unreadable."""

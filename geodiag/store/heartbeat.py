@@ -24,20 +24,30 @@ def age(beat: Any) -> float | None:
 
 
 def lives(beat: Any) -> bool:
-    """Whether the process that left this sign still runs: looked up on its own machine, judged by silence elsewhere."""
+    """Whether the process that left this sign still runs: looked up on its own machine, judged by
+    silence elsewhere.
+    """
     silence = age(beat)
     if silence is None:
         return False
     if beat.get("host") == _place() and isinstance(beat.get("pid"), int):
         started = _started(beat["pid"])
-        known = _started(os.getpid()) is not None  # a system without /proc says only whether there is such a process
-        return (started is not None and started == beat.get("started")) if known else _exists(beat["pid"])
+        known = (
+            _started(os.getpid()) is not None
+        )  # a system without /proc says only whether there is such a process
+        return (
+            (started is not None and started == beat.get("started"))
+            if known
+            else _exists(beat["pid"])
+        )
     return silence < SILENT_SECONDS
 
 
 @cache
 def _place() -> str:
-    """This machine and process-id namespace: containers may share a host's name, not its process ids."""
+    """This machine and process-id namespace: containers may share a host's name, not its process
+    ids.
+    """
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -45,9 +55,12 @@ def _place() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When process `pid` began, in ticks since the machine did; None where it is dead or the system does not say."""
+    """When process `pid` began, in ticks since the machine did; None where it is dead or the system
+    does not say.
+    """
     try:
-        # After the name, which is in brackets and may hold anything: state, parent, …, 20th the start.
+        # After the name, which is in brackets and may hold anything: state, parent, …, 20th the
+        # start.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

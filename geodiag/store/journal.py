@@ -14,7 +14,8 @@ import pyarrow as pa
 
 _ID = b"geodiag.store.journal"
 _TORN = (pa.ArrowException, OSError, MemoryError)
-"""What Arrow raises over bytes that end early or make no sense; a mad length asks for mad memory."""
+"""What Arrow raises over bytes that end early or make no sense; a mad length asks for mad memory.
+"""
 
 
 class Journal:
@@ -28,8 +29,8 @@ class Journal:
     def append(self, batch: pa.RecordBatch) -> None:
         """One batch, handed to the operating system before this returns.
 
-        OSError where the disk refuses it. The batch is kept, and the next call writes the stream anew:
-        what was torn off in the middle of a batch cannot be continued.
+        OSError where the disk refuses it. The batch is kept, and the next call writes the stream
+        anew: what was torn off in the middle of a batch cannot be continued.
         """
         self.batches.append(batch)
         self.bytes += batch.nbytes
@@ -59,7 +60,9 @@ class Journal:
         tmp = self.path.with_suffix(".tmp")
         file = tmp.open("wb", buffering=1 << 16)
         try:
-            self._stream = pa.ipc.new_stream(file, self.schema.with_metadata({_ID: self.id.encode()}))
+            self._stream = pa.ipc.new_stream(
+                file, self.schema.with_metadata({_ID: self.id.encode()})
+            )
             for batch in self.batches:
                 self._stream.write_batch(batch)
             file.flush()
@@ -79,7 +82,9 @@ class Journal:
 
 
 def read_journal(raw: bytes) -> tuple[str, list[pa.RecordBatch]]:
-    """The journal's id and its complete batches; a torn last batch is left out. The id of nonsense is ""."""
+    """The journal's id and its complete batches; a torn last batch is left out. The id of nonsense
+    is "".
+    """
     batches: list[pa.RecordBatch] = []
     try:
         stream = pa.ipc.open_stream(io.BytesIO(raw))

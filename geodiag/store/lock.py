@@ -14,7 +14,9 @@ except ImportError:  # Windows: no such locks, and no training on it that we kno
 
 
 class Lock:
-    """Held by this process until released or dead, kill -9 included; worker processes forked off do not hold it."""
+    """Held by this process until released or dead, kill -9 included; worker processes forked off do
+    not hold it.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """run.json: what is said of a run as a whole, and where each of its attempts began.
 
-A resumed or rolled-back training writes its steps again, under the next attempt number. Rows of an attempt
-that the manifest does not know (its first step was still in flight, or the manifest is lost) begin where
-their own first row says.
+A resumed or rolled-back training writes its steps again, under the next attempt number. Rows of an
+attempt that the manifest does not know (its first step was still in flight, or the manifest is
+lost) begin where their own first row says.
 """
 
 import platform
@@ -45,8 +45,12 @@ def begin(
 
 
 def next_attempt(old: dict[str, Any], rank: int) -> int:
-    """The first number that no attempt has used; a killed one may have left rows before its first step."""
-    reserved = old.get("attempt") if rank == 0 else None  # the other ranks come after rank 0 reserved theirs
+    """The first number that no attempt has used; a killed one may have left rows before its first
+    step.
+    """
+    reserved = (
+        old.get("attempt") if rank == 0 else None
+    )  # the other ranks come after rank 0 reserved theirs
     return 1 + max([*known_starts(old), reserved if isinstance(reserved, int) else -1], default=-1)
 
 
@@ -58,11 +62,15 @@ def known_starts(manifest: dict[str, Any]) -> dict[int, int]:
 def all_starts(rows: pa.Table, known: dict[int, int]) -> dict[int, int]:
     """`known`, and for every other attempt among the rows its own first step."""
     lost = set(pc.unique(rows["attempt"]).to_pylist()) - set(known)
-    return known | {a: pc.min(rows["step"].filter(pc.equal(rows["attempt"], a))).as_py() for a in lost}
+    return known | {
+        a: pc.min(rows["step"].filter(pc.equal(rows["attempt"], a))).as_py() for a in lost
+    }
 
 
 def recovered(tables: list[pa.Table]) -> dict[str, Any]:
-    """The part of a lost manifest that the rows themselves tell: which attempts there were, where they began."""
+    """The part of a lost manifest that the rows themselves tell: which attempts there were, where
+    they began.
+    """
     starts: dict[int, int] = {}
     for rows in tables:
         for attempt, first in all_starts(rows, {}).items():
@@ -79,7 +87,11 @@ def _entries(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The attempts on record; what makes no sense is left out."""
     said = manifest.get("attempts")
     dicts = [e for e in said if isinstance(e, dict)] if isinstance(said, list) else []
-    return [e for e in dicts if isinstance(e.get("attempt"), int) and isinstance(e.get("first_step"), int)]
+    return [
+        e
+        for e in dicts
+        if isinstance(e.get("attempt"), int) and isinstance(e.get("first_step"), int)
+    ]
 
 
 def _versions() -> dict[str, str]:

@@ -13,7 +13,9 @@ KEYS = {
     "matrices": ("layer", "site", "map", "i", "j"),
     "domains": ("domain",),
 }
-"""What tells rows of one step apart. Rows of other tables (events, traced tokens) are no rank's share of anything."""
+"""What tells rows of one step apart. Rows of other tables (events, traced tokens) are no rank's
+share of anything.
+"""
 _AGGREGATES = {"mean": "mean", "sum": "sum", "max": "max", "min": "min", "last": "first"}
 
 
@@ -27,7 +29,9 @@ def key_names(table: str) -> list[str]:
 
 
 def too_few(steps: pa.Table, world: int, running: bool) -> dict[str, str]:
-    """Ranks of a training of `world` whose steps are missing, or end before the others'; and what that means."""
+    """Ranks of a training of `world` whose steps are missing, or end before the others'; and what
+    that means.
+    """
     rank, step = steps["rank"].to_numpy(), steps["step"].to_numpy()
     last = {r: int(step[rank == r].max()) for r in np.unique(rank).tolist()}
     if not last:
@@ -45,8 +49,8 @@ def too_few(steps: pa.Table, world: int, running: bool) -> dict[str, str]:
 def merge_ranks(rows: pa.Table, table: str) -> pa.Table:
     """`rows` with one row where the ranks have one each, under the rank that comes first.
 
-    Nulls take no part; a NaN that one rank measured is the answer, whatever the others say. `rows` lie in the order of
-    their ranks and hold the table's keys.
+    Nulls take no part; a NaN that one rank measured is the answer, whatever the others say. `rows`
+    lie in the order of their ranks and hold the table's keys.
     """
     ranks = pc.unique(rows["rank"])
     if table not in KEYS or len(ranks) < 2:
@@ -55,14 +59,20 @@ def merge_ranks(rows: pa.Table, table: str) -> pa.Table:
     plain = rows.select(keys)
     for name in keys:
         if pa.types.is_dictionary(plain.schema.field(name).type):
-            plain = plain.set_column(plain.schema.get_field_index(name), name, plain[name].cast(pa.string()))
+            plain = plain.set_column(
+                plain.schema.get_field_index(name), name, plain[name].cast(pa.string())
+            )
     wanted = [(n, _rule(table, n)) for n in rows.column_names if n not in keys]
     for name, _ in wanted:
         column = rows[name]
-        plain = plain.append_column(name, column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column)
+        plain = plain.append_column(
+            name, column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
+        )
         if pa.types.is_floating(column.type):
             plain = plain.append_column(f"{name}?", pc.is_nan(column))
-    asked = [(n, r) for n, r in wanted] + [(n, "max") for n in plain.column_names if n.endswith("?")]
+    asked = [(n, r) for n, r in wanted] + [
+        (n, "max") for n in plain.column_names if n.endswith("?")
+    ]
     grouped = plain.group_by(keys, use_threads=False).aggregate(asked)
     columns = []
     for field in rows.schema:

@@ -24,7 +24,9 @@ MERGE_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """A part whose footer could be read: where it is, its rows, its steps, and the journals inside it."""
+    """A part whose footer could be read: where it is, its rows, its steps, and the journals inside
+    it.
+    """
 
     path: str
     journals: frozenset[str]
@@ -33,7 +35,9 @@ class Part:
     last: int
 
     def replaces(self, other: "Part") -> bool:
-        """Whether this part holds all that `other` holds; of two alike exactly one replaces the other."""
+        """Whether this part holds all that `other` holds; of two alike exactly one replaces the
+        other.
+        """
         if not other.journals or self is other:
             return False  # a part that names no journal was written by somebody else: it stands for itself
         if self.journals == other.journals:
@@ -64,14 +68,18 @@ def write_part(folder: Path, table: pa.Table, journals: list[str]) -> Path:
 
 
 def list_parts(store: Folder, sub: str, problems: dict[str, str]) -> list[Part]:
-    """The parts of one table and rank that hold rows no larger part holds; unreadable ones go to `problems`.
+    """The parts of one table and rank that hold rows no larger part holds; unreadable ones go to
+    `problems`.
 
-    FileNotFoundError where a part was merged away between the listing and the look inside: list again.
+    FileNotFoundError where a part was merged away between the listing and the look inside: list
+    again.
     """
     return _live_and_stale(store, sub, problems)[0]
 
 
-def _live_and_stale(store: Folder, sub: str, problems: dict[str, str]) -> tuple[list[Part], list[Part]]:
+def _live_and_stale(
+    store: Folder, sub: str, problems: dict[str, str]
+) -> tuple[list[Part], list[Part]]:
     parts: list[Part] = []
     for name in store.names(sub):
         if not name.endswith(".parquet") or name.startswith("."):
@@ -107,7 +115,8 @@ def _look(store: Folder, name: str) -> Part:
 def merge_parts(folder: Path) -> None:
     """Joins the newest `MERGE` parts of a size class, class after class; the joined ones go last.
 
-    A part that cannot be read stays where it is, and the merge is left to the parts that come after it.
+    A part that cannot be read stays where it is, and the merge is left to the parts that come after
+    it.
     """
     store = Folder.of(folder)
     live, _ = _live_and_stale(store, "", {})

@@ -1,4 +1,6 @@
-"""Reading a run's tables: closed parts plus the journal, newest attempt, all ranks, bad pieces skipped and named."""
+"""Reading a run's tables: closed parts plus the journal, newest attempt, all ranks, bad pieces
+skipped and named.
+"""
 
 import operator
 import time
@@ -40,20 +42,28 @@ def read_table(
     for rank in sorted({*_part_ranks(store, table), *_journal_ranks(store, table)}):
         pieces += _read_rank(store, table, rank, full, steps, problems)
     if attempt == "newest" and pieces:
-        starts = all_starts(pa.concat_tables([p.select(["attempt", "step"]) for p in pieces]), starts)
+        starts = all_starts(
+            pa.concat_tables([p.select(["attempt", "step"]) for p in pieces]), starts
+        )
     # Piece by piece: most are wanted whole or as a slice, and filtering copies.
     pieces = [_cut(p, steps) for p in pieces]
-    pieces = [p if (keep := _wanted(p, starts, attempt)) is None else p.filter(keep) for p in pieces]
+    pieces = [
+        p if (keep := _wanted(p, starts, attempt)) is None else p.filter(keep) for p in pieces
+    ]
     rows = pa.concat_tables(pieces).unify_dictionaries() if pieces else full.empty_table()
     return _in_order(rows).select(schema.names)
 
 
 def _in_order(rows: pa.Table) -> pa.Table:
-    """Sorted by rank, attempt and step; one writer's parts lie in that order already, and are left as they are."""
+    """Sorted by rank, attempt and step; one writer's parts lie in that order already, and are left
+    as they are.
+    """
     if _one_value(rows["rank"]) and _one_value(rows["attempt"]):
         place = rows["step"].to_numpy()
     else:
-        rank, attempt, step = (rows[n].to_numpy().astype(np.int64) for n in ("rank", "attempt", "step"))
+        rank, attempt, step = (
+            rows[n].to_numpy().astype(np.int64) for n in ("rank", "attempt", "step")
+        )
         place = (rank << 48) + (attempt << 32) + step
     if (place[1:] >= place[:-1]).all():
         return rows
@@ -87,21 +97,31 @@ def _select(table: str, columns: Sequence[str] | None) -> pa.Schema:
         return schema
     unknown = [c for c in columns if c not in schema.names]
     if unknown:
-        raise GeodiagError(f"table {table} has no column {', '.join(unknown)}; it has {', '.join(schema.names)}")
+        raise GeodiagError(
+            f"table {table} has no column {', '.join(unknown)}; it has {', '.join(schema.names)}"
+        )
     return pa.schema([schema.field(c) for c in columns])
 
 
 def _read_rank(
-    store: Folder, table: str, rank: str, schema: pa.Schema, steps: Steps | None, problems: dict[str, str]
+    store: Folder,
+    table: str,
+    rank: str,
+    schema: pa.Schema,
+    steps: Steps | None,
+    problems: dict[str, str],
 ) -> list[pa.Table]:
-    """One rank's rows as they stood at one moment: looked at again where the writer moved files meanwhile."""
+    """One rank's rows as they stood at one moment: looked at again where the writer moved files
+    meanwhile.
+    """
     folder = f"{table}/{rank}"
     pieces: list[pa.Table] | None = None
     for trial in range(_TRIES):
         found: dict[str, str] = {}
         try:
             before = store.names(folder)
-            # The journal before the parts: a part closed from here on names the journal it swallowed.
+            # The journal before the parts: a part closed from here on names the journal it
+            # swallowed.
             now = _read_once(store, table, rank, schema, steps, found)
         except FileNotFoundError:
             now = None  # merged away between the listing and the reading
@@ -118,12 +138,21 @@ def _read_rank(
 
 
 def _read_once(
-    store: Folder, table: str, rank: str, schema: pa.Schema, steps: Steps | None, problems: dict[str, str]
+    store: Folder,
+    table: str,
+    rank: str,
+    schema: pa.Schema,
+    steps: Steps | None,
+    problems: dict[str, str],
 ) -> list[pa.Table]:
     journal = f"journal/{rank}-{table}.arrows"
     raw = store.read(journal)
     parts = list_parts(store, f"{table}/{rank}", problems)
-    pieces = [t for p in parts if _overlaps(p, steps) and (t := _read_part(store, p, schema, steps, problems))]
+    pieces = [
+        t
+        for p in parts
+        if _overlaps(p, steps) and (t := _read_part(store, p, schema, steps, problems))
+    ]
     if raw is None:
         return pieces
     name, batches = read_journal(raw)
@@ -151,7 +180,9 @@ def _read_part(
         with store.fs.open(part.path, "rb") as f:
             file = pq.ParquetFile(f)
             have = set(file.schema_arrow.names)
-            read = file.read_row_groups(_groups(file.metadata, steps), [n for n in schema.names if n in have])
+            read = file.read_row_groups(
+                _groups(file.metadata, steps), [n for n in schema.names if n in have]
+            )
     except FileNotFoundError:
         raise
     except UNREADABLE as e:
@@ -178,7 +209,9 @@ def _groups(footer: pq.FileMetaData, steps: Steps | None) -> list[int]:
 
 
 def fit(rows: pa.Table, schema: pa.Schema) -> pa.Table | str:
-    """`rows` in the form of `schema`, absent columns as nulls; or one line that says why that cannot be."""
+    """`rows` in the form of `schema`, absent columns as nulls; or one line that says why that
+    cannot be.
+    """
     columns: list[Any] = []
     for field in schema:
         if field.name not in rows.column_names:
@@ -208,7 +241,9 @@ def _cut(rows: pa.Table, steps: Steps | None) -> pa.Table:
         return rows
     step = rows["step"].to_numpy()
     if (step[1:] >= step[:-1]).all():
-        first = 0 if low is None else bisect_left(step, low)  # numpy's own search copies the column to compare it
+        first = (
+            0 if low is None else bisect_left(step, low)
+        )  # numpy's own search copies the column to compare it
         end = len(step) if high is None else bisect_left(step, high)
         return rows.slice(first, max(0, end - first))
     inside = np.ones(len(step), bool) if low is None else step >= low
@@ -238,4 +273,6 @@ def _number(attempt: Any) -> int:
     try:
         return operator.index(attempt)
     except TypeError:
-        raise GeodiagError(f"there is no attempt {attempt!r}; pass a number, 'newest' or 'all'") from None
+        raise GeodiagError(
+            f"there is no attempt {attempt!r}; pass a number, 'newest' or 'all'"
+        ) from None

@@ -37,8 +37,9 @@ class Writer:
         self._fold_leftovers()
 
     def append(self, table: str, columns: Mapping[str, Any]) -> None:
-        """Rows of `table`, safe from kill -9 when this returns. OSError where the disk refuses them;
-        they then stay in memory and are written with the next rows that fit."""
+        """Rows of `table`, safe from kill -9 when this returns. OSError where the disk refuses
+        them; they then stay in memory and are written with the next rows that fit.
+        """
         batch = to_batch(table, columns, self.rank, self.attempt)
         if not batch.num_rows:
             return
@@ -64,7 +65,9 @@ class Writer:
             write_json(self.folder / "heartbeat.json", alive.sign(step))
 
     def close(self) -> None:
-        """Turns every journal into a part. OSError where the disk refuses one: the others are closed all the same."""
+        """Turns every journal into a part. OSError where the disk refuses one: the others are
+        closed all the same.
+        """
         refused: OSError | None = None
         for table, journal in self._journals.items():
             try:
@@ -87,11 +90,15 @@ class Writer:
         folder = self._table_folder(table)
         write_part(folder, pa.Table.from_batches(journal.batches), [journal.id])
         journal.restart()
-        with contextlib.suppress(OSError):  # the rows are safe in small parts; the next roll tries again
+        with contextlib.suppress(
+            OSError
+        ):  # the rows are safe in small parts; the next roll tries again
             merge_parts(folder)
 
     def _fold_leftovers(self) -> None:
-        """What a killed process left is put in order before anything new is written: journals become parts."""
+        """What a killed process left is put in order before anything new is written: journals
+        become parts.
+        """
         for table in SCHEMAS:
             sweep(self._table_folder(table))
             path = self._journal_path(table)
@@ -126,11 +133,17 @@ def to_batch(table: str, columns: Mapping[str, Any], rank: int, attempt: int) ->
     rows = max((len(v) for v in columns.values() if not _is_scalar(v)), default=1)
     given = {"rank": rank, "attempt": attempt, **columns}
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and says so
-        return pa.record_batch([_array(field, given.get(field.name), rows) for field in schema], schema=schema)
+        return pa.record_batch(
+            [_array(field, given.get(field.name), rows) for field in schema], schema=schema
+        )
 
 
 def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float | np.generic) or getattr(value, "ndim", 1) == 0
+    return (
+        value is None
+        or isinstance(value, str | int | float | np.generic)
+        or getattr(value, "ndim", 1) == 0
+    )
 
 
 def _array(field: pa.Field, value: Any, rows: int) -> pa.Array:
@@ -151,6 +164,8 @@ def _coded(field: pa.Field, values: Any) -> pa.Array:
     codes = {name: code for code, name in enumerate(CATEGORIES[field.name])}
     unknown = {v for v in values if v is not None and v not in codes}
     if unknown:
-        raise ValueError(f"{field.name} is one of {', '.join(codes)}, not {', '.join(map(str, unknown))}")
+        raise ValueError(
+            f"{field.name} is one of {', '.join(codes)}, not {', '.join(map(str, unknown))}"
+        )
     numbers = pa.array([None if v is None else codes[v] for v in values], pa.int8())
     return pa.DictionaryArray.from_arrays(numbers, pa.array(list(codes)))

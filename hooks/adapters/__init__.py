@@ -10,7 +10,8 @@ __all__ = ["Layout", "find_layout"]
 
 
 def find_layout(model: nn.Module, fresh: bool = False) -> Layout:
-    """What geodiag may look at in `model`. GeodiagError where it finds no blocks at all, or could not watch them.
+    """What geodiag may look at in `model`. GeodiagError where it finds no blocks at all, or could
+    not watch them.
 
     fresh: what of it is compiled has not run yet, and will see hooks that come now.
     """

@@ -1,4 +1,6 @@
-"""What an adapter tells geodiag about a model: where its sites, routers and experts are, and which way they point."""
+"""What an adapter tells geodiag about a model: where its sites, routers and experts are, and which
+way they point.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-# T tokens (any leading shape), N streams, C channels, E experts, K experts per token, A assignments, F expert dim
+# T tokens (any leading shape), N streams, C channels, E experts, K experts per token, A
+# assignments, F expert dim
 
 
 class Removable(Protocol):
@@ -26,7 +29,9 @@ class MixView(NamedTuple):
     res_TNN: Tensor | None = None
     logits_TNN: Tensor | None = None
     stats_PW: Tensor | None = None
-    """The maps' geometry, where the model's kernels measured it: rows of `measure.SITE_SUMS` and `SITE_MAXES`."""
+    """The maps' geometry, where the model's kernels measured it: rows of `measure.SITE_SUMS` and
+    `SITE_MAXES`.
+    """
 
 
 class WrittenView(NamedTuple):
@@ -38,7 +43,9 @@ class WrittenView(NamedTuple):
 
 
 class RouterView(NamedTuple):
-    """One router's forward: dense affinities before the balancing bias, and the choice that was used."""
+    """One router's forward: dense affinities before the balancing bias, and the choice that was
+    used.
+    """
 
     hidden_TC: Tensor
     scores_TE: Tensor
@@ -66,7 +73,9 @@ class ActView(NamedTuple):
 
 
 Sink = Callable[[Callable[[], Any]], None]
-"""Takes a view, wrapped in a call: a sink that is not interested never makes it, and one that is guards its making."""
+"""Takes a view, wrapped in a call: a sink that is not interested never makes it, and one that is
+guards its making.
+"""
 
 Watch = Callable[[Sink], list[Removable]]
 """Hooks a place up to a sink and returns what takes the hooks off again."""
@@ -89,8 +98,9 @@ class Site:
     constrained: bool = False
     """Whether H_res is held doubly stochastic."""
     measure: Callable[[Tensor | None, Tensor | None], bool] | None = None
-    """Has the site's kernels measure maps and streams while these flags on the device are not 0, and no more where
-    they are None; False where its kernels cannot."""
+    """Has the site's kernels measure maps and streams while these flags on the device are not 0,
+    and no more where they are None; False where its kernels cannot.
+    """
     watch_written: Watch | None = None
     """→ WrittenView, of a site whose kernels measure"""
 
@@ -119,7 +129,9 @@ class RouterSite:
 class AttentionSite:
     layer: int
     watch_logits: Watch
-    """→ 0-d Tensor, the largest attention logit of some sampled queries, worked out only for a sink that asks"""
+    """→ 0-d Tensor, the largest attention logit of some sampled queries, worked out only for a sink
+    that asks
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +176,9 @@ class Layout:
     has_stream_axis: bool = True
     """Whether the residual has a dimension for its streams, even for one."""
     watched: tuple[int, ...] | None = None
-    """The layers that are recorded; None for all. Composites are products over all sites all the same."""
+    """The layers that are recorded; None for all. Composites are products over all sites all the
+    same.
+    """
     missing: list[str] = field(default_factory=list)
     """What this model does not have, each as a sentence."""
 
@@ -234,8 +248,9 @@ def scaling(module: nn.Module, scaled: Callable[[Any, float], Any]) -> Callable[
 def first_in_line(module: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any]) -> Removable:
     """A forward hook before all that are there.
 
-    torch's own `prepend` leaves the hooks in one order for who calls them and in another for who counts them, and
-    torch.compile before 2.13 counts: it would take one hook's variables for another's. Here both orders are the same.
+    torch's own `prepend` leaves the hooks in one order for who calls them and in another for who
+    counts them, and torch.compile before 2.13 counts: it would take one hook's variables for
+    another's. Here both orders are the same.
     """
     handle = module.register_forward_hook(hook)
     hooks = module._forward_hooks

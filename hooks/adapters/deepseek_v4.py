@@ -25,21 +25,30 @@ from geodiag.hooks.adapters.base import (
 from geodiag.hooks.adapters.deepseek_v4_attention import attention_site
 
 IN_TOKEN_ORDER = ("batched_mm",)
-"""Experts implementations whose rows stand in the order of the tokens; in the others they stand by expert."""
+"""Experts implementations whose rows stand in the order of the tokens; in the others they stand by
+expert.
+"""
 
 _NAME = "DeepseekV4Model"
 """Also of what `fully_shard` makes of it, a subclass."""
 
 
 def find(model: nn.Module) -> Layout | None:
-    """The layout of a `DeepseekV4Model` or of a head around it; None for other models. Imports no transformers."""
-    own: Any = next((m for m in model.modules() if _NAME in (c.__name__ for c in type(m).__mro__)), None)
+    """The layout of a `DeepseekV4Model` or of a head around it; None for other models. Imports no
+    transformers.
+    """
+    own: Any = next(
+        (m for m in model.modules() if _NAME in (c.__name__ for c in type(m).__mro__)), None
+    )
     if own is None:
         return None
     layers = list(own.layers)
     sites = []
     for i, layer in enumerate(layers):
-        for name, connection, branch in (("attn", layer.attn_hc, layer.self_attn), ("ffn", layer.ffn_hc, layer.mlp)):
+        for name, connection, branch in (
+            ("attn", layer.attn_hc, layer.self_attn),
+            ("ffn", layer.ffn_hc, layer.mlp),
+        ):
             sites.append(
                 Site(
                     layer=i,
@@ -48,12 +57,20 @@ def find(model: nn.Module) -> Layout | None:
                         connection,
                         # post, comb, collapsed; out_n = Σ_m comb[m, n] x_m
                         lambda args, kwargs, out: MixView(
-                            args[0] if args else kwargs["hidden_streams"], None, out[0], out[1].transpose(-1, -2)
+                            args[0] if args else kwargs["hidden_streams"],
+                            None,
+                            out[0],
+                            out[1].transpose(-1, -2),
                         ),
                     ),
-                    watch_branch=on_output(branch, lambda _a, _k, out: out[0] if isinstance(out, tuple) else out),
+                    watch_branch=on_output(
+                        branch, lambda _a, _k, out: out[0] if isinstance(out, tuple) else out
+                    ),
                     scale_branch=scaling(
-                        branch, lambda out, f: (out[0] * f, *out[1:]) if isinstance(out, tuple) else out * f
+                        branch,
+                        lambda out, f: (
+                            (out[0] * f, *out[1:]) if isinstance(out, tuple) else out * f
+                        ),
                     ),
                     scale_res=scaling(connection, lambda out, f: (out[0], out[1] * f, out[2])),
                     constrained=True,
@@ -84,7 +101,9 @@ def _router(layer: int, gate: Any) -> RouterSite:
     def read(args: tuple, kwargs: dict, out: tuple) -> RouterView:
         hidden = args[0] if args else kwargs["hidden_states"]
         bias = None if hashed else gate.e_score_correction_bias
-        return RouterView(hidden.reshape(-1, hidden.shape[-1]), gate.score_fn(out[0]), bias, out[2], out[1])
+        return RouterView(
+            hidden.reshape(-1, hidden.shape[-1]), gate.score_fn(out[0]), bias, out[2], out[1]
+        )
 
     return RouterSite(
         layer=layer,
@@ -102,7 +121,9 @@ def _router(layer: int, gate: Any) -> RouterSite:
 
 
 class _Gated:
-    """Stands in for an experts module's `_apply_gate`, which sees the pre-activations, and tells every listener."""
+    """Stands in for an experts module's `_apply_gate`, which sees the pre-activations, and tells
+    every listener.
+    """
 
     def __init__(self, experts: Any) -> None:
         self.experts = experts
@@ -130,7 +151,9 @@ class _Listening:
 
 
 def _watch_experts(experts: Any) -> Watch:
-    """The pre-activations exist only as the argument of `_apply_gate`: called once, or once an expert in order."""
+    """The pre-activations exist only as the argument of `_apply_gate`: called once, or once an
+    expert in order.
+    """
 
     def watch(sink: Sink) -> list[Removable]:
         pieces: list[tuple[Tensor, Tensor]] = []
@@ -139,10 +162,14 @@ def _watch_experts(experts: Any) -> Watch:
             ids = (args[1] if len(args) > 1 else kwargs["top_k_index"]).flatten()
             way = experts.config._experts_implementation
             if sum(len(ins) for ins, _ in pieces) != len(ids):
-                raise RuntimeError(f"{way!r} does not show its activations; eager, grouped_mm and batched_mm do")
+                raise RuntimeError(
+                    f"{way!r} does not show its activations; eager, grouped_mm and batched_mm do"
+                )
             if way not in IN_TOKEN_ORDER:
                 ids = ids.sort().values
-            ins, outs = (torch.cat(t) if len(pieces) > 1 else t[0] for t in zip(*pieces, strict=True))
+            ins, outs = (
+                torch.cat(t) if len(pieces) > 1 else t[0] for t in zip(*pieces, strict=True)
+            )
             gate, up = ins.chunk(2, -1)
             return ActView(gate, up, outs, ids)
 
@@ -215,7 +242,9 @@ def _experts(layer: int, mlp: Any) -> ExpertSite:
         up_limit=mlp.experts.limit,
         weights=weights,
         shared=shared,
-        activation=lambda gate, up: type(mlp.experts)._apply_gate(mlp.experts, torch.cat([gate, up], -1)),
+        activation=lambda gate, up: type(mlp.experts)._apply_gate(
+            mlp.experts, torch.cat([gate, up], -1)
+        ),
         row_tokens=lambda ids: _row_tokens(mlp.experts, ids),
         set_limit=set_limit,
     )

@@ -1,4 +1,6 @@
-"""Adapter for any stack of blocks: what can be said without knowing the model is the stream between blocks."""
+"""Adapter for any stack of blocks: what can be said without knowing the model is the stream between
+blocks.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +19,13 @@ def find(model: nn.Module) -> Layout | None:
         family=type(model).__name__,
         layers=blocks,
         sites=[
-            Site(layer=i, site="block", watch_mix=_stream(b), watch_branch=None, scale_branch=scaling(b, _scaled))
+            Site(
+                layer=i,
+                site="block",
+                watch_mix=_stream(b),
+                watch_branch=None,
+                scale_branch=scaling(b, _scaled),
+            )
             for i, b in enumerate(blocks)
         ],
         watch_input=_embedding(model),
@@ -56,7 +64,9 @@ def _first(values: Any) -> Tensor:
     for value in values.values() if isinstance(values, dict) else values:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
-    raise TypeError("a block takes or returns no floating-point tensor, so it has no stream to watch")
+    raise TypeError(
+        "a block takes or returns no floating-point tensor, so it has no stream to watch"
+    )
 
 
 def _scaled(output: Any, factor: float) -> Any:

@@ -29,13 +29,18 @@ from geodiag.reference_models.transformer import Transformer
 
 
 def find(model: nn.Module) -> Layout | None:
-    """The layout of a reference `Transformer`, or of the one inside a wrapper; None for other models."""
+    """The layout of a reference `Transformer`, or of the one inside a wrapper; None for other
+    models.
+    """
     own = next((m for m in model.modules() if isinstance(m, Transformer)), None)
     if own is None:
         return None
     sites, routers, experts = [], [], []
     for i, layer in enumerate(own.blocks):
-        for name, connection, branch in (("attn", layer.attn_hc, layer.attn), ("ffn", layer.ffn_hc, layer.moe)):
+        for name, connection, branch in (
+            ("attn", layer.attn_hc, layer.attn),
+            ("ffn", layer.ffn_hc, layer.moe),
+        ):
             sites.append(_site(i, name, connection, branch))
         routers.append(_router(i, layer.moe.router))
         experts.append(_experts(i, layer.moe, own.config.swiglu_limit))
@@ -51,7 +56,9 @@ def find(model: nn.Module) -> Layout | None:
         watch_end=on_input(own.read_out, lambda args, _: args[0]),
         tail=own.read_out,
         streams=own.config.streams,
-        missing=["no hyper-connections: the residual is plain, so there are no H_res gains"] if plain else [],
+        missing=["no hyper-connections: the residual is plain, so there are no H_res gains"]
+        if plain
+        else [],
     )
 
 
@@ -59,7 +66,9 @@ def _mix_view(x: Tensor, mix: Mix) -> MixView:
     return MixView(x, mix.pre_TN, mix.post_TN, mix.res_TNN, mix.logits_TNN, mix.stats_PW)
 
 
-def _site(layer: int, name: str, connection: HyperConnection | PlainResidual, branch: nn.Module) -> Site:
+def _site(
+    layer: int, name: str, connection: HyperConnection | PlainResidual, branch: nn.Module
+) -> Site:
     attention = name == "attn"
     return Site(
         layer=layer,
@@ -67,15 +76,19 @@ def _site(layer: int, name: str, connection: HyperConnection | PlainResidual, br
         watch_mix=on_output(connection, lambda args, _, mix: _mix_view(args[0], mix)),
         watch_branch=on_output(branch, lambda _a, _k, out: out if attention else out.hidden_BSC),
         scale_branch=scaling(
-            branch, lambda out, f: out * f if attention else out._replace(hidden_BSC=out.hidden_BSC * f)
+            branch,
+            lambda out, f: out * f if attention else out._replace(hidden_BSC=out.hidden_BSC * f),
         ),
-        scale_res=scaling(connection, lambda mix, f: mix._replace(res_TNN=mix.res_TNN * f, stats_PW=None))
+        scale_res=scaling(
+            connection, lambda mix, f: mix._replace(res_TNN=mix.res_TNN * f, stats_PW=None)
+        )
         if isinstance(connection, HyperConnection)
         else None,
         constrained=isinstance(connection, HyperConnection) and connection.config.residual == "mhc",
         measure=lambda gains, streams: _measure(connection, gains, streams),
         watch_written=on_output(
-            connection.write, lambda args, _, out: WrittenView(out.stats_TBF, args[0].shape[-1] * args[0].shape[-2])
+            connection.write,
+            lambda args, _, out: WrittenView(out.stats_TBF, args[0].shape[-1] * args[0].shape[-2]),
         ),
     )
 
@@ -98,7 +111,11 @@ def _router(layer: int, router: Router) -> RouterSite:
         watch=on_output(
             router,
             lambda args, _, r: RouterView(
-                args[0], r.scores_TE, None if hashed else router.balance, r.expert_ids_TK, r.weights_TK
+                args[0],
+                r.scores_TE,
+                None if hashed else router.balance,
+                r.expert_ids_TK,
+                r.weights_TK,
             ),
         ),
         weight=lambda: router.weight,
@@ -110,14 +127,20 @@ def _router(layer: int, router: Router) -> RouterSite:
 
 
 def _attention(layer: int, attention: Attention) -> AttentionSite:
-    """The fused attention keeps its logits to itself: those of some queries are worked out beside it."""
+    """The fused attention keeps its logits to itself: those of some queries are worked out beside
+    it.
+    """
 
     def largest(args: tuple, _: dict) -> Tensor:
         x_BSC, rotary = args
         at = sampled_queries(x_BSC.shape[1], x_BSC.device)
-        q, k, _v = attention.qkv(x_BSC).unflatten(-1, (3, attention.heads, attention.head_dim)).unbind(-3)
+        q, k, _v = (
+            attention.qkv(x_BSC).unflatten(-1, (3, attention.heads, attention.head_dim)).unbind(-3)
+        )
         q, k = rotate(attention.q_norm(q), rotary)[:, at], rotate(attention.k_norm(k), rotary)
-        logits_BHQS = (q.transpose(1, 2).float() @ k.permute(0, 2, 3, 1).float()) * attention.head_dim**-0.5
+        logits_BHQS = (
+            q.transpose(1, 2).float() @ k.permute(0, 2, 3, 1).float()
+        ) * attention.head_dim**-0.5
         future = torch.arange(x_BSC.shape[1], device=at.device) > at.unsqueeze(-1)
         return logits_BHQS.masked_fill(future, -torch.inf).amax()
 
@@ -142,7 +165,11 @@ def _experts(layer: int, moe: MoE, limit: float | None) -> ExpertSite:
         if moe.shared is None:
             return None
         gate, up = moe.shared.gate_up.weight.detach().mT.chunk(2, -1)
-        return {"gate": gate[None], "up": up[None], "down": moe.shared.down.weight.detach().mT[None]}
+        return {
+            "gate": gate[None],
+            "up": up[None],
+            "down": moe.shared.down.weight.detach().mT[None],
+        }
 
     def set_limit(to: float | None) -> None:
         for act in acts:

@@ -1,4 +1,6 @@
-"""The recording of a script that nobody edited: a monitor that is told of a step when the optimizers have taken one."""
+"""The recording of a script that nobody edited: a monitor that is told of a step when the
+optimizers have taken one.
+"""
 
 import atexit
 import os
@@ -28,8 +30,8 @@ Tell = Callable[[str], None]
 
 
 class Recording:
-    """One model's training. `called` is what the script calls, `losses` and `norms` what was heard so far; `fresh`,
-    that this is its first call.
+    """One model's training. `called` is what the script calls, `losses` and `norms` what was heard
+    so far; `fresh`, that this is its first call.
 
     GeodiagError where the model cannot be watched, or the run directory cannot be written.
     """
@@ -46,7 +48,9 @@ class Recording:
     ) -> None:
         self._losses, self._norms, self._tell, self._pid = losses, norms, tell, os.getpid()
         self.unheard = False
-        """Whether an optimizer has stepped whose step is compiled: the round ends when what comes next begins."""
+        """Whether an optimizer has stepped whose step is compiled: the round ends when what comes
+        next begins.
+        """
         self._called, model = called, unwrapped(called)
         self._weights = {id(p) for p in model.parameters()}
         self._trained = {id(p) for p in model.parameters() if p.requires_grad}
@@ -55,7 +59,9 @@ class Recording:
         self._rounds = Rounds(id(o) for o in own)
         self._monitor: Monitor = _attached(orders, model, own, fresh)
         # Before the monitor's own hooks: what a forward shows belongs to the step that it begins.
-        called.register_forward_pre_hook(lambda *_: self.goes_on() if torch.is_grad_enabled() else None, prepend=True)
+        called.register_forward_pre_hook(
+            lambda *_: self.goes_on() if torch.is_grad_enabled() else None, prepend=True
+        )
         Ending(self.close, elsewhere=lambda: atexit.unregister(self._monitor.close))
 
     # -- as the training goes ------------------------------------------------------------------
@@ -66,7 +72,9 @@ class Recording:
         return os.getpid() != self._pid
 
     def enters(self, module: nn.Module) -> None:
-        """A module that is compiled in place is called, whose own hooks are inside of what is compiled."""
+        """A module that is compiled in place is called, whose own hooks are inside of what is
+        compiled.
+        """
         if module is self._called:
             self.goes_on()
 
@@ -88,12 +96,16 @@ class Recording:
             self._known[id(optimizer)] = belongs(optimizer, self._weights)
         if not self._known[id(optimizer)]:
             self._losses.pass_by()
-            self._tell("an optimizer of other weights steps too; what that one trains is not recorded")
+            self._tell(
+                "an optimizer of other weights steps too; what that one trains is not recorded"
+            )
         elif self._rounds.stepped(id(optimizer)) and torch._C._current_graph_task_id() == -1:
             self._end_round()
 
     def scaler_updated(self) -> None:
-        """A round ends here at the latest; a step that the scaler skipped, its gradient being infinite, is one, too."""
+        """A round ends here at the latest; a step that the scaler skipped, its gradient being
+        infinite, is one, too.
+        """
         if self._losses.pending or self._rounds.next():
             self._end_round()
 
@@ -102,7 +114,9 @@ class Recording:
         self.unheard = False
         loss, norm = self._losses.take(), self._norms.take(self._trained)
         if loss is None:
-            self._tell("an optimizer stepped before any backward of a single number; such steps are not recorded")
+            self._tell(
+                "an optimizer stepped before any backward of a single number; such steps are not recorded"
+            )
             return
         self._monitor.step(loss, grad_norm=norm)
 
@@ -123,7 +137,9 @@ class Recording:
         self._monitor.close("interrupted")
 
 
-def _attached(orders: Orders, model: nn.Module, optimizers: list[Optimizer], fresh: bool) -> "Monitor":
+def _attached(
+    orders: Orders, model: nn.Module, optimizers: list[Optimizer], fresh: bool
+) -> "Monitor":
     if "geodiag.hooks.monitor" in sys.modules:
         raise GeodiagError("the script attaches geodiag itself, and its own run is the record")
     if not all_here():
@@ -132,7 +148,9 @@ def _attached(orders: Orders, model: nn.Module, optimizers: list[Optimizer], fre
         )
     orders.note(5, "the training ended before its first step was over")
     path = of_the_first(orders.path)
-    if path != orders.path:  # `geodiag run` was started on each machine, or for each rank, and named its own
+    if (
+        path != orders.path
+    ):  # `geodiag run` was started on each machine, or for each rank, and named its own
         orders.note(9, f"the ranks record together, into {path}")
     from geodiag.hooks.attach import attach
 
@@ -151,9 +169,11 @@ def _attached(orders: Orders, model: nn.Module, optimizers: list[Optimizer], fre
 
 
 def catch_up(module: nn.Module, args: tuple, known: set[int]) -> None:
-    """Lets the hooks that came to `module` just now, in the middle of its call, take part in that call.
+    """Lets the hooks that came to `module` just now, in the middle of its call, take part in that
+    call.
 
-    Those that want the keyword arguments get them when the call is over: torch's global hooks are not told of them.
+    Those that want the keyword arguments get them when the call is over: torch's global hooks are
+    not told of them.
     """
     late: list[Callable[..., Any]] = []
     for key, hook in list(module._forward_pre_hooks.items()):

@@ -1,9 +1,10 @@
 """What a training differentiates: the loss of a script that does not say it.
 
-A step's loss is the sum of the scalars on which backward was called since the last step, which is what the optimizer
-descends: with gradient accumulation the micro-batches' losses as they were differentiated, so that it is their mean
-where the script divides by their number, and their sum where it does not. A GradScaler's factor is not part of it.
-Nothing is read on the host.
+A step's loss is the sum of the scalars on which backward was called since the last step, which is
+what the optimizer
+descends: with gradient accumulation the micro-batches' losses as they were differentiated, so that
+it is their mean where the script divides by their number, and their sum where it does not. A
+GradScaler's factor is not part of it. Nothing is read on the host.
 """
 
 import functools
@@ -24,10 +25,16 @@ class Losses:
         self._before: Tensor | None = None
 
     def add(self, loss: Tensor) -> None:
-        self._fresh = loss if self._fresh is None else self._fresh + loss.to(self._fresh.device, non_blocking=True)
+        self._fresh = (
+            loss
+            if self._fresh is None
+            else self._fresh + loss.to(self._fresh.device, non_blocking=True)
+        )
 
     def pass_by(self) -> None:
-        """Another model's optimizer stepped: what came before was its loss, unless nothing comes after it."""
+        """Another model's optimizer stepped: what came before was its loss, unless nothing comes
+        after it.
+        """
         if self._fresh is not None:
             self._fresh, self._before = None, self._fresh
 
@@ -44,10 +51,11 @@ class Losses:
 
 
 class Ear:
-    """Thin wrappers of `torch.autograd.backward`, which Tensor.backward calls too, and of GradScaler.
+    """Thin wrappers of `torch.autograd.backward`, which Tensor.backward calls too, and of
+    GradScaler.
 
-    `guarded` calls `begins` and `ends` around each backward, the latter with its scalars, and `updated` after
-    GradScaler.update.
+    `guarded` calls `begins` and `ends` around each backward, the latter with its scalars, and
+    `updated` after GradScaler.update.
     """
 
     def __init__(
@@ -75,12 +83,19 @@ class Ear:
     def _backward(self, original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
         def backward(*args: Any, **kwargs: Any) -> None:
-            # Inside a backward, checkpoints run backwards of their own: those are parts of the one that is heard.
-            if torch.compiler.is_compiling() or not self.on or torch._C._current_graph_task_id() != -1:
+            # Inside a backward, checkpoints run backwards of their own: those are parts of the one
+            # that is heard.
+            if (
+                torch.compiler.is_compiling()
+                or not self.on
+                or torch._C._current_graph_task_id() != -1
+            ):
                 return original(*args, **kwargs)
             self._guarded(self._begins)
             original(*args, **kwargs)
-            self._guarded(lambda: self._ends([self._unscaled(*found) for found in _scalars(*args, **kwargs)]))
+            self._guarded(
+                lambda: self._ends([self._unscaled(*found) for found in _scalars(*args, **kwargs)])
+            )
             self._scaled, self._scaler = [], None
 
         return backward
@@ -108,12 +123,17 @@ class Ear:
 
     @torch.no_grad()
     def _unscaled(self, root: Tensor, grad: Tensor | None) -> Tensor:
-        """The loss before a scaler made it larger: as it was, or by the scaler's factor where the script went on with
-        what it got."""
+        """The loss before a scaler made it larger: as it was, or by the scaler's factor where the
+        script went on with what it got.
+        """
         factor = self._scaler._scale if self._scaler is not None else None
         value = next((was for ref, was in self._scaled if ref() is root), None)
         if value is None:
-            value = root.detach() if factor is None else root.detach() / factor.to(root.device, non_blocking=True)
+            value = (
+                root.detach()
+                if factor is None
+                else root.detach() / factor.to(root.device, non_blocking=True)
+            )
         return value.clone().reshape(()) if grad is None else (value * grad.detach()).reshape(())
 
 
@@ -125,9 +145,11 @@ def _scalars(
     grad_variables: Any = None,
     inputs: Any = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """What of a backward's arguments may be a loss: single numbers, each with its weight if it was given one.
+    """What of a backward's arguments may be a loss: single numbers, each with its weight if it was
+    given one.
 
-    With `inputs` somebody asks for gradients of their own, and a pipeline's stages hand on what is no loss.
+    With `inputs` somebody asks for gradients of their own, and a pipeline's stages hand on what is
+    no loss.
     """
     if inputs is not None or not isinstance(tensors, Tensor | list | tuple):
         return

@@ -1,4 +1,6 @@
-"""What a training clips: the norm of its whole gradient before that, where the script has it computed anyway."""
+"""What a training clips: the norm of its whole gradient before that, where the script has it
+computed anyway.
+"""
 
 import functools
 from collections import deque
@@ -30,7 +32,9 @@ class Norms:
         ) -> Tensor:
             if torch.compiler.is_compiling():
                 return original(parameters, max_norm, norm_type, *args, **kwargs)
-            given = [parameters] if isinstance(parameters, Tensor) else list(parameters)  # a generator is read once
+            given = (
+                [parameters] if isinstance(parameters, Tensor) else list(parameters)
+            )  # a generator is read once
             norm = original(given, max_norm, norm_type, *args, **kwargs)
             if norm_type == 2.0:
                 self._found.append((frozenset(id(p) for p in given), norm))
@@ -39,7 +43,9 @@ class Norms:
         return clip_grad_norm_
 
     def take(self, weights: Set[int]) -> Tensor | None:
-        """The norm of the gradient of all the `weights`; None where it was not asked for once since the last step."""
+        """The norm of the gradient of all the `weights`; None where it was not asked for once since
+        the last step.
+        """
         whole = [norm for ids, norm in self._found if ids >= weights]
         self._found.clear()
         return whole[0] if len(whole) == 1 else None

@@ -1,4 +1,6 @@
-"""The search for the model that is trained: the module, as it is called, that holds the optimizers' weights."""
+"""The search for the model that is trained: the module, as it is called, that holds the optimizers'
+weights.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,7 +31,9 @@ def holds_most(module: nn.Module, optimizers: Sequence[Optimizer]) -> bool:
 
 
 def best(modules: Iterable[nn.Module], optimizer: Optimizer) -> list[nn.Module]:
-    """Of the modules those that hold some of the optimizer's weights: the most first, of alike ones the outermost."""
+    """Of the modules those that hold some of the optimizer's weights: the most first, of alike ones
+    the outermost.
+    """
     weights = weights_of([optimizer])
     found = [(held(m, weights), sum(1 for _ in m.modules()), m) for m in modules]
     found = sorted((f for f in found if f[0]), key=lambda f: f[:2], reverse=True)
@@ -42,7 +46,9 @@ def belongs(optimizer: Optimizer, weights: set[int]) -> bool:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The model itself, out of DDP's and torch.compile's wrappers; what shards weights is no wrapper."""
+    """The model itself, out of DDP's and torch.compile's wrappers; what shards weights is no
+    wrapper.
+    """
     inner: Any = module
     while True:
         name = type(inner).__name__
@@ -55,13 +61,17 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def steps_taken(optimizers: Iterable[Optimizer]) -> int:
-    """How many steps the optimizers say they took: not none where a training resumes from a checkpoint.
+    """How many steps the optimizers say they took: not none where a training resumes from a
+    checkpoint.
 
-    Asks the device where an optimizer counts there; before anything is recorded, and only of a resumed training.
+    Asks the device where an optimizer counts there; before anything is recorded, and only of a
+    resumed training.
     """
     counts = [0]
     for optimizer in optimizers:
-        state = next((s for s in optimizer.state.values() if isinstance(s, dict) and "step" in s), None)
+        state = next(
+            (s for s in optimizer.state.values() if isinstance(s, dict) and "step" in s), None
+        )
         if state is not None:
             counts.append(int(state["step"]))
     return max(counts)

@@ -22,10 +22,14 @@ class Ending:
         self._uncaught: type[BaseException] | None = None
         self._before, sys.excepthook = sys.excepthook, self._note
         atexit.register(self._over)
-        if multiprocessing.parent_process() is not None:  # such a process ends without calling atexit
+        if (
+            multiprocessing.parent_process() is not None
+        ):  # such a process ends without calling atexit
             util.Finalize(None, self._over, exitpriority=0)
 
-    def _note(self, kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+    def _note(
+        self, kind: type[BaseException], value: BaseException, trace: TracebackType | None
+    ) -> None:
         self._uncaught = kind
         self._before(kind, value, trace)
 

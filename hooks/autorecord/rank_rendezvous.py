@@ -1,8 +1,9 @@
-"""How ranks come together and part: whether every one of them is about to train, asked without being able to hang.
+"""How ranks come together and part: whether every one of them is about to train, asked without
+being able to hang.
 
-Watching a training of many ranks begins with a collective. Where only some ranks train (the others serve, evaluate,
-generate) those would wait in it for ever. So each says in the group's key-value store that it is here, and one key,
-which the first to decide sets for all, says whether they begin.
+Watching a training of many ranks begins with a collective. Where only some ranks train (the others
+serve, evaluate, generate) those would wait in it for ever. So each says in the group's key-value
+store that it is here, and one key, which the first to decide sets for all, says whether they begin.
 """
 
 import functools

@@ -1,4 +1,5 @@
-"""What `geodiag run` tells the processes of a command, in one environment variable, and what they leave for it to read.
+"""What `geodiag run` tells the processes of a command, in one environment variable, and what they
+leave for it to read.
 
 Nothing heavy is imported here: the command line reads it too.
 """
@@ -44,7 +45,10 @@ class Orders:
 
 def why_nothing(notes: Path) -> str:
     """Why there is nothing on record, in the words of the process that came farthest."""
-    best = (0, "nothing in the command imported torch, or its Python ignores PYTHONPATH (python -I, -E)")
+    best = (
+        0,
+        "nothing in the command imported torch, or its Python ignores PYTHONPATH (python -I, -E)",
+    )
     for path in sorted(notes.glob("note-*")):
         with contextlib.suppress(OSError, ValueError):
             weight, _, text = path.read_text().partition(" ")

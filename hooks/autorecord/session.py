@@ -1,8 +1,10 @@
-"""The onlooker: finds the model that a script trains, with no word from it, and begins its recording.
+"""The onlooker: finds the model that a script trains, with no word from it, and begins its
+recording.
 
-It looks on through torch's global hooks until a module is called with gradient that holds most of what the optimizers
-train; that call is already on record. Where the optimizer is made later, or holds but a part, the model is found when
-the optimizer first steps: of that step only the loss and the gradient norm are on record.
+It looks on through torch's global hooks until a module is called with gradient that holds most of
+what the optimizers train; that call is already on record. Where the optimizer is made later, or
+holds but a part, the model is found when the optimizer first steps: of that step only the loss and
+the gradient norm are on record.
 """
 
 import contextlib
@@ -18,7 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from geodiag.errors import GeodiagError
 from geodiag.hooks.autorecord.auto_monitor import Recording, catch_up
@@ -31,7 +36,9 @@ from geodiag.hooks.autorecord.torch_patches import hear_of_compiled_calls, hear_
 
 
 class Onlooker:
-    """One process of a command. Whatever fails in here is said once, and the program goes on without it."""
+    """One process of a command. Whatever fails in here is said once, and the program goes on
+    without it.
+    """
 
     def __init__(self, orders: Orders) -> None:
         self._orders, self._losses, self._norms = orders, Losses(), Norms()
@@ -39,7 +46,9 @@ class Onlooker:
         self._told: set[str] = set()
         self._born: list[weakref.ref[Optimizer]] = []
         self._called: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-        """Modules that were called with gradient, and how many optimizers had been made when they were looked at."""
+        """Modules that were called with gradient, and how many optimizers had been made when they
+        were looked at.
+        """
         self._hopeless: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         """Optimizers whose model was looked for in vain."""
         self._looking: Any = None
@@ -57,7 +66,9 @@ class Onlooker:
         hear_of_compiled_calls(self._compiled_call)
         before_they_part(lambda: self._recorded(Recording.wait))
         # torch.compile warns of any global hook; this one does nothing in what is compiled.
-        warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
+        warnings.filterwarnings(
+            "ignore", r"Using `torch\.compile\(module\)` when there are global hooks"
+        )
         self._look()
 
     # -- what is heard of ----------------------------------------------------------------------
@@ -130,18 +141,24 @@ class Onlooker:
             catch_up(module, args, known)
 
     def _steps(self, optimizer: Optimizer, over: bool = False) -> None:
-        """The optimizer is about to step: its model has been called by now; with a closure, until the step is over."""
+        """The optimizer is about to step: its model has been called by now; with a closure, until
+        the step is over.
+        """
         if self._recording is not None or optimizer in self._hopeless:
             return
         optimizers = self._optimizers
         candidates = best(self._called, optimizer)
-        found = next((m for m in candidates if _has_layout(unwrapped(m))), next(iter(candidates), None))
+        found = next(
+            (m for m in candidates if _has_layout(unwrapped(m))), next(iter(candidates), None)
+        )
         if found is None and not over:
             return
         try:
             if found is None:
                 what = f"no module that was called holds what {type(optimizer).__name__} trains"
-                raise GeodiagError(f"{what}; where a compiled function calls it, call geodiag.attach before that")
+                raise GeodiagError(
+                    f"{what}; where a compiled function calls it, call geodiag.attach before that"
+                )
             self._begin(found, optimizers if optimizer in optimizers else [*optimizers, optimizer])
         except GeodiagError as e:
             self._hopeless.add(optimizer)
@@ -168,7 +185,9 @@ class Onlooker:
             return
         try:
             work()
-        except Exception as e:  # looking on must not end a training: said once, and no more is looked at
+        except (
+            Exception
+        ) as e:  # looking on must not end a training: said once, and no more is looked at
             self._give_up(e)
             if self._recording is not None and isinstance(e, GeodiagError):
                 raise  # the ranks stand in the middle of what they do together: it cannot go on
@@ -179,9 +198,15 @@ class Onlooker:
         for handle in self._handles:
             handle.remove()
         if self._recording is not None:
-            with contextlib.suppress(Exception):  # what is on record already stays, whatever else fails
+            with contextlib.suppress(
+                Exception
+            ):  # what is on record already stays, whatever else fails
                 self._recording.give_up()
-        why = str(error) if isinstance(error, GeodiagError) else f"{type(error).__name__}: {error}".splitlines()[0]
+        why = (
+            str(error)
+            if isinstance(error, GeodiagError)
+            else f"{type(error).__name__}: {error}".splitlines()[0]
+        )
         self._orders.note(8, why)
         self._say(f"{why}; training goes on unrecorded")
 
@@ -194,7 +219,9 @@ class Onlooker:
 
 def _ranks_are_still_apart() -> bool:
     """Whether this is one rank of several that do not know each other yet."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not (dist.is_available() and dist.is_initialized())
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not (
+        dist.is_available() and dist.is_initialized()
+    )
 
 
 def _has_layout(model: nn.Module, fresh: bool = False) -> bool:
@@ -208,5 +235,7 @@ def _has_layout(model: nn.Module, fresh: bool = False) -> bool:
 
 
 def look_out() -> None:
-    """Looks on from here to the end of the process: right behind the import of torch, before the program goes on."""
+    """Looks on from here to the end of the process: right behind the import of torch, before the
+    program goes on.
+    """
     Onlooker(Orders.of_environment())

@@ -1,7 +1,8 @@
-"""For scripts that nobody edited: every Python process of `geodiag run` loads this file, as its sitecustomize.
+"""For scripts that nobody edited: every Python process of `geodiag run` loads this file, as its
+sitecustomize.
 
-It stands alone, and costs a process next to nothing: anything of geodiag is loaded only where a program imports torch
-of its own accord, right behind it.
+It stands alone, and costs a process next to nothing: anything of geodiag is loaded only where a
+program imports torch of its own accord, right behind it.
 """
 
 import os
@@ -10,17 +11,23 @@ from collections.abc import Callable
 from typing import Any
 
 ORDERS = "GEODIAG_RUN"
-"""The environment variable with what is to be recorded, as JSON; see `geodiag.hooks.autorecord.run_config`."""
+"""The environment variable with what is to be recorded, as JSON; see
+`geodiag.hooks.autorecord.run_config`.
+"""
 
 
 class AfterTorch:
-    """Stands first among the finders of modules, finds none, and calls `begin` when torch has been imported."""
+    """Stands first among the finders of modules, finds none, and calls `begin` when torch has been
+    imported.
+    """
 
     def __init__(self, begin: Callable[[], None]) -> None:
         self._begin = begin
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """What the other finders say. Looking whether torch is there is not importing it, so it only waits."""
+        """What the other finders say. Looking whether torch is there is not importing it, so it
+        only waits.
+        """
         if name != "torch":
             return None
         others = (f for f in sys.meta_path if f is not self and hasattr(f, "find_spec"))
@@ -58,12 +65,20 @@ def begin() -> None:
             2,
             f"{sys.executable} has no {e.name}; install geodiag there: {sys.executable} -m pip install geodiag",
         )
-    except Exception as e:  # this runs inside of the program's own `import torch`, which must not fail for it
-        print(f"geodiag cannot look into this process: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
+    except (
+        Exception
+    ) as e:  # this runs inside of the program's own `import torch`, which must not fail for it
+        print(
+            f"geodiag cannot look into this process: {type(e).__name__}: {e}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def note(folder: str, weight: int, text: str) -> None:
-    """Leaves word how far this process came: the heaviest note is what `geodiag run` says if nothing was recorded."""
+    """Leaves word how far this process came: the heaviest note is what `geodiag run` says if
+    nothing was recorded.
+    """
     try:
         with open(os.path.join(folder, f"note-{os.getpid()}"), "w", encoding="utf-8") as file:
             file.write(f"{weight} {text}")
@@ -72,7 +87,9 @@ def note(folder: str, weight: int, text: str) -> None:
 
 
 def give_way() -> None:
-    """Loads the sitecustomize that this file came before, if there is one, in its place and under its name."""
+    """Loads the sitecustomize that this file came before, if there is one, in its place and under
+    its name.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [p for p in sys.path if p != here]
     ours = sys.modules.pop("sitecustomize")

@@ -1,4 +1,6 @@
-"""What a script makes: optimizers, and modules compiled in place. Torch has no hooks for it; these are wrappers."""
+"""What a script makes: optimizers, and modules compiled in place. Torch has no hooks for it; these
+are wrappers.
+"""
 
 import functools
 from collections.abc import Callable
@@ -22,7 +24,8 @@ def hear_of_optimizers(call: Callable[[Optimizer], None]) -> None:
 
 
 def hear_of_compiled_calls(call: Callable[[nn.Module, Any], None]) -> None:
-    """Has `call` called before each call of a module on which `compile()` is called from here on; it may not raise.
+    """Has `call` called before each call of a module on which `compile()` is called from here on;
+    it may not raise.
 
     The hooks of such a module, torch's global ones too, are inside of what is compiled.
     """

@@ -1,6 +1,7 @@
 """The controller: verdicts in, decisions out. When to intervene, with what, for how long, and why.
 
-`off` records what it would have done, `auto` does it, `on` keeps routing on. Every decision has its reason.
+`off` records what it would have done, `auto` does it, `on` keeps routing on. Every decision has its
+reason.
 """
 
 from collections.abc import Sequence
@@ -41,7 +42,8 @@ class Controller:
     delay_steps: int = 8
     activations: int = 0
     until: int | None = None
-    """The step at which the period under way ends; also kept for periods that were only on record."""
+    """The step at which the period under way ends; also kept for periods that were only on record.
+    """
     resting_until: int = -1
     went_back: bool = False
     """Whether the period under way began, or was continued, with a rollback."""
@@ -59,7 +61,8 @@ class Controller:
         return self.ask("on", step) if self.policy.mode == "on" else self._on_schedule(step - 1)
 
     def ask(self, mode: str, step: int) -> Decision:
-        """Somebody set the mode by hand: takes effect at once, with no period, no cooldown and a whole budget.
+        """Somebody set the mode by hand: takes effect at once, with no period, no cooldown and a
+        whole budget.
 
         Asking for the `auto` that is there already changes nothing, a period under way included.
         ValueError for an unknown mode.
@@ -74,7 +77,9 @@ class Controller:
         if asked == "on":
             return self._decision("enable", reason, acted=True, actions=("route",))
         if asked == "off" or before == "on":
-            return self._decision("disable", reason, acted=True, actions=("route", "lower-lr", "clamp"))
+            return self._decision(
+                "disable", reason, acted=True, actions=("route", "lower-lr", "clamp")
+            )
         return self._decision("none", reason, acted=True)
 
     # -- what a step calls for ---------------------------------------------------------------
@@ -84,7 +89,8 @@ class Controller:
     ) -> Decision | None:
         """What this step calls for; None where nothing is to be said.
 
-        warning: what an early warning said, where one was given. snapshots: steps that training could go back to.
+        warning: what an early warning said, where one was given. snapshots: steps that training
+        could go back to.
         """
         raised = verdict.raised
         if raised is not None and raised.kind in TROUBLE:
@@ -98,32 +104,49 @@ class Controller:
         back = self._snapshot_before(spike, snapshots) if policy.does("rollback") else None
         if fatal and back is None:
             return self._hopeless(spike)
-        if not fatal and (not policy.acts_on("spike") or (policy.mode == "on" and not self._does_more())):
+        if not fatal and (
+            not policy.acts_on("spike") or (policy.mode == "on" and not self._does_more())
+        ):
             return None
         what = f"{spike.kind} raised at step {step} (onset {spike.onset}, {spike.score:.1f} σ)"
         if fatal:
             what = f"the loss is not finite since step {spike.onset}"
         running = self.until is not None
         if not fatal and running and (back is None or self.went_back):
-            # The warm-up is paid already, or still to come as planned: a whole period follows the spike either way.
+            # The warm-up is paid already, or still to come as planned: a whole period follows the
+            # spike either way.
             self._last_until(step + policy.period)
-            return self._decision("none", f"{what} while the period was running: it lasts until step {self.until}")
+            return self._decision(
+                "none", f"{what} while the period was running: it lasts until step {self.until}"
+            )
         if not fatal and not running and step < self.resting_until:
             resting = "routing rests" if policy.actions == "route" else "the controller rests"
-            return self._decision("none", f"{what}, but {resting} until step {self.resting_until} (cooldown)")
+            return self._decision(
+                "none", f"{what}, but {resting} until step {self.resting_until} (cooldown)"
+            )
         if self.activations >= policy.budget:
-            return self._decision("none", f"{what}, but the budget of {policy.budget} activations is used up")
+            return self._decision(
+                "none", f"{what}, but the budget of {policy.budget} activations is used up"
+            )
         return self._begin(step, what, back, policy.skipped(spike) if back is not None else None)
 
     def _on_warning(self, step: int, warning: str) -> Decision:
         what, policy = f"early warning at step {step} ({warning})", self.policy
         if self.until is not None:
             self._last_until(step + policy.period)
-            return self._decision("none", f"{what} while the period was running: it lasts until step {self.until}")
+            return self._decision(
+                "none", f"{what} while the period was running: it lasts until step {self.until}"
+            )
         if step < self.resting_until:
-            return self._decision("none", f"{what}, but the controller rests until step {self.resting_until}")
+            return self._decision(
+                "none", f"{what}, but the controller rests until step {self.resting_until}"
+            )
         if self.activations >= policy.budget or not policy.lasting:
-            why = f"the budget of {policy.budget} activations is used up" if policy.lasting else "nothing is to be done"
+            why = (
+                f"the budget of {policy.budget} activations is used up"
+                if policy.lasting
+                else "nothing is to be done"
+            )
             return self._decision("none", f"{what}, but {why}")
         return self._begin(step, what, None, None, going_back=False)
 
@@ -133,7 +156,11 @@ class Controller:
                 fresh = self.until is None
                 self._last_until(after - 1)
                 said = f"schedule: from step {first} until step {after}"
-                return self._decision("enable" if fresh else "none", said, actions=self.policy.lasting if fresh else ())
+                return self._decision(
+                    "enable" if fresh else "none",
+                    said,
+                    actions=self.policy.lasting if fresh else (),
+                )
         return None
 
     def _at_the_end(self, step: int, active: bool) -> Decision | None:
@@ -144,14 +171,18 @@ class Controller:
         if active and not self.lingering:
             over = f"the period of {policy.period} steps is over, but the loss is not back in its range"
             self.lingering, self.until = True, step + policy.period
-            return self._decision("none", f"{over}: on until it is, at most until step {self.until}")
+            return self._decision(
+                "none", f"{over}: on until it is, at most until step {self.until}"
+            )
         return self._end(step)
 
     def _end(self, step: int) -> Decision:
         self.until, self.resting_until = None, step + self.policy.cooldown
         self.went_back = self.lingering = False
         return self._decision(
-            "disable", f"the period of {self.policy.period} steps is over", actions=self.policy.lasting
+            "disable",
+            f"the period of {self.policy.period} steps is over",
+            actions=self.policy.lasting,
         )
 
     # -- how a period begins -----------------------------------------------------------------
@@ -173,9 +204,13 @@ class Controller:
             self.until, self.resting_until = None, base + policy.cooldown
         plan = self._in_words(restore, skip, warm_up, going_back)
         action: Action = "enable" if policy.lasting else "none"
-        return self._decision(action, f"{what}: {plan}", actions=policy.lasting, restore=restore, skip=skip)
+        return self._decision(
+            action, f"{what}: {plan}", actions=policy.lasting, restore=restore, skip=skip
+        )
 
-    def _in_words(self, restore: int | None, skip: range | None, warm_up: int, going_back: bool) -> str:
+    def _in_words(
+        self, restore: int | None, skip: range | None, warm_up: int, going_back: bool
+    ) -> str:
         policy, parts = self.policy, []
         if restore is not None:
             parts.append(f"back to the snapshot of step {restore}")
@@ -188,20 +223,29 @@ class Controller:
         if "clamp" in policy.lasting:
             parts.append(f"clamp at {policy.value('clamp'):g}")
         if policy.lasting:
-            parts.append(f"on for {policy.period} steps" + (f" after {warm_up} of warm-up" if warm_up else ""))
+            parts.append(
+                f"on for {policy.period} steps"
+                + (f" after {warm_up} of warm-up" if warm_up else "")
+            )
         return ", ".join(parts)
 
     def _snapshot_before(self, spike: Spike, snapshots: Sequence[int]) -> int | None:
-        """The newest from strictly before the onset; early enough for the warm-up where one is that old.
+        """The newest from strictly before the onset; early enough for the warm-up where one is that
+        old.
 
-        Where going back did not help, the one before it: the same snapshot would lead to the same place.
+        Where going back did not help, the one before it: the same snapshot would lead to the same
+        place.
         """
         before = [s for s in snapshots if s < spike.onset]
         if not before:
             return None
         if spike.onset <= self.reached and any(s < self.restored for s in before):
             return max(s for s in before if s < self.restored)
-        warm = [s for s in before if s + self.delay_steps <= spike.onset] if self.policy.does("route") else []
+        warm = (
+            [s for s in before if s + self.delay_steps <= spike.onset]
+            if self.policy.does("route")
+            else []
+        )
         return max(warm or before)
 
     def _hopeless(self, spike: Spike) -> Decision:
@@ -236,7 +280,11 @@ class Controller:
         would = self.policy.mode == "off" and acted is None
         possible = None
         if self.policy.mode != "on" and self.activations < self.policy.budget:
-            possible = max(self.resting_until, 0) if self.until is None else self.until + 1 + self.policy.cooldown
+            possible = (
+                max(self.resting_until, 0)
+                if self.until is None
+                else self.until + 1 + self.policy.cooldown
+            )
         return Decision(
             action=action,
             reason=f"would have acted: {reason}" if would else reason,

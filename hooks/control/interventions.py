@@ -23,13 +23,17 @@ class Dials:
         self._handles: list[Removable] = []
         self._clamped = False
         self.lr_scale = 1.0
-        """Factor on the learning rates while the optimizers step; between steps they are the trainer's own."""
+        """Factor on the learning rates while the optimizers step; between steps they are the
+        trainer's own.
+        """
         if policy.mode == "off":
             return
         if policy.does("lower-lr") and not optimizers:
             raise GeodiagError("lower-lr needs the optimizer; pass it to attach")
         if policy.does("clamp") and not any(e.set_limit for e in layout.experts):
-            raise GeodiagError(f"a {layout.family} model has no SwiGLU clamp to switch on; leave the action clamp out")
+            raise GeodiagError(
+                f"a {layout.family} model has no SwiGLU clamp to switch on; leave the action clamp out"
+            )
 
     def turn(self, action: str, policy: Policy) -> None:
         """`lower-lr` or `clamp`, as the policy says."""
@@ -46,7 +50,9 @@ class Dials:
             for site in self._layout.experts:
                 if site.set_limit is not None:
                     limit = policy.value("clamp")
-                    site.set_limit(limit if site.gate_limit is None else min(limit, site.gate_limit))
+                    site.set_limit(
+                        limit if site.gate_limit is None else min(limit, site.gate_limit)
+                    )
 
     def turn_back(self, action: str) -> None:
         """As it was before `turn`."""
@@ -63,7 +69,9 @@ class Dials:
 
 
 class _Lowered:
-    """One optimizer's learning rates while it steps; in place where they are tensors, which a compiled step holds."""
+    """One optimizer's learning rates while it steps; in place where they are tensors, which a
+    compiled step holds.
+    """
 
     def __init__(self, factor: float) -> None:
         self._factor = factor

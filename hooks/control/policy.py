@@ -1,4 +1,6 @@
-"""The policy: what may be done about a training, on what, and how often. One object, written as people write it."""
+"""The policy: what may be done about a training, on what, and how often. One object, written as
+people write it.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +49,9 @@ class Policy:
             raise ValueError("period is at least 1, cooldown and budget at least 0")
         for trigger in _words(self.on):
             if trigger not in ("spike", "warning") and not trigger.startswith("schedule:"):
-                raise ValueError(f"cannot act on {trigger!r}; it is spike, warning or schedule:START-END")
+                raise ValueError(
+                    f"cannot act on {trigger!r}; it is spike, warning or schedule:START-END"
+                )
         _ = self.schedules
         self._check_actions()
 
@@ -57,7 +61,9 @@ class Policy:
             if name not in ACTIONS:
                 raise ValueError(f"there is no action {name!r}; it is one of {', '.join(ACTIONS)}")
             if (name in _NUMBERED) != (value is not None):
-                raise ValueError(f"write {name}=NUMBER" if name in _NUMBERED else f"{name} takes no number")
+                raise ValueError(
+                    f"write {name}=NUMBER" if name in _NUMBERED else f"{name} takes no number"
+                )
         if not 0 <= wanted.get("lower-lr", 0.5) < 1:  # type: ignore[operator]
             raise ValueError(f"lower-lr is a factor from 0 to below 1, not {wanted['lower-lr']:g}")
         if not wanted.get("clamp", 1.0) > 0:  # type: ignore[operator]
@@ -96,7 +102,9 @@ class Policy:
         return tuple(a for a in kept if self.does(a))
 
     def skipped(self, spike: Spike) -> range | None:
-        """The steps whose batches are left out after going back: from the update that led to the onset to detection."""
+        """The steps whose batches are left out after going back: from the update that led to the
+        onset to detection.
+        """
         if not self.does("skip-batch"):
             return None
         first = max(spike.onset - 1, 0)
@@ -117,7 +125,9 @@ def _number(name: str, text: str) -> float:
 def _span(word: str) -> tuple[int, int]:
     first, dash, after = word.removeprefix("schedule:").partition("-")
     if not (dash and first.isdecimal() and after.isdecimal() and int(first) < int(after)):
-        raise ValueError(f"cannot read {word!r}; write schedule:START-END, two steps, the second the larger")
+        raise ValueError(
+            f"cannot read {word!r}; write schedule:START-END, two steps, the second the larger"
+        )
     return int(first), int(after)
 
 

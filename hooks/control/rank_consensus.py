@@ -1,8 +1,9 @@
-"""All ranks steer alike: what rank 0 is asked, and what one rank cannot do, reaches all of them with the same step.
+"""All ranks steer alike: what rank 0 is asked, and what one rank cannot do, reaches all of them
+with the same step.
 
-Nothing is decided here. The ranks hear the same numbers and requests, and each one's controller decides from them; a
-fingerprint of its state travels along, so that controllers that went apart (one rank was resumed and another was not,
-or could not be rolled back) are noticed by all at once.
+Nothing is decided here. The ranks hear the same numbers and requests, and each one's controller
+decides from them; a fingerprint of its state travels along, so that controllers that went apart
+(one rank was resumed and another was not, or could not be rolled back) are noticed by all at once.
 """
 
 import json
@@ -18,7 +19,9 @@ from geodiag.hooks.distributed.rank_exchange import KEPT, Heard, Ranks, Said
 
 
 class Concert:
-    """Joins this rank's steering to the others'. In a training of one process only the requests are left of it."""
+    """Joins this rank's steering to the others'. In a training of one process only the requests are
+    left of it.
+    """
 
     def __init__(self, ranks: Ranks, steering: Steering, watch: RequestWatch) -> None:
         self._ranks, self._steering, self._watch = ranks, steering, watch
@@ -32,7 +35,9 @@ class Concert:
         request = self._watch.poll() if self._ranks.rank == 0 else None
         gave_up, self._steering.gave_up = self._steering.gave_up, False
         numbers = {"gave_up": float(gave_up), "mind": float(_fingerprint(self._steering))}
-        numbers |= {name: float(step) for name, step in zip(KEPT, reversed(snapshots), strict=False)}
+        numbers |= {
+            name: float(step) for name, step in zip(KEPT, reversed(snapshots), strict=False)
+        }
         return Said(numbers=numbers, note={"request": asdict(request)} if request else {})
 
     def common(self, snapshots: list[int]) -> list[int]:
@@ -67,7 +72,9 @@ class Concert:
         return self._ranks.lost or self._apart
 
     def end_if_torn(self, where: str) -> None:
-        """GeodiagError where the ranks are steered and no longer go together; ranks that only record can go on."""
+        """GeodiagError where the ranks are steered and no longer go together; ranks that only
+        record can go on.
+        """
         if self.torn is not None and self._steering.acts:
             raise GeodiagError(f"{self.torn}; {where}")
 

@@ -23,7 +23,8 @@ class Tell(Protocol):
 class Steering:
     """Joins the controller to what it may act on. Everything it does becomes an event.
 
-    `snapshots()` are the steps that training can go back to; `go_back(step, skip)` does so and says the new attempt.
+    `snapshots()` are the steps that training can go back to; `go_back(step, skip)` does so and says
+    the new attempt.
     """
 
     strangers = False
@@ -61,10 +62,13 @@ class Steering:
         return self.routing is not None and self.routing.replaying
 
     def begin(self, step: int, attempt: int, resumed: bool) -> None:
-        """What the policy wants before the first step. A resumed period goes on: its routing came with the snapshot."""
+        """What the policy wants before the first step. A resumed period goes on: its routing came
+        with the snapshot.
+        """
         began = "training began" if attempt == 0 else f"training began again: attempt {attempt}"
         self._tell_attempt(
-            attempt, f"resumed from the snapshot of step {step}: attempt {attempt}" if resumed else began
+            attempt,
+            f"resumed from the snapshot of step {step}: attempt {attempt}" if resumed else began,
         )
         wanted = self.controller.policy
         if resumed and self.was is not None and self.was != wanted.mode:
@@ -79,12 +83,18 @@ class Steering:
                 self.dials.turn(action, policy)
 
     def _tell_attempt(self, attempt: int, message: str) -> None:
-        self._tell("attempt", message, data={"attempt": attempt, "policy": self.controller.policy.mode})
+        self._tell(
+            "attempt", message, data={"attempt": attempt, "policy": self.controller.policy.mode}
+        )
 
     def judge(self, seen: Observation) -> bool:
-        """One step's observation to the controller, and what follows from it; whether training went back."""
+        """One step's observation to the controller, and what follows from it; whether training went
+        back.
+        """
         if self.routing is not None:
-            self.controller.delay_steps = self.routing.delay_steps  # the warm-up that a period is planned around
+            self.controller.delay_steps = (
+                self.routing.delay_steps
+            )  # the warm-up that a period is planned around
         return self._carry_out(self._decide(seen), seen.step)
 
     def _decide(self, seen: Observation) -> Decision | None:
@@ -151,14 +161,18 @@ class Steering:
         return went_back
 
     def _back(self, decision: Decision, step: int) -> bool:
-        """Whether training stands before the snapshot's step now. A failure is on record, and training goes on."""
+        """Whether training stands before the snapshot's step now. A failure is on record, and
+        training goes on.
+        """
         restore = decision.restore
         if restore is None or self._go_back is None:
             return False
         began = time.perf_counter()
         try:
             attempt = self._go_back(restore, decision.skip)
-        except Exception as e:  # a disk that refuses, a loop that keeps no batches: training goes on where it is
+        except (
+            Exception
+        ) as e:  # a disk that refuses, a loop that keeps no batches: training goes on where it is
             self.controller.stay(step)
             line = f"could not go back to step {restore}: {type(e).__name__}: {e}".splitlines()[0]
             print(f"geodiag: {line}; training goes on", file=sys.stderr, flush=True)
@@ -166,13 +180,19 @@ class Steering:
             return False
         seconds = time.perf_counter() - began
         data = {"from": step, "to": restore, "seconds": seconds}
-        self._tell("rollback", f"back from step {step} to step {restore} in {seconds:.2f} s", data=data)
-        self._tell_attempt(attempt, f"attempt {attempt} goes on from the snapshot of step {restore}")
+        self._tell(
+            "rollback", f"back from step {step} to step {restore} in {seconds:.2f} s", data=data
+        )
+        self._tell_attempt(
+            attempt, f"attempt {attempt} goes on from the snapshot of step {restore}"
+        )
         return True
 
     def _why_not(self, request: Request) -> str | None:
         if self.routing is None:
-            nothing = "this training gave attach no AnticipatoryRouting, so there is nothing to switch"
+            nothing = (
+                "this training gave attach no AnticipatoryRouting, so there is nothing to switch"
+            )
             return None if request.routing == "off" else nothing
         if self.strangers and request.routing != "off":
             return "other ranks cannot be told; call torch.distributed.init_process_group before geodiag.attach"
@@ -183,16 +203,24 @@ class Steering:
 
     def _changed(self, old: Mode, new: Mode) -> None:
         delay = self.routing.delay_steps if self.routing else 0
-        self._tell("routing", f"routing went from {old} to {new}", data={"from": old, "to": new, "delay_steps": delay})
+        self._tell(
+            "routing",
+            f"routing went from {old} to {new}",
+            data={"from": old, "to": new, "delay_steps": delay},
+        )
 
     def _failed(self, error: Exception) -> None:
         self.gave_up = True
-        line = f"anticipatory routing went back to today's choice: {type(error).__name__}: {error}".splitlines()[0]
+        line = f"anticipatory routing went back to today's choice: {type(error).__name__}: {error}".splitlines()[
+            0
+        ]
         print(f"geodiag: {line}; training goes on", file=sys.stderr, flush=True)
         self._tell("problem", line)
 
     def close(self) -> None:
-        """The run is over: the routing goes on without being recorded, and still does not end a training."""
+        """The run is over: the routing goes on without being recorded, and still does not end a
+        training.
+        """
         if self.routing is not None:
             self.routing.on_change = lambda _old, _new: None
             self.routing.on_failure = lambda _error: None

@@ -1,8 +1,9 @@
 """The ranks of one training: one packed all-reduce a step, so that each knows what all of them saw.
 
-It runs in the writer's thread, on a gloo group of geodiag's own: it cannot interleave with the training's collectives,
-and waits for no device. Every rank enters it once a step, whatever failed before, with a message of one fixed size.
-All ranks then hold the same numbers and the same request, and what is decided from them is decided alike everywhere.
+It runs in the writer's thread, on a gloo group of geodiag's own: it cannot interleave with the
+training's collectives, and waits for no device. Every rank enters it once a step, whatever failed
+before, with a message of one fixed size. All ranks then hold the same numbers and the same request,
+and what is decided from them is decided alike everywhere.
 """
 
 import json
@@ -24,7 +25,18 @@ PATIENCE = timedelta(minutes=10)
 NOTE_BYTES = 1024
 KEPT = tuple(f"kept{i}" for i in range(8))
 """The newest snapshots."""
-FIELDS = ("here", "loss", "tokens", "grad_norm", "stage1", "stage2", "stage3", "gave_up", "mind", *KEPT)
+FIELDS = (
+    "here",
+    "loss",
+    "tokens",
+    "grad_norm",
+    "stage1",
+    "stage2",
+    "stage3",
+    "gave_up",
+    "mind",
+    *KEPT,
+)
 """What each rank says of a step: numbers, NaN where it has nothing to say."""
 
 
@@ -59,13 +71,17 @@ class Heard(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """Mean over ranks, weighted by their tokens where they were counted. One rank's NaN is everybody's."""
+        """Mean over ranks, weighted by their tokens where they were counted. One rank's NaN is
+        everybody's.
+        """
         losses, tokens = self.by_rank["loss"][self.spoke], self.by_rank["tokens"][self.spoke]
         return float(np.average(losses, weights=tokens if (tokens > 0).all() else None))
 
 
 class Ranks:
-    """This rank among the others. A training of one process is alone, and every exchange costs nothing."""
+    """This rank among the others. A training of one process is alone, and every exchange costs
+    nothing.
+    """
 
     def __init__(self, rank: int = 0, world: int = 1, group: Any = None) -> None:
         self.rank, self.world, self._group = rank, world, group
@@ -76,14 +92,18 @@ class Ranks:
 
     @classmethod
     def join(cls) -> "Ranks":
-        """The ranks of this process's training. Collective where there is a process group: every rank calls it."""
+        """The ranks of this process's training. Collective where there is a process group: every
+        rank calls it.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         rank, world = dist.get_rank(), dist.get_world_size()
         if world == 1:
             return cls()
         if not dist.is_gloo_available():
-            raise GeodiagError("ranks talk over gloo, which this torch was built without; install one that has it")
+            raise GeodiagError(
+                "ranks talk over gloo, which this torch was built without; install one that has it"
+            )
         return cls(rank, world, dist.new_group(backend="gloo", timeout=PATIENCE))
 
     @property
@@ -93,7 +113,9 @@ class Ranks:
 
     @property
     def strangers(self) -> bool:
-        """Whether there are other ranks that cannot be talked to: lost, or no process group was there at `attach`."""
+        """Whether there are other ranks that cannot be talked to: lost, or no process group was
+        there at `attach`.
+        """
         return self._group is None and self.world > 1
 
     def leave(self) -> None:
@@ -116,7 +138,8 @@ class Ranks:
         return np.full(self.sums, np.nan) if said.sums is None else said.sums
 
     def _exchanged(self, said: Said) -> Heard | None:
-        # Each rank adds to zeros: a sum of zeros and one number is that number, to the bit, on every rank.
+        # Each rank adds to zeros: a sum of zeros and one number is that number, to the bit, on
+        # every rank.
         columns, n = self.world * len(FIELDS), len(FIELDS)
         message = np.zeros(columns + NOTE_BYTES + self.sums)
         mine = [said.numbers.get(name, np.nan) for name in FIELDS]
@@ -135,21 +158,34 @@ class Ranks:
         by_rank = message[:columns].reshape(self.world, n)
         text = message[columns : columns + NOTE_BYTES].astype(np.uint8).tobytes().rstrip(b"\0")
         note = json.loads(text) if text else {}
-        return Heard(dict(zip(FIELDS, by_rank.T, strict=True)), message[columns + NOTE_BYTES :], note)
+        return Heard(
+            dict(zip(FIELDS, by_rank.T, strict=True)), message[columns + NOTE_BYTES :], note
+        )
 
     def _lose(self, error: Exception) -> None:
         if self._group is None:  # it is this rank that left
             return
         self._group = None
-        # gloo says where in its own source it noticed; what it noticed comes behind that, and advice after it.
-        why = (str(error).splitlines() or [type(error).__name__])[0].rpartition("] ")[2].partition(". ")[0]
+        # gloo says where in its own source it noticed; what it noticed comes behind that, and
+        # advice after it.
+        why = (
+            (str(error).splitlines() or [type(error).__name__])[0]
+            .rpartition("] ")[2]
+            .partition(". ")[0]
+        )
         others = "the other rank" if self.world == 2 else f"the other {self.world - 1} ranks"
         self.lost = f"rank {self.rank} no longer hears {others} ({why})"
 
     # -- before the first step, on the training thread -----------------------------------------
 
-    def begin(self, make: Callable[[int | None], T], attempt_of: Callable[[T], int], undo: Callable[[T], None]) -> T:
-        """What `make` makes: rank 0's first, then the others' with rank 0's attempt. Where one cannot, none goes on.
+    def begin(
+        self,
+        make: Callable[[int | None], T],
+        attempt_of: Callable[[T], int],
+        undo: Callable[[T], None],
+    ) -> T:
+        """What `make` makes: rank 0's first, then the others' with rank 0's attempt. Where one
+        cannot, none goes on.
 
         GeodiagError of the first rank that could not, on every rank.
         """
@@ -185,7 +221,9 @@ class Ranks:
         raise GeodiagError(first)
 
     def all_can(self, work: Callable[[], Any]) -> None:
-        """Does `work` on this rank as on all. GeodiagError of the first that could not, on every rank. Collective."""
+        """Does `work` on this rank as on all. GeodiagError of the first that could not, on every
+        rank. Collective.
+        """
         _, failure = _try(work)
         self.all_fine(failure)
 
@@ -194,7 +232,9 @@ class Ranks:
         values = self.of_all(value)
         odd = next((r for r, v in enumerate(values) if v != values[0]), None)
         if odd is not None:
-            raise GeodiagError(f"rank {odd} has another {what} than rank 0; give every rank the same")
+            raise GeodiagError(
+                f"rank {odd} has another {what} than rank 0; give every rank the same"
+            )
 
 
 def _try(make: Callable[[], T]) -> tuple[T | None, str | None]:

@@ -1,7 +1,8 @@
-"""Weights that are spread over ranks: what of them lies here, and the whole of them for as long as it is needed.
+"""Weights that are spread over ranks: what of them lies here, and the whole of them for as long as
+it is needed.
 
-What is a collective says so; the rest asks the other ranks for nothing. A DTensor is told by its `placements`, and a
-module that `fully_shard` manages by its class.
+What is a collective says so; the rest asks the other ranks for nothing. A DTensor is told by its
+`placements`, and a module that `fully_shard` manages by its class.
 """
 
 import math
@@ -19,7 +20,8 @@ V = TypeVar("V")
 class Halfway(BaseException):
     """This rank has left the other ranks alone in collectives that it cannot make up for.
 
-    No Exception: who swallowed it would let the training's next collective meet the one that was left.
+    No Exception: who swallowed it would let the training's next collective meet the one that was
+    left.
     """
 
 
@@ -33,7 +35,9 @@ def local(value: Any) -> Tensor:
 
 
 def copies(value: Any, ranks: int) -> float:
-    """On how many of the `ranks` each element of `value` lies. A plain tensor is taken to be alike on all of them."""
+    """On how many of the `ranks` each element of `value` lies. A plain tensor is taken to be alike
+    on all of them.
+    """
     if not is_spread(value):
         return ranks
     mesh = value.device_mesh
@@ -42,35 +46,47 @@ def copies(value: Any, ranks: int) -> float:
 
 
 def whole(value: Any) -> Any:
-    """A number that may be spread over ranks (a norm, a loss) as a plain tensor. Collective where it is spread."""
+    """A number that may be spread over ranks (a norm, a loss) as a plain tensor. Collective where
+    it is spread.
+    """
     return value.full_tensor() if is_spread(value) else value
 
 
 def from_part(part: Tensor, like: Any) -> Tensor:
-    """The whole of what `part` is this rank's part of, spread as `like` is. Collective where that is spread."""
+    """The whole of what `part` is this rank's part of, spread as `like` is. Collective where that
+    is spread.
+    """
     if not is_spread(like):
         return part
-    spread = type(like).from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    spread = type(like).from_local(
+        part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
     return spread.full_tensor()
 
 
 def sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` or FSDP manages the weights: a forward that it began it must also end."""
     return any(
-        c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for m in model.modules() for c in type(m).__mro__
+        c.__name__ in ("FSDPModule", "FullyShardedDataParallel")
+        for m in model.modules()
+        for c in type(m).__mro__
     )
 
 
 @contextmanager
 def to_its_end(model: nn.Module) -> Iterator[None]:
-    """Inside, all ranks are in the same collectives of a sharded `model`; Halfway where this one cannot go on."""
+    """Inside, all ranks are in the same collectives of a sharded `model`; Halfway where this one
+    cannot go on.
+    """
     try:
         yield
     except Exception as e:
         if not sharded(model) or torch.distributed.get_world_size() == 1:
             raise
         line = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise Halfway(f"what geodiag runs on sharded weights, all ranks together, failed here ({line})") from e
+        raise Halfway(
+            f"what geodiag runs on sharded weights, all ranks together, failed here ({line})"
+        ) from e
 
 
 def managed(module: nn.Module) -> list[Any]:
@@ -79,7 +95,9 @@ def managed(module: nn.Module) -> list[Any]:
 
 
 def edit(weight: Any, change: Callable[[Tensor], Any]) -> None:
-    """`change`s the whole of `weight` in place, wherever it lies. Collective where it is spread over ranks."""
+    """`change`s the whole of `weight` in place, wherever it lies. Collective where it is spread
+    over ranks.
+    """
     if not is_spread(weight):
         change(weight)
         return
@@ -87,7 +105,9 @@ def edit(weight: Any, change: Callable[[Tensor], Any]) -> None:
 
     all_of_it = weight.full_tensor()
     change(all_of_it)
-    weight.to_local().copy_(distribute_tensor(all_of_it, weight.device_mesh, weight.placements).to_local())
+    weight.to_local().copy_(
+        distribute_tensor(all_of_it, weight.device_mesh, weight.placements).to_local()
+    )
 
 
 @contextmanager
@@ -104,10 +124,13 @@ def gathered(module: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-def each_gathered(modules: Iterable[tuple[K, nn.Module]], work: Callable[[K], V | None]) -> dict[K, V]:
+def each_gathered(
+    modules: Iterable[tuple[K, nn.Module]], work: Callable[[K], V | None]
+) -> dict[K, V]:
     """What `work` makes of each key while its module's weights are whole; None is left out.
 
-    Every rank gathers all of them, whatever it has to do there, and whatever fails: that is raised at the end.
+    Every rank gathers all of them, whatever it has to do there, and whatever fails: that is raised
+    at the end.
     """
     found: dict[K, V] = {}
     failure: Exception | None = None

@@ -1,6 +1,8 @@
-"""Faults planted on purpose: each is a real change to the running training, written KIND@STEP[:LAYER][=MAGNITUDE].
+"""Faults planted on purpose: each is a real change to the running training, written
+KIND@STEP[:LAYER][=MAGNITUDE].
 
-KIND@FIRST-LAST[:LAYER][=MAGNITUDE] is one that grows: it is planted at each of these steps, on top of itself.
+KIND@FIRST-LAST[:LAYER][=MAGNITUDE] is one that grows: it is planted at each of these steps, on top
+of itself.
 """
 
 import math
@@ -18,7 +20,9 @@ from geodiag.hooks.adapters.base import Layout, Removable
 from geodiag.hooks.faults import weight_damage as damage
 
 LASTING = 10
-"""Steps that a fault of the forward, the gradients, the batch or the learning rate lasts; one of a weight stays."""
+"""Steps that a fault of the forward, the gradients, the batch or the learning rate lasts; one of a
+weight stays.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,18 @@ class Kind:
 KINDS = {
     "expert-scale": Kind(30.0, "one expert's gate and up weights times MAGNITUDE", "experts"),
     "gate-column": Kind(30.0, "one expert's row of the router times MAGNITUDE", "router"),
-    "router-shift": Kind(3.0, "MAGNITUDE standard deviations of noise added to the router's weights", "router"),
+    "router-shift": Kind(
+        3.0, "MAGNITUDE standard deviations of noise added to the router's weights", "router"
+    ),
     "router-permute": Kind(None, "the router's rows in another order", "router", grows=False),
     "bias-kick": Kind(1.0, "MAGNITUDE added to one expert's balancing bias", "bias"),
     "residual-expand": Kind(1.5, "H_res of the layer's sites times MAGNITUDE", "res", lasts=True),
     "block-scale": Kind(20.0, "the feed-forward output times MAGNITUDE", "block", lasts=True),
     "lr-shock": Kind(10.0, "the learning rate times MAGNITUDE", None, lasts=True),
     "far-batch": Kind(None, "batches of random tokens", None, lasts=True, grows=False),
-    "grad-scale": Kind(100.0, "the layer's gradients, before clipping, times MAGNITUDE", "block", lasts=True),
+    "grad-scale": Kind(
+        100.0, "the layer's gradients, before clipping, times MAGNITUDE", "block", lasts=True
+    ),
     "bit-flip": Kind(
         -2.0,
         "bit MAGNITUDE of the largest gate weight of one expert flipped; -1 is its sign, -2 the bit below",
@@ -57,7 +65,8 @@ KINDS = {
 
 FORM = "KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"
 _FORM = re.compile(
-    r"(?P<kind>[a-z-]+)@(?P<step>\d+)(-(?P<until>\d+))?(:(?P<layer>\d+))?(=(?P<magnitude>.+))?", re.ASCII
+    r"(?P<kind>[a-z-]+)@(?P<step>\d+)(-(?P<until>\d+))?(:(?P<layer>\d+))?(=(?P<magnitude>.+))?",
+    re.ASCII,
 )
 
 
@@ -90,11 +99,21 @@ class Fault:
         if until is not None and not kind.grows:
             raise GeodiagError(f"{name} cannot grow; write {name}@{step}")
         if until is not None and until <= step:
-            raise GeodiagError(f"{name}@{step}-{until} ends before it grows; write FIRST-LAST, e.g. {step}-{step + 30}")
+            raise GeodiagError(
+                f"{name}@{step}-{until} ends before it grows; write FIRST-LAST, e.g. {step}-{step + 30}"
+            )
         size = kind.magnitude if magnitude is None else _number(magnitude, whole=name == "bit-flip")
-        fault = cls(kind=name, step=step, layer=None if layer is None else int(layer), magnitude=size, until=until)
+        fault = cls(
+            kind=name,
+            step=step,
+            layer=None if layer is None else int(layer),
+            magnitude=size,
+            until=until,
+        )
         if kind.lasts and not math.isfinite(fault.strength(fault.last_step)):
-            raise GeodiagError(f"{text} grows beyond all numbers; pass a smaller MAGNITUDE, or fewer steps")
+            raise GeodiagError(
+                f"{text} grows beyond all numbers; pass a smaller MAGNITUDE, or fewer steps"
+            )
         return fault
 
     @property
@@ -108,7 +127,9 @@ class Fault:
         return self.planted[-1] + LASTING - 1 if KINDS[self.kind].lasts else self.planted[-1]
 
     def strength(self, step: int) -> float:
-        """How much a fault that lasts amounts to at `step`: MAGNITUDE times itself for each step that it has grown."""
+        """How much a fault that lasts amounts to at `step`: MAGNITUDE times itself for each step
+        that it has grown.
+        """
         try:
             return (self.magnitude or 0.0) ** (min(step, self.planted[-1]) - self.step + 1)
         except OverflowError:
@@ -135,7 +156,8 @@ def _number(text: str, whole: bool) -> float:
 
 
 class Faults:
-    """Plants faults in a model that is being trained. Call `before_step` before each step, `batch` on its tokens.
+    """Plants faults in a model that is being trained. Call `before_step` before each step, `batch`
+    on its tokens.
 
     Each fault is planted once, even where a training goes back to its step.
     GeodiagError where the model does not have what a fault needs.
@@ -183,9 +205,11 @@ class Faults:
                     self._under_way.append((fault, handles))
 
     def batch(self, step: int, token_ids: Tensor, vocab: int) -> Tensor:
-        """A step's tokens, all its micro-batches: the loader's own, or noise while a `far-batch` lasts.
+        """A step's tokens, all its micro-batches: the loader's own, or noise while a `far-batch`
+        lasts.
 
-        By the step they belong to, not by the step under way: batches may be fetched long before they are trained on.
+        By the step they belong to, not by the step under way: batches may be fetched long before
+        they are trained on.
         """
         if not any(f.kind == "far-batch" and f.step <= step <= f.last_step for f in self.faults):
             return token_ids
@@ -224,7 +248,13 @@ class Faults:
 
     def _say(self, fault: Fault, expert: int | None) -> None:
         data = {"kind": fault.kind, "magnitude": fault.magnitude, "last_step": fault.last_step}
-        self._tell("fault", f"planted {fault.kind}: {fault.said}", layer=fault.layer, expert=expert, data=data)
+        self._tell(
+            "fault",
+            f"planted {fault.kind}: {fault.said}",
+            layer=fault.layer,
+            expert=expert,
+            data=data,
+        )
 
     def _disturb(self, kind: str, layer: int, magnitude: float) -> list[Removable]:
         """Hooks that last until they are removed."""
@@ -238,18 +268,24 @@ class Faults:
         return [p.register_hook(lambda grad: grad * magnitude) for p in parameters]
 
 
-def plant(model: nn.Module, *faults: str, tell: Callable[..., Any] = lambda *_a, **_k: None) -> Faults:
-    """Faults for anyone's training, written as `--inject` takes them: `plant(model, "expert-scale@120:3=30")`.
+def plant(
+    model: nn.Module, *faults: str, tell: Callable[..., Any] = lambda *_a, **_k: None
+) -> Faults:
+    """Faults for anyone's training, written as `--inject` takes them: `plant(model,
+    "expert-scale@120:3=30")`.
 
-    Call `before_step(step)` before each step, and `batch(step, token_ids, vocab)` on its tokens where a `far-batch` is
-    among them; multiply the learning rate by `lr_scale` where an `lr-shock` is. `tell` is called with each fault as it
-    is planted: pass `run.event` to have it on record. GeodiagError where the model lacks what a fault needs.
+    Call `before_step(step)` before each step, and `batch(step, token_ids, vocab)` on its tokens
+    where a `far-batch` is among them; multiply the learning rate by `lr_scale` where an `lr-shock`
+    is. `tell` is called with each fault as it is planted: pass `run.event` to have it on record.
+    GeodiagError where the model lacks what a fault needs.
     """
     return Faults([Fault.parse(f) for f in faults], find_layout(model), tell)
 
 
 def _placed(fault: Fault, layout: Layout) -> Fault:
-    """The fault with its layer: the one asked for, else the middle of those that have what it needs."""
+    """The fault with its layer: the one asked for, else the middle of those that have what it
+    needs.
+    """
     place = KINDS[fault.kind].place
     if place is None:
         return fault
@@ -261,11 +297,15 @@ def _placed(fault: Fault, layout: Layout) -> Fault:
         "block": list(range(len(layout.layers))),
     }[place]
     if not able:
-        raise GeodiagError(f"{fault.kind} cannot be planted: a {layout.family} model has no place for it")
+        raise GeodiagError(
+            f"{fault.kind} cannot be planted: a {layout.family} model has no place for it"
+        )
     layer = able[len(able) // 2] if fault.layer is None else fault.layer
     if layer not in able:
         places = ", ".join(map(str, able))
-        raise GeodiagError(f"{fault.kind} cannot be planted in layer {layer}; layers that can take it: {places}")
+        raise GeodiagError(
+            f"{fault.kind} cannot be planted in layer {layer}; layers that can take it: {places}"
+        )
     if fault.kind == "bit-flip":
         site = next(e for e in layout.experts if e.layer == layer)
         damage.bit_of(fault.magnitude or 0.0, site.weights()["gate"].dtype)
@@ -286,7 +326,12 @@ same layer and expert, and 1.1 to the 31st power at the last. What lasts does so
 
 | kind | what is done | MAGNITUDE unless given | needs | lasts | grows |
 |---|---|---|---|---|---|"""
-    needs = {"experts": "experts", "router": "a learned router", "bias": "a balancing bias", "res": "hyper-connections"}
+    needs = {
+        "experts": "experts",
+        "router": "a learned router",
+        "bias": "a balancing bias",
+        "res": "hyper-connections",
+    }
     rows = [
         f"| `{name}` | {k.help} | {'–' if k.magnitude is None else f'{k.magnitude:g}'} "
         f"| {needs.get(k.place or '', 'nothing')} | {f'{LASTING} steps' if k.lasts else 'stays'} "

@@ -1,4 +1,6 @@
-"""What a planted fault does to the weights of experts and routers: once, in place, the same for the same step."""
+"""What a planted fault does to the weights of experts and routers: once, in place, the same for the
+same step.
+"""
 
 import torch
 from torch import Tensor
@@ -9,10 +11,14 @@ from geodiag.hooks.distributed.sharded_weights import edit
 
 
 def bit_of(place: float, dtype: torch.dtype) -> int:
-    """Which bit of a weight is meant, counted from its lowest. GeodiagError where the type is not that wide."""
+    """Which bit of a weight is meant, counted from its lowest. GeodiagError where the type is not
+    that wide.
+    """
     bits, bit = 8 * dtype.itemsize, int(place)
     if not -bits <= bit < bits:
-        raise GeodiagError(f"bit-flip={bit} flips nothing: the weights have {bits} bits; pass {-bits} to {bits - 1}")
+        raise GeodiagError(
+            f"bit-flip={bit} flips nothing: the weights have {bits} bits; pass {-bits} to {bits - 1}"
+        )
     return bit % bits
 
 

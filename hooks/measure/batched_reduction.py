@@ -1,4 +1,6 @@
-"""From what the taps saw to the slots: all places of a kind at once where it can be kept so long, else one by one."""
+"""From what the taps saw to the slots: all places of a kind at once where it can be kept so long,
+else one by one.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +17,9 @@ Report = Callable[[str, Exception], None]
 
 
 def keeps() -> bool:
-    """Whether what a hook sees can be kept for later: neither a compiled nor a captured graph runs its Python again."""
+    """Whether what a hook sees can be kept for later: neither a compiled nor a captured graph runs
+    its Python again.
+    """
     if torch.compiler.is_compiling():
         return False
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
@@ -24,7 +28,9 @@ def keeps() -> bool:
 class Reduction:
     """`saw` what a place shows, `finish` when the forward is over."""
 
-    def __init__(self, layout: Layout, slots: Slots, report: Report, replaying: Callable[[], bool]) -> None:
+    def __init__(
+        self, layout: Layout, slots: Slots, report: Report, replaying: Callable[[], bool]
+    ) -> None:
         self._layout, self._slots, self._report, self._replaying = layout, slots, report, replaying
         self._pending = Pending()
         self._broken: set[str] = set()
@@ -32,12 +38,19 @@ class Reduction:
             "maps": ("residual maps", self._maps),
             "stream": ("streams", self._stream),
             "written": ("streams after the sites", self._written),
-            "branch": ("block outputs", lambda places, seen: self._put(places, {"branch_norm": seen[0]})),
-            "grad": ("gradients", lambda places, seen: self._put(places, {"grad_square": seen[0].square()})),
+            "branch": (
+                "block outputs",
+                lambda places, seen: self._put(places, {"branch_norm": seen[0]}),
+            ),
+            "grad": (
+                "gradients",
+                lambda places, seen: self._put(places, {"grad_square": seen[0].square()}),
+            ),
             "router": ("routers", self._router),
             "act": ("experts", lambda places, seen: self._put(places, measure.experts(seen[0]))),
         }
-        """Kind → what a person calls it, and how stacked places of it are written, in this order."""
+        """Kind → what a person calls it, and how stacked places of it are written, in this order.
+        """
 
     def saw(self, kind: str, place: int, seen: tuple) -> None:
         """Keeps what a place shows; where nothing can be kept, writes it there and then."""
@@ -56,7 +69,9 @@ class Reduction:
             try:
                 for places, together in alike(seen, self._apart(kind)):
                     write(places, together)
-            except Exception as e:  # monitoring must not end a training: said once, then silent here
+            except (
+                Exception
+            ) as e:  # monitoring must not end a training: said once, then silent here
                 self._broken.add(kind)
                 self._report(said, e)
 
@@ -67,7 +82,9 @@ class Reduction:
     def _apart(self, kind: str) -> Callable[[int], Any]:
         """What keeps two places apart, beside their shapes."""
         routers = self._layout.routers
-        return (lambda i: (routers[i].k, routers[i].hashed)) if kind == "router" else (lambda _: None)
+        return (
+            (lambda i: (routers[i].k, routers[i].hashed)) if kind == "router" else (lambda _: None)
+        )
 
     # -- how each kind is written ------------------------------------------------------------
 
@@ -81,11 +98,18 @@ class Reduction:
         mixed = values.pop("mixed_norm")[: len(sites)]
         self._put(places, values)
         if sites:
-            self._put(sites, {"mixed_norm": mixed} | ({"post_norm": torch.ones_like(mixed)} if identity else {}))
+            self._put(
+                sites,
+                {"mixed_norm": mixed} | ({"post_norm": torch.ones_like(mixed)} if identity else {}),
+            )
 
     def _written(self, places: list[int], seen: WrittenView) -> None:
-        values = measure.written(seen.stats_TBF, seen.elements, self._slots.index(seen.stats_TBF.shape[1]))
-        self._put([p + 1 for p in places], {n: values.pop(n) for n in ("stream_sums", "stream_maxes")})
+        values = measure.written(
+            seen.stats_TBF, seen.elements, self._slots.index(seen.stats_TBF.shape[1])
+        )
+        self._put(
+            [p + 1 for p in places], {n: values.pop(n) for n in ("stream_sums", "stream_maxes")}
+        )
         self._put([*places, places[-1] + 1], {"stream_norm": values.pop("stream_norm")})
         self._put(places, values)
 

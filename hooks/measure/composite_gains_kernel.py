@@ -17,7 +17,9 @@ def _spread(value, gain, AXIS: tl.constexpr):
 
 @triton.jit
 def _spectral_norm(h, N: tl.constexpr):
-    """As `metrics.spectral_norm`: HᵀH squared six times over, its heaviest column, a Rayleigh quotient."""
+    """As `metrics.spectral_norm`: HᵀH squared six times over, its heaviest column, a Rayleigh
+    quotient.
+    """
     gram = tl.sum(h[:, :, :, None] * h[:, :, None, :], 1)
     power = tl.where(gram == gram, gram, 0.0)
     for _ in range(6):
@@ -27,15 +29,17 @@ def _spectral_norm(h, N: tl.constexpr):
     heaviest = tl.argmax(tl.sum(power * power, 1), 1)
     n = tl.arange(0, N)
     v = tl.sum(tl.where(n[None, None, :] == heaviest[:, None, None], power, 0.0), 2)
-    value = tl.sum(v * tl.sum(tl.where(gram == gram, gram, 0.0) * v[:, None, :], 2), 1) / tl.maximum(
-        tl.sum(v * v, 1), 1e-30
-    )
+    value = tl.sum(
+        v * tl.sum(tl.where(gram == gram, gram, 0.0) * v[:, None, :], 2), 1
+    ) / tl.maximum(tl.sum(v * v, 1), 1e-30)
     return tl.sqrt(tl.maximum(value, 0.0)) + 0.0 * tl.sum(tl.sum(h, 2), 1)
 
 
 @triton.jit(do_not_specialize=["S", "T"])
 def composite(res_ptr, out_ptr, S, T, N: tl.constexpr, BT: tl.constexpr):
-    """BT tokens through all sites: program (·, 0) forwards, (·, 1) backwards, (·, 2) each site by itself."""
+    """BT tokens through all sites: program (·, 0) forwards, (·, 1) backwards, (·, 2) each site by
+    itself.
+    """
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     n = tl.arange(0, N)
     live = t < T

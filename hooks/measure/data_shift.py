@@ -1,6 +1,8 @@
-"""Data shift: how far a batch's mean input embedding points away from where batches have pointed so far.
+"""Data shift: how far a batch's mean input embedding points away from where batches have pointed so
+far.
 
-Works at every step, sampled or not, and asks nothing of the host: slots of its own, and a running mean on the device.
+Works at every step, sampled or not, and asks nothing of the host: slots of its own, and a running
+mean on the device.
 """
 
 from collections.abc import Callable
@@ -21,7 +23,12 @@ class DataShift:
     """Hooks on the model and its embedding; `values` once a step, then `clear`."""
 
     def __init__(
-        self, model: nn.Module, layout: Layout, device: torch.device, micro_batches: int, report: Report
+        self,
+        model: nn.Module,
+        layout: Layout,
+        device: torch.device,
+        micro_batches: int,
+        report: Report,
     ) -> None:
         self._slots = Slots(device, micro_batches, sample=1)
         self._report, self._broken = report, False
@@ -30,7 +37,10 @@ class DataShift:
         embedding = _width(model)
         if layout.watch_input is not None and embedding:
             self._slots.add("embedding", 1, embedding)
-            self._handles = [model.register_forward_pre_hook(self._begin), *layout.watch_input(self._keep)]
+            self._handles = [
+                model.register_forward_pre_hook(self._begin),
+                *layout.watch_input(self._keep),
+            ]
 
     @torch.no_grad()
     def values(self) -> dict[str, Tensor]:

@@ -24,7 +24,9 @@ class Stopwatch:
     def __enter__(self) -> None:
         self._began = _mark() if self._cuda else time.perf_counter()
 
-    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+    def __exit__(
+        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
+    ) -> None:
         if self._cuda:
             began, ended = self._began, _mark()
             self.last = lambda: began.elapsed_time(ended) / 1e3

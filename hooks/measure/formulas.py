@@ -1,6 +1,7 @@
 """The measured quantities as functions: tensors in, tensors out, nothing read on the host.
 
-Definitions: docs/metrics.md. Orientation: `res_TNN` is the operator applied to the streams, x' = res @ x.
+Definitions: docs/metrics.md. Orientation: `res_TNN` is the operator applied to the streams, x' =
+res @ x.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# T tokens, S sites, N streams, C channels, E experts, K experts per token, A assignments, F expert dim
+# T tokens, S sites, N streams, C channels, E experts, K experts per token, A assignments, F expert
+# dim
 
 
 class Gains(NamedTuple):
@@ -39,8 +41,8 @@ def sinkhorn_residual(res_TNN: Tensor) -> Tensor:
 def composite_gains(res_STNN: Tensor) -> Gains:
     """Gains of the composites at every site, each (S, T).
 
-    Forward of P_s = H_s … H_1 and backward of Q_s = H_S … H_s, in the order of the sites. Row sums of a product
-    are the product applied to ones, so a vector a token suffices: H_s (… (H_1 1)).
+    Forward of P_s = H_s … H_1 and backward of Q_s = H_S … H_s, in the order of the sites. Row sums
+    of a product are the product applied to ones, so a vector a token suffices: H_s (… (H_1 1)).
     """
     sites, tokens, n, _ = res_STNN.shape
     rows = torch.ones(tokens, n, device=res_STNN.device, dtype=res_STNN.dtype)
@@ -61,11 +63,14 @@ _SQUARINGS = 6
 
 @torch.no_grad()
 def spectral_norm(maps: Tensor) -> Tensor:
-    """‖H‖₂ of small maps (…, N, N): power iteration on HᵀH by repeated squaring, then a Rayleigh quotient.
+    """‖H‖₂ of small maps (…, N, N): power iteration on HᵀH by repeated squaring, then a Rayleigh
+    quotient.
 
-    2⁶ = 64 iterations; from below, and within 1e-3 even where the two largest singular values are close.
+    2⁶ = 64 iterations; from below, and within 1e-3 even where the two largest singular values are
+    close.
     """
-    # Tokens last, products by broadcasting: thousands of 4×4 matrices are no work for a matmul library.
+    # Tokens last, products by broadcasting: thousands of 4×4 matrices are no work for a matmul
+    # library.
     h = maps.flatten(0, -3).permute(1, 2, 0).contiguous()
     gram = _times(h.transpose(0, 1), h)
     power = gram
@@ -110,7 +115,9 @@ def clamp_hits(gate_AF: Tensor, up_AF: Tensor, gate_limit: float, up_limit: floa
 def by_expert(values_A: Tensor, expert_A: Tensor, experts: int, reduce: str = "sum") -> Tensor:
     """Sums (or "amax") of a per-row value over each expert's rows; 0 for an expert with none."""
     start = torch.zeros(experts, device=values_A.device)
-    return start.scatter_reduce(0, expert_A.long(), values_A.float(), reduce, include_self=reduce == "sum")
+    return start.scatter_reduce(
+        0, expert_A.long(), values_A.float(), reduce, include_self=reduce == "sum"
+    )
 
 
 @torch.no_grad()
@@ -171,7 +178,8 @@ def load_cv(load_E: Tensor) -> Tensor:
 @torch.no_grad()
 def power_step(weight_ERC: Tensor, vector_EC: Tensor) -> tuple[Tensor, Tensor]:
     """One power iteration on each matrix: the estimate ‖W v‖ for unit v, and the next v."""
-    # In the weights' own type: sums are wide inside a product, and a copy of all experts would be most of the cost.
+    # In the weights' own type: sums are wide inside a product, and a copy of all experts would be
+    # most of the cost.
     u = (weight_ERC @ vector_EC.unsqueeze(-1).to(weight_ERC.dtype)).squeeze(-1).float()
     v = (weight_ERC.mT @ u.unsqueeze(-1).to(weight_ERC.dtype)).squeeze(-1).float()
     return u.norm(dim=-1), torch.nn.functional.normalize(v, dim=-1)

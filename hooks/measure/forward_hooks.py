@@ -1,8 +1,9 @@
 """The taps: what each place of a layout writes into the slots when the model runs.
 
-Nothing here reads a value on the host, and nothing changes what the model computes. Outside of torch.compile and CUDA
-graphs a hook only keeps what it sees; when the forward is over, all places are reduced at once. Inside, where nothing
-can be kept from one place to the next, each writes for itself.
+Nothing here reads a value on the host, and nothing changes what the model computes. Outside of
+torch.compile and CUDA graphs a hook only keeps what it sees; when the forward is over, all places
+are reduced at once. Inside, where nothing can be kept from one place to the next, each writes for
+itself.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,8 @@ from geodiag.hooks.measure.reduce import Maps, Routed
 from geodiag.hooks.measure.step_buffers import Slots
 from geodiag.hooks.measure.stream_gradient_norms import StreamGradients
 
-# T tokens, N streams, C channels, E experts, K experts per token, A assignments, F expert dim, P places
+# T tokens, N streams, C channels, E experts, K experts per token, A assignments, F expert dim, P
+# places
 
 COUNTERFACTUAL_LIMIT = 10.0
 GROUPS = frozenset(TAPPED)
@@ -45,15 +47,22 @@ class Taps:
         """Whether anticipatory routing chooses this batch's experts."""
         self.past_weights: list[Tensor | None] = [None] * len(layout.routers)
         self.past_biases: list[Tensor | None] = [None] * len(layout.routers)
-        self.act_places = [(i, kind) for i, e in enumerate(layout.experts) for kind in range(len(e.watch))]
-        """Which layer's routed (0) or shared (1) experts each place of the activation buffers belongs to."""
-        self.act_owner = torch.tensor([i for i, _ in self.act_places], dtype=torch.int64, device=slots.device)
+        self.act_places = [
+            (i, kind) for i, e in enumerate(layout.experts) for kind in range(len(e.watch))
+        ]
+        """Which layer's routed (0) or shared (1) experts each place of the activation buffers
+        belongs to.
+        """
+        self.act_owner = torch.tensor(
+            [i for i, _ in self.act_places], dtype=torch.int64, device=slots.device
+        )
         routed = [p for p, (_, kind) in enumerate(self.act_places) if kind == 0]
         self.routed_places = torch.tensor(routed, dtype=torch.int64, device=slots.device)
         self.quantiles = torch.tensor([0.01, 0.10], device=slots.device)
         """Of the margins; here, because a tensor from the host would make the step wait."""
         self._flags = {
-            g: torch.ones((), dtype=torch.int32, device=slots.device) for g in ("gains", "streams", "experts")
+            g: torch.ones((), dtype=torch.int32, device=slots.device)
+            for g in ("gains", "streams", "experts")
         }
         self._due = GROUPS
         self._broken: set[str] = set()
@@ -66,7 +75,9 @@ class Taps:
 
     @property
     def due(self) -> frozenset[str]:
-        """Groups that the coming step measures. Kernels hear of it through flags on the device: no graph is new."""
+        """Groups that the coming step measures. Kernels hear of it through flags on the device: no
+        graph is new.
+        """
         return self._due
 
     @due.setter
@@ -121,33 +132,52 @@ class Taps:
         self._handles.append(model.register_forward_pre_hook(self._begin))
         lay = self.layout
         gains, streams = self._flags["gains"], self._flags["streams"]
-        self._told = {i for i, s in enumerate(lay.sites) if s.measure is not None and s.measure(gains, streams)}
+        self._told = {
+            i
+            for i, s in enumerate(lay.sites)
+            if s.measure is not None and s.measure(gains, streams)
+        }
         for i, site in enumerate(lay.sites):
             where = f"layer {site.layer} {site.site}"
             told = i in self._told
-            self._handles += site.watch_mix(self._sink(where, "mix" if i else "first", i, partial(self._mix, i, told)))
+            self._handles += site.watch_mix(
+                self._sink(where, "mix" if i else "first", i, partial(self._mix, i, told))
+            )
             if told and site.watch_written is not None:
                 sink = self._sink(f"{where} streams", "written", i, partial(self._written, i))
                 self._handles += site.watch_written(sink)
             elif site.watch_branch is not None:
-                self._handles += site.watch_branch(self._sink(f"{where} output", "branch", i, partial(self._branch, i)))
+                self._handles += site.watch_branch(
+                    self._sink(f"{where} output", "branch", i, partial(self._branch, i))
+                )
         if lay.watch_end is not None:
             end = len(lay.sites)
-            sink = self._sink("last stream", "mix", end, lambda x: self._mix(end, end - 1 in self._told, MixView(x)))
+            sink = self._sink(
+                "last stream",
+                "mix",
+                end,
+                lambda x: self._mix(end, end - 1 in self._told, MixView(x)),
+            )
             self._handles += lay.watch_end(sink)
         for i, router in enumerate(lay.routers):
-            sink = self._sink(f"layer {router.layer} router", "router", i, partial(self._router, i, router))
+            sink = self._sink(
+                f"layer {router.layer} router", "router", i, partial(self._router, i, router)
+            )
             self._handles += router.watch(sink)
         for place, (i, kind) in enumerate(self.act_places):
             expert = lay.experts[i]
             if expert.measure is not None and kind == 0:
                 expert.measure(self._flags["experts"])
-            sink = self._sink(f"layer {expert.layer} experts", "act", place, partial(self._act, place, expert))
+            sink = self._sink(
+                f"layer {expert.layer} experts", "act", place, partial(self._act, place, expert)
+            )
             self._handles += expert.watch[kind](sink)
         self._handles.append(model.register_forward_hook(self._end_of_forward))
 
     def _sink(self, where: str, kind: str, place: int, write: Callable[[Any], None]) -> Sink:
-        """A forward without gradient (evaluation, probe, capture) is not the training step: it leaves no trace."""
+        """A forward without gradient (evaluation, probe, capture) is not the training step: it
+        leaves no trace.
+        """
         groups = _GROUPS_OF[kind]
 
         def sink(view: Callable[[], Any]) -> None:
@@ -159,17 +189,22 @@ class Taps:
                     return  # a checkpoint computes it once more, in the backward
                 self._recorded.add((kind, place))
             try:
-                # What a view computes has no part in the gradient; nor may a checkpoint count it among what it saves.
+                # What a view computes has no part in the gradient; nor may a checkpoint count it
+                # among what it saves.
                 with torch.no_grad():
                     write(view())
-            except Exception as e:  # monitoring must not end a training: said once, then silent here
+            except (
+                Exception
+            ) as e:  # monitoring must not end a training: said once, then silent here
                 self._broken.add(where)
                 self._report(where, e)
 
         return sink
 
     def _one_graph(self) -> bool:
-        """Where kernels look at the flags themselves, one compiled graph serves every step, whatever is due."""
+        """Where kernels look at the flags themselves, one compiled graph serves every step,
+        whatever is due.
+        """
         return bool(self._told) and torch.compiler.is_compiling()
 
     def _begin(self, *_: Any) -> None:
@@ -205,14 +240,18 @@ class Taps:
             logits = None if view.logits_TNN is None else view.logits_TNN.detach().flatten(0, -3)
             self._reduction.saw("maps", place, Maps(pre, post, res, logits, view.stats_PW))
         if not told:
-            self._reduction.saw("stream", place, measure.stream(x_TNC, self.slots.index(len(x_TNC))))
+            self._reduction.saw(
+                "stream", place, measure.stream(x_TNC, self.slots.index(len(x_TNC)))
+            )
 
     def _written(self, place: int, view: WrittenView) -> None:
         self._reduction.saw("written", place, WrittenView(view.stats_TBF.detach(), view.elements))
 
     def _branch(self, place: int, branch: Tensor) -> None:
         sample = self.slots.sample(branch.detach().flatten(0, -2))
-        self._reduction.saw("branch", place, (torch.linalg.vector_norm(sample, dim=-1, dtype=torch.float32),))
+        self._reduction.saw(
+            "branch", place, (torch.linalg.vector_norm(sample, dim=-1, dtype=torch.float32),)
+        )
 
     @torch.no_grad()
     def _router(self, place: int, site: RouterSite, view: RouterView) -> None:
@@ -223,7 +262,9 @@ class Taps:
         # The trainer moves the bias in place before the step is over.
         live = None if view.bias_E is None else view.bias_E.detach().clone()
         scores, weights = view.scores_TE.detach(), view.weights_TK.detach()
-        self._reduction.saw("router", place, Routed(scores, live, view.expert_ids_TK, weights, past))
+        self._reduction.saw(
+            "router", place, Routed(scores, live, view.expert_ids_TK, weights, past)
+        )
 
     def _act(self, place: int, site: ExpertSite, view: ActView) -> None:
         if view.counts_E8 is not None:

@@ -46,7 +46,9 @@ PROBED: dict[str, frozenset[str]] = {
     "attention": _of("layers", "attn_logit_max"),
     "curvature": _of("layers", "curvature curvature_max") | _of("experts", "curvature"),
     "growth": _of("layers", "perturbation_growth"),
-    "spectra": _of("layers", "spectral_norm_router spectral_norm_gate spectral_norm_up spectral_norm_down"),
+    "spectra": _of(
+        "layers", "spectral_norm_router spectral_norm_gate spectral_norm_up spectral_norm_down"
+    ),
 }
 """Measured at the end of a step, on the probe batch or the weights."""
 
@@ -70,7 +72,9 @@ _AT_LAYERS = ("site", "router", "act", "attn", "layer")
 
 def due_only(values: dict[str, Tensor], due: Set[str]) -> dict[str, Tensor]:
     """What of a step's values is to be recorded at this step."""
-    return {key: value for key, value in values.items() if _metric(key) is None or _metric(key) in due}
+    return {
+        key: value for key, value in values.items() if _metric(key) is None or _metric(key) in due
+    }
 
 
 def _metric(key: str) -> str | None:

@@ -1,6 +1,7 @@
 """What the hooks of one forward saw, kept until it can be reduced for all places at once.
 
-Launching is what measuring costs on a GPU: a few operations on stacked tensors, instead of a few at every place.
+Launching is what measuring costs on a GPU: a few operations on stacked tensors, instead of a few at
+every place.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -27,8 +28,11 @@ class Pending:
         self._seen.clear()
 
 
-def alike(seen: dict[int, Any], more: Callable[[int], Hashable] = lambda _: None) -> Iterator[tuple[list[int], Any]]:
-    """Places whose tensors have the same shapes, and whatever else `more` says, with their tensors stacked.
+def alike(
+    seen: dict[int, Any], more: Callable[[int], Hashable] = lambda _: None
+) -> Iterator[tuple[list[int], Any]]:
+    """Places whose tensors have the same shapes, and whatever else `more` says, with their tensors
+    stacked.
 
     (Not all places of a model need have the same number of experts, or show the same things.)
     """

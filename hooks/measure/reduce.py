@@ -1,4 +1,5 @@
-"""What the taps saw, reduced for all places at once: stacked tensors in, one value a place and buffer out.
+"""What the taps saw, reduced for all places at once: stacked tensors in, one value a place and
+buffer out.
 
 Sums over tokens where the registry says mean: micro-batches are then weighed by what they have.
 """
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from geodiag.hooks.measure import formulas as metrics
 
-# S sites, L routers, T tokens, N streams, E experts, K experts per token, A assignments, F expert dim
+# S sites, L routers, T tokens, N streams, E experts, K experts per token, A assignments, F expert
+# dim
 
 SITE_SUMS = (
     "amax_gain_fwd",
@@ -29,7 +31,13 @@ SITE_MAXES = (
     "res_logit_min",
 )
 """The last with its sign turned, so that it is a maximum too."""
-ROUTER_SUMS = ("router_margin_mean", "router_entropy", "bias_jaccard", "flip_rate_router", "flip_rate_anticipatory")
+ROUTER_SUMS = (
+    "router_margin_mean",
+    "router_entropy",
+    "bias_jaccard",
+    "flip_rate_router",
+    "flip_rate_anticipatory",
+)
 COUNT_SUMS = ("clamp_gate_rate", "clamp_up_high_rate", "clamp_up_low_rate", "square", "elements")
 COUNT_MAXES = ("gate_amax", "up_amax", "act_amax")
 
@@ -38,8 +46,9 @@ Values = dict[str, Tensor]
 
 
 class Maps(NamedTuple):
-    """The maps of a site. `pre` and `logits` are None where a model does not show them; `stats` are the rows that a
-    kernel measured on the way, sums and maxima in the order above."""
+    """The maps of a site. `pre` and `logits` are None where a model does not show them; `stats` are
+    the rows that a kernel measured on the way, sums and maxima in the order above.
+    """
 
     pre_TN: Tensor | None
     post_TN: Tensor
@@ -59,8 +68,15 @@ def maps(seen: Maps, index: Tensor | None) -> Values:
         sums, maxes = (seen.stats_PW[..., :6].sum(1), seen.stats_PW[..., 6:12].amax(1))
     else:
         sums, maxes = _geometry(post, res, seen.logits_TNN)
-    post_norm = torch.linalg.vector_norm(post if index is None else post.index_select(1, index), dim=-1)
-    return {"site_sums": torch.cat([sums, means], -1), "site_maxes": maxes, "res": sample, "post_norm": post_norm}
+    post_norm = torch.linalg.vector_norm(
+        post if index is None else post.index_select(1, index), dim=-1
+    )
+    return {
+        "site_sums": torch.cat([sums, means], -1),
+        "site_maxes": maxes,
+        "res": sample,
+        "post_norm": post_norm,
+    }
 
 
 def _geometry(post: Tensor, res: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -72,11 +88,15 @@ def _geometry(post: Tensor, res: Tensor, logits: Tensor | None) -> tuple[Tensor,
         low, high = logits.float().flatten(1).aminmax(dim=1)
     sums = torch.stack([g.fwd_T, g.bwd_T, g.fwd_min_T, g.bwd_min_T, concentration]).sum(-1).unbind()
     most = torch.stack([g.fwd_T, g.bwd_T, metrics.sinkhorn_residual(res)]).amax(-1).unbind()
-    return torch.stack([*sums[:4], unknown, sums[4]], -1), torch.stack([*most[:2], unknown, most[2], high, -low], -1)
+    return torch.stack([*sums[:4], unknown, sums[4]], -1), torch.stack(
+        [*most[:2], unknown, most[2], high, -low], -1
+    )
 
 
 class Stream(NamedTuple):
-    """The streams that enter a site: ‖X‖_F and the largest magnitude of all tokens, X Xᵀ of the sampled ones."""
+    """The streams that enter a site: ‖X‖_F and the largest magnitude of all tokens, X Xᵀ of the
+    sampled ones.
+    """
 
     norm: Tensor
     amax: Tensor
@@ -90,12 +110,15 @@ def stream(x_TNC: Tensor, index: Tensor | None) -> Stream:
     sample = (x_TNC if index is None else x_TNC.index_select(0, index)).float()
     norm = torch.linalg.vector_norm(x_TNC, dtype=torch.float32)
     low, high = x_TNC.aminmax()  # the ∞-norm takes twenty times as long on a CPU
-    return Stream(norm, torch.maximum(high, -low).float(), sample @ sample.mT, x_TNC.shape[1] * x_TNC.shape[2])
+    return Stream(
+        norm, torch.maximum(high, -low).float(), sample @ sample.mT, x_TNC.shape[1] * x_TNC.shape[2]
+    )
 
 
 @torch.no_grad()
 def streams(seen: Stream, res: Tensor | None) -> Values:
-    """`seen` with a first dimension of places, first those of `res`, the sampled tokens' H_res; None for identity.
+    """`seen` with a first dimension of places, first those of `res`, the sampled tokens' H_res;
+    None for identity.
 
     ‖H X‖² = tr(H X Xᵀ Hᵀ), so that no more of X than X Xᵀ is kept until all sites are in.
     """
@@ -114,9 +137,11 @@ def streams(seen: Stream, res: Tensor | None) -> Values:
 
 @torch.no_grad()
 def written(stats_STBF: Tensor, elements: int, index: Tensor | None) -> Values:
-    """What kernels measured of the streams after each site: amax and ‖·‖² of X', H_postᵀf, H_res X, X.
+    """What kernels measured of the streams after each site: amax and ‖·‖² of X', H_postᵀf, H_res X,
+    X.
 
-    The streams after one site enter the next, so these are the values of places 1 to S, and a sample more.
+    The streams after one site enter the next, so these are the values of places 1 to S, and a
+    sample more.
     """
     amax, after = stats_STBF[..., 0].amax((1, 2)), stats_STBF[..., 1].sum((1, 2))
     rows = stats_STBF if index is None else stats_STBF.index_select(1, index)
@@ -133,7 +158,9 @@ def written(stats_STBF: Tensor, elements: int, index: Tensor | None) -> Values:
 
 
 class Routed(NamedTuple):
-    """A router's forward. `past` are the sampled tokens' affinities, bias and all, by the router of Δ steps ago."""
+    """A router's forward. `past` are the sampled tokens' affinities, bias and all, by the router of
+    Δ steps ago.
+    """
 
     scores_TE: Tensor
     bias_E: Tensor | None
@@ -144,10 +171,14 @@ class Routed(NamedTuple):
 
 @torch.no_grad()
 def routers(seen: Routed, k: int, hashed: bool, replaying: bool, index: Tensor | None) -> Values:
-    """`seen` with a first dimension of routers. A hash router chooses by nothing: it has load and entropy."""
+    """`seen` with a first dimension of routers. A hash router chooses by nothing: it has load and
+    entropy.
+    """
     scores, ids = seen.scores_TE.float(), seen.ids_TK.flatten(1).long()
     tokens, experts = scores.shape[1:]
-    load = scores.new_zeros(len(ids), experts).scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))
+    load = scores.new_zeros(len(ids), experts).scatter_add_(
+        1, ids, torch.ones_like(ids, dtype=torch.float32)
+    )
     mass = torch.zeros_like(load).scatter_add_(1, ids, seen.weights_TK.flatten(1).float())
     entropy = metrics.entropy(scores).sum(1)
     unknown = torch.full_like(entropy, torch.nan)
@@ -174,11 +205,18 @@ def routers(seen: Routed, k: int, hashed: bool, replaying: bool, index: Tensor |
 
 @torch.no_grad()
 def counts(
-    gate: Tensor, up: Tensor, act: Tensor, expert_A: Tensor | None, experts: int, limits: tuple[float, float]
+    gate: Tensor,
+    up: Tensor,
+    act: Tensor,
+    expert_A: Tensor | None,
+    experts: int,
+    limits: tuple[float, float],
 ) -> Tensor:
-    """(E, 8), columns as COUNT_SUMS (hits, square, elements) around COUNT_MAXES; rows of one expert are its first's.
+    """(E, 8), columns as COUNT_SUMS (hits, square, elements) around COUNT_MAXES; rows of one expert
+    are its first's.
 
-    The same table as the fused activation's own: three kinds of hits, three extrema, Σ product², elements.
+    The same table as the fused activation's own: three kinds of hits, three extrema, Σ product²,
+    elements.
     """
     hits = metrics.clamp_hits(gate, up, *limits)
     squares = torch.linalg.vector_norm(act, dim=-1, dtype=torch.float32).square()
@@ -189,7 +227,9 @@ def counts(
     else:
         at = expert_A.long().unsqueeze(-1)
         sums = sums_A5.new_zeros(experts, 5).scatter_add_(0, at.expand(-1, 5), sums_A5)
-        extrema = sums_A5.new_zeros(experts, 3).scatter_reduce_(0, at.expand(-1, 3), extrema_A3, "amax")
+        extrema = sums_A5.new_zeros(experts, 3).scatter_reduce_(
+            0, at.expand(-1, 3), extrema_A3, "amax"
+        )
     return torch.cat([sums[:, :3], extrema, sums[:, 3:]], -1)
 
 

@@ -1,4 +1,6 @@
-"""What the routers were Δ steps ago, kept on the device, so that a router's own drift can be told from its input's."""
+"""What the routers were Δ steps ago, kept on the device, so that a router's own drift can be told
+from its input's.
+"""
 
 from collections import deque
 from collections.abc import Callable
@@ -24,7 +26,9 @@ class RouterPast:
         """Whether the step that just ended had weights of Δ steps ago to compare with."""
         self._spread = [is_spread(r.weight()) for r in layout.routers]
         self._used: dict[int, Tensor] = {}
-        """What is spread over ranks between the steps is whole in a forward: taken there, nobody need be asked."""
+        """What is spread over ranks between the steps is whole in a forward: taken there, nobody
+        need be asked.
+        """
         self._handles: list[Removable] = [
             r.module.register_forward_hook(self._take(place, r))
             for place, r in enumerate(layout.routers)
@@ -45,7 +49,9 @@ class RouterPast:
         return hook
 
     def remember(self, taps: Taps) -> None:
-        """After a step: keeps today's routers, and gives the coming step those that are then Δ steps old."""
+        """After a step: keeps today's routers, and gives the coming step those that are then Δ
+        steps old.
+        """
         self.ready = len(self._ring) > self.lag
         self._remember()
         if len(self._ring) > self.lag + 1:
@@ -53,7 +59,9 @@ class RouterPast:
         if len(self._ring) > self.lag:
             for place, (weight, bias) in enumerate(self._ring[0]):
                 # What a forward used is a step older than what stands at the step's end.
-                taps.past_weights[place] = self._ring[1][place][0] if self._spread[place] else weight
+                taps.past_weights[place] = (
+                    self._ring[1][place][0] if self._spread[place] else weight
+                )
                 taps.past_biases[place] = bias
 
     @torch.no_grad()
@@ -61,6 +69,8 @@ class RouterPast:
         snapshot: Snapshot = []
         for place, router in enumerate(self.layout.routers):
             bias = router.bias()
-            weight = self._used.get(place) if self._spread[place] else router.weight().detach().clone()
+            weight = (
+                self._used.get(place) if self._spread[place] else router.weight().detach().clone()
+            )
             snapshot.append((weight, None if bias is None else bias.clone()))
         self._ring.append(snapshot)

@@ -21,8 +21,9 @@ Kind = Literal["sum", "max", "sample"]
 class Slots:
     """Named float32 buffers of shape (M, P, …), and how they become one step's values.
 
-    Buffers of one kind lie in one storage, so that clearing and reducing them is one operation. A NaN that was
-    measured stays a NaN in every reduction; slots and tokens that were not used take no part.
+    Buffers of one kind lie in one storage, so that clearing and reducing them is one operation. A
+    NaN that was measured stays a NaN in every reduction; slots and tokens that were not used take
+    no part.
     """
 
     def __init__(self, device: torch.device, slots: int, sample: int) -> None:
@@ -38,8 +39,13 @@ class Slots:
         self.add("sampled", 1)
 
     def add(self, name: str, places: int, *shape: int, kind: Kind = "sum") -> None:
-        """Declares a buffer, before the first is written; kind "sample" has a value a sampled token, place by place."""
-        self._shapes[name] = (kind, (places, self.sample_size, *shape) if kind == "sample" else (places, *shape))
+        """Declares a buffer, before the first is written; kind "sample" has a value a sampled
+        token, place by place.
+        """
+        self._shapes[name] = (
+            kind,
+            (places, self.sample_size, *shape) if kind == "sample" else (places, *shape),
+        )
         self._lay_out()
 
     def _lay_out(self, kept: dict[Kind, Tensor] | None = None) -> None:
@@ -60,7 +66,9 @@ class Slots:
     # -- writing, from hooks -----------------------------------------------------------------
 
     def begin(self) -> None:
-        """A forward that will be differentiated begins: the next slot, and room for it where there is none."""
+        """A forward that will be differentiated begins: the next slot, and room for it where there
+        is none.
+        """
         if not torch.compiler.is_compiling():
             self._begun += 1
             if self._begun > self.slots:
@@ -68,7 +76,9 @@ class Slots:
         self.current.add_(1)
 
     def _grow(self) -> None:
-        """Twice the slots. In a compiled forward, which cannot grow, later micro-batches replace the oldest."""
+        """Twice the slots. In a compiled forward, which cannot grow, later micro-batches replace
+        the oldest.
+        """
         self.slots *= 2
         self._lay_out(self._storages.copy())
 
@@ -83,7 +93,8 @@ class Slots:
     def put_all(self, name: str, values_P: Tensor, places: list[int]) -> None:
         """`put` of several places at once, in rising order."""
         buffer = self._buffers[name]
-        # A short sample, or a layer of fewer experts than others, leaves the rest 0, which takes no part.
+        # A short sample, or a layer of fewer experts than others, leaves the rest 0, which takes no
+        # part.
         missing = [b - v for b, v in zip(buffer.shape[2:], values_P.shape[1:], strict=True)]
         if any(missing):
             values_P = F.pad(values_P, [n for short in reversed(missing) for n in (0, short)])
@@ -104,14 +115,20 @@ class Slots:
     def count_tokens(self, tokens: int) -> None:
         """Says how many tokens this micro-batch has; they weigh the means."""
         self.put("tokens", 0, torch.full((1,), float(tokens), device=self.device))
-        self.put("sampled", 0, torch.full((1,), float(min(tokens, self.sample_size)), device=self.device))
+        self.put(
+            "sampled", 0, torch.full((1,), float(min(tokens, self.sample_size)), device=self.device)
+        )
 
     def index(self, tokens: int) -> Tensor | None:
-        """Which of so many tokens are sampled: evenly spaced ones, the same in every hook; None for all."""
+        """Which of so many tokens are sampled: evenly spaced ones, the same in every hook; None for
+        all.
+        """
         if tokens <= self.sample_size:
             return None
         if tokens not in self._indices:
-            self._indices[tokens] = torch.linspace(0, tokens - 1, self.sample_size, device=self.device).long()
+            self._indices[tokens] = torch.linspace(
+                0, tokens - 1, self.sample_size, device=self.device
+            ).long()
         return self._indices[tokens]
 
     def sample(self, x: Tensor, dim: int = 0) -> Tensor:
@@ -147,7 +164,9 @@ class Slots:
         """One buffer, (P, …), mean over micro-batches, weighted by their tokens."""
         used, buffer = self._used_like(name), self._buffers[name]
         weight = self._buffers["tokens"].view(-1, *[1] * (buffer.dim() - 1))
-        return torch.where(used, buffer * weight, 0.0).sum(0) / torch.where(used, weight, 0.0).sum(0)
+        return torch.where(used, buffer * weight, 0.0).sum(0) / torch.where(used, weight, 0.0).sum(
+            0
+        )
 
     def _used_like(self, name: str) -> Tensor:
         return self._used().view(-1, *[1] * (self._buffers[name].dim() - 1))

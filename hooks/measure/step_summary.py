@@ -13,7 +13,9 @@ from geodiag.hooks.measure.step_buffers import Slots
 # P places, S sites, T sampled tokens, N streams, E experts
 
 Values = dict[str, Tensor]
-"""Metric → one value a site ("site/…"), router ("router/…"), expert layer ("act/…") or expert ("expert/…")."""
+"""Metric → one value a site ("site/…"), router ("router/…"), expert layer ("act/…") or expert
+("expert/…").
+"""
 
 
 @torch.no_grad()
@@ -67,14 +69,21 @@ def _streams(slots: Slots, found: Values, mask: Tensor, branches: bool) -> Value
 def _gains(slots: Slots, found: Values, mask: Tensor, lay: Layout) -> Values:
     n, sums = lay.streams, found["site_sums"] / found["tokens"]
     mean_maps = sums[:, len(SITE_SUMS) :]
-    values = _named("site", SITE_SUMS, sums[:, : len(SITE_SUMS)]) | _named("site", SITE_MAXES, found["site_maxes"])
+    values = _named("site", SITE_SUMS, sums[:, : len(SITE_SUMS)]) | _named(
+        "site", SITE_MAXES, found["site_maxes"]
+    )
     values["site/res_logit_min"] = -values["site/res_logit_min"]
     chains = composites(slots.sampled("res"))
     onwards = chains[4].flip(0).cumprod(0).flip(0)
-    means, most = _token_mean(torch.cat([chains, onwards[None]]), mask), _token_max(chains[::2], mask)
+    means, most = (
+        _token_mean(torch.cat([chains, onwards[None]]), mask),
+        _token_max(chains[::2], mask),
+    )
     for name, sampled in (("spectral_norm_res", means[4]), ("spectral_norm_res_max", most[2])):
         # Of all tokens, where a kernel measured it.
-        values[f"site/{name}"] = torch.where(values[f"site/{name}"].isnan(), sampled, values[f"site/{name}"])
+        values[f"site/{name}"] = torch.where(
+            values[f"site/{name}"].isnan(), sampled, values[f"site/{name}"]
+        )
     mean_res = mean_maps[:, 2 * n :].unflatten(-1, (n, n))
     single, chain = metrics.amax_gains(mean_res), composites(mean_res.unsqueeze(1)).squeeze(-1)
     return values | {
@@ -132,7 +141,9 @@ def _experts(found: Values, taps: Taps) -> Values:
     extremes = extremes.scatter_reduce(0, owner.unsqueeze(-1).expand_as(most), most, "amax")
     routed_LEW = sums_PEW.index_select(0, taps.routed_places)
     square, elements = routed_LEW[..., -2], routed_LEW[..., -1]
-    rms = (square / elements).sqrt()  # 0/0 for an expert that saw no token: NaN, which means "not applicable"
+    rms = (
+        square / elements
+    ).sqrt()  # 0/0 for an expert that saw no token: NaN, which means "not applicable"
     high, low = metrics.over_median(rms)
     return {
         **_named("act", COUNT_SUMS[:3], total[:, :3] / total[:, -1:]),

@@ -1,4 +1,6 @@
-"""Norms of the streams' gradients, taken as the backward comes by: eager, compiled, or in a captured CUDA graph."""
+"""Norms of the streams' gradients, taken as the backward comes by: eager, compiled, or in a
+captured CUDA graph.
+"""
 
 from collections.abc import Callable
 
@@ -12,10 +14,11 @@ from geodiag.hooks.measure.step_buffers import Slots, assign
 class StreamGradients:
     """`watch` has the norm of a place's gradient written into the slots.
 
-    A graph that is compiled gets a call that nobody looks into and that hooks the graph's own tensor whenever it runs.
-    What comes into the graph from outside has its whole gradient only there: an ordinary hook, which torch.compile puts
-    outside, sees that. On a graph's own tensors torch before 2.13 loses ordinary hooks, or trips over two of them that
-    know the same buffer; so there they do nothing.
+    A graph that is compiled gets a call that nobody looks into and that hooks the graph's own
+    tensor whenever it runs. What comes into the graph from outside has its whole gradient only
+    there: an ordinary hook, which torch.compile puts outside, sees that. On a graph's own tensors
+    torch before 2.13 loses ordinary hooks, or trips over two of them that know the same buffer; so
+    there they do nothing.
     """
 
     def __init__(self, slots: Slots, reduction: Reduction, report: Report) -> None:
@@ -23,13 +26,17 @@ class StreamGradients:
         self._broken = False
 
         def hooked(streams: Tensor, buffer: Tensor, current: Tensor, place: int) -> None:
-            streams.register_hook(lambda grad: self._try(lambda: assign(buffer, current, place, _norm(grad).square())))
+            streams.register_hook(
+                lambda grad: self._try(lambda: assign(buffer, current, place, _norm(grad).square()))
+            )
 
         self._hooked = torch.compiler.allow_in_graph(hooked)
 
     def watch(self, place: int, streams: Tensor) -> None:
         """Hooks a tensor that was just computed."""
-        with torch.enable_grad():  # or torch before 2.13 takes the tensor for one without gradient from here on
+        with (
+            torch.enable_grad()
+        ):  # or torch before 2.13 takes the tensor for one without gradient from here on
             streams.register_hook(lambda grad: self._passes(place, grad))
         if torch.compiler.is_compiling():
             self._hooked(streams, self._slots.buffer("grad_square"), self._slots.current, place)

@@ -16,11 +16,15 @@ Arguments = tuple[tuple, dict[str, Any]]
 
 
 class Enough(BaseException):
-    """Ends a probe's forward where nothing more is wanted of it. No Exception: a model may catch those."""
+    """Ends a probe's forward where nothing more is wanted of it. No Exception: a model may catch
+    those.
+    """
 
 
 class ProbeBatch:
-    """What the model is called with; given by the user, or taken from the first batch that is trained on."""
+    """What the model is called with; given by the user, or taken from the first batch that is
+    trained on.
+    """
 
     def __init__(self, model: nn.Module, given: tuple | Mapping[str, Any] | None) -> None:
         self.model = model
@@ -39,40 +43,54 @@ class ProbeBatch:
     def state_dict(self) -> dict[str, Any]:
         """The batch, where it is not the user's own: a resumed training probes with the same.
 
-        A batch of more than tensors and plain values (a mask that is a function, a cache) may be what no disk can keep:
-        a training resumed without it takes the first that it meets.
+        A batch of more than tensors and plain values (a mask that is a function, a cache) may be
+        what no disk can keep: a training resumed without it takes the first that it meets.
         """
-        plain = all(isinstance(v, Tensor | bool | int | float | str | None) for v in _values(self._args, self._kwargs))
+        plain = all(
+            isinstance(v, Tensor | bool | int | float | str | None)
+            for v in _values(self._args, self._kwargs)
+        )
         return {"args": self._args, "kwargs": self._kwargs} if plain and not self._given else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state and not self._given:
-            self._args, self._kwargs = _changed(state["args"], state["kwargs"], lambda t: t.to(self._device))
+            self._args, self._kwargs = _changed(
+                state["args"], state["kwargs"], lambda t: t.to(self._device)
+            )
 
     def meet(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward of the training: its autocast is the probe's too, and without a batch this one is taken,
-        at most `PROBE_TOKENS` tokens of it."""
+        """A forward of the training: its autocast is the probe's too, and without a batch this one
+        is taken, at most `PROBE_TOKENS` tokens of it.
+        """
         device = self._device.type
         self._autocast = device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         if self.ready:
             return
         shape = _shape(args, kwargs)
         rows = None if shape is None else max(1, PROBE_TOKENS // shape[1])
-        self._args, self._kwargs = _changed(args, kwargs, lambda t: _rows(t, shape, rows).detach().clone())
+        self._args, self._kwargs = _changed(
+            args, kwargs, lambda t: _rows(t, shape, rows).detach().clone()
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
         """Sequences and positions. ValueError where no argument shows them."""
         shape = _shape(self._args, self._kwargs)
         if shape is None:
-            raise ValueError("the probe's arguments hold no batch of sequences; pass attach(..., probe=(token_ids,))")
+            raise ValueError(
+                "the probe's arguments hold no batch of sequences; pass attach(..., probe=(token_ids,))"
+            )
         return shape
 
     @property
     def token_ids(self) -> Tensor | None:
         """The vocabulary ids, one a token, where the model takes them."""
         ids = _leading(self._args, self._kwargs)
-        return ids.flatten() if ids is not None and not ids.is_floating_point() and ids.dim() == 2 else None
+        return (
+            ids.flatten()
+            if ids is not None and not ids.is_floating_point() and ids.dim() == 2
+            else None
+        )
 
     def forward(self) -> None:
         """Runs the model on the batch and leaves no trace; whoever watches may end it by `enough`."""
@@ -117,9 +135,13 @@ class ProbeBatch:
 
 
 def _eager(model: nn.Module) -> AbstractContextManager[Any]:
-    """Compiled parts run as they are written: a probe is not worth graphs of its own, and its hooks do what no graph
-    can hold."""
-    compiled = any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in model.modules())
+    """Compiled parts run as they are written: a probe is not worth graphs of its own, and its hooks
+    do what no graph can hold.
+    """
+    compiled = any(
+        m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule"
+        for m in model.modules()
+    )
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
@@ -135,9 +157,14 @@ def _values(args: tuple, kwargs: dict[str, Any]) -> tuple:
 
 
 def _leading(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """The argument that shows how many sequences and positions there are: the token ids, or else the first batch."""
+    """The argument that shows how many sequences and positions there are: the token ids, or else
+    the first batch.
+    """
     tensors = [v for v in _values(args, kwargs) if isinstance(v, Tensor) and v.dim() > 1]
-    return next((t for t in tensors if t.dim() == 2 and not t.is_floating_point()), next(iter(tensors), None))
+    return next(
+        (t for t in tensors if t.dim() == 2 and not t.is_floating_point()),
+        next(iter(tensors), None),
+    )
 
 
 def _shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int] | None:

@@ -22,8 +22,12 @@ def directions(tokens: int, channels: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def curvature(site: ExpertSite, x_TC: Tensor, gates_TE: Tensor, v_TC: Tensor) -> Tensor:
-    """Each token's ‖f(x+εv) − 2f(x) + f(x−εv)‖ / ‖f(x+εv) − f(x−εv)‖, its experts and gate weights held."""
+    """Each token's ‖f(x+εv) − 2f(x) + f(x−εv)‖ / ‖f(x+εv) − f(x−εv)‖, its experts and gate weights
+    held.
+    """
     x = x_TC.to(torch.promote_types(x_TC.dtype, torch.float32))
     step = EPSILON * x.norm(dim=-1, keepdim=True) * v_TC.to(x)
-    there, here, back = expert_block(site, torch.cat([x + step, x, x - step]), gates_TE.repeat(3, 1)[None])[0].chunk(3)
+    there, here, back = expert_block(
+        site, torch.cat([x + step, x, x - step]), gates_TE.repeat(3, 1)[None]
+    )[0].chunk(3)
     return (there - 2 * here + back).norm(dim=-1) / (there - back).norm(dim=-1)

@@ -1,7 +1,8 @@
 """The expert block as a function: shared and routed experts at any input and any choice.
 
-Every expert sees every token, and the choice only weighs: no sorting, nothing read on the host, and the same sums in
-the same order for two choices that are compared. Meant for the few tokens of a probe.
+Every expert sees every token, and the choice only weighs: no sorting, nothing read on the host, and
+the same sums in the same order for two choices that are compared. Meant for the few tokens of a
+probe.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ _AT_ONCE = 1 << 26
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 products without TF32 and autocast: differences of nearly equal outputs are taken inside."""
+    """Float32 products without TF32 and autocast: differences of nearly equal outputs are taken
+    inside.
+    """
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
     products.fp32_precision = "ieee"
@@ -38,7 +41,9 @@ def gates(ids_TK: Tensor, weights_TK: Tensor, experts: int) -> Tensor:
 
 
 def expert_block(site: ExpertSite, x_TC: Tensor, gates_JTE: Tensor) -> Tensor:
-    """(J, T, C): the block's output at `x`, for each of J choices. Computed in the type of `x`, summed in float32."""
+    """(J, T, C): the block's output at `x`, for each of J choices. Computed in the type of `x`,
+    summed in float32.
+    """
     kind = torch.promote_types(x_TC.dtype, torch.float32)
     x, weights, shared = x_TC, site.weights(), site.shared()
     with full_precision(x.device):

@@ -1,7 +1,9 @@
-"""Perturbation growth: what becomes, at the end of the model, of a small change of the stream that enters a layer.
+"""Perturbation growth: what becomes, at the end of the model, of a small change of the stream that
+enters a layer.
 
-One forward for all layers: the batch is one piece of the probe, once untouched and once for each layer. What it grows
-by is to be held against `spectral_norm_product`, what the residual maps alone could make of it.
+One forward for all layers: the batch is one piece of the probe, once untouched and once for each
+layer. What it grows by is to be held against `spectral_norm_product`, what the residual maps alone
+could make of it.
 """
 
 from collections.abc import Callable
@@ -37,12 +39,16 @@ class Growth:
             return
         for copy, layer in enumerate(self._layers, start=1):
             self._handles.append(
-                layout.layers[layer].register_forward_pre_hook(self._changing(copy, layer), with_kwargs=True)
+                layout.layers[layer].register_forward_pre_hook(
+                    self._changing(copy, layer), with_kwargs=True
+                )
             )
         self._handles += layout.watch_end(self._ended)
 
     def run(self) -> dict[str, Tensor]:
-        """‖change at the end‖ / ‖change at the layer‖ over the piece's tokens, by layer; NaN for those not watched."""
+        """‖change at the end‖ / ‖change at the layer‖ over the piece's tokens, by layer; NaN for
+        those not watched.
+        """
         if not self._handles:
             return {}
         copies = 1 + len(self._layers)
@@ -59,7 +65,9 @@ class Growth:
             self._on, self._changes, self._end, self._failure = False, [], None, None
 
     def _guarded(self, work: Callable[[], Any]) -> Any:
-        """What fails here is raised behind the forward: of a sharded model, one that was begun must end."""
+        """What fails here is raised behind the forward: of a sharded model, one that was begun must
+        end.
+        """
         try:
             return work()
         except Exception as e:  # raised by `run`, when the forward is over
@@ -68,15 +76,23 @@ class Growth:
 
     def _changing(self, copy: int, layer: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            return self._guarded(lambda: self._changed(copy, layer, args, kwargs)) if self._on else None
+            return (
+                self._guarded(lambda: self._changed(copy, layer, args, kwargs))
+                if self._on
+                else None
+            )
 
         return hook
 
-    def _changed(self, copy: int, layer: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _changed(
+        self, copy: int, layer: int, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         place, name, x = _stream(args, kwargs)
         changed = x.clone()
         changed[copy] = _moved(x[copy], layer)
-        self._changes.append((changed[copy].float() - x[copy].float()).norm())  # as it is after rounding
+        self._changes.append(
+            (changed[copy].float() - x[copy].float()).norm()
+        )  # as it is after rounding
         if name is not None:
             return args, kwargs | {name: changed}
         return (*args[:place], changed, *args[place + 1 :]), kwargs

@@ -1,6 +1,7 @@
 """A look: what the places of a layout show while the probe batch runs once through the model.
 
-Its hooks are up all the time, because a compiled model never notices hooks that come later, and work only inside
+Its hooks are up all the time, because a compiled model never notices hooks that come later, and
+work only inside
 `taken`. Whatever is large is reduced at once; nothing is read on the host.
 """
 
@@ -67,15 +68,23 @@ class Look:
         self._handles: list[Removable] = []
         for router in layout.routers:
             if layout.watches(router.layer):
-                self._handles += router.watch(self._sink(f"router {router.layer}", self._keep_view, "router"))
-                self._handles.append(router.module.register_forward_hook(partial(self._chosen, router)))
+                self._handles += router.watch(
+                    self._sink(f"router {router.layer}", self._keep_view, "router")
+                )
+                self._handles.append(
+                    router.module.register_forward_hook(partial(self._chosen, router))
+                )
         for site in layout.attention:
             if layout.watches(site.layer):
-                sink = self._sink(f"attention {site.layer}", partial(self._attention, site), "attention")
+                sink = self._sink(
+                    f"attention {site.layer}", partial(self._attention, site), "attention"
+                )
                 self._handles += site.watch_logits(sink)
         for expert in layout.experts:
             for watch in expert.watch if layout.watches(expert.layer) else ():
-                sink = self._sink(f"experts {expert.layer}", partial(self._acted, expert), "domains")
+                sink = self._sink(
+                    f"experts {expert.layer}", partial(self._acted, expert), "domains"
+                )
                 self._handles += watch(sink)
         # What enters a site is what the one before it left; what entered the first is nobody's.
         for place, mixed in enumerate(layout.sites[1:]):
@@ -84,11 +93,15 @@ class Look:
         if layout.watch_end is not None:
             sink = self._sink("last stream", partial(self._stream, len(layout.sites) - 1), "tokens")
             self._handles += layout.watch_end(sink)
-            self._handles += layout.watch_end(lambda _view: self.batch.enough() if self._wanted else None)
+            self._handles += layout.watch_end(
+                lambda _view: self.batch.enough() if self._wanted else None
+            )
 
     @contextmanager
     def taken(self, wanted: frozenset[str], then: dict[int, Choice]) -> Iterator[Seen]:
-        """One forward of the batch; what it showed of the wanted groups, compared with the choices of `then`."""
+        """One forward of the batch; what it showed of the wanted groups, compared with the choices
+        of `then`.
+        """
         self.seen, self._wanted, self._then = Seen(), wanted | {"router"}, then
         try:
             self.batch.forward()
@@ -133,18 +146,27 @@ class Look:
         seen.choices[layer] = now
         if view is not None and not site.hashed:
             scores = view.scores_TE.float()
-            seen.margins[layer] = metrics.margins(scores if view.bias_E is None else scores + view.bias_E, site.k)
+            seen.margins[layer] = metrics.margins(
+                scores if view.bias_E is None else scores + view.bias_E, site.k
+            )
         if then is not None:
             flips = seen.flips[layer] = metrics.flips(now.expert_ids_TK, then.expert_ids_TK)
             if "tear" in self._wanted and view is not None:
                 flipped = flips > 0
                 where = pick(flipped)
                 again = site.chosen(site.replay(output, then.expert_ids_TK))
-                live, past = (gates(c.expert_ids_TK[where], c.weights_TK[where], site.experts) for c in (now, again))
-                seen.torn[layer] = Torn(view.hidden_TC[where], live, past, flipped[where], flipped.float().mean())
+                live, past = (
+                    gates(c.expert_ids_TK[where], c.weights_TK[where], site.experts)
+                    for c in (now, again)
+                )
+                seen.torn[layer] = Torn(
+                    view.hidden_TC[where], live, past, flipped[where], flipped.float().mean()
+                )
         if "curvature" in self._wanted and view is not None:
             tokens = len(view.hidden_TC)
-            at = torch.linspace(0, tokens - 1, min(CURVED_TOKENS, tokens), device=view.hidden_TC.device).long()
+            at = torch.linspace(
+                0, tokens - 1, min(CURVED_TOKENS, tokens), device=view.hidden_TC.device
+            ).long()
             dense = gates(now.expert_ids_TK[at], now.weights_TK[at], site.experts)
             seen.curved[layer] = view.hidden_TC[at], dense
 
@@ -159,7 +181,9 @@ class Look:
         self.seen.logits[site.layer] = logit
 
     def _acted(self, site: ExpertSite, view: ActView) -> None:
-        hits_A = (view.gate_AF > (site.gate_limit or COUNTERFACTUAL_LIMIT)).sum(-1, dtype=torch.float32)
+        hits_A = (view.gate_AF > (site.gate_limit or COUNTERFACTUAL_LIMIT)).sum(
+            -1, dtype=torch.float32
+        )
         sequences, positions = self.batch.shape
         if view.expert_A is None:
             token_A = torch.arange(len(hits_A), device=hits_A.device)

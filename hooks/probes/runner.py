@@ -1,8 +1,8 @@
 """Probes: what is measured every few steps beside the training, on the same tokens again and again.
 
-One forward of the probe batch serves flips, tear, curvature, attention logits, traced tokens and domains; perturbation
-growth takes one of its own, and the spectra of the weights none. Afterwards nothing of it can be told: eval mode, no
-gradient, random states, buffers and modes as before.
+One forward of the probe batch serves flips, tear, curvature, attention logits, traced tokens and
+domains; perturbation growth takes one of its own, and the spectra of the weights none. Afterwards
+nothing of it can be told: eval mode, no gradient, random states, buffers and modes as before.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,11 +57,15 @@ class Probes:
             self.batch.meet(args, kwargs)
 
     def met(self) -> None:
-        """The first step is over: the training was met. Here, because a compiled forward cannot take its hooks off."""
+        """The first step is over: the training was met. Here, because a compiled forward cannot
+        take its hooks off.
+        """
         self._meeting.remove()
 
     def run(self, due: frozenset[str]) -> Values:
-        """Values of the metrics that are due, one a place; of the first probe those that need no past."""
+        """Values of the metrics that are due, one a place; of the first probe those that need no
+        past.
+        """
         groups = needed(PROBED, due)
         if not self._by_domain:
             groups -= {"domains"}
@@ -93,7 +97,9 @@ class Probes:
 
     @torch.no_grad()
     def _looked(self, groups: frozenset[str]) -> Values:
-        """Each group by itself: of a sharded model every rank comes by all weights, whatever fails on the way."""
+        """Each group by itself: of a sharded model every rank comes by all weights, whatever fails
+        on the way.
+        """
         parts = {
             "flips": self._flips,
             "tear": self._tear,
@@ -118,7 +124,9 @@ class Probes:
             now, then = seen.choices[site.layer], self._then[site.layer]
             found["flip_rate"][site.layer] = flips.mean()
             found["flip_any"][site.layer] = (flips > 0).float().mean()
-            found["flip_top1"][site.layer] = (_first(site, now) != _first(site, then)).float().mean()
+            found["flip_top1"][site.layer] = (
+                (_first(site, now) != _first(site, then)).float().mean()
+            )
         return self._by_router(found)
 
     def _tear(self, seen: Seen) -> Values:
@@ -136,16 +144,24 @@ class Probes:
 
     def _by_router(self, found: dict[str, dict[int, Tensor]]) -> Values:
         layers = [r.layer for r in self.layout.routers]
-        return {f"router/{name}": metrics.in_order(layers, values) for name, values in found.items() if values}
+        return {
+            f"router/{name}": metrics.in_order(layers, values)
+            for name, values in found.items()
+            if values
+        }
 
     def _curvature(self, seen: Seen) -> Values:
         def bent(site: ExpertSite) -> tuple[Tensor, Tensor, Tensor] | None:
             if site.layer not in seen.curved:
                 return None
             x_TC, gates_TE = seen.curved[site.layer]
-            bent_T = curvature(site, x_TC, gates_TE, directions(len(x_TC), x_TC.shape[1], x_TC.device))
+            bent_T = curvature(
+                site, x_TC, gates_TE, directions(len(x_TC), x_TC.shape[1], x_TC.device)
+            )
             chose_TE = (gates_TE != 0).float()
-            each_E = (bent_T @ chose_TE) / chose_TE.sum(0)  # 0/0, an expert that no token chose, is NaN
+            each_E = (bent_T @ chose_TE) / chose_TE.sum(
+                0
+            )  # 0/0, an expert that no token chose, is NaN
             return bent_T.mean(), bent_T.amax(), each_E
 
         found = self._of_experts(bent)
@@ -155,7 +171,10 @@ class Probes:
         )
         if not found:
             return {}
-        return {name: metrics.in_order(layers, {i: v[n] for i, v in found.items()}) for n, name in enumerate(names)}
+        return {
+            name: metrics.in_order(layers, {i: v[n] for i, v in found.items()})
+            for n, name in enumerate(names)
+        }
 
     def _attention(self, seen: Seen) -> Values:
         layers = [a.layer for a in self.layout.attention]
@@ -180,9 +199,13 @@ class Probes:
             experts = {i: _heaviest_first(c, at).float() for i, c in seen.choices.items()}
             values["trace/experts"] = metrics.in_order(layers, experts)
             if seen.margins:
-                values["trace/margin"] = metrics.in_order(layers, {i: m[at] for i, m in seen.margins.items()})
+                values["trace/margin"] = metrics.in_order(
+                    layers, {i: m[at] for i, m in seen.margins.items()}
+                )
             if seen.flips:
-                values["trace/flipped"] = metrics.in_order(layers, {i: f[at] for i, f in seen.flips.items()})
+                values["trace/flipped"] = metrics.in_order(
+                    layers, {i: f[at] for i, f in seen.flips.items()}
+                )
         return values
 
     def _domains(self, seen: Seen) -> Values:
@@ -191,7 +214,9 @@ class Probes:
         learned = {r.layer for r in self.layout.routers if not r.hashed}
         flips = [f for layer, f in seen.flips.items() if layer in learned]
         if flips:
-            values["probe/flip_rate"] = torch.stack(flips).mean(0).unflatten(0, self.batch.shape).mean(1)
+            values["probe/flip_rate"] = (
+                torch.stack(flips).mean(0).unflatten(0, self.batch.shape).mean(1)
+            )
         if seen.clamped:
             hits, elements = zip(*seen.clamped, strict=True)
             values["probe/clamp_gate_rate"] = torch.stack(hits).sum(0) / sum(elements)
@@ -199,7 +224,9 @@ class Probes:
 
 
 def _first(site: RouterSite, choice: Choice) -> Tensor:
-    """A learned router's first choice is its heaviest; a hash has an order of its own, which never changes."""
+    """A learned router's first choice is its heaviest; a hash has an order of its own, which never
+    changes.
+    """
     return choice.expert_ids_TK[:, 0] if site.hashed else metrics.first_choice(*choice)
 
 

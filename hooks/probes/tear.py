@@ -28,7 +28,9 @@ class Torn(NamedTuple):
 
 
 def pick(flipped_T: Tensor) -> Tensor:
-    """`TOKENS` tokens, flipped ones first, a fixed random choice among them; nothing is read on the host."""
+    """`TOKENS` tokens, flipped ones first, a fixed random choice among them; nothing is read on the
+    host.
+    """
     generator = torch.Generator(flipped_T.device).manual_seed(_SEED)
     lot_T = torch.rand(len(flipped_T), generator=generator, device=flipped_T.device)
     return (flipped_T.float() + 0.5 * lot_T).topk(min(TOKENS, len(flipped_T))).indices
@@ -36,7 +38,8 @@ def pick(flipped_T: Tensor) -> Tensor:
 
 @torch.no_grad()
 def tear(site: ExpertSite, torn: Torn) -> tuple[Tensor, Tensor]:
-    """Mean of ‖F(x; A) − F(x; A_then)‖ / ‖F(x; A)‖ over all tokens (0 where A stayed), and over the flipped ones.
+    """Mean of ‖F(x; A) − F(x; A_then)‖ / ‖F(x; A)‖ over all tokens (0 where A stayed), and over the
+    flipped ones.
 
     Without a flip the second is NaN: there is nothing to say.
     """

@@ -1,7 +1,8 @@
 """The teller: the cascade behind each spike, as an event, while the training goes on.
 
-A spike is explained `AFTER` steps after it was raised, when how far it reached is on record; sooner where the training
-goes back or ends. It is read from the run like any reader reads it, on a thread that nobody waits for until the end.
+A spike is explained `AFTER` steps after it was raised, when how far it reached is on record; sooner
+where the training goes back or ends. It is read from the run like any reader reads it, on a thread
+that nobody waits for until the end.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,14 @@ from geodiag.spikes.detector import Spike
 
 
 class Teller:
-    """`see` every step's observation, `tell` what is left where an attempt ends; all from one thread."""
+    """`see` every step's observation, `tell` what is left where an attempt ends; all from one
+    thread.
+    """
 
     def __init__(self, run: Run, complain: Callable[[Exception, int], None]) -> None:
         self._run, self._complain = run, complain
-        # From the start: at an end without `close` a spike may still wait, and an ending interpreter starts no thread.
+        # From the start: at an end without `close` a spike may still wait, and an ending
+        # interpreter starts no thread.
         self._thread = Worker("geodiag-teller")
         self._waiting: list[Spike] = []
         self._step = 0

@@ -8,7 +8,9 @@ from geodiag.hooks.record.table_rows import Columns, Host, Places
 
 
 def token_rows(host: Host, places: Places) -> Columns | None:
-    """One row a traced token and site. Experts, margin and flips stand where the layer's router does."""
+    """One row a traced token and site. Experts, margin and flips stand where the layer's router
+    does.
+    """
     if "trace/streams" not in host:
         return None
     streams = host["trace/streams"]  # (site, token, [norm, projection, projection])
@@ -22,7 +24,9 @@ def token_rows(host: Host, places: Places) -> Columns | None:
         "token_id": each(host["trace/token_id"]) if "trace/token_id" in host else None,
         "layer": np.repeat(places.layer_S, traced),
         "site": [s for s in places.site_S for _ in range(traced)],
-        **dict(zip(("norm", "projection_1", "projection_2"), streams.reshape(-1, 3).T, strict=True)),
+        **dict(
+            zip(("norm", "projection_1", "projection_2"), streams.reshape(-1, 3).T, strict=True)
+        ),
     }
     if "trace/experts" in host:
         experts: list[list[list[int]] | list[None]] = [[None] * traced for _ in range(sites)]
@@ -38,10 +42,14 @@ def token_rows(host: Host, places: Places) -> Columns | None:
     return columns
 
 
-def domain_rows(host: Host, of_batch: Sequence[str] | None, of_probe: Sequence[str] | None) -> Columns | None:
-    """One row a domain: loss and tokens of the step's sequences, flips and clamp hits of the probe's.
+def domain_rows(
+    host: Host, of_batch: Sequence[str] | None, of_probe: Sequence[str] | None
+) -> Columns | None:
+    """One row a domain: loss and tokens of the step's sequences, flips and clamp hits of the
+    probe's.
 
-    of_batch, of_probe: the domain of each sequence. The step's tokens are spread evenly over its sequences.
+    of_batch, of_probe: the domain of each sequence. The step's tokens are spread evenly over its
+    sequences.
     """
     columns: dict[str, dict[str, float]] = {}
     if of_batch is not None and "domain/loss" in host:
@@ -55,12 +63,18 @@ def domain_rows(host: Host, of_batch: Sequence[str] | None, of_probe: Sequence[s
     if not columns:
         return None
     domains = sorted({d for values in columns.values() for d in values})
-    return {"domain": domains} | {n: [values.get(d) for d in domains] for n, values in columns.items()}
+    return {"domain": domains} | {
+        n: [values.get(d) for d in domains] for n, values in columns.items()
+    }
 
 
 def _means(domains: Sequence[str], values: np.ndarray) -> dict[str, float]:
-    """Mean over the sequences of each domain. ValueError where names and values do not belong together."""
+    """Mean over the sequences of each domain. ValueError where names and values do not belong
+    together.
+    """
     if len(domains) != len(values):
-        raise ValueError(f"{len(domains)} domains are named for {len(values)} sequences; name one a sequence")
+        raise ValueError(
+            f"{len(domains)} domains are named for {len(values)} sequences; name one a sequence"
+        )
     named = np.array(domains)
     return {str(d): float(np.mean(values[named == d], dtype=np.float64)) for d in np.unique(named)}

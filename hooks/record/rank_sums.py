@@ -1,4 +1,6 @@
-"""What only all ranks together know: loads of experts over the whole batch, gradient norms of sharded weights."""
+"""What only all ranks together know: loads of experts over the whole batch, gradient norms of
+sharded weights.
+"""
 
 import numpy as np
 
@@ -9,7 +11,9 @@ from geodiag.hooks.record.table_rows import Host
 
 
 class Sums:
-    """Packs a step's summands for the exchange, and puts what comes of it into the step's host values."""
+    """Packs a step's summands for the exchange, and puts what comes of it into the step's host
+    values.
+    """
 
     def __init__(self, layout: Layout) -> None:
         layers, routers = len(layout.layers), len(layout.routers)
@@ -31,18 +35,28 @@ class Sums:
         return out
 
     def estimated(self, host: Host, ranks: int) -> np.ndarray:
-        """`of`; and until the others were heard, the host values are as if they had measured the same."""
+        """`of`; and until the others were heard, the host values are as if they had measured the
+        same.
+        """
         sums = self.of(host)
         self.into(host, sums * ranks, ranks)
         return sums
 
     def into(self, host: Host, sums: np.ndarray, ranks: int) -> None:
-        """Norms and loads of all `ranks`, in place of what this rank alone could say; nothing where one is missing."""
+        """Norms and loads of all `ranks`, in place of what this rank alone could say; nothing where
+        one is missing.
+        """
         if "grad_squares" in host:
-            self._gradients(host, sums[self._squares], all_there=sums[self._squares.start - 1] == ranks)
+            self._gradients(
+                host, sums[self._squares], all_there=sums[self._squares.start - 1] == ranks
+            )
         if "load" in host and ranks > 1:
             known = sums[self._load.start - 1] == ranks
-            load_RE = sums[self._load].reshape(self._shape_RE) if known else np.full(self._shape_RE, np.nan)
+            load_RE = (
+                sums[self._load].reshape(self._shape_RE)
+                if known
+                else np.full(self._shape_RE, np.nan)
+            )
             mean = load_RE.mean(-1)
             host["router/max_vio"] = (load_RE.max(-1) / mean - 1).astype(np.float32)
             host["router/load_cv"] = (load_RE.std(-1) / mean).astype(np.float32)
@@ -57,8 +71,10 @@ class Sums:
                 host["grad_norm"] = np.array([before], np.float32)
             return
         norms, total = np.sqrt(squares), np.sqrt(squares.sum())
-        # The optimizer sees clipped gradients; a trainer that knows the norm before says it: back by that factor.
-        # An infinite norm over another is a NaN, and is recorded so.
+        # The optimizer sees clipped gradients; a trainer that knows the norm before says it: back
+        # by that factor. An infinite norm over another is a NaN, and is recorded so.
         with np.errstate(invalid="ignore", divide="ignore"):
-            host["layer/grad_norm"] = (norms[:-1] * (before / total if known else 1.0)).astype(np.float32)
+            host["layer/grad_norm"] = (norms[:-1] * (before / total if known else 1.0)).astype(
+                np.float32
+            )
         host["grad_norm"] = np.array([before if known else total], np.float32)

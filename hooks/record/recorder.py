@@ -1,7 +1,8 @@
 """The recorder: one asynchronous copy a step off the device, one thread that turns it into rows.
 
-The thread owns the run directory: rows, events and heartbeats are all written there, in order. On a CPU the
-caller waits for it, so a step that returned is on record. On a GPU the training is at most one step ahead.
+The thread owns the run directory: rows, events and heartbeats are all written there, in order. On a
+CPU the caller waits for it, so a step that returned is on record. On a GPU the training is at most
+one step ahead.
 """
 
 import sys
@@ -62,14 +63,20 @@ class _Step:
 
 
 class Recorder:
-    """`push` a step's device values; `observed` gives back what is known of the steps that are through."""
+    """`push` a step's device values; `observed` gives back what is known of the steps that are
+    through.
+    """
 
-    def __init__(self, run: Run, layout: Layout, device: torch.device, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, run: Run, layout: Layout, device: torch.device, ranks: Ranks | None = None
+    ) -> None:
         self.run, self.layout, self.places = run, layout, Places.of(layout)
         self.ranks, self._sums = ranks or Ranks(), Sums(layout)
         self.ranks.sums = self._sums.size
         self._world = 1 if self.ranks.alone else self.ranks.world
-        self.observer = Observer(self.places, frozenset(r.layer for r in layout.routers if r.hashed))
+        self.observer = Observer(
+            self.places, frozenset(r.layer for r in layout.routers if r.hashed)
+        )
         self.last: Observation | None = None
         self._behind = 1 if device.type == "cuda" else 0
         self._writer = Worker("geodiag-writer")
@@ -93,7 +100,9 @@ class Recorder:
         self._submit(step.facts, step)
 
     def ensure(self, step: int) -> None:
-        """Where nothing of `step` could be pushed: the other ranks wait for this one's word all the same."""
+        """Where nothing of `step` could be pushed: the other ranks wait for this one's word all the
+        same.
+        """
         if self._pushed != step:
             nothing = Facts(
                 step=step,
@@ -110,7 +119,9 @@ class Recorder:
         self._under_way.append(self._writer.submit(lambda: self._write(facts, step)))
 
     def observed(self) -> list[Observation]:
-        """Steps that have come through since the last call: on a CPU all, on a GPU all but the newest."""
+        """Steps that have come through since the last call: on a CPU all, on a GPU all but the
+        newest.
+        """
         through = []
         while len(self._under_way) > self._behind:
             seen = self._under_way.popleft().result()
@@ -138,10 +149,14 @@ class Recorder:
         return self._writer.submit(begin).result()
 
     def event(self, event: Event) -> None:
-        """Records an event after the rows that are already under way. What all ranks know, rank 0 writes down."""
+        """Records an event after the rows that are already under way. What all ranks know, rank 0
+        writes down.
+        """
         if not self._speaks and event.kind != "problem":
             return
-        written = self._writer.submit(lambda: self._guarded("events", lambda: self.run.event(event)))
+        written = self._writer.submit(
+            lambda: self._guarded("events", lambda: self.run.event(event))
+        )
         if not self._behind:
             written.result()
 
@@ -155,15 +170,23 @@ class Recorder:
             return
         self._complained.add(what)
         line = f"{what}: {type(error).__name__}: {error}".splitlines()[0]
-        print(f"geodiag could not record {line}; training goes on without it", file=sys.stderr, flush=True)
+        print(
+            f"geodiag could not record {line}; training goes on without it",
+            file=sys.stderr,
+            flush=True,
+        )
         event = Event(step=step, kind="problem", message=f"could not record {line}")
         self._writer.submit(lambda: self._quiet(lambda: self.run.event(event)))
 
     def close(self, status: Status) -> None:
         """Waits for everything under way and closes the run."""
         self.settle()
-        self._writer.submit(self._teller.close).result()  # what fails there is among what the writer has yet to write
-        self._writer.submit(lambda: self._guarded("closing the run", lambda: self.run.close(status)))
+        self._writer.submit(
+            self._teller.close
+        ).result()  # what fails there is among what the writer has yet to write
+        self._writer.submit(
+            lambda: self._guarded("closing the run", lambda: self.run.close(status))
+        )
         self._writer.stop()
 
     # -- in the writer's thread ----------------------------------------------------------------
@@ -174,7 +197,11 @@ class Recorder:
         except Exception as e:  # a full disk, a vanished folder: said once; training goes on
             if what not in self._complained:
                 self._complained.add(what)
-                print(f"geodiag: {what}: {type(e).__name__}: {e}; training goes on", file=sys.stderr, flush=True)
+                print(
+                    f"geodiag: {what}: {type(e).__name__}: {e}; training goes on",
+                    file=sys.stderr,
+                    flush=True,
+                )
             return None
 
     def _quiet(self, work: Callable[[], Any]) -> None:
@@ -205,8 +232,11 @@ class Recorder:
         for event in events_of(seen) if seen and self._speaks else []:
             self._guarded("events", partial(self.run.event, event))
         for table, columns in tables:
-            # Each by itself: a disk that is too full for one table's rows may have room for the next's.
-            self._guarded(f"rows of {table}", partial(self.run.append, table, {"step": facts.step, **columns}))
+            # Each by itself: a disk that is too full for one table's rows may have room for the
+            # next's.
+            self._guarded(
+                f"rows of {table}", partial(self.run.append, table, {"step": facts.step, **columns})
+            )
         if seen and self._speaks:
             self._teller.see(seen)
         self.run.heartbeat(facts.step)
@@ -223,7 +253,9 @@ class Recorder:
             ("tokens", probe_rows.token_rows(host, self.places)),
         ]
         found = [(table, self.places.of_watched(columns)) for table, columns in measured if columns]
-        named = self._guarded("domains", lambda: probe_rows.domain_rows(host, facts.domains, facts.probe_domains))
+        named = self._guarded(
+            "domains", lambda: probe_rows.domain_rows(host, facts.domains, facts.probe_domains)
+        )
         return found if named is None else [*found, ("domains", named)]
 
     def _step_row(self, facts: Facts, host: Host, seen: Observation | None) -> rows.Columns:
@@ -268,12 +300,23 @@ def events_of(seen: Observation) -> list[Event]:
     events = []
     raised, ended = seen.verdict.raised, seen.verdict.ended
     if raised is not None:
-        events.append(Event(step=seen.step, kind=raised.kind, message=_said(raised), data=_data(raised)))
+        events.append(
+            Event(step=seen.step, kind=raised.kind, message=_said(raised), data=_data(raised))
+        )
     if ended is not None and ended.kind != "outlier":
-        message = f"{ended.kind} since step {ended.onset} is over; its peak was at step {ended.peak}"
+        message = (
+            f"{ended.kind} since step {ended.onset} is over; its peak was at step {ended.peak}"
+        )
         events.append(Event(step=seen.step, kind="recovered", message=message, data=_data(ended)))
     if (w := seen.warning) is not None:
-        said = Event(step=seen.step, kind="early_warning", message=str(w), layer=w.layer, site=w.site, data=w.details())
+        said = Event(
+            step=seen.step,
+            kind="early_warning",
+            message=str(w),
+            layer=w.layer,
+            site=w.site,
+            data=w.details(),
+        )
         events.append(said)
     return events
 

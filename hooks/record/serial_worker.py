@@ -1,7 +1,7 @@
 """One daemon thread that does things in order.
 
-concurrent.futures refuses work once the interpreter begins to end, before `atexit` runs, and a training that never
-called `close` must still be closed there.
+concurrent.futures refuses work once the interpreter begins to end, before `atexit` runs, and a
+training that never called `close` must still be closed there.
 """
 
 import queue
@@ -22,7 +22,9 @@ class Worker:
         self._thread.start()
 
     def submit(self, work: Callable[[], T]) -> "Future[T]":
-        """Does `work` after everything submitted before it; the future has its result or its exception."""
+        """Does `work` after everything submitted before it; the future has its result or its
+        exception.
+        """
         done: Future[T] = Future()
 
         def do() -> None:

@@ -1,4 +1,6 @@
-"""What one step means, told from its host values and what all ranks say: spike verdict, stage scores, worst."""
+"""What one step means, told from its host values and what all ranks say: spike verdict, stage
+scores, worst.
+"""
 
 import math
 import pickle
@@ -15,7 +17,13 @@ from geodiag.hooks.distributed.rank_exchange import Heard
 from geodiag.hooks.record.table_rows import Host, Places, series_of
 from geodiag.spikes.detector import SpikeDetector, Verdict
 
-WATCHED = ("composite_gain_fwd", "composite_gain_bwd", "flip_rate", "flip_rate_router", "clamp_gate_rate")
+WATCHED = (
+    "composite_gain_fwd",
+    "composite_gain_bwd",
+    "flip_rate",
+    "flip_rate_router",
+    "clamp_gate_rate",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +48,19 @@ class Observer:
 
     def __init__(self, places: Places, hashed: frozenset[int] = frozenset()) -> None:
         """hashed: layers whose router is a hash."""
-        self.detector, self.scores, self.early = SpikeDetector(), Scores(hashed=hashed), EarlyWarning()
+        self.detector, self.scores, self.early = (
+            SpikeDetector(),
+            Scores(hashed=hashed),
+            EarlyWarning(),
+        )
         self._held = Held(self.detector.normal)
         self._places = places
         self._keys: dict[str, int] = {}
         """Group of host values → how many series it is; in the order of the scores."""
 
-    def say(self, step: int, host: Host, absent: Collection[str] = ()) -> tuple[dict[str, float], dict[str, Any]]:
+    def say(
+        self, step: int, host: Host, absent: Collection[str] = ()
+    ) -> tuple[dict[str, float], dict[str, Any]]:
         """This rank's numbers of a step, and the early warning it would give, for all ranks.
 
         absent: metrics that this step could not measure.
@@ -61,16 +75,24 @@ class Observer:
         return said, {"warning": asdict(warning)} if warning else {}
 
     def observe(self, step: int, host: Host, heard: Heard) -> Observation | None:
-        """What all ranks together saw; the same on every rank, but for `worst`. None where none saw anything."""
+        """What all ranks together saw; the same on every rank, but for `worst`. None where none saw
+        anything.
+        """
         if not heard.spoke.any():
             return None
         grad_norm = _number(heard.largest("grad_norm"))
-        if grad_norm is None and "grad_norm" in host:  # a sum over ranks, so the same on all of them
+        if (
+            grad_norm is None and "grad_norm" in host
+        ):  # a sum over ranks, so the same on all of them
             grad_norm = _number(float(host["grad_norm"][0]))
         verdict = self.detector.update(step, heard.loss, grad_norm)
         news = heard.note.get("warning")
         layers = _layers(host)
-        worst = {n: float(np.nanmax(layers[n])) for n in WATCHED if n in layers and not np.isnan(layers[n]).all()}
+        worst = {
+            n: float(np.nanmax(layers[n]))
+            for n in WATCHED
+            if n in layers and not np.isnan(layers[n]).all()
+        }
         return Observation(
             step=step,
             loss=heard.loss,
@@ -109,16 +131,32 @@ class Observer:
 
     def _values(self, host: Host, absent: Collection[str]) -> np.ndarray:
         """Every series' value of this step, NaN where it has none."""
-        seen = {key: host[key] for key in self._keys if key in host and key.rpartition("/")[2] not in absent}
+        seen = {
+            key: host[key]
+            for key in self._keys
+            if key in host and key.rpartition("/")[2] not in absent
+        }
         if "expert/elements" in host:
             idle = host["expert/elements"] == 0
-            seen |= {k: np.where(idle, np.nan, seen[k]) for k in ("expert/act_rms", "expert/act_amax") if k in seen}
-        parts = [seen[key].ravel() if key in seen else np.full(n, np.nan) for key, n in self._keys.items() if n]
+            seen |= {
+                k: np.where(idle, np.nan, seen[k])
+                for k in ("expert/act_rms", "expert/act_amax")
+                if k in seen
+            }
+        parts = [
+            seen[key].ravel() if key in seen else np.full(n, np.nan)
+            for key, n in self._keys.items()
+            if n
+        ]
         return np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)
 
 
 def _layers(host: Host) -> Host:
-    return {k.partition("/")[2]: v for k, v in host.items() if k.partition("/")[0] in ("site", "router", "act")}
+    return {
+        k.partition("/")[2]: v
+        for k, v in host.items()
+        if k.partition("/")[0] in ("site", "router", "act")
+    }
 
 
 def _number(value: float) -> float | None:

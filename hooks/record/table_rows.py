@@ -21,7 +21,9 @@ class Places:
     layer_S: np.ndarray
     site_S: list[str]
     row_of_layer: dict[int, int]
-    """The layer's last site: the row that carries what a layer has once (router, experts, gradient norm)."""
+    """The layer's last site: the row that carries what a layer has once (router, experts, gradient
+    norm).
+    """
     router_rows: np.ndarray
     expert_rows: np.ndarray
     attention_rows: np.ndarray
@@ -63,7 +65,11 @@ def layer_rows(host: Host, places: Places) -> Columns:
     """One row a site. A metric that a place does not have is null there."""
     sites = len(places.layer_S)
     columns: Columns = {"layer": places.layer_S, "site": places.site_S}
-    rows_of = {"router": places.router_rows, "act": places.expert_rows, "attn": places.attention_rows}
+    rows_of = {
+        "router": places.router_rows,
+        "act": places.expert_rows,
+        "attn": places.attention_rows,
+    }
     for key, value in host.items():
         group, _, name = key.partition("/")
         if ("layers", name) not in METRICS:
@@ -91,26 +97,42 @@ def hide(columns: Columns, *names: str) -> None:
 
 
 def hide_inapplicable(columns: Columns, layout: Layout, places: Places) -> None:
-    """A hash router chooses nothing: no margin, no overlap; its flips stay, and must be 0. No bias, no bias metrics."""
+    """A hash router chooses nothing: no margin, no overlap; its flips stay, and must be 0. No bias,
+    no bias metrics.
+    """
     for router, row in zip(layout.routers, places.router_rows, strict=True):
         names = ["bias_abs_max", "bias_jaccard"] if router.bias() is None else []
-        names += ["router_margin_mean", "router_margin_p01", "router_margin_p10"] if router.hashed else []
+        names += (
+            ["router_margin_mean", "router_margin_p01", "router_margin_p10"]
+            if router.hashed
+            else []
+        )
         for name in names:
             if name in columns:
                 columns[name][row] = np.ma.masked
     for name, values in columns.items():
-        if name.startswith("res_logit") and np.isnan(values).all():  # a model that does not show them
+        if (
+            name.startswith("res_logit") and np.isnan(values).all()
+        ):  # a model that does not show them
             columns[name] = None
     if "tear_flipped" in columns:  # no token flipped: there is nothing to average over
-        columns["tear_flipped"] = np.ma.masked_where(np.isnan(columns["tear_flipped"]), columns["tear_flipped"])
+        columns["tear_flipped"] = np.ma.masked_where(
+            np.isnan(columns["tear_flipped"]), columns["tear_flipped"]
+        )
 
 
 def series_of(key: str, shape: tuple[int, ...], places: Places) -> list[Series]:
-    """What the values under a host key are, one by one; nothing where they say nothing about an origin."""
+    """What the values under a host key are, one by one; nothing where they say nothing about an
+    origin.
+    """
     group, _, name = key.rpartition("/")
     if group == "" and ("steps", name) in SIGNALS:
         return [Series(name, -1, None)]
-    at = {"site": np.arange(len(places.layer_S)), "router": places.router_rows, "act": places.expert_rows}
+    at = {
+        "site": np.arange(len(places.layer_S)),
+        "router": places.router_rows,
+        "act": places.expert_rows,
+    }
     at["attn"] = places.attention_rows
     at["layer"] = np.array(list(places.row_of_layer.values()), int)
     if ("layers", name) in SIGNALS and group in at:
@@ -118,7 +140,11 @@ def series_of(key: str, shape: tuple[int, ...], places: Places) -> list[Series]:
     if ("experts", name) in SIGNALS and group in ("", "expert"):
         rows = places.router_rows if group == "" else places.expert_rows
         layers, experts = shape
-        return [Series(name, int(places.layer_S[rows[i]]), "ffn", e) for i in range(layers) for e in range(experts)]
+        return [
+            Series(name, int(places.layer_S[rows[i]]), "ffn", e)
+            for i in range(layers)
+            for e in range(experts)
+        ]
     return []
 
 
@@ -140,9 +166,13 @@ def expert_rows(host: Host, places: Places) -> Columns | None:
     layers, experts = next(iter(columns.values())).shape
     if "expert/elements" in host:
         idle = host["expert/elements"] == 0
-        columns |= {n: np.ma.masked_array(columns[n], idle) for n in ("act_rms", "act_amax") if n in columns}
+        columns |= {
+            n: np.ma.masked_array(columns[n], idle) for n in ("act_rms", "act_amax") if n in columns
+        }
     if "curvature" in columns:
-        columns["curvature"] = np.ma.masked_where(np.isnan(columns["curvature"]), columns["curvature"])
+        columns["curvature"] = np.ma.masked_where(
+            np.isnan(columns["curvature"]), columns["curvature"]
+        )
     return {
         "layer": np.repeat(places.expert_layers, experts),
         "expert": np.tile(np.arange(experts), layers),
@@ -151,7 +181,9 @@ def expert_rows(host: Host, places: Places) -> Columns | None:
 
 
 def matrix_rows(host: Host, places: Places) -> Columns | None:
-    """Token-mean H_pre, H_post and H_res of every site, one row an entry; what a model does not expose is left out."""
+    """Token-mean H_pre, H_post and H_res of every site, one row an entry; what a model does not
+    expose is left out.
+    """
     if "maps" not in host:
         return None
     n, maps = places.streams, host["maps"]

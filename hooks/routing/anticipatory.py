@@ -1,7 +1,9 @@
-"""Anticipatory routing: today's features, the experts that the weights of Δ steps ago choose for the same batch.
+"""Anticipatory routing: today's features, the experts that the weights of Δ steps ago choose for
+the same batch.
 
-At step t the batch of step t+Δ is fetched and one no-grad forward at θ_t records every learned router's expert
-ids. When that batch is trained on, the ids are replayed with today's gate weights (arXiv 2606.19348 §4.2.3).
+At step t the batch of step t+Δ is fetched and one no-grad forward at θ_t records every learned
+router's expert ids. When that batch is trained on, the ids are replayed with today's gate weights
+(arXiv 2606.19348 §4.2.3).
 
     off ──enable──▶ warmup (Δ captures) ──▶ on ──disable──▶ drain (the queue runs empty) ──▶ off
 """
@@ -35,7 +37,9 @@ class _Waiting:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """The usual ways to give a model its batch: a mapping as keywords, anything else as the one argument."""
+    """The usual ways to give a model its batch: a mapping as keywords, anything else as the one
+    argument.
+    """
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
@@ -45,9 +49,10 @@ class AnticipatoryRouting(Rerouting):
         routing = AnticipatoryRouting(model, delay_steps=8)
         for batch in routing.batches(loader): ...
 
-    `forward(model, batch)` runs the model on a batch; the default passes a mapping as keywords. It is left as soon as
-    the last router has chosen; where the model is compiled as a whole or sharded by FSDP it runs to its end. Waiting
-    ids take up to `device_bytes` on the device, and beyond that stay in pinned host memory.
+    `forward(model, batch)` runs the model on a batch; the default passes a mapping as keywords. It
+    is left as soon as the last router has chosen; where the model is compiled as a whole or sharded
+    by FSDP it runs to its end. Waiting ids take up to `device_bytes` on the device, and beyond that
+    stay in pinned host memory.
     """
 
     variant: ClassVar[str] = "anticipatory"
@@ -92,10 +97,11 @@ class AnticipatoryRouting(Rerouting):
     # -- data --------------------------------------------------------------------------------
 
     def batches(self, source: Iterable[Any]) -> Iterator[Any]:
-        """The batches of `source`, in its order; ahead of time while routing is on, as they come while it is off.
+        """The batches of `source`, in its order; ahead of time while routing is on, as they come
+        while it is off.
 
-        With gradient accumulation `source` yields micro-batches, `micro_batches` of them a step, and each is
-        differentiated before the next is asked for.
+        With gradient accumulation `source` yields micro-batches, `micro_batches` of them a step,
+        and each is differentiated before the next is asked for.
         """
         data = iter(source)
         self._data_ended, self._device = False, self._where()
@@ -154,19 +160,27 @@ class AnticipatoryRouting(Rerouting):
                 self._forward(self.model, batch)
             return self._put([c.expert_ids_TK.to(torch.int16) for c in choices])
         except Halfway as e:
-            raise GeodiagError(f"{e}; the training ends, because the other ranks are in it still") from e
-        except Exception as e:  # whatever the user's forward raises: `on_failure` says it, or raises it again
+            raise GeodiagError(
+                f"{e}; the training ends, because the other ranks are in it still"
+            ) from e
+        except (
+            Exception
+        ) as e:  # whatever the user's forward raises: `on_failure` says it, or raises it again
             self._give_up(e)
             return None
 
     def _put(self, ids: list[Tensor]) -> Aside:
-        return Aside.put(ids, room=self._device_bytes // (self.delay_steps * self.micro_batches + 1))
+        return Aside.put(
+            ids, room=self._device_bytes // (self.delay_steps * self.micro_batches + 1)
+        )
 
     def _where(self) -> torch.device:
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def _as_in_training(self) -> AbstractContextManager[Any]:
-        """The autocast of the last forward that was differentiated: batches are fetched outside of it."""
+        """The autocast of the last forward that was differentiated: batches are fetched outside of
+        it.
+        """
         if self._autocast is None:
             return nullcontext()
         enabled, dtype = self._autocast
@@ -195,7 +209,9 @@ class AnticipatoryRouting(Rerouting):
         return hook
 
     def _give_up(self, error: Exception) -> None:
-        """Back to today's choice from here on: a training must not end because its routing cannot look ahead."""
+        """Back to today's choice from here on: a training must not end because its routing cannot
+        look ahead.
+        """
         self._wanted = self._ahead = False
         self._current = None
         for waiting in self._queue:
@@ -219,7 +235,9 @@ class AnticipatoryRouting(Rerouting):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`. ValueError where batches are queued for another number of micro-batches."""
+        """Goes on from `state`. ValueError where batches are queued for another number of
+        micro-batches.
+        """
         if state["queue"] and state["micro_batches"] != self.micro_batches:
             raise ValueError(
                 f"the queued batches are {state['micro_batches']} a step, not {self.micro_batches}; "
@@ -228,7 +246,8 @@ class AnticipatoryRouting(Rerouting):
         self.delay_steps = self._checked(state["delay_steps"])
         self.mode, self._wanted, self._autocast = state["mode"], state["wanted"], state["autocast"]
         self._queue = deque(
-            _Waiting(batch, ids and self._put([i.to(self._where()) for i in ids])) for batch, ids in state["queue"]
+            _Waiting(batch, ids and self._put([i.to(self._where()) for i in ids]))
+            for batch, ids in state["queue"]
         )
         self._current = None
 

@@ -18,10 +18,10 @@ MAX_DELAY = 64
 class Rerouting(ABC):
     """Wraps an iterator of batches; `enable` and `disable` take effect at the next step.
 
-    Gate weights are always today's, so gradients flow; only the choice of experts is Δ steps old. It is replaced in
-    forwards of a training model that will be differentiated, and in no other. A model that is compiled is compiled
-    after this, because a compiled model never notices hooks that come later.
-    ValueError for a delay outside 0 to 64, or where the model has no learned router.
+    Gate weights are always today's, so gradients flow; only the choice of experts is Δ steps old.
+    It is replaced in forwards of a training model that will be differentiated, and in no other. A
+    model that is compiled is compiled after this, because a compiled model never notices hooks that
+    come later. ValueError for a delay outside 0 to 64, or where the model has no learned router.
     """
 
     variant: ClassVar[str]
@@ -32,7 +32,9 @@ class Rerouting(ABC):
         self._layout: Layout = find_layout(model)
         self.routers: list[RouterSite] = [r for r in self._layout.routers if not r.hashed]
         if not self.routers:
-            raise ValueError(f"{type(model).__name__} has no learned router, so there is nothing to route ahead")
+            raise ValueError(
+                f"{type(model).__name__} has no learned router, so there is nothing to route ahead"
+            )
         self.delay_steps = self._checked(delay_steps)
         self.mode: Mode = "off"
         """Of the step under way."""
@@ -46,10 +48,14 @@ class Rerouting(ABC):
     # -- control -----------------------------------------------------------------------------
 
     def enable(self, delay_steps: int | None = None) -> None:
-        """From the next step on: warm up, then choose by older weights. A new delay waits for routing to be off."""
+        """From the next step on: warm up, then choose by older weights. A new delay waits for
+        routing to be off.
+        """
         if delay_steps is not None and delay_steps != self.delay_steps:
             if self.mode != "off":
-                raise ValueError(f"the delay is {self.delay_steps} until routing is off; it is in {self.mode} now")
+                raise ValueError(
+                    f"the delay is {self.delay_steps} until routing is off; it is in {self.mode} now"
+                )
             self.delay_steps = self._checked(delay_steps)
         self._wanted = True
 
@@ -70,16 +76,20 @@ class Rerouting(ABC):
     @property
     @abstractmethod
     def queued(self) -> int:
-        """Micro-batches that were fetched and not yet trained on: the source stands so far ahead of the training."""
+        """Micro-batches that were fetched and not yet trained on: the source stands so far ahead of
+        the training.
+        """
 
     @abstractmethod
     def batches(self, source: Iterable[Any]) -> Iterator[Any]:
-        """The batches of `source`, in its order; with gradient accumulation `micro_batches` of them a step, each
-        differentiated before the next is asked for."""
+        """The batches of `source`, in its order; with gradient accumulation `micro_batches` of them
+        a step, each differentiated before the next is asked for.
+        """
 
     @abstractmethod
     def rewind(self) -> None:
-        """Training goes back to an earlier step: what was prepared for the steps behind it is forgotten.
+        """Training goes back to an earlier step: what was prepared for the steps behind it is
+        forgotten.
 
         Call it between steps, then begin `batches` anew on a source that stands at that step.
         """
@@ -102,7 +112,8 @@ class Rerouting(ABC):
     def _is_training(self, module: nn.Module) -> bool:
         """Whether a forward of `module` is the training step: an evaluation between steps is not.
 
-        Inside a checkpoint the first forward may run without gradient and the recomputation with it; both are.
+        Inside a checkpoint the first forward may run without gradient and the recomputation with
+        it; both are.
         """
         return module.training and (self._differentiated or torch.is_grad_enabled())
 

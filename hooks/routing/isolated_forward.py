@@ -17,13 +17,17 @@ from geodiag.hooks.distributed.sharded_weights import free, sharded
 def traceless(model: nn.Module, evaluate: bool) -> Iterator[None]:
     """Inside, `model` can run without gradient; outside, nothing of it can be told.
 
-    Random states (Python's, numpy's, torch's, every GPU's), buffers and train/eval modes are as before. With
-    `evaluate` the model runs in eval mode; without, in the mode it is in, so that dropout draws what the training
-    step will.
+    Random states (Python's, numpy's, torch's, every GPU's), buffers and train/eval modes are as
+    before. With
+    `evaluate` the model runs in eval mode; without, in the mode it is in, so that dropout draws
+    what the training step will.
     """
     modes = [(m, m.training) for m in model.modules()]
     buffers = [
-        (m, name, b, b._version, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
+        (m, name, b, b._version, b.clone())
+        for m in model.modules()
+        for name, b in m._buffers.items()
+        if b is not None
     ]
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the training's own generator
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
@@ -45,16 +49,19 @@ def traceless(model: nn.Module, evaluate: bool) -> Iterator[None]:
 
 
 class _Enough(BaseException):
-    """Every router has chosen. Not an Exception: a forward's own `except Exception` must not swallow it."""
+    """Every router has chosen. Not an Exception: a forward's own `except Exception` must not
+    swallow it.
+    """
 
 
 class Choices:
     """Every router's choice in the forwards inside `kept`.
 
-    The hooks go on once and stay: a compiled model never notices a hook that comes later. With `model`, a forward of
-    it inside `kept` ends as soon as every router has chosen, or at `end`, the place behind its last block: the last
-    experts, the head and the loss are not run. Where it may not be left halfway, `tail`, the module behind the last
-    block, is given one token a sequence instead.
+    The hooks go on once and stay: a compiled model never notices a hook that comes later. With
+    `model`, a forward of it inside `kept` ends as soon as every router has chosen, or at `end`, the
+    place behind its last block: the last experts, the head and the loss are not run. Where it may
+    not be left halfway, `tail`, the module behind the last block, is given one token a sequence
+    instead.
     """
 
     def __init__(
@@ -86,7 +93,9 @@ class Choices:
                 yield out
             missing = sum(c is None for c in self._seen)
             if missing:
-                raise ValueError(f"{missing} of {len(self._seen)} routers chose nothing in this forward")
+                raise ValueError(
+                    f"{missing} of {len(self._seen)} routers chose nothing in this forward"
+                )
             out += [c for c in self._seen if c is not None]
         finally:
             self._on = False
@@ -101,7 +110,11 @@ class Choices:
         return hook
 
     def _shorten(self, _module: nn.Module, args: tuple) -> tuple | None:
-        return (args[0][:, :1].contiguous(), *args[1:]) if self._on and self._model is not None else None
+        return (
+            (args[0][:, :1].contiguous(), *args[1:])
+            if self._on and self._model is not None
+            else None
+        )
 
     def _stop_if_done(self) -> None:
         if torch.compiler.is_compiling():  # compiled code cannot be left halfway

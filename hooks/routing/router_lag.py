@@ -1,7 +1,9 @@
-"""router-lag: today's hidden states, routed by the routers' weights of Δ steps ago. Not anticipatory routing.
+"""router-lag: today's hidden states, routed by the routers' weights of Δ steps ago. Not
+anticipatory routing.
 
-Only the last map from hidden state to choice is old; the hidden states themselves are today's. There is no second
-forward and no queue of batches: what is kept is the routers' weights and balancing biases of the last Δ steps.
+Only the last map from hidden state to choice is old; the hidden states themselves are today's.
+There is no second forward and no queue of batches: what is kept is the routers' weights and
+balancing biases of the last Δ steps.
 
     off ──enable──▶ warmup (until there are weights of Δ steps ago) ──▶ on ──disable──▶ off
 """
@@ -25,21 +27,29 @@ DEVICE_BYTES = 256 << 20
 class RouterLag(Rerouting):
     """Experts by the router's weights of Δ steps ago; used as AnticipatoryRouting is.
 
-    The past is kept from the first step on, so that routing which is switched on late begins at once. It takes up to
+    The past is kept from the first step on, so that routing which is switched on late begins at
+    once. It takes up to
     `device_bytes` on the device, and beyond that stays in pinned host memory.
     """
 
     variant: ClassVar[str] = "router-lag"
 
     def __init__(
-        self, model: nn.Module, delay_steps: int = 8, *, micro_batches: int = 1, device_bytes: int = DEVICE_BYTES
+        self,
+        model: nn.Module,
+        delay_steps: int = 8,
+        *,
+        micro_batches: int = 1,
+        device_bytes: int = DEVICE_BYTES,
     ) -> None:
         super().__init__(model, delay_steps, micro_batches)
         self._device_bytes = device_bytes
         self._past: deque[Aside] = deque()
         """Weights and biases of every router, one entry a step, today's last."""
         self._lagged: list[Tensor] = []
-        """The ones that choose now, always in the same place: a compiled model does not look elsewhere."""
+        """The ones that choose now, always in the same place: a compiled model does not look
+        elsewhere.
+        """
         self._today: list[Tensor] = []
         self._on = self._failed = False
         self._views: list[Callable[[], RouterView] | None] = [None] * len(self.routers)
@@ -90,7 +100,9 @@ class RouterLag(Rerouting):
                 self._make_lagged()
         except Exception as e:  # a training must not end because its routing cannot look back
             if any(is_spread(t) for t in self._today):
-                raise GeodiagError(f"router-lag failed on this rank, and the others wait for its weights: {e}") from e
+                raise GeodiagError(
+                    f"router-lag failed on this rank, and the others wait for its weights: {e}"
+                ) from e
             self._failed, self._wanted, self._on = True, False, False
             self._past.clear()
             self.on_failure(e)
@@ -107,9 +119,14 @@ class RouterLag(Rerouting):
     @torch.no_grad()
     def _make_lagged(self) -> None:
         """Brings the weights of Δ steps ago to the place where the routers look for them."""
-        then = [from_part(t, like) for t, like in zip(self._past[0].take(), self._today, strict=True)]
+        then = [
+            from_part(t, like) for t, like in zip(self._past[0].take(), self._today, strict=True)
+        ]
         if [(t.shape, t.device) for t in self._lagged] != [(t.shape, t.device) for t in then]:
-            self._lagged = [torch.empty_like(t, dtype=like.dtype) for t, like in zip(then, self._today, strict=True)]
+            self._lagged = [
+                torch.empty_like(t, dtype=like.dtype)
+                for t, like in zip(then, self._today, strict=True)
+            ]
         torch._foreach_copy_(self._lagged, then)
 
     def _leave(self) -> None:
@@ -157,5 +174,7 @@ class RouterLag(Rerouting):
         self.delay_steps = self._checked(state["delay_steps"])
         self.mode, self._wanted = state["mode"], state["wanted"]
         room = self._device_bytes // (self.delay_steps + 1)
-        self._past = deque(Aside.put([t.to(device) for t in entry], room) for entry in state["past"])
+        self._past = deque(
+            Aside.put([t.to(device) for t in entry], room) for entry in state["past"]
+        )
         self._on = False

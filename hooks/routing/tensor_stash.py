@@ -1,4 +1,6 @@
-"""Tensors put aside for a later step: on their device where there is room, else in pinned host memory."""
+"""Tensors put aside for a later step: on their device where there is room, else in pinned host
+memory.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +19,15 @@ class Aside:
 
     @classmethod
     def put(cls, tensors: Sequence[Tensor], room: int) -> "Aside":
-        """Keeps copies of `tensors`; up to `room` bytes stay where they are. Smaller types become the widest."""
+        """Keeps copies of `tensors`; up to `room` bytes stay where they are. Smaller types become
+        the widest.
+        """
         flat = torch.cat([t.detach().flatten() for t in tensors])
         device = flat.device
         if device.type != "cpu" and flat.nbytes > room:
             host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=device.type == "cuda")
-            # Whoever takes it back asks the same stream for a copy, which therefore comes later than this one.
+            # Whoever takes it back asks the same stream for a copy, which therefore comes later
+            # than this one.
             flat = host.copy_(flat, non_blocking=True)
         return cls(flat, tuple(t.shape for t in tensors), device)
 

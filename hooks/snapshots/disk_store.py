@@ -1,4 +1,6 @@
-"""The shelf: snapshots on disk, each a torch.distributed.checkpoint of its own, written beside the training."""
+"""The shelf: snapshots on disk, each a torch.distributed.checkpoint of its own, written beside the
+training.
+"""
 
 import re
 import shutil
@@ -21,7 +23,8 @@ from geodiag.store.files import first_line
 
 _REST = "geodiag"
 _NO_DIST = "torch.distributed is disabled, unavailable or uninitialized"
-"""A warning of torch's about just what is wanted: one process reads and writes its own snapshots."""
+"""A warning of torch's about just what is wanted: one process reads and writes its own snapshots.
+"""
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -49,11 +52,16 @@ def _steps_in(folder: Path) -> list[int]:
 
 
 def _refusal(error: BaseException) -> BaseException:
-    """What went wrong below torch's own exception, which is no `Exception` and would end a training."""
+    """What went wrong below torch's own exception, which is no `Exception` and would end a
+    training.
+    """
     if not isinstance(error, CheckpointException):
         return error
     causes = [c for c, _trace in error.failures.values()]
-    return next((c for c in causes if isinstance(c, OSError)), OSError(first_line(causes[0] if causes else error)))
+    return next(
+        (c for c in causes if isinstance(c, OSError)),
+        OSError(first_line(causes[0] if causes else error)),
+    )
 
 
 class Shelf:
@@ -71,8 +79,12 @@ class Shelf:
         self._last: int | None = None
 
     def steps(self) -> list[int]:
-        """What lies there, whole, and what is being written. Does not look at the disk: it is asked every step."""
-        return sorted(self._there | ({self._last} if self._busy and self._last is not None else set()))
+        """What lies there, whole, and what is being written. Does not look at the disk: it is asked
+        every step.
+        """
+        return sorted(
+            self._there | ({self._last} if self._busy and self._last is not None else set())
+        )
 
     def free(self) -> bool:
         """Whether the last write is through. OSError, once, where the disk refused it."""
@@ -86,9 +98,17 @@ class Shelf:
         return self._under_way is not None and not self._under_way.done()
 
     def put(
-        self, step: int, tree: Any, aside: dict[str, Any], tensors: dict[str, Tensor], arena: Arena, most: int
+        self,
+        step: int,
+        tree: Any,
+        aside: dict[str, Any],
+        tensors: dict[str, Tensor],
+        arena: Arena,
+        most: int,
     ) -> None:
-        """Writes in a thread, and then keeps at most so many. The tensors' arena is left alone until it is `free`."""
+        """Writes in a thread, and then keeps at most so many. The tensors' arena is left alone
+        until it is `free`.
+        """
 
         def write() -> None:
             arena.wait()
@@ -98,17 +118,22 @@ class Shelf:
                 writer = FileSystemWriter(half, thread_count=4)
                 state = {**tensors, _REST: Rest(tree, aside, list(tensors))}
                 dcp.save(state, storage_writer=writer, no_dist=True)
-                # What torch's other writing threads fail at is raised nowhere, and torch 2.11 returns nothing of it.
+                # What torch's other writing threads fail at is raised nowhere, and torch 2.11
+                # returns nothing of it.
                 written = FileSystemReader(half).read_metadata().storage_data
                 lost = state.keys() - {entry.fqn for entry in written or ()}
                 if lost:
-                    raise OSError(f"{len(lost)} of the snapshot's {len(state)} pieces were not written; free some disk")
+                    raise OSError(
+                        f"{len(lost)} of the snapshot's {len(state)} pieces were not written; free some disk"
+                    )
                 half.rename(self.folder / f"step-{step:08d}")
                 self._there.add(step)
                 for old in sorted(self._there)[:-most]:
                     self._remove(old)
             except BaseException as e:
-                shutil.rmtree(half, ignore_errors=True)  # half a snapshot would hold the space that is missing
+                shutil.rmtree(
+                    half, ignore_errors=True
+                )  # half a snapshot would hold the space that is missing
                 raise _refusal(e) from None
 
         self._last, self._under_way = step, self._writer.submit(write)
@@ -121,13 +146,20 @@ class Shelf:
         try:
             entries = reader.read_metadata().state_dict_metadata
             state: dict[str, Any] = {
-                name: torch.empty(m.size, dtype=m.properties.dtype) if isinstance(m, TensorStorageMetadata) else None
+                name: torch.empty(m.size, dtype=m.properties.dtype)
+                if isinstance(m, TensorStorageMetadata)
+                else None
                 for name, m in entries.items()
             }
             dcp.load(state, storage_reader=reader, no_dist=True)
             rest = state.pop(_REST)
-        except (Exception, CheckpointException) as e:  # whatever a file that was cut or overwritten makes torch raise
-            raise OSError(f"{folder} is unreadable ({_refusal(e)}); remove it to use an earlier one") from None
+        except (
+            Exception,
+            CheckpointException,
+        ) as e:  # whatever a file that was cut or overwritten makes torch raise
+            raise OSError(
+                f"{folder} is unreadable ({_refusal(e)}); remove it to use an earlier one"
+            ) from None
         return rest, [state[name] for name in rest.names]
 
     def room_for(self, left: int) -> None:

@@ -1,4 +1,6 @@
-"""Room for one snapshot's tensors in host memory: one flat block, page-locked where they come from a GPU."""
+"""Room for one snapshot's tensors in host memory: one flat block, page-locked where they come from
+a GPU.
+"""
 
 import weakref
 from collections.abc import Iterable
@@ -21,8 +23,9 @@ def _padded(size: int) -> int:
 class Arena:
     """Copies tensors in, all at once; `tensors` are the copies.
 
-    On a GPU the copy runs on a stream of its own, beside the forward and backward of the next step, and `settle`
-    makes the device wait for it where the weights are about to change. MemoryError where the host has no room.
+    On a GPU the copy runs on a stream of its own, beside the forward and backward of the next step,
+    and `settle` makes the device wait for it where the weights are about to change. MemoryError
+    where the host has no room.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -38,7 +41,9 @@ class Arena:
             _page_lock(self, self._block)
 
     def fill(self, tensors: list[Tensor], passing: frozenset[int] = frozenset()) -> None:
-        """Starts copying. Those whose index is in `passing` may change at once; the others not before `settle`."""
+        """Starts copying. Those whose index is in `passing` may change at once; the others not
+        before `settle`.
+        """
         self.tensors, start = [], 0
         for t in tensors:
             size = t.numel() * t.element_size()
@@ -59,7 +64,9 @@ class Arena:
             self._copied.record(self._stream)
 
     def settle(self) -> None:
-        """Work of this stream that is queued from here on comes after the copy. The host does not wait."""
+        """Work of this stream that is queued from here on comes after the copy. The host does not
+        wait.
+        """
         if self._copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self._copied)
 

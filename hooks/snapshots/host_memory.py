@@ -7,7 +7,9 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = _GROUP) -> int:
-    """Bytes of host memory that this process could have, its share where several ranks are on one machine."""
+    """Bytes of host memory that this process could have, its share where several ranks are on one
+    machine.
+    """
     ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     return min(_of_the_machine(meminfo), _of_the_container(group)) // ranks
 

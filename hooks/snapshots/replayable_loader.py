@@ -8,7 +8,8 @@ from typing import Any
 class Tape:
     """An iterator of batches that can be rewound. Positions count what the loader gave, from 0.
 
-    A loader that has `state_dict` is asked for it at every mark, so that a resume need not count through all the data.
+    A loader that has `state_dict` is asked for it at every mark, so that a resume need not count
+    through all the data.
     """
 
     def __init__(self, source: Iterable[Any], position: int = 0) -> None:
@@ -46,7 +47,9 @@ class Tape:
         return self._kept[position - self._head]
 
     def consumed(self, queued: int) -> int:
-        """The position of the next batch to train on, while `queued` of those handed out still wait."""
+        """The position of the next batch to train on, while `queued` of those handed out still
+        wait.
+        """
         return self._given[-queued] if queued else self.position
 
     def mark(self) -> None:
@@ -55,7 +58,9 @@ class Tape:
             self._marks[self.position] = _state(self._source)
 
     def rewind(self, position: int, waiting: Sequence[int] = ()) -> None:
-        """The next batch is that of `position`, and `waiting` are handed out. ValueError where it is not kept."""
+        """The next batch is that of `position`, and `waiting` are handed out. ValueError where it
+        is not kept.
+        """
         if not self._head - len(self._kept) <= position <= self._head:
             raise ValueError(f"the batches from {position} on are no longer kept")
         self.position = position
@@ -76,7 +81,9 @@ class Tape:
     # -- resume ------------------------------------------------------------------------------
 
     def state_dict(self, queued: int) -> dict[str, Any]:
-        """Where to go on, by the newest mark at or before here; `queued` of those handed out still wait."""
+        """Where to go on, by the newest mark at or before here; `queued` of those handed out still
+        wait.
+        """
         mark = max((m for m in self._marks if m <= self.position), default=None)
         return {
             "position": self.position,
@@ -88,7 +95,9 @@ class Tape:
 
     @classmethod
     def resumed(cls, source: Any, state: dict[str, Any]) -> "Tape":
-        """A tape over a new `source`, at the place where `state` was taken. ValueError where the data ends before."""
+        """A tape over a new `source`, at the place where `state` was taken. ValueError where the
+        data ends before.
+        """
         known = state["source"] is not None
         if known:
             source.load_state_dict(state["source"])
@@ -99,7 +108,9 @@ class Tape:
                 tape.position += 1
                 tape.forget(tape.position)
         except StopIteration:
-            raise ValueError(f"the data ends after {tape.position} batches; pass the loader of the run") from None
+            raise ValueError(
+                f"the data ends after {tape.position} batches; pass the loader of the run"
+            ) from None
         tape._left_out = [range(*r) for r in state["left_out"]]
         tape.rewind(tape.position, state["waiting"])
         return tape
@@ -107,4 +118,8 @@ class Tape:
 
 def _state(source: Any) -> Any:
     """Where a loader stands, if it can say."""
-    return source.state_dict() if hasattr(source, "state_dict") and hasattr(source, "load_state_dict") else None
+    return (
+        source.state_dict()
+        if hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
+        else None
+    )

@@ -13,11 +13,15 @@ from geodiag.hooks.snapshots.state_tree import Stateful
 from geodiag.store.files import first_line
 
 _OLD = 2
-"""Times the span of all snapshots: older ones, of a training that takes none any more, are not gone back to."""
+"""Times the span of all snapshots: older ones, of a training that takes none any more, are not gone
+back to.
+"""
 
 
 class Rollback:
-    """Takes snapshots between steps, and brings a training back to one. Counts batches, so that they come again."""
+    """Takes snapshots between steps, and brings a training back to one. Counts batches, so that
+    they come again.
+    """
 
     def __init__(self, snapshots: Snapshots | None, routing: Rerouting | None) -> None:
         self.snapshots, self._routing = snapshots, routing
@@ -32,9 +36,11 @@ class Rollback:
     # -- data --------------------------------------------------------------------------------
 
     def batches(self, source: Iterable[Any], step: int) -> Iterator[Any]:
-        """The batches of `source` in order, routed if there is a routing, and again from the place gone back to.
+        """The batches of `source` in order, routed if there is a routing, and again from the place
+        gone back to.
 
-        Called once more, for another epoch, say, training can no longer go back to before this `step`.
+        Called once more, for another epoch, say, training can no longer go back to before this
+        `step`.
         """
         tape: Iterable[Any] = source
         if self.snapshots is not None:
@@ -64,7 +70,9 @@ class Rollback:
         return [s for s in self.snapshots.steps if s in self._positions]
 
     def after_step(self, next_step: int, calm: bool) -> None:
-        """Notes where the data stands; takes a snapshot where one is due and the training is `calm`."""
+        """Notes where the data stands; takes a snapshot where one is due and the training is
+        `calm`.
+        """
         if self.snapshots is None:
             return
         if self._tape is not None:
@@ -74,16 +82,23 @@ class Rollback:
                 self.take(next_step)
         finally:
             if self._tape is not None:
-                self._forget(next_step - _OLD * self.snapshots.every * self.snapshots.keep, self._tape)
+                self._forget(
+                    next_step - _OLD * self.snapshots.every * self.snapshots.keep, self._tape
+                )
 
     def _forget(self, oldest: int, tape: Tape) -> None:
-        """Batches that no snapshot needs any more; and where none is taken any more, the snapshots before `oldest`."""
+        """Batches that no snapshot needs any more; and where none is taken any more, the snapshots
+        before `oldest`.
+        """
         for step in [s for s in self._positions if s < oldest]:
             del self._positions[step]
         back_to = min(self.steps, default=None)
         kept = tape.position if back_to is None else self._positions[back_to][0]
         tape.forget(min(kept, tape.position))
-        while self._first and (step := next(iter(self._first))) < (oldest if back_to is None else back_to) - 1:
+        while (
+            self._first
+            and (step := next(iter(self._first))) < (oldest if back_to is None else back_to) - 1
+        ):
             del self._first[step]
 
     def take(self, step: int) -> None:
@@ -91,7 +106,9 @@ class Rollback:
         if self.snapshots is None:
             return
         if self._tape is None:
-            raise ValueError("a rollback needs the batches again; take them from run.batches(loader)")
+            raise ValueError(
+                "a rollback needs the batches again; take them from run.batches(loader)"
+            )
         self._tape.mark()
         aside = {
             "data": self._tape.state_dict(self._queued),
@@ -106,7 +123,10 @@ class Rollback:
 
     def _note_position(self, step: int) -> None:
         if self._tape is not None:
-            self._positions[step] = self._tape.position, self._tape.state_dict(self._queued)["waiting"]
+            self._positions[step] = (
+                self._tape.position,
+                self._tape.state_dict(self._queued)["waiting"],
+            )
 
     @property
     def _queued(self) -> int:
@@ -114,7 +134,9 @@ class Rollback:
 
     @property
     def _at_rest(self) -> bool:
-        """While routing warms up or drains, the queue of batches is half filled: no place to come back to."""
+        """While routing warms up or drains, the queue of batches is half filled: no place to come
+        back to.
+        """
         return self._routing is None or self._routing.mode in ("off", "on")
 
     def go_back(self, step: int, skip: range | None) -> None:
@@ -132,11 +154,12 @@ class Rollback:
             self._put_back_routing(self._routing, aside)
 
     def resume(self, lasting: dict[str, Stateful], wanted: bool, ranks: Ranks) -> int | None:
-        """The step of the newest snapshot on disk, before which the training now stands; None where there is none.
+        """The step of the newest snapshot on disk, before which the training now stands; None where
+        there is none.
 
-        Of several ranks all go to the newest that every one of them has. Where one has none of those, or cannot read
-        its own, none goes on: GeodiagError on every rank. `lasting` goes into every snapshot from here on, and comes
-        back with this one.
+        Of several ranks all go to the newest that every one of them has. Where one has none of
+        those, or cannot read its own, none goes on: GeodiagError on every rank. `lasting` goes into
+        every snapshot from here on, and comes back with this one.
         """
         if self.snapshots is None:
             return None
@@ -159,14 +182,23 @@ class Rollback:
         if self._routing is not None:
             self._put_back_routing(self._routing, aside)
         elif aside["routing"] and aside["routing"]["mode"] != "off":
-            raise GeodiagError(f"step {step} was routed by {aside['variant']} routing; resume with that routing")
+            raise GeodiagError(
+                f"step {step} was routed by {aside['variant']} routing; resume with that routing"
+            )
 
     def close(self, step: int | None = None) -> None:
-        """Gives everything back; before that, with a `step`, keeps on disk where the training ended."""
+        """Gives everything back; before that, with a `step`, keeps on disk where the training
+        ended.
+        """
         if self.snapshots is None:
             return
         try:
-            wanted = step is not None and self._tape is not None and self._at_rest and self.snapshots.where == "disk"
+            wanted = (
+                step is not None
+                and self._tape is not None
+                and self._at_rest
+                and self.snapshots.where == "disk"
+            )
             if wanted and step not in self.snapshots.steps:
                 assert step is not None
                 self.snapshots.wait()
@@ -177,10 +209,16 @@ class Rollback:
     @staticmethod
     def _put_back_routing(routing: Rerouting, aside: dict[str, Any]) -> None:
         saved, variant = aside["routing"], aside["variant"]
-        if saved is None or variant != routing.variant or saved["delay_steps"] != routing.delay_steps:
+        if (
+            saved is None
+            or variant != routing.variant
+            or saved["delay_steps"] != routing.delay_steps
+        ):
             if saved is not None and saved["mode"] != "off":
                 was = f"{variant} routing with a delay of {saved['delay_steps']}"
-                raise GeodiagError(f"the snapshot was taken while {was} was on; resume with the same")
+                raise GeodiagError(
+                    f"the snapshot was taken while {was} was on; resume with the same"
+                )
             return
         before = routing.mode
         routing.load_state_dict(saved)
@@ -189,11 +227,17 @@ class Rollback:
 
 
 def _newest(held: Sequence[Sequence[int]]) -> int | None:
-    """The newest step that all ranks hold; None where nobody holds any. GeodiagError where they have none in common."""
+    """The newest step that all ranks hold; None where nobody holds any. GeodiagError where they
+    have none in common.
+    """
     common = set.intersection(*map(set, held))
     if common:
         return max(common)
     if any(held):
-        each = "; ".join(f"rank {r}: {', '.join(map(str, steps)) or 'none'}" for r, steps in enumerate(held))
-        raise GeodiagError(f"no snapshot is held by every rank ({each}); begin anew with another path")
+        each = "; ".join(
+            f"rank {r}: {', '.join(map(str, steps)) or 'none'}" for r, steps in enumerate(held)
+        )
+        raise GeodiagError(
+            f"no snapshot is held by every rank ({each}); begin anew with another path"
+        )
     return None

@@ -1,4 +1,6 @@
-"""Snapshots: what a training was, every so many steps, in host memory or on disk, and how to be that again."""
+"""Snapshots: what a training was, every so many steps, in host memory or on disk, and how to be
+that again.
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -29,7 +31,9 @@ Where = Literal["memory", "disk"]
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """One moment: `tree` has a place for each of the arena's tensors; `aside` comes back as it was given."""
+    """One moment: `tree` has a place for each of the arena's tensors; `aside` comes back as it was
+    given.
+    """
 
     step: int
     tree: Any
@@ -45,16 +49,23 @@ class Snapshots:
         for batch in run.batches(loader): ...
 
     Give it whatever changes while training: models, optimizers, and anything with `state_dict` and
-    `load_state_dict` (a scheduler, a scaler, a counter). Random states come along by themselves. Between steps only the
-    optimizers may change weights while a copy is under way; whoever else does calls `settle` first.
+    `load_state_dict` (a scheduler, a scaler, a counter). Random states come along by themselves.
+    Between steps only the optimizers may change weights while a copy is under way; whoever else
+    does calls `settle` first.
 
-    every: steps between snapshots. where: `memory` (page-locked beside a GPU) or `disk` (`RUN/snapshots`, as
-    torch.distributed.checkpoint, one folder a rank). max_bytes: budget of all of them, by default half of the memory
-    or disk that is free. keep: at most so many. ValueError for what cannot be saved.
+    every: steps between snapshots. where: `memory` (page-locked beside a GPU) or `disk`
+    (`RUN/snapshots`, as torch.distributed.checkpoint, one folder a rank). max_bytes: budget of all
+    of them, by default half of the memory or disk that is free. keep: at most so many. ValueError
+    for what cannot be saved.
     """
 
     def __init__(
-        self, *things: Any, every: int = 50, where: Where = "memory", max_bytes: int | None = None, keep: int = 4
+        self,
+        *things: Any,
+        every: int = 50,
+        where: Where = "memory",
+        max_bytes: int | None = None,
+        keep: int = 4,
     ) -> None:
         if every < 1 or keep < 1 or (max_bytes is not None and max_bytes < 1):
             raise ValueError("every, keep and max_bytes are at least 1")
@@ -62,14 +73,22 @@ class Snapshots:
             raise ValueError(f"snapshots are kept in memory or on disk, not in {where!r}")
         self.every, self.where, self.keep = every, where, keep
         self.lasting: dict[str, Stateful] = {}
-        """What a rollback leaves as it is and a resume brings back: the detector, the controller, faults."""
+        """What a rollback leaves as it is and a resume brings back: the detector, the controller,
+        faults.
+        """
         self._max_bytes = max_bytes
-        flat = [t for thing in things for t in (thing if isinstance(thing, list | tuple) else [thing])]
+        flat = [
+            t for thing in things for t in (thing if isinstance(thing, list | tuple) else [thing])
+        ]
         odd = [t for t in flat if not isinstance(t, nn.Module | Optimizer | Stateful)]
         if odd or not flat:
             what = type(odd[0]).__name__ if odd else "nothing"
-            raise ValueError(f"cannot save {what}; pass a model, an optimizer, or something with state_dict")
-        self.device = next((p.device for t in flat if isinstance(t, nn.Module) for p in t.parameters()), _CPU)
+            raise ValueError(
+                f"cannot save {what}; pass a model, an optimizer, or something with state_dict"
+            )
+        self.device = next(
+            (p.device for t in flat if isinstance(t, nn.Module) for p in t.parameters()), _CPU
+        )
         gpus = [self.device.index or 0] if self.device.type == "cuda" else []
         self._things: dict[str, Any] = {f"{i}-{type(t).__name__}": t for i, t in enumerate(flat)}
         self._things["random"] = RandomState(gpus)
@@ -77,9 +96,13 @@ class Snapshots:
         self._spare: list[Arena] = []
         self._shelf: Shelf | None = None
         self._handles: list[Removable] = [
-            t.register_step_pre_hook(lambda *_: self.settle()) for t in flat if isinstance(t, Optimizer)
+            t.register_step_pre_hook(lambda *_: self.settle())
+            for t in flat
+            if isinstance(t, Optimizer)
         ]
-        self._check_budget(bytes_of(local(t) for m in flat if isinstance(m, nn.Module) for t in m.parameters()))
+        self._check_budget(
+            bytes_of(local(t) for m in flat if isinstance(m, nn.Module) for t in m.parameters())
+        )
 
     def keep_in(self, run: Path, rank: int) -> None:
         """Where a training's snapshots go if they go to disk."""
@@ -98,7 +121,8 @@ class Snapshots:
         return step > 0 and step % self.every == 0 and step not in self.steps
 
     def take(self, step: int, aside: dict[str, Any]) -> bool:
-        """Keeps everything as it is now, before `step`, and `aside` with it. False where the disk is still busy.
+        """Keeps everything as it is now, before `step`, and `aside` with it. False where the disk
+        is still busy.
 
         GeodiagError where not even one fits into the budget.
         """
@@ -115,14 +139,17 @@ class Snapshots:
             # The oldest makes room first: the budget holds at every moment.
             self._recycle(most - 1)
         arena = self._arena(size)
-        # Buffers may change in the next forward, weights and optimizer state only when the optimizer steps.
+        # Buffers may change in the next forward, weights and optimizer state only when the
+        # optimizer steps.
         names, buffers = list(tensors), self._buffers()
         passing = frozenset(i for i, n in enumerate(names) if n in buffers)
         arena.fill(list(tensors.values()), passing)
         taken = _Snapshot(step, tree, arena, aside)
         self._taken.append(taken)
         if self._shelf is not None:
-            self._shelf.put(step, tree, aside, dict(zip(names, arena.tensors, strict=True)), arena, most)
+            self._shelf.put(
+                step, tree, aside, dict(zip(names, arena.tensors, strict=True)), arena, most
+            )
         return True
 
     def _buffers(self) -> set[str]:
@@ -145,7 +172,11 @@ class Snapshots:
         budget = self._max_bytes if self._max_bytes is not None else self._half(size)
         if size > budget:
             where = "on disk" if self.where == "disk" else "in memory"
-            fix = "take fewer bytes elsewhere or keep them on disk" if self.where == "memory" else "free some disk"
+            fix = (
+                "take fewer bytes elsewhere or keep them on disk"
+                if self.where == "memory"
+                else "free some disk"
+            )
             raise GeodiagError(
                 f"a snapshot takes {_gb(size)} and the budget {where} is {_gb(budget)}; raise the budget, or {fix}"
             )
@@ -161,7 +192,8 @@ class Snapshots:
     # -- going back --------------------------------------------------------------------------
 
     def restore(self, step: int) -> dict[str, Any]:
-        """Everything as it was before `step`; later snapshots, of a past that is given up, are dropped.
+        """Everything as it was before `step`; later snapshots, of a past that is given up, are
+        dropped.
 
         Returns what was put aside with it. KeyError where there is no such snapshot.
         """
@@ -173,10 +205,14 @@ class Snapshots:
             kept, tensors = self._shelf.take(step)
             tree, aside = kept.tree, kept.aside
         else:
-            raise KeyError(f"no snapshot of step {step}; there are {', '.join(map(str, self.steps)) or 'none'}")
+            raise KeyError(
+                f"no snapshot of step {step}; there are {', '.join(map(str, self.steps)) or 'none'}"
+            )
         saved = put_together(tree, tensors)
         if saved.keys() != self._things.keys():
-            raise ValueError(f"the snapshot holds {', '.join(saved)}, not {', '.join(self._things)}")
+            raise ValueError(
+                f"the snapshot holds {', '.join(saved)}, not {', '.join(self._things)}"
+            )
         for name, thing in self._things.items():
             put_back(thing, saved[name])
         if self.device.type == "cuda":
@@ -187,7 +223,9 @@ class Snapshots:
         return aside
 
     def settle(self) -> None:
-        """To be called before anything but an optimizer changes weights: the copy under way comes first."""
+        """To be called before anything but an optimizer changes weights: the copy under way comes
+        first.
+        """
         if self._taken:
             self._taken[-1].arena.settle()
 

@@ -1,7 +1,8 @@
-"""A training's state as a tree: its tensors by reference, the rest copied; and put back where it lives, in place.
+"""A training's state as a tree: its tensors by reference, the rest copied; and put back where it
+lives, in place.
 
-In place, because compiled models, CUDA graphs and optimizers hold on to the tensors they have, and because an
-optimizer's own `load_state_dict` would cast its state to the type of the weights.
+In place, because compiled models, CUDA graphs and optimizers hold on to the tensors they have, and
+because an optimizer's own `load_state_dict` would cast its state to the type of the weights.
 """
 
 import copy
@@ -25,7 +26,9 @@ class Stateful(Protocol):
 
 
 class RandomState:
-    """The generators that a training draws from: Python's, numpy's, torch's, and those of the GPUs in use."""
+    """The generators that a training draws from: Python's, numpy's, torch's, and those of the GPUs
+    in use.
+    """
 
     def __init__(self, devices: Sequence[int] = ()) -> None:
         self.devices = list(devices)
@@ -47,9 +50,14 @@ class RandomState:
 
 
 def state_of(thing: Any) -> Any:
-    """Everything that `thing` would need to be as it is now. Tensors of modules and optimizers are the live ones."""
+    """Everything that `thing` would need to be as it is now. Tensors of modules and optimizers are
+    the live ones.
+    """
     if isinstance(thing, nn.Module):
-        return {"tensors": _tensors_of(thing), "extra": {n: m.get_extra_state() for n, m in _with_extra(thing)}}
+        return {
+            "tensors": _tensors_of(thing),
+            "extra": {n: m.get_extra_state() for n, m in _with_extra(thing)},
+        }
     if isinstance(thing, Optimizer):
         return {
             "state": [dict(thing.state.get(p, {})) for p in _parameters(thing)],
@@ -60,7 +68,9 @@ def state_of(thing: Any) -> Any:
 
 @torch.no_grad()
 def put_back(thing: Any, saved: Any) -> None:
-    """Makes `thing` as it was when `state_of` gave `saved`. ValueError where it is another model or optimizer."""
+    """Makes `thing` as it was when `state_of` gave `saved`. ValueError where it is another model or
+    optimizer.
+    """
     if isinstance(thing, nn.Module):
         live = _tensors_of(thing)
         if live.keys() != saved["tensors"].keys():
@@ -74,7 +84,9 @@ def put_back(thing: Any, saved: Any) -> None:
             module.set_extra_state(saved["extra"][name])
     elif isinstance(thing, Optimizer):
         parameters = _parameters(thing)
-        if len(parameters) != len(saved["state"]) or len(thing.param_groups) != len(saved["groups"]):
+        if len(parameters) != len(saved["state"]) or len(thing.param_groups) != len(
+            saved["groups"]
+        ):
             raise ValueError("the snapshot is of another optimizer: it has other parameters")
         for parameter, state in zip(parameters, saved["state"], strict=True):
             _put_back_state(thing, parameter, state)
@@ -93,12 +105,15 @@ def _put_back_state(optimizer: Optimizer, parameter: Tensor, saved: dict[str, An
     for name in set(live) - set(saved):
         del live[name]
     for name, value in saved.items():
-        # What has the shape of the weight lives where the weight lives; a step count may live on the host.
+        # What has the shape of the weight lives where the weight lives; a step count may live on
+        # the host.
         fresh = parameter.device if isinstance(value, Tensor) and value.dim() else None
         live[name] = _in_place(live.get(name), value, fresh, parameter)
 
 
-def _in_place(live: Any, saved: Any, device: torch.device | None = None, like: Tensor | None = None) -> Any:
+def _in_place(
+    live: Any, saved: Any, device: torch.device | None = None, like: Tensor | None = None
+) -> Any:
     """`saved`, in the tensor that is there already where that fits."""
     if not isinstance(saved, Tensor):
         return copy.deepcopy(saved)
@@ -106,7 +121,9 @@ def _in_place(live: Any, saved: Any, device: torch.device | None = None, like: T
         local(live).copy_(saved, non_blocking=True)
         return live
     if like is not None and hasattr(like, "to_local") and local(like).shape == saved.shape:
-        live = torch.empty_like(like, dtype=saved.dtype)  # this rank's part of a sharded weight's state
+        live = torch.empty_like(
+            like, dtype=saved.dtype
+        )  # this rank's part of a sharded weight's state
         local(live).copy_(saved, non_blocking=True)
         return live
     return saved.to(device, copy=True) if device is not None else saved.clone()
@@ -124,7 +141,11 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _with_extra(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(n, m) for n, m in module.named_modules() if type(m).get_extra_state is not nn.Module.get_extra_state]
+    return [
+        (n, m)
+        for n, m in module.named_modules()
+        if type(m).get_extra_state is not nn.Module.get_extra_state
+    ]
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -142,7 +163,9 @@ class Place:
 
 
 def take_apart(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """The tree with a `Place` for every tensor, everything else copied; and the tensors by their path."""
+    """The tree with a `Place` for every tensor, everything else copied; and the tensors by their
+    path.
+    """
     tensors: dict[str, Tensor] = {}
     return _apart(tree, "", tensors), tensors
 

@@ -1,4 +1,5 @@
-"""Exponentials and reciprocals on the device, by 2ˣ and 1/√x: one instruction each, where eˣ takes four and 1/x five.
+"""Exponentials and reciprocals on the device, by 2ˣ and 1/√x: one instruction each, where eˣ takes
+four and 1/x five.
 
 Errors are a few units of float32's last place; subnormal numbers count as zero.
 """

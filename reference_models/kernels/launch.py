@@ -1,4 +1,6 @@
-"""What every kernel's launch needs: tile sizes, the machine's width, and argument checks that name the fix."""
+"""What every kernel's launch needs: tile sizes, the machine's width, and argument checks that name
+the fix.
+"""
 
 from typing import Any
 
@@ -6,7 +8,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Streams the kernels are compiled for; their loops over N are unrolled, and tiles need powers of two.
+# Streams the kernels are compiled for; their loops over N are unrolled, and tiles need powers of
+# two.
 STREAMS = (1, 2, 4, 8)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -26,14 +29,21 @@ def padded(k: int) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the device; a small number for the interpreter, where each program costs a millisecond."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """Multiprocessors of the device; a small number for the interpreter, where each program costs a
+    millisecond.
+    """
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 4
+    )
 
 
 def two_parts(x: Tensor) -> bool:
     """Whether a float32 factor of the stream goes into the matrix product as two bfloat16 parts.
 
-    Triton's interpreter multiplies the bit patterns of bfloat16, so there the product is taken in float32.
+    Triton's interpreter multiplies the bit patterns of bfloat16, so there the product is taken in
+    float32.
     """
     return x.dtype == torch.bfloat16 and x.is_cuda
 
@@ -44,14 +54,18 @@ def has_copy_engine(device: torch.device) -> bool:
 
 
 def copies_tiles(*tensors: Tensor | None) -> bool:
-    """Whether these contiguous tensors can be copied by tiles: rows that begin at multiples of 16 bytes."""
+    """Whether these contiguous tensors can be copied by tiles: rows that begin at multiples of 16
+    bytes.
+    """
     given = [t for t in tensors if t is not None]
     aligned = all(t.data_ptr() % 16 == 0 and t.shape[-1] * t.itemsize % 16 == 0 for t in given)
     return aligned and has_copy_engine(given[0].device)
 
 
 def tiles(tensor: Tensor | None, block: tuple[int, int] | None) -> Any:
-    """What a kernel takes: a descriptor of (T, the rest) by blocks, or without a block the tensor as it is."""
+    """What a kernel takes: a descriptor of (T, the rest) by blocks, or without a block the tensor
+    as it is.
+    """
     if tensor is None or block is None:
         return tensor
     return TensorDescriptor.from_tensor(tensor.view(tensor.shape[0], -1), list(block))
@@ -63,10 +77,14 @@ def floats(like: Tensor, *shape: int) -> Tensor:
 
 
 def check_streams(x_TNC: Tensor) -> tuple[int, int, int]:
-    """(T, N, C) of a stream of any leading shape. ValueError or TypeError where no kernel can serve it."""
+    """(T, N, C) of a stream of any leading shape. ValueError or TypeError where no kernel can serve
+    it.
+    """
     n, c = x_TNC.shape[-2:]
     if n not in STREAMS:
-        raise ValueError(f"the Triton kernels take {STREAMS} streams, not {n}; use kernels='reference'")
+        raise ValueError(
+            f"the Triton kernels take {STREAMS} streams, not {n}; use kernels='reference'"
+        )
     if x_TNC.dtype not in FLOATS:
         raise TypeError(f"the Triton kernels take bfloat16, float16 or float32, not {x_TNC.dtype}")
     return x_TNC.numel() // max(n * c, 1), n, c

@@ -47,7 +47,9 @@ def _backward(
     d_branch, d_post, d_res = (torch.empty_like(v) for v in (branch, post, res))
     if t:
         dx_ptr = dx if wants_dx else None
-        after_backward[(t,)](x, branch, post, res, grad, dx_ptr, d_branch, d_post, d_res, N=n, C=c, **_lanes(x, 32))
+        after_backward[(t,)](
+            x, branch, post, res, grad, dx_ptr, d_branch, d_post, d_res, N=n, C=c, **_lanes(x, 32)
+        )
     return dx, d_branch, d_post, d_res
 
 
@@ -73,7 +75,8 @@ def after_grad(ctx, grad, _stats):
     grad = grad.contiguous()
     saved = ctx.saved_tensors
     dx, *rest = _mhc_after_backward(*saved, grad, not ctx.linked)
-    # Through the link go the gradient of the streams after the site, as it is, and the map that mixed them.
+    # Through the link go the gradient of the streams after the site, as it is, and the map that
+    # mixed them.
     return (None, *rest, grad, saved[3], None) if ctx.linked else (dx, *rest, None, None, None)
 
 
@@ -89,11 +92,12 @@ def mhc_after_linked(
     link: tuple[Tensor, Tensor] | None,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`mhc_after` of a site that began with `mhc_before_linked`, whose x this is: the gradient of the new streams goes
-    there, through the link, to be mixed while that one writes its own dx; here it would be written, and
-    read once more.
+    """`mhc_after` of a site that began with `mhc_before_linked`, whose x this is: the gradient of
+    the new streams goes there, through the link, to be mixed while that one writes its own dx; here
+    it would be written, and read once more.
 
-    Also returns the rows for `mhc_stats.summarise_streams`, measured while the device-side `flag` is not 0.
+    Also returns the rows for `mhc_stats.summarise_streams`, measured while the device-side `flag`
+    is not 0.
     """
     tokens, n, c = check_streams(x_TNC)
     lead = x_TNC.shape[:-2]

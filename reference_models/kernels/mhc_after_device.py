@@ -1,4 +1,6 @@
-"""What of `mhc_after` runs on the device: one token a program, so that its coefficients are scalars."""
+"""What of `mhc_after` runs on the device: one token a program, so that its coefficients are
+scalars.
+"""
 
 # Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
@@ -65,7 +67,9 @@ def after_forward(
         gain = 0.0
         for i in tl.static_range(N):
             gain += post[i] * post[i]
-        mhc_stats.store_streams(stats_ptr, tl.load(flag_ptr) != 0, amax, after, gain * wrote, kept, before)
+        mhc_stats.store_streams(
+            stats_ptr, tl.load(flag_ptr) != 0, amax, after, gain * wrote, kept, before
+        )
 
 
 @triton.jit

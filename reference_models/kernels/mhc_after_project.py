@@ -1,4 +1,6 @@
-"""The streams after a site, and in the same pass their projection for the next site: the stream is read once less."""
+"""The streams after a site, and in the same pass their projection for the next site: the stream is
+read once less.
+"""
 
 import torch
 from torch import Tensor
@@ -21,13 +23,19 @@ from geodiag.reference_models.kernels.operation import operation
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number
 
 TILE = (64, 32, 4, 3)
-"""Tokens, channels, warps and stages of the fused kernel by tiles, as measured on an H200 (docs/kernels.md)."""
+"""Tokens, channels, warps and stages of the fused kernel by tiles, as measured on an H200
+(docs/kernels.md).
+"""
 SLICES = 4
-"""Partial sums of the projection: a constant, so that no shape depends on the number of tokens but by itself."""
+"""Partial sums of the projection: a constant, so that no shape depends on the number of tokens but
+by itself.
+"""
 
 
 def fuses(x_TNC: Tensor) -> bool:
-    """Whether the fused kernel serves these streams: four of bfloat16 on a Hopper GPU (and Triton's interpreter)."""
+    """Whether the fused kernel serves these streams: four of bfloat16 on a Hopper GPU (and Triton's
+    interpreter).
+    """
     n, c = x_TNC.shape[-2:]
     served = x_TNC.dtype == torch.bfloat16 and n == 4 and c % (TILE[1] * SLICES) == 0
     return not x_TNC.is_cuda or (served and has_copy_engine(x_TNC.device))
@@ -55,8 +63,12 @@ def _forward(
         return out, stats, part
     k, w, two = n * n + 2 * n, n * c, two_parts(x)
     kp = padded(k)
-    parts = torch.empty(2 * kp if two else kp, w, dtype=torch.bfloat16 if two else torch.float32, device=x.device)
-    split_rows[(cdiv(w, 64),)](phi, parts, w, N=n, K=k, KP=kp, BW=64, P=2 if two else 1, num_warps=4)
+    parts = torch.empty(
+        2 * kp if two else kp, w, dtype=torch.bfloat16 if two else torch.float32, device=x.device
+    )
+    split_rows[(cdiv(w, 64),)](
+        phi, parts, w, N=n, K=k, KP=kp, BW=64, P=2 if two else 1, num_warps=4
+    )
     # The copy engine wants 16-byte addresses, which only a view into the middle of something lacks.
     x, branch = (v if v.data_ptr() % 16 == 0 else v.clone() for v in (x, branch))
     bt, bc, warps, stages = TILE if two else (16, 32, 4, 1)
@@ -108,7 +120,8 @@ def mhc_after_project(
     next_phi: Tensor,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`mhc_after_linked` of streams that it `fuses`; last, their projection by the next site's φ, which that site's
+    """`mhc_after_linked` of streams that it `fuses`; last, their projection by the next site's φ,
+    which that site's
     `mhc_before_linked` takes with these streams."""
     tokens, n, c = check_streams(x_TNC)
     lead = x_TNC.shape[:-2]

@@ -1,4 +1,6 @@
-"""What of `mhc_after_project` runs on the device: the streams after a site, and their projection for the next one."""
+"""What of `mhc_after_project` runs on the device: the streams after a site, and their projection
+for the next one.
+"""
 
 # Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
@@ -8,14 +10,23 @@ import triton.language as tl
 
 from geodiag.reference_models.kernels.mhc_before_backward_device import tile
 
-# T tokens, N streams, C channels, W = N·C, K = N² + 2N coefficients, KP their padded number, P parts of φ
+# T tokens, N streams, C channels, W = N·C, K = N² + 2N coefficients, KP their padded number, P
+# parts of φ
 
 
 @triton.jit
 def split_rows(
-    phi_ptr, parts_ptr, W, N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BW: tl.constexpr, P: tl.constexpr
+    phi_ptr,
+    parts_ptr,
+    W,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BW: tl.constexpr,
+    P: tl.constexpr,
 ):
-    """parts = [high; low], (2·KP, W): φ transposed, in two bfloat16 parts, or in float32 as it is where P is 1.
+    """parts = [high; low], (2·KP, W): φ transposed, in two bfloat16 parts, or in float32 as it is
+    where P is 1.
 
     Its columns are the streams of the first channel, then those of the second.
     """
@@ -23,7 +34,9 @@ def split_rows(
     source = w % N * (W // N) + w // N
     k = tl.arange(0, KP)
     live = (w < W)[None, :]
-    phi = tl.load(phi_ptr + source[None, :] * K + k[:, None], live & (k < K)[:, None], 0.0).to(tl.float32)
+    phi = tl.load(phi_ptr + source[None, :] * K + k[:, None], live & (k < K)[:, None], 0.0).to(
+        tl.float32
+    )
     out = parts_ptr + k[:, None] * W + w[None, :]
     high = phi.to(parts_ptr.dtype.element_ty)
     tl.store(out, high, live)
@@ -39,7 +52,9 @@ def _own(x):
 
 @triton.jit
 def _interleaved(v, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """N tiles (BT, BC) as one of (BT, BC * N), stream after stream for each channel: no number leaves its lane."""
+    """N tiles (BT, BC) as one of (BT, BC * N), stream after stream for each channel: no number
+    leaves its lane.
+    """
     if N == 1:
         one = v[0]
     elif N == 2:
@@ -75,9 +90,12 @@ def after_project(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out = the new streams of BT tokens and a slice of C; part[s, t] = the slice's share of [out·φ | Σout²]."""
+    """out = the new streams of BT tokens and a slice of C; part[s, t] = the slice's share of [out·φ
+    | Σout²].
+    """
     K: tl.constexpr = N * N + 2 * N
-    # A block of tokens is written by neighbouring programs, so the last blocks are what is left in the cache.
+    # A block of tokens is written by neighbouring programs, so the last blocks are what is left in
+    # the cache.
     s = tl.program_id(0) % S
     t0 = tl.program_id(0) // S * BT
     t = t0.to(tl.int64) + tl.arange(0, BT)
@@ -90,8 +108,8 @@ def after_project(
         post = post + (tl.load(post_ptr + t[:, None] * N + i, live, 0.0),)
         for j in tl.static_range(N):
             res = res + (tl.load(res_ptr + (t[:, None] * N + i) * N + j, live, 0.0),)
-    # Transposed: the new streams are then the factor that tensor cores read from shared memory, and are made once, in
-    # the layout in which they are stored.
+    # Transposed: the new streams are then the factor that tensor cores read from shared memory, and
+    # are made once, in the layout in which they are stored.
     acc = tl.zeros((P * KP, BT), tl.float32)
     # Sums stay within a lane's own eight channels until the loop is over.
     after = tl.zeros((BT, BC // 8), tl.float32)
@@ -110,7 +128,9 @@ def after_project(
             phi = parts_ptr.load([0, c0 * N])
         else:
             w = c0 * N + tl.arange(0, BC * N)
-            phi = tl.load(parts_ptr + rows[:, None] * (N * C) + w[None, :], (w < N * C)[None, :], 0.0)
+            phi = tl.load(
+                parts_ptr + rows[:, None] * (N * C) + w[None, :], (w < N * C)[None, :], 0.0
+            )
         for j in tl.static_range(N):
             xs = xs + (tile(x_ptr, t0, j, c0, t, c, inside, N, C, TMA),)
         squares = tl.zeros((BT, BC), tl.float32)
@@ -124,7 +144,8 @@ def after_project(
             new = mixed + post[i] * branch.to(tl.float32)
             rounded = new.to(branch.dtype)
             tl.store(out_ptr + (t[:, None] * N + i) * C + c[None, :], rounded, inside)
-            # Of the number before rounding: rounding it back would cost more than all else here, and is noise in a sum.
+            # Of the number before rounding: rounding it back would cost more than all else here,
+            # and is noise in a sum.
             squares += new * new
             if flag_ptr is not None:
                 most = tl.maximum(most, tl.abs(new))

@@ -1,4 +1,5 @@
-"""The coefficients of one mHC site and its block's input: the operator, its gradient, and its public faces.
+"""The coefficients of one mHC site and its block's input: the operator, its gradient, and its
+public faces.
 
 What a backward needs of the forward is 25 floats a token.
 """
@@ -28,7 +29,9 @@ from geodiag.reference_models.kernels.sinkhorn import check_sinkhorn
 # T tokens, N streams, C channels, K = N² + 2N coefficients
 
 PROJECT_TILE = (64, 128, 4, 3)
-"""Tokens, width, warps and stages of `project_streams` by tiles, as measured on an H100 (docs/kernels.md)."""
+"""Tokens, width, warps and stages of `project_streams` by tiles, as measured on an H100
+(docs/kernels.md).
+"""
 
 Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -52,12 +55,18 @@ def _outputs(x: Tensor, measured: bool) -> Ten:
 
 
 def project(x: Tensor, phi: Tensor) -> Tensor:
-    """[x·φ | Σx²] in slices' partial sums (S, T, KP): what `mhc_after_project` gives of its streams on the way."""
+    """[x·φ | Σx²] in slices' partial sums (S, T, KP): what `mhc_after_project` gives of its streams
+    on the way.
+    """
     t, n, c = x.shape
     k = n * n + 2 * n
     w, kp, two = n * c, padded(k), two_parts(x)
-    parts = torch.empty(w, 2 * kp if two else kp, dtype=torch.bfloat16 if two else torch.float32, device=x.device)
-    mhc_before_forward.split[(cdiv(w, 64),)](phi, parts, w, K=k, KP=kp, BW=64, TWO_PARTS=two, num_warps=4)
+    parts = torch.empty(
+        w, 2 * kp if two else kp, dtype=torch.bfloat16 if two else torch.float32, device=x.device
+    )
+    mhc_before_forward.split[(cdiv(w, 64),)](
+        phi, parts, w, K=k, KP=kp, BW=64, TWO_PARTS=two, num_warps=4
+    )
     tma = two and n <= 4 and copies_tiles(x, parts)
     bt, bw = PROJECT_TILE[:2] if tma else (64 if x.is_cuda else 16, 32)
     # Enough programs for two a multiprocessor: few tokens split the width, many do not need to.
@@ -76,7 +85,8 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
         BW=bw,
         TWO_PARTS=two,
         TMA=tma,
-        # Pipelined by addresses, the product was seen to read tiles that were being replaced (triton 3.6).
+        # Pipelined by addresses, the product was seen to read tiles that were being replaced
+        # (triton 3.6).
         STAGES=PROJECT_TILE[3] if tma else 1,
         num_warps=PROJECT_TILE[2] if tma else 4,
     )
@@ -140,7 +150,10 @@ def _keep(ctx, inputs, output):
 
 
 def _grad(ctx, d_inner, d_pre, d_post, d_res, d_logits, _h, _rms, _stats, d_next, res):
-    given = [None if d is None else d.contiguous() for d in (d_inner, d_pre, d_post, d_res, d_logits, d_next, res)]
+    given = [
+        None if d is None else d.contiguous()
+        for d in (d_inner, d_pre, d_post, d_res, d_logits, d_next, res)
+    ]
     return *mhc_before_backward.backward(*ctx.saved_tensors, *given, *ctx.rest), *(None,) * 6
 
 
@@ -152,8 +165,9 @@ class Linked(NamedTuple):
 
     mix: Mix
     link: tuple[Tensor, Tensor]
-    """Have the shapes of the stream and of `res`, and no values: the paths by which `mhc_after` hands back the gradient
-    of the streams after the site, and the `res` that mixed them."""
+    """Have the shapes of the stream and of `res`, and no values: the paths by which `mhc_after`
+    hands back the gradient of the streams after the site, and the `res` that mixed them.
+    """
     stats_PW: Tensor
     """Rows for `mhc_stats.summarise_maps`: NaN while the flag is 0, and no rows without a flag."""
 
@@ -170,10 +184,12 @@ def mhc_before_linked(
     flag: Tensor | None = None,
     projected: Tensor | None = None,
 ) -> Linked:
-    """`mhc_before` for a site whose `mhc_after_linked` follows: all of the stream's gradient is written in here.
+    """`mhc_before` for a site whose `mhc_after_linked` follows: all of the stream's gradient is
+    written in here.
 
-    `flag` is an integer on the device; while it is not 0, the geometry of the maps is measured on the way. `projected`
-    is what `mhc_after_project` of the site before gave with this stream and this φ: it is not projected again.
+    `flag` is an integer on the device; while it is not 0, the geometry of the maps is measured on
+    the way. `projected` is what `mhc_after_project` of the site before gave with this stream and
+    this φ: it is not projected again.
     """
     tokens, n, c = check_streams(x_TNC)
     k = n * n + 2 * n

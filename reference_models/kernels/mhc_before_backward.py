@@ -1,4 +1,5 @@
-"""Backward of `mhc_before`: the coefficients' gradients, then dx and dφ in one pass over the stream.
+"""Backward of `mhc_before`: the coefficients' gradients, then dx and dφ in one pass over the
+stream.
 
 Deterministic: partial sums are written per program and added in a fixed order.
 """
@@ -16,13 +17,20 @@ from geodiag.reference_models.kernels.launch import (
     tiles,
     two_parts,
 )
-from geodiag.reference_models.kernels.mhc_before_backward_device import add_up, coefficients, dx_dphi, inner_to_pre
+from geodiag.reference_models.kernels.mhc_before_backward_device import (
+    add_up,
+    coefficients,
+    dx_dphi,
+    inner_to_pre,
+)
 from geodiag.reference_models.kernels.operation import operation
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
 
 DX_TILE = (32, 64, 4, 3)
-"""Tokens, channels, warps and stages of `dx_dphi` by tiles, as measured on an H200 (docs/kernels.md)."""
+"""Tokens, channels, warps and stages of `dx_dphi` by tiles, as measured on an H200
+(docs/kernels.md).
+"""
 COEFFICIENTS = (16, 1)
 """Tokens and warps of a program of `coefficients`, likewise."""
 
@@ -46,7 +54,9 @@ def _backward(
     eps: float,
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, phi, alpha, bias. `d_next` is that of the streams after the site, which `res` mixed."""
+    """Gradients of x, phi, alpha, bias. `d_next` is that of the streams after the site, which `res`
+    mixed.
+    """
     t, n, c = x.shape
     k = n * n + 2 * n
     dx, dphi, dalpha, dbias = (torch.empty_like(v) for v in (x, phi, alpha, bias))
@@ -123,13 +133,29 @@ def _backward(
     )
     size = 1024
     add_up[(cdiv(w * k, size) + 2,)](
-        part, small, dphi, dalpha, dbias, w * k, chunks, small.shape[0], N=n, KP=kp, BLOCK=size, num_warps=8
+        part,
+        small,
+        dphi,
+        dalpha,
+        dbias,
+        w * k,
+        chunks,
+        small.shape[0],
+        N=n,
+        KP=kp,
+        BLOCK=size,
+        num_warps=8,
     )
     return dx, dphi, dalpha, dbias
 
 
 def _fake(x, phi, alpha, bias, *rest):
-    return torch.empty_like(x), torch.empty_like(phi), torch.empty_like(alpha), torch.empty_like(bias)
+    return (
+        torch.empty_like(x),
+        torch.empty_like(phi),
+        torch.empty_like(alpha),
+        torch.empty_like(bias),
+    )
 
 
 backward = operation("mhc_before_backward", _backward, _fake)

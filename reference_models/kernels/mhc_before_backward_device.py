@@ -1,4 +1,6 @@
-"""What of the backward of `mhc_before` runs on the device: the coefficients' chain, then dx and dφ in one pass."""
+"""What of the backward of `mhc_before` runs on the device: the coefficients' chain, then dx and dφ
+in one pass.
+"""
 
 # Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
@@ -13,7 +15,15 @@ from geodiag.reference_models.kernels.sinkhorn import project_vjp
 
 
 @triton.jit
-def inner_to_pre(x_ptr, d_inner_ptr, d_pre_ptr, N: tl.constexpr, C: tl.constexpr, BL: tl.constexpr, VEC: tl.constexpr):
+def inner_to_pre(
+    x_ptr,
+    d_inner_ptr,
+    d_pre_ptr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BL: tl.constexpr,
+    VEC: tl.constexpr,
+):
     """∂L/∂pre of one token, Σ_c d_inner·x: one warp, whose lanes meet once at the end."""
     t = tl.program_id(0).to(tl.int64)
     sums = ()
@@ -58,7 +68,8 @@ def coefficients(
     S: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """coef[t] = [∂L/∂(x·φ) | 0 …]; scalars[t] = [∂L/∂(Σx²)·2, 0 | pre | resᵀ]: all that dx takes of a token.
+    """coef[t] = [∂L/∂(x·φ) | 0 …]; scalars[t] = [∂L/∂(Σx²)·2, 0 | pre | resᵀ]: all that dx takes of
+    a token.
 
     small[p] = this program's share of ∂L/∂bias and ∂L/∂alpha·.
     """
@@ -76,7 +87,9 @@ def coefficients(
     tl.store(scalars[:, None] + 2 + n[None, :], tl.load(pre_ptr + tn, live_TN, 0.0), live_TN)
     if res_ptr is not None:
         transposed = 2 + N + N % 2 + n[None, None, :] * N + n[None, :, None]
-        tl.store(scalars[:, None, None] + transposed, tl.load(res_ptr + tnn, live_TNN, 0.0), live_TNN)
+        tl.store(
+            scalars[:, None, None] + transposed, tl.load(res_ptr + tnn, live_TNN, 0.0), live_TNN
+        )
 
     d_pre = tl.zeros((BT, N), tl.float32)
     if inner_d_pre_ptr is not None:
@@ -101,7 +114,9 @@ def coefficients(
     logits = a_res * h_res + tl.load(bias_ptr + nn)
     d_res = tl.zeros((BT, N, N), tl.float32)
     if d_res_ptr is not None:
-        d_res = project_vjp(logits, tl.load(d_res_ptr + tnn, live_TNN, 0.0), eps, ITERATIONS, ROWS_FIRST)
+        d_res = project_vjp(
+            logits, tl.load(d_res_ptr + tnn, live_TNN, 0.0), eps, ITERATIONS, ROWS_FIRST
+        )
     if d_logits_ptr is not None:
         d_res += tl.load(d_logits_ptr + tnn, live_TNN, 0.0)
 
@@ -118,14 +133,20 @@ def coefficients(
     d_post *= a_post
     d_res *= a_res
     # h = u·rms and rms = (Σx²/W + e)^(-1/2): the norm's gradient along x is -(Σ dh·h)·rms²/W.
-    along = tl.sum(d_pre * h_pre, 1) + tl.sum(d_post * h_post, 1) + tl.sum(tl.sum(d_res * h_res, 2), 1)
+    along = (
+        tl.sum(d_pre * h_pre, 1) + tl.sum(d_post * h_post, 1) + tl.sum(tl.sum(d_res * h_res, 2), 1)
+    )
     along *= -rms * rms / (N * C)
     coef = coef_ptr + t * KP
     tl.store(coef[:, None] + n[None, :], d_pre * rms[:, None], live_TN)
     tl.store(coef[:, None] + N + n[None, :], d_post * rms[:, None], live_TN)
     tl.store(coef[:, None, None] + nn, d_res * rms[:, None, None], live_TNN)
     k = tl.arange(0, KP)
-    tl.store(coef[:, None] + k[None, :], tl.zeros((BT, KP), tl.float32), live[:, None] & (k >= K)[None, :])
+    tl.store(
+        coef[:, None] + k[None, :],
+        tl.zeros((BT, KP), tl.float32),
+        live[:, None] & (k >= K)[None, :],
+    )
     tl.store(scalars, along, live)
 
 
@@ -170,14 +191,17 @@ def dx_dphi(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx of J streams' block of channels for every so many blocks of tokens, and their share of dφ: one read of x.
+    """dx of J streams' block of channels for every so many blocks of tokens, and their share of dφ:
+    one read of x.
 
-    dx = coef·φᵀ + along·x + preᵀ d_inner + H_resᵀ d_next. The last three take 2 + 2N numbers a token and stream, and
-    each load of a column of them costs as much as a tile's: two float32 travel as one 64-bit integer.
+    dx = coef·φᵀ + along·x + preᵀ d_inner + H_resᵀ d_next. The last three take 2 + 2N numbers a
+    token and stream, and each load of a column of them costs as much as a tile's: two float32
+    travel as one 64-bit integer.
     """
     K: tl.constexpr = N * N + 2 * N
     W: tl.constexpr = N * C
-    # Neighbouring programs are the streams of the same channels: they share d_inner and d_next through the cache.
+    # Neighbouring programs are the streams of the same channels: they share d_inner and d_next
+    # through the cache.
     j0 = (tl.program_id(0) % (N // J)) * J
     c0 = (tl.program_id(0) // (N // J)) * BC
     c = c0 + tl.arange(0, BC)
@@ -222,7 +246,11 @@ def dx_dphi(
         added = ()
         for j in tl.static_range(J):
             if WIDE:
-                added = added + (tl.dot(tl.trans(xs[j].to(tl.float32)), coef, dphis[j], input_precision="tf32x3"),)
+                added = added + (
+                    tl.dot(
+                        tl.trans(xs[j].to(tl.float32)), coef, dphis[j], input_precision="tf32x3"
+                    ),
+                )
                 dx = tl.dot(coef, tl.trans(phis[j]), input_precision="tf32x3")
             else:
                 added = added + (tl.dot(tl.trans(xs[j]), coef, dphis[j]),)
@@ -260,7 +288,9 @@ def add_up(
     KP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Partial sums in order: dφ over P chunks, by all programs but two; dbias and dα over Q, by one each."""
+    """Partial sums in order: dφ over P chunks, by all programs but two; dbias and dα over Q, by one
+    each.
+    """
     pid = tl.program_id(0)
     last = tl.num_programs(0) - 1
     if pid < last - 1:
@@ -277,7 +307,12 @@ def add_up(
         k = tl.arange(0, KP)
         wants_alpha = last - pid == 0
         sums = tl.zeros((ROWS, KP), tl.float32)
-        row = small_ptr + wants_alpha.to(tl.int32) * KP + tl.arange(0, ROWS)[:, None] * 2 * KP + k[None, :]
+        row = (
+            small_ptr
+            + wants_alpha.to(tl.int32) * KP
+            + tl.arange(0, ROWS)[:, None] * 2 * KP
+            + k[None, :]
+        )
         for q0 in range(0, Q, ROWS):
             inside = (q0 + tl.arange(0, ROWS) < Q)[:, None] & (k < K)[None, :]
             sums += tl.load(row + q0 * 2 * KP, inside, 0.0)

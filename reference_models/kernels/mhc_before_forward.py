@@ -1,7 +1,8 @@
 """Forward kernels of `mhc_before`.
 
-`split` prepares φ for the tensor cores; `project_streams` forms x·φ and Σx² in one pass over the stream; `mix` turns
-them into gates and a doubly stochastic map in registers, and sums the streams in another pass.
+`split` prepares φ for the tensor cores; `project_streams` forms x·φ and Σx² in one pass over the
+stream; `mix` turns them into gates and a doubly stochastic map in registers, and sums the streams
+in another pass.
 """
 
 # Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
@@ -14,16 +15,29 @@ from geodiag.reference_models.kernels import mhc_stats
 from geodiag.reference_models.kernels.device_math import sigmoid
 from geodiag.reference_models.kernels.sinkhorn import project
 
-# T tokens, N streams, C channels, W = N·C, K = N² + 2N coefficients, KP their padded number, S slices of W
+# T tokens, N streams, C channels, W = N·C, K = N² + 2N coefficients, KP their padded number, S
+# slices of W
 
 
 @triton.jit
-def split(phi_ptr, parts_ptr, W, K: tl.constexpr, KP: tl.constexpr, BW: tl.constexpr, TWO_PARTS: tl.constexpr):
-    """parts[w] = [high | low], two bfloat16 parts of φ padded to KP: 16 bits of it, more than tf32 would carry."""
+def split(
+    phi_ptr,
+    parts_ptr,
+    W,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BW: tl.constexpr,
+    TWO_PARTS: tl.constexpr,
+):
+    """parts[w] = [high | low], two bfloat16 parts of φ padded to KP: 16 bits of it, more than tf32
+    would carry.
+    """
     w = tl.program_id(0) * BW + tl.arange(0, BW)
     k = tl.arange(0, KP)
     live = (w < W)[:, None]
-    phi = tl.load(phi_ptr + w[:, None] * K + k[None, :], live & (k < K)[None, :], 0.0).to(tl.float32)
+    phi = tl.load(phi_ptr + w[:, None] * K + k[None, :], live & (k < K)[None, :], 0.0).to(
+        tl.float32
+    )
     if TWO_PARTS:
         high = phi.to(tl.bfloat16)
         tl.store(parts_ptr + w[:, None] * 2 * KP + k[None, :], high, live)
@@ -65,7 +79,9 @@ def project_streams(
         else:
             w = w0 + tl.arange(0, BW)
             x = tl.load(x_ptr + t[:, None] * W + w[None, :], live & (w < W)[None, :], 0.0)
-            phi = tl.load(parts_ptr + w[:, None] * (P * KP) + columns[None, :], (w < W)[:, None], 0.0)
+            phi = tl.load(
+                parts_ptr + w[:, None] * (P * KP) + columns[None, :], (w < W)[:, None], 0.0
+            )
         wide = x.to(tl.float32)
         squares += tl.sum(wide * wide, 1)
         if TWO_PARTS:
@@ -78,7 +94,9 @@ def project_streams(
 
 
 @triton.jit
-def _gates(part_ptr, t, live, first, T, S, norm_eps, N: tl.constexpr, C: tl.constexpr, KP: tl.constexpr):
+def _gates(
+    part_ptr, t, live, first, T, S, norm_eps, N: tl.constexpr, C: tl.constexpr, KP: tl.constexpr
+):
     """N normalised projections from column `first` on, and 1/‖x‖: the slices' sums."""
     K: tl.constexpr = N * N + 2 * N
     n = tl.arange(0, N)
@@ -188,7 +206,9 @@ def _store_inner(
         inside = live[:, None] & (c < C)[None, :]
         inner = tl.zeros((BT, BC), tl.float32)
         for j in tl.static_range(N):
-            inner += gates[j] * tl.load(x_ptr + (t[:, None] * N + j) * C + c[None, :], inside, 0.0).to(tl.float32)
+            inner += gates[j] * tl.load(
+                x_ptr + (t[:, None] * N + j) * C + c[None, :], inside, 0.0
+            ).to(tl.float32)
         tl.store(inner_ptr + t[:, None] * C + c[None, :], inner, inside)
 
 
@@ -221,7 +241,9 @@ def mix(
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The first programs iterate Sinkhorn, all latency; the others stream, all bandwidth; neither waits."""
+    """The first programs iterate Sinkhorn, all latency; the others stream, all bandwidth; neither
+    waits.
+    """
     if tl.program_id(0) < tl.cdiv(T, BM):
         _store_maps(
             part_ptr,

@@ -1,7 +1,10 @@
-"""The geometry of the maps and of the streams, from values the mHC kernels already hold in registers.
+"""The geometry of the maps and of the streams, from values the mHC kernels already hold in
+registers.
 
-Kernels write one row of partial results a program, only while a device-side flag is set; `summarise_maps` and
-`summarise_streams` turn any number of sites' rows into the metrics' values, in a fixed order, without a sync.
+Kernels write one row of partial results a program, only while a device-side flag is set;
+`summarise_maps` and
+`summarise_streams` turn any number of sites' rows into the metrics' values, in a fixed order,
+without a sync.
 """
 
 # Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
@@ -26,10 +29,17 @@ SUMS = (
     "spectral_norm_res",
     "post_concentration",
 )
-MAXES = ("amax_gain_fwd_max", "amax_gain_bwd_max", "spectral_norm_res_max", "sinkhorn_residual", "res_logit_max")
+MAXES = (
+    "amax_gain_fwd_max",
+    "amax_gain_bwd_max",
+    "spectral_norm_res_max",
+    "sinkhorn_residual",
+    "res_logit_max",
+)
 STREAM_FIELDS = ("amax", "after", "branch", "mixed", "before")
 WIDTH = 16
-"""Floats of one row of the maps' statistics: sums, maxima, minus the least logit, the worst token."""
+"""Floats of one row of the maps' statistics: sums, maxima, minus the least logit, the worst token.
+"""
 
 
 def maps_shape(tokens: int) -> tuple[int, int]:
@@ -43,7 +53,9 @@ def streams_shape(tokens: int, blocks: int) -> tuple[int, int, int]:
 @triton.jit
 def _worst(value, live):
     """The largest live value; NaN where any is, because `tl.max` would pass over it."""
-    return tl.max(tl.where(live, value, float("-inf")), 0) + 0.0 * tl.sum(tl.where(live, value, 0.0), 0)
+    return tl.max(tl.where(live, value, float("-inf")), 0) + 0.0 * tl.sum(
+        tl.where(live, value, 0.0), 0
+    )
 
 
 @triton.jit
@@ -53,7 +65,9 @@ def _total(value, live):
 
 @triton.jit
 def spectral_norm(res, N: tl.constexpr):
-    """Largest singular value of each map, by power iteration on HᵀH from a vector no map of interest is blind to."""
+    """Largest singular value of each map, by power iteration on HᵀH from a vector no map of
+    interest is blind to.
+    """
     v = (1.0 + 0.125 * tl.arange(0, N).to(tl.float32))[None, None, :]
     v = v + tl.zeros_like(res)
     for _ in range(12):
@@ -97,7 +111,9 @@ def measure_maps(res, logits, post, t, T, N: tl.constexpr):
 
 @triton.jit
 def store_maps(stats_ptr, enabled, res, logits, post, t, T, N: tl.constexpr):
-    """One row for the program's tokens: SUMS, MAXES, −least logit, worst token; NaN while switched off."""
+    """One row for the program's tokens: SUMS, MAXES, −least logit, worst token; NaN while switched
+    off.
+    """
     i = tl.arange(0, 16)
     if enabled:
         row = measure_maps(res, logits, post, t, T, N)
@@ -145,7 +161,9 @@ def summarise_maps(rows_SPW: Tensor, tokens: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def summarise_streams(rows_TBF: Tensor, elements: int) -> dict[str, Tensor]:
-    """One site's metrics of the streams, 0-d; `elements` is N·C, the numbers in one token's streams."""
+    """One site's metrics of the streams, 0-d; `elements` is N·C, the numbers in one token's
+    streams.
+    """
     after, branch, mixed, before = rows_TBF[..., 1:].sum(-2).unbind(-1)
     b, r = branch.sqrt(), mixed.sqrt()
     gain = (after / before).sqrt()

@@ -1,8 +1,8 @@
 """A kernel as an operation of torch: with its gradient, and whole under torch.compile.
 
-Plain tensors go to it straight, through an autograd function: torch's dispatcher would take as long to call it in
-Python as a small GPU to run it. Everything else (what is being compiled, fake tensors) goes through the registered
-operator, which nothing looks into.
+Plain tensors go to it straight, through an autograd function: torch's dispatcher would take as long
+to call it in Python as a small GPU to run it. Everything else (what is being compiled, fake
+tensors) goes through the registered operator, which nothing looks into.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,11 @@ def operation(
     keep: Callable[..., None] | None = None,
     grad: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> Callable[..., Any]:
-    """`geodiag::name`, which `forward` computes, of a tensor first; `fake` gives its results without their values.
+    """`geodiag::name`, which `forward` computes, of a tensor first; `fake` gives its results
+    without their values.
 
-    `keep(ctx, inputs, outputs)` and `grad(ctx, *gradients)` make it differentiable, once; without them it is not.
+    `keep(ctx, inputs, outputs)` and `grad(ctx, *gradients)` make it differentiable, once; without
+    them it is not.
     """
     registered = torch.library.custom_op(f"geodiag::{name}", forward, mutates_args=())
     registered.register_fake(fake)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# T tokens (any leading shape), N streams, C channels, E experts, K experts per token, A = T·K assignments, F expert dim
+# T tokens (any leading shape), N streams, C channels, E experts, K experts per token, A = T·K
+# assignments, F expert dim
 
 
 class Mix(NamedTuple):
@@ -20,13 +21,19 @@ class Mix(NamedTuple):
     pre_TN: Tensor | None
     post_TN: Tensor | None
     res_TNN: Tensor | None
-    """Applied to the streams as `res @ x`: rows are outputs. None where the residual path is the identity."""
+    """Applied to the streams as `res @ x`: rows are outputs. None where the residual path is the
+    identity.
+    """
     logits_TNN: Tensor | None
     """`res` before its projection."""
     link: tuple[Tensor, Tensor] | None = None
-    """Where the gradient of the streams after the site comes back to its first kernel, to be mixed on the way."""
+    """Where the gradient of the streams after the site comes back to its first kernel, to be mixed
+    on the way.
+    """
     stats_PW: Tensor | None = None
-    """The geometry of the maps, where a kernel measured it on the way: rows as `mhc_stats` has them."""
+    """The geometry of the maps, where a kernel measured it on the way: rows as `mhc_stats` has
+    them.
+    """
 
 
 class Projected(NamedTuple):
@@ -45,7 +52,9 @@ class Written(NamedTuple):
     projected: Projected | None = None
     """For the next site, where it was asked for and the kernels can."""
     stats_TBF: Tensor | None = None
-    """What was written and what was kept, where a kernel measured it on the way: rows as `mhc_stats` has them."""
+    """What was written and what was kept, where a kernel measured it on the way: rows as
+    `mhc_stats` has them.
+    """
 
 
 class Routing(NamedTuple):
@@ -64,23 +73,32 @@ class Activated(NamedTuple):
 
     out_AF: Tensor
     counts_E8: Tensor | None = None
-    """Clamp hits and extrema of each expert, where a kernel counted them on the way: columns as `swiglu.Counted`."""
+    """Clamp hits and extrema of each expert, where a kernel counted them on the way: columns as
+    `swiglu.Counted`.
+    """
 
 
-def sinkhorn(logits_TNN: Tensor, iterations: int = 20, eps: float = 0.0, order: str = "columns-first") -> Tensor:
-    """Projects exp(logits) towards the doubly stochastic matrices (Sinkhorn-Knopp; arXiv 2512.24880 eq. 9).
+def sinkhorn(
+    logits_TNN: Tensor, iterations: int = 20, eps: float = 0.0, order: str = "columns-first"
+) -> Tensor:
+    """Projects exp(logits) towards the doubly stochastic matrices (Sinkhorn-Knopp; arXiv 2512.24880
+    eq. 9).
 
-    One iteration normalises both sides; the side that comes last sums to 1 exactly, the other up to the
-    truncation error. The first normalisation is done as a softmax, so that large logits cannot overflow.
+    One iteration normalises both sides; the side that comes last sums to 1 exactly, the other up to
+    the truncation error. The first normalisation is done as a softmax, so that large logits cannot
+    overflow.
     """
     # Tokens last: every step of the iteration then runs over contiguous memory.
     logits_NNT = logits_TNN.flatten(0, -3).permute(1, 2, 0).contiguous()
-    m_NNT = _Sinkhorn.apply(logits_NNT.to(_wide(logits_NNT)), iterations, eps, 0 if order == "columns-first" else 1)
+    m_NNT = _Sinkhorn.apply(
+        logits_NNT.to(_wide(logits_NNT)), iterations, eps, 0 if order == "columns-first" else 1
+    )
     return m_NNT.permute(2, 0, 1).reshape(logits_TNN.shape).contiguous()
 
 
 class _Sinkhorn(torch.autograd.Function):
-    """The iterations differentiated one by one: with m' = m / s and s = Σm + ε, dm = (dm' − Σ dm'·m') / s.
+    """The iterations differentiated one by one: with m' = m / s and s = Σm + ε, dm = (dm' − Σ
+    dm'·m') / s.
 
     Autograd would come to the same, in three times as many passes.
     """
@@ -126,7 +144,8 @@ def mhc_before(
 ) -> Mix:
     """The coefficients of one site and its block's input (arXiv 2512.24880 eq. 7-8).
 
-    `phi` is (N·C, N²+2N) with columns pre | post | res (row-major), `alpha` has one scale each, `bias` N²+2N.
+    `phi` is (N·C, N²+2N) with columns pre | post | res (row-major), `alpha` has one scale each,
+    `bias` N²+2N.
     """
     n = x_TNC.shape[-2]
     wide = _wide(x_TNC)
@@ -141,8 +160,11 @@ def mhc_before(
     return Mix(_aggregate(pre, x_TNC), pre, post, sinkhorn(logits, iterations, eps, order), logits)
 
 
-def hc_before(x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_eps: float = 1e-6) -> Mix:
-    """Unconstrained hyper-connection: per-stream RMSNorm, tanh, static part plus dynamic part (arXiv 2409.19606).
+def hc_before(
+    x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_eps: float = 1e-6
+) -> Mix:
+    """Unconstrained hyper-connection: per-stream RMSNorm, tanh, static part plus dynamic part
+    (arXiv 2409.19606).
 
     `phi` is (C, 2+N): each normalised stream j gives its own pre_j, post_j and column j of `res`.
     """
@@ -180,21 +202,31 @@ def site_before(
     flag: Tensor | None = None,
     projected: Projected | None = None,
 ) -> Mix:
-    """`mhc_before` of a site. `flag` is for kernels that measure on the way while it is not 0, `projected` for those
-    whose site before made something of this one's work; this one takes no notice of either."""
+    """`mhc_before` of a site. `flag` is for kernels that measure on the way while it is not 0,
+    `projected` for those whose site before made something of this one's work; this one takes no
+    notice of either.
+    """
     return mhc_before(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order)
 
 
 def site_after(
-    x_TNC: Tensor, branch_TC: Tensor, mix: Mix, flag: Tensor | None = None, next_phi: Tensor | None = None
+    x_TNC: Tensor,
+    branch_TC: Tensor,
+    mix: Mix,
+    flag: Tensor | None = None,
+    next_phi: Tensor | None = None,
 ) -> Written:
-    """`mhc_after` of a site that began with `site_before`. Nothing is projected by `next_phi` on the way."""
+    """`mhc_after` of a site that began with `site_before`. Nothing is projected by `next_phi` on
+    the way.
+    """
     assert mix.post_TN is not None, "only sites with maps come here"
     assert mix.res_TNN is not None
     return Written(mhc_after(x_TNC, branch_TC, mix.post_TN, mix.res_TNN))
 
 
-def read_out(x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, norm_eps: float) -> Tensor:
+def read_out(
+    x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, norm_eps: float
+) -> Tensor:
     """Learned sigmoid-gated sum of the streams; `phi` is (N·C, N)."""
     flat = x_TNC.flatten(-2).float()
     rms = flat.square().mean(-1, keepdim=True).add(norm_eps).rsqrt()
@@ -203,7 +235,9 @@ def read_out(x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float
 
 
 def clamped_swiglu(gate_up_A2F: Tensor, limit: float | None = 10.0) -> Tensor:
-    """silu(min(g, limit)) · clamp(u, ±limit); halves layout, gate clamped before SiLU (arXiv 2606.19348)."""
+    """silu(min(g, limit)) · clamp(u, ±limit); halves layout, gate clamped before SiLU (arXiv
+    2606.19348).
+    """
     gate, up = gate_up_A2F.chunk(2, -1)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
@@ -211,9 +245,13 @@ def clamped_swiglu(gate_up_A2F: Tensor, limit: float | None = 10.0) -> Tensor:
 
 
 def expert_glu(
-    gate_up_A2F: Tensor, limit: float | None = 10.0, ends_E: Tensor | None = None, flag: Tensor | None = None
+    gate_up_A2F: Tensor,
+    limit: float | None = 10.0,
+    ends_E: Tensor | None = None,
+    flag: Tensor | None = None,
 ) -> Activated:
-    """`clamped_swiglu` of rows sorted by expert, which end at `ends_E`; None for rows of one expert.
+    """`clamped_swiglu` of rows sorted by expert, which end at `ends_E`; None for rows of one
+    expert.
 
     Counts nothing on the way: `flag` is for kernels that do while it is not 0.
     """
@@ -231,11 +269,14 @@ def affinity(hidden_TC: Tensor, weight_EC: Tensor) -> Tensor:
 
 
 def _affinity(logits_TE: Tensor) -> Tensor:
-    # softplus underflows to 0 below logits of -104, and the root's gradient there is 0 · ∞: one such logit is a NaN.
+    # softplus underflows to 0 below logits of -104, and the root's gradient there is 0 · ∞: one
+    # such logit is a NaN.
     return F.softplus(logits_TE).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
 
-def route(logits_TE: Tensor, bias_E: Tensor, k: int, scale: float, given_TK: Tensor | None = None) -> Routing:
+def route(
+    logits_TE: Tensor, bias_E: Tensor, k: int, scale: float, given_TK: Tensor | None = None
+) -> Routing:
     """Affinities, the k best after the bias or those that are given, and their gate weights."""
     scores = _affinity(logits_TE)
     ids = choose(scores, bias_E, k) if given_TK is None else given_TK

@@ -1,4 +1,6 @@
-"""Routing in one pass over the router's logits: affinity, bias, top-k, gate weights, entropy, margin, flips, load."""
+"""Routing in one pass over the router's logits: affinity, bias, top-k, gate weights, entropy,
+margin, flips, load.
+"""
 
 # Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
@@ -35,9 +37,11 @@ class Routed(NamedTuple):
 
 @triton.jit
 def _affinity(z):
-    """√softplus, and its derivative. log1p of a small e^z is e^z itself, which log(1 + e^z) would lose.
+    """√softplus, and its derivative. log1p of a small e^z is e^z itself, which log(1 + e^z) would
+    lose.
 
-    Where softplus underflows, the root's derivative would be 0/0: held at the smallest number, it is 0.
+    Where softplus underflows, the root's derivative would be 0/0: held at the smallest number, it
+    is 0.
     """
     e = tl.exp(-tl.abs(z))
     log1p = tl.where(e < 1e-4, e * (1 - 0.5 * e), tl.log(1 + e))
@@ -69,7 +73,9 @@ def _route_fwd(
     e = tl.arange(0, EP)
     live = t < T
     inside = live[:, None] & (e < E)[None, :]
-    score, _ = _affinity(tl.load(logits_ptr + t[:, None] * E + e[None, :], inside, 0.0).to(tl.float32))
+    score, _ = _affinity(
+        tl.load(logits_ptr + t[:, None] * E + e[None, :], inside, 0.0).to(tl.float32)
+    )
     tl.store(scores_ptr + t[:, None] * E + e[None, :], score, inside)
 
     # A NaN ranks first, as in torch.topk: ids stay valid and the weights say NaN.
@@ -96,7 +102,9 @@ def _route_fwd(
         if before_ptr is not None:
             known = tl.zeros((BT,), tl.int32)
             for j in tl.static_range(K):
-                known += (tl.load(before_ptr + t * K + j, live, -1).to(tl.int32) == pick).to(tl.int32)
+                known += (tl.load(before_ptr + t * K + j, live, -1).to(tl.int32) == pick).to(
+                    tl.int32
+                )
             flipped += tl.where(known == 0, 1.0 / K, 0.0)
     norm = scale / (chosen_sum + 1e-20)
     for k in tl.static_range(K):
@@ -106,7 +114,10 @@ def _route_fwd(
     rejected = tl.max(tl.where((taken == 0) & (e < E)[None, :], biased, float("-inf")), 1)
     total = tl.sum(tl.where((e < E)[None, :], score, 0.0), 1)
     share = score / total[:, None]
-    entropy = -tl.sum(tl.where((e < E)[None, :] & (share > 0), share * tl.log(share), 0.0), 1) + 0.0 * total
+    entropy = (
+        -tl.sum(tl.where((e < E)[None, :] & (share > 0), share * tl.log(share), 0.0), 1)
+        + 0.0 * total
+    )
     tl.store(per_token_ptr + t * 3, entropy, live)
     tl.store(per_token_ptr + t * 3 + 1, last - rejected + 0.0 * total, live)
     tl.store(per_token_ptr + t * 3 + 2, flipped, live)
@@ -133,7 +144,9 @@ def _route_bwd(
     e = tl.arange(0, EP)
     live = t < T
     inside = live[:, None] & (e < E)[None, :]
-    score, slope = _affinity(tl.load(logits_ptr + t[:, None] * E + e[None, :], inside, 0.0).to(tl.float32))
+    score, slope = _affinity(
+        tl.load(logits_ptr + t[:, None] * E + e[None, :], inside, 0.0).to(tl.float32)
+    )
     d = tl.zeros((BT, EP), tl.float32)
     if d_scores_ptr is not None:
         d += tl.load(d_scores_ptr + t[:, None] * E + e[None, :], inside, 0.0)
@@ -169,18 +182,42 @@ def _forward(
     out = _outputs(logits, k)
     if t:
         _route_fwd[(cdiv(t, 16),)](
-            logits, bias, before, given, *out, t, scale, E=e, EP=power_of_two(e), K=k, BT=16, num_warps=4
+            logits,
+            bias,
+            before,
+            given,
+            *out,
+            t,
+            scale,
+            E=e,
+            EP=power_of_two(e),
+            K=k,
+            BT=16,
+            num_warps=4,
         )
     return out
 
 
-def _backward(logits: Tensor, ids: Tensor, d_scores: Tensor | None, d_weights: Tensor | None, scale: float) -> Tensor:
+def _backward(
+    logits: Tensor, ids: Tensor, d_scores: Tensor | None, d_weights: Tensor | None, scale: float
+) -> Tensor:
     t, e = logits.shape
     out = torch.empty_like(logits)
     if t:
         k = ids.shape[1]
         _route_bwd[(cdiv(t, 16),)](
-            logits, ids, d_scores, d_weights, out, t, scale, E=e, EP=power_of_two(e), K=k, BT=16, num_warps=4
+            logits,
+            ids,
+            d_scores,
+            d_weights,
+            out,
+            t,
+            scale,
+            E=e,
+            EP=power_of_two(e),
+            K=k,
+            BT=16,
+            num_warps=4,
         )
     return out
 
@@ -216,10 +253,11 @@ def route(
     before_TK: Tensor | None = None,
     given_TK: Tensor | None = None,
 ) -> Routed:
-    """`reference.weigh(scores, reference.choose(scores, bias, k), scale)` of √softplus scores, and its diagnostics.
+    """`reference.weigh(scores, reference.choose(scores, bias, k), scale)` of √softplus scores, and
+    its diagnostics.
 
-    `before_TK` are the ids that an earlier router chose for the same tokens; `given_TK`, those that are to be used
-    instead of the best (distinct, of any integer type).
+    `before_TK` are the ids that an earlier router chose for the same tokens; `given_TK`, those that
+    are to be used instead of the best (distinct, of any integer type).
     """
     t, e = logits_TE.shape
     if not 1 <= k < e:
@@ -229,11 +267,15 @@ def route(
             check_shape(name, ids_TK, (t, k))
     before, given = (None if ids is None else ids.contiguous() for ids in (before_TK, given_TK))
     bias = bias_E.detach().float().contiguous()
-    scores, ids, weights, per_token, load = _route(logits_TE.contiguous(), bias, before, given, k, scale)
+    scores, ids, weights, per_token, load = _route(
+        logits_TE.contiguous(), bias, before, given, k, scale
+    )
     entropy, margin, flipped = per_token.unbind(-1)
     return Routed(scores, ids, weights, entropy, margin, flipped, load)
 
 
-def routed(logits_TE: Tensor, bias_E: Tensor, k: int, scale: float, given_TK: Tensor | None = None) -> Routing:
+def routed(
+    logits_TE: Tensor, bias_E: Tensor, k: int, scale: float, given_TK: Tensor | None = None
+) -> Routing:
     """`reference.route` in one kernel each way."""
     return Routing(*route(logits_TE, bias_E, k, scale, given_TK=given_TK)[:3], logits_TE)

@@ -1,4 +1,6 @@
-"""Which implementation of the hot operations a model runs: said once, by `ModelConfig(kernels=...)`."""
+"""Which implementation of the hot operations a model runs: said once, by
+`ModelConfig(kernels=...)`.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,12 +24,18 @@ class Operations(NamedTuple):
 
 
 REFERENCE = Operations(
-    reference.site_before, reference.site_after, reference.expert_glu, reference.route, reference.read_out
+    reference.site_before,
+    reference.site_after,
+    reference.expert_glu,
+    reference.route,
+    reference.read_out,
 )
 
 
 def select(kernels: Kernels, device: torch.device) -> Operations:
-    """`auto` is Triton on a CUDA device and the reference elsewhere; the other two are what they say."""
+    """`auto` is Triton on a CUDA device and the reference elsewhere; the other two are what they
+    say.
+    """
     if kernels == "reference" or (kernels == "auto" and device.type != "cuda"):
         return REFERENCE
     from geodiag.reference_models.kernels import site, swiglu

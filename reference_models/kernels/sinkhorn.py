@@ -42,7 +42,9 @@ def project(logits, eps, ITERATIONS: tl.constexpr, ROWS_FIRST: tl.constexpr):
 
 @triton.jit
 def half_step_vjp(m, gm, d, AXIS: tl.constexpr):
-    """Undoes one half step, from the divisor that was kept: the matrix before it, and its gradient times it."""
+    """Undoes one half step, from the divisor that was kept: the matrix before it, and its gradient
+    times it.
+    """
     return m * tl.expand_dims(d, AXIS), gm - m * tl.expand_dims(tl.sum(gm, AXIS), AXIS)
 
 
@@ -50,9 +52,10 @@ def half_step_vjp(m, gm, d, AXIS: tl.constexpr):
 def project_vjp(logits, g, eps, ITERATIONS: tl.constexpr, ROWS_FIRST: tl.constexpr):
     """Gradient of `project` with respect to the logits.
 
-    Every iterate is a diagonal scaling of the next, so the 2·ITERATIONS divisors (N numbers each) replay the whole
-    history backwards from the final matrix. Unrolled, they live in registers. What is carried is not the gradient but
-    its product with the matrix, element by element, for which a half step has no division.
+    Every iterate is a diagonal scaling of the next, so the 2·ITERATIONS divisors (N numbers each)
+    replay the whole history backwards from the final matrix. Unrolled, they live in registers. What
+    is carried is not the gradient but its product with the matrix, element by element, for which a
+    half step has no division.
     """
     FIRST: tl.constexpr = 2 if ROWS_FIRST else 1
     p = softmax(logits, FIRST)
@@ -114,7 +117,9 @@ def _sinkhorn_bwd(
     tl.store(out_ptr + offsets, project_vjp(logits, grad, eps, ITERATIONS, ROWS_FIRST), live)
 
 
-def _launch(logits: Tensor, iterations: int, order: str) -> tuple[tuple[int], int, dict[str, int | bool]]:
+def _launch(
+    logits: Tensor, iterations: int, order: str
+) -> tuple[tuple[int], int, dict[str, int | bool]]:
     n = logits.shape[-1]
     tokens = logits.numel() // (n * n)
     # One warp a program, a token a quarter warp at N = 4: as many programs as the chip can hold.
@@ -167,12 +172,17 @@ def check_sinkhorn(iterations: int, order: str) -> None:
         raise ValueError(f"order is 'columns-first' or 'rows-first', not {order!r}")
 
 
-def sinkhorn(logits_TNN: Tensor, iterations: int = 20, eps: float = 0.0, order: str = "columns-first") -> Tensor:
+def sinkhorn(
+    logits_TNN: Tensor, iterations: int = 20, eps: float = 0.0, order: str = "columns-first"
+) -> Tensor:
     """`reference.sinkhorn` in one kernel each way.
 
-    With eps = 0 a row or column whose logits are all 87 below the others' is NaN: float32 ends there, on a GPU.
+    With eps = 0 a row or column whose logits are all 87 below the others' is NaN: float32 ends
+    there, on a GPU.
     """
     check_sinkhorn(iterations, order)
     if logits_TNN.shape[-1] not in STREAMS or logits_TNN.shape[-1] != logits_TNN.shape[-2]:
-        raise ValueError(f"logits are (…, N, N) with N one of {STREAMS}, not {tuple(logits_TNN.shape)}")
+        raise ValueError(
+            f"logits are (…, N, N) with N one of {STREAMS}, not {tuple(logits_TNN.shape)}"
+        )
     return _sinkhorn(logits_TNN.contiguous(), iterations, eps, order)

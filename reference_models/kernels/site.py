@@ -1,4 +1,6 @@
-"""One mHC site on the fused kernels: its two halves linked, so that the stream's gradient is written once."""
+"""One mHC site on the fused kernels: its two halves linked, so that the stream's gradient is
+written once.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,21 +25,31 @@ def site_before(
     flag: Tensor | None = None,
     projected: Projected | None = None,
 ) -> Mix:
-    """`reference.site_before`; while the device-side `flag` is not 0, it measures the maps on the way.
+    """`reference.site_before`; while the device-side `flag` is not 0, it measures the maps on the
+    way.
 
-    `projected` is what `site_after` of the site before gave; it counts for the streams it was made of, and no others.
+    `projected` is what `site_after` of the site before gave; it counts for the streams it was made
+    of, and no others.
     """
     sums = projected.sums_STK if projected is not None and projected.streams_TNC is x_TNC else None
-    mix, link, stats_PW = mhc_before_linked(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order, flag, sums)
+    mix, link, stats_PW = mhc_before_linked(
+        x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order, flag, sums
+    )
     return mix._replace(link=link, stats_PW=None if flag is None else stats_PW)
 
 
 def site_after(
-    x_TNC: Tensor, branch_TC: Tensor, mix: Mix, flag: Tensor | None = None, next_phi: Tensor | None = None
+    x_TNC: Tensor,
+    branch_TC: Tensor,
+    mix: Mix,
+    flag: Tensor | None = None,
+    next_phi: Tensor | None = None,
 ) -> Written:
-    """`reference.site_after`; while the device-side `flag` is not 0, it measures the streams on the way.
+    """`reference.site_after`; while the device-side `flag` is not 0, it measures the streams on the
+    way.
 
-    By `next_phi`, the next site's, they are projected on the way as well, where a kernel can: they are read once less.
+    By `next_phi`, the next site's, they are projected on the way as well, where a kernel can: they
+    are read once less.
     """
     assert mix.post_TN is not None, "only sites with maps come here"
     assert mix.res_TNN is not None
@@ -51,7 +63,9 @@ def site_after(
     return Written(out_TNC, projected, None if flag is None else stats_TBF)
 
 
-def read_out(x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, norm_eps: float) -> Tensor:
+def read_out(
+    x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, norm_eps: float
+) -> Tensor:
     """`reference.read_out`: the block's input of a site whose other coefficients are nobody's."""
     n = x_TNC.shape[-2]
     more = n * n + n

@@ -1,4 +1,6 @@
-"""Clamped gated activations: forward, backward, and how often each expert's clamps were hit, in the same pass."""
+"""Clamped gated activations: forward, backward, and how often each expert's clamps were hit, in the
+same pass.
+"""
 
 # Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
@@ -35,7 +37,9 @@ DEEPSEEK_V4 = Activation()
 
 
 class Counted(NamedTuple):
-    """The activation, and what METRICS asks of each expert: NaN while the flag is 0, extrema 0 without rows."""
+    """The activation, and what METRICS asks of each expert: NaN while the flag is 0, extrema 0
+    without rows.
+    """
 
     out_AF: Tensor
     counts_E8: Tensor
@@ -80,12 +84,17 @@ def _blocks(x: Tensor, f: int) -> tuple[int, int]:
 
 
 PARTS = 4
-"""Rows of a counting program, which is one warp: its lanes meet once for all of them, and wait for no other warp."""
+"""Rows of a counting program, which is one warp: its lanes meet once for all of them, and wait for
+no other warp.
+"""
 REGISTERS = 80
-"""Of a lane that counts, where it would take half as many again, and too few programs be there to hide its loads. Wider
-numbers, alternating columns and a clamp behind the gate need more: held to this, they would spill."""
+"""Of a lane that counts, where it would take half as many again, and too few programs be there to
+hide its loads. Wider numbers, alternating columns and a clamp behind the gate need more: held to
+this, they would spill.
+"""
 RECORDS = 2048
-"""Records that an expert's program adds up at a time: most experts have no more in a training step."""
+"""Records that an expert's program adds up at a time: most experts have no more in a training step.
+"""
 
 
 def _forward(
@@ -107,7 +116,8 @@ def _forward(
     if ends is not None:
         experts, parts, br, warps = len(ends), PARTS, 1 if x.is_cuda else br, 1
     columns, ba = cdiv(f, bf), parts * br
-    # Blocks and experts both only rise along the sorted rows: `block + expert` numbers their meetings.
+    # Blocks and experts both only rise along the sorted rows: `block + expert` numbers their
+    # meetings.
     part = x.new_empty(cdiv(a, ba) + experts, columns, 8, dtype=torch.int32) if experts else None
     meta = _meta(activation, f)
     if a:
@@ -119,7 +129,9 @@ def _forward(
         swiglu_fwd[grid](x, out, flag, ends, part, a, **meta, **tile, num_warps=warps, **limit)
     if experts:
         records = RECORDS if x.is_cuda else 256
-        per_expert[(experts,)](part, flag, ends, counts, columns, F=f, BA=ba, BR=records, num_warps=8)
+        per_expert[(experts,)](
+            part, flag, ends, counts, columns, F=f, BA=ba, BR=records, num_warps=8
+        )
     return out, counts
 
 
@@ -174,7 +186,9 @@ _glu = operation("clamped_glu", _forward, _fake, _keep, _grad)
 
 def _flat(gate_up_A2F: Tensor) -> Tensor:
     if gate_up_A2F.dtype not in FLOATS:
-        raise TypeError(f"the Triton kernels take bfloat16, float16 or float32, not {gate_up_A2F.dtype}")
+        raise TypeError(
+            f"the Triton kernels take bfloat16, float16 or float32, not {gate_up_A2F.dtype}"
+        )
     if gate_up_A2F.shape[-1] % 2:
         raise ValueError(f"gate and up need an even width, not {gate_up_A2F.shape[-1]}")
     return gate_up_A2F.contiguous().view(-1, gate_up_A2F.shape[-1])
@@ -188,11 +202,15 @@ def clamped_swiglu(gate_up_A2F: Tensor, limit: float | None = 10.0) -> Tensor:
 
 
 def counted_glu(
-    gate_up_A2F: Tensor, ends_E: Tensor, activation: Activation = DEEPSEEK_V4, flag: Tensor | None = None
+    gate_up_A2F: Tensor,
+    ends_E: Tensor,
+    activation: Activation = DEEPSEEK_V4,
+    flag: Tensor | None = None,
 ) -> Counted:
     """Any model's clamped activation, with what METRICS asks of each expert, from the same pass.
 
-    Rows are sorted by expert: `ends_E` is the row behind each expert's last, as grouped matmuls take it. With a
+    Rows are sorted by expert: `ends_E` is the row behind each expert's last, as grouped matmuls
+    take it. With a
     `flag`, an integer on the device, they are counted while it is not 0.
     """
     if flag is None:
@@ -203,7 +221,10 @@ def counted_glu(
 
 
 def expert_glu(
-    gate_up_A2F: Tensor, limit: float | None = 10.0, ends_E: Tensor | None = None, flag: Tensor | None = None
+    gate_up_A2F: Tensor,
+    limit: float | None = 10.0,
+    ends_E: Tensor | None = None,
+    flag: Tensor | None = None,
 ) -> Activated:
     """`reference.expert_glu`; while the device-side `flag` is not 0, it counts on the way."""
     if flag is None:

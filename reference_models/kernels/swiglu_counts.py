@@ -1,6 +1,7 @@
 """What a tile of clamped activations says of each expert: clamp hits, extrema, squares.
 
-A program writes one record for each expert whose rows are in its tile; as rows are sorted, that is nearly always one.
+A program writes one record for each expert whose rows are in its tile; as rows are sorted, that is
+nearly always one.
 """
 
 # Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
@@ -27,7 +28,9 @@ def most(x):
 
 @triton.jit
 def _largest(magnitudes):
-    """The largest of all lanes' as a whole number with its bits: above infinity's where there is a NaN."""
+    """The largest of all lanes' as a whole number with its bits: above infinity's where there is a
+    NaN.
+    """
     return tl.max(tl.max(magnitudes.to(tl.int32, bitcast=True), 1), 0)
 
 
@@ -46,8 +49,12 @@ def _beyond(bits, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _hits(g, u, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, ALPHA: tl.constexpr, AFTER: tl.constexpr):
-    """Each lane's hits of the gate's limit, of up's above and of up's below, a byte each: it has few elements."""
+def _hits(
+    g, u, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, ALPHA: tl.constexpr, AFTER: tl.constexpr
+):
+    """Each lane's hits of the gate's limit, of up's above and of up's below, a byte each: it has
+    few elements.
+    """
     _, _, gate_hit = gated(g.to(tl.float32), GATE_LIMIT, ALPHA, AFTER)
     _, high, low = clamp_up(u.to(tl.float32), UP_LIMIT, 0.0)
     return tl.sum(gate_hit.to(tl.int32) + tl.where(high, 1 << 8, tl.where(low, 1 << 16, 0)), 2)
@@ -111,7 +118,9 @@ def record_share(
     PARTS: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """The rows from `start` to `end` of a tile that several experts share: it is read once more, from the cache."""
+    """The rows from `start` to `end` of a tile that several experts share: it is read once more,
+    from the cache.
+    """
     squares = tl.zeros((BR, f.shape[0]), tl.float32)
     gate_most = squares
     up_most = squares
@@ -127,12 +136,30 @@ def record_share(
         up_most = nan_max(up_most, most(u.to(tl.float32)))
         out_most = nan_max(out_most, most(act * held))
         squares += tl.sum(act * held * act * held, 2)
-    _write(part_ptr, counts, _largest(gate_most), _largest(up_most), _largest(out_most), _summed(squares))
+    _write(
+        part_ptr,
+        counts,
+        _largest(gate_most),
+        _largest(up_most),
+        _largest(out_most),
+        _summed(squares),
+    )
 
 
 @triton.jit(do_not_specialize=["COLUMNS"])
-def per_expert(part_ptr, flag_ptr, ends_ptr, out_ptr, COLUMNS, F: tl.constexpr, BA: tl.constexpr, BR: tl.constexpr):
-    """One expert's eight numbers, from its records, which lie one behind another; NaN while switched off."""
+def per_expert(
+    part_ptr,
+    flag_ptr,
+    ends_ptr,
+    out_ptr,
+    COLUMNS,
+    F: tl.constexpr,
+    BA: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """One expert's eight numbers, from its records, which lie one behind another; NaN while
+    switched off.
+    """
     e = tl.program_id(0)
     start = tl.load(ends_ptr + e - 1, e > 0, 0)
     end = tl.load(ends_ptr + e)

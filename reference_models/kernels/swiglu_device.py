@@ -30,7 +30,9 @@ def _activate(
     BR: tl.constexpr,
     MEASURED: tl.constexpr,
 ):
-    """Writes the products of all parts; each lane's largest |gate|, |up|, |product| and Σ product², if MEASURED."""
+    """Writes the products of all parts; each lane's largest |gate|, |up|, |product| and Σ product²,
+    if MEASURED.
+    """
     squares = tl.zeros((BR, f.shape[0]), tl.float32)
     gate_most = squares
     up_most = squares
@@ -42,7 +44,9 @@ def _activate(
         act, _, _ = gated(g, GATE_LIMIT, ALPHA, AFTER)
         held, _, _ = clamp_up(u, UP_LIMIT, OFFSET)
         out = act * held
-        tl.store(out_ptr + a[:, None, None] * F + f[None], out, (a < A)[:, None, None] & (f < F)[None])
+        tl.store(
+            out_ptr + a[:, None, None] * F + f[None], out, (a < A)[:, None, None] & (f < F)[None]
+        )
         if MEASURED:
             # Outside, g and u read as 0 and so is the product, whatever the offset.
             gate_most = nan_max(gate_most, most(g))
@@ -74,12 +78,18 @@ def swiglu_fwd(
     BF: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """PARTS · BR rows, BF columns; where rows are counted, one record for each expert that the rows belong to.
+    """PARTS · BR rows, BF columns; where rows are counted, one record for each expert that the rows
+    belong to.
 
-    Rows are sorted by expert and `ends` is where each expert's end, so record `block + expert` is nobody else's.
+    Rows are sorted by expert and `ends` is where each expert's end, so record `block + expert` is
+    nobody else's.
     """
     a0 = tl.program_id(0).to(tl.int64) * (PARTS * BR)
-    f = tl.program_id(1) * BF + (tl.arange(0, BF // VEC) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+    f = (
+        tl.program_id(1) * BF
+        + (tl.arange(0, BF // VEC) * VEC)[:, None]
+        + tl.arange(0, VEC)[None, :]
+    )
     gates = ()
     ups = ()
     # All loads before the first store, behind which the compiler would keep them.
@@ -89,17 +99,49 @@ def swiglu_fwd(
         gates = gates + (g,)
         ups = ups + (u,)
     if part_ptr is None:
-        _activate(out_ptr, gates, ups, a0, f, A, F, GATE_LIMIT, UP_LIMIT, ALPHA, OFFSET, AFTER, PARTS, BR, False)
+        _activate(
+            out_ptr,
+            gates,
+            ups,
+            a0,
+            f,
+            A,
+            F,
+            GATE_LIMIT,
+            UP_LIMIT,
+            ALPHA,
+            OFFSET,
+            AFTER,
+            PARTS,
+            BR,
+            False,
+        )
     elif tl.load(flag_ptr) != 0:
         e = tl.arange(0, EP)
         ends = tl.load(ends_ptr + e, e < E, A)
         gate_most, up_most, out_most, squares = _activate(
-            out_ptr, gates, ups, a0, f, A, F, GATE_LIMIT, UP_LIMIT, ALPHA, OFFSET, AFTER, PARTS, BR, True
+            out_ptr,
+            gates,
+            ups,
+            a0,
+            f,
+            A,
+            F,
+            GATE_LIMIT,
+            UP_LIMIT,
+            ALPHA,
+            OFFSET,
+            AFTER,
+            PARTS,
+            BR,
+            True,
         )
         behind = tl.minimum(a0 + PARTS * BR, A)
         first = tl.sum((ends <= a0).to(tl.int32), 0)
         last = tl.sum((ends < behind).to(tl.int32), 0)
-        part = part_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 8
+        part = (
+            part_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 8
+        )
         if first == last:
             record_whole(
                 part + first * tl.num_programs(1) * 8,
@@ -135,7 +177,23 @@ def swiglu_fwd(
                     BR,
                 )
     else:
-        _activate(out_ptr, gates, ups, a0, f, A, F, GATE_LIMIT, UP_LIMIT, ALPHA, OFFSET, AFTER, PARTS, BR, False)
+        _activate(
+            out_ptr,
+            gates,
+            ups,
+            a0,
+            f,
+            A,
+            F,
+            GATE_LIMIT,
+            UP_LIMIT,
+            ALPHA,
+            OFFSET,
+            AFTER,
+            PARTS,
+            BR,
+            False,
+        )
 
 
 @triton.jit(do_not_specialize=["A"])
@@ -160,7 +218,9 @@ def swiglu_bwd(
     gate_column, up_column = columns(f, F, INTERLEAVED)
     gates = a[:, None] * (2 * F) + gate_column[None, :]
     ups = a[:, None] * (2 * F) + up_column[None, :]
-    act, slope, _ = gated(tl.load(x_ptr + gates, inside, 0.0).to(tl.float32), GATE_LIMIT, ALPHA, AFTER)
+    act, slope, _ = gated(
+        tl.load(x_ptr + gates, inside, 0.0).to(tl.float32), GATE_LIMIT, ALPHA, AFTER
+    )
     held, high, low = clamp_up(tl.load(x_ptr + ups, inside, 0.0).to(tl.float32), UP_LIMIT, OFFSET)
     grad = tl.load(grad_ptr + a[:, None] * F + f[None, :], inside, 0.0).to(tl.float32)
     tl.store(dx_ptr + gates, grad * held * slope, inside)

@@ -13,7 +13,9 @@ from geodiag.reference_models.kernels.device_math import sigmoid
 
 @triton.jit
 def gated(g, LIMIT: tl.constexpr, ALPHA: tl.constexpr, AFTER: tl.constexpr):
-    """The gate's factor, its derivative, and where it hit its limit. Comparisons, unlike minimum, keep NaN."""
+    """The gate's factor, its derivative, and where it hit its limit. Comparisons, unlike minimum,
+    keep NaN.
+    """
     held = g
     if LIMIT is not None and not AFTER:
         held = tl.where(g > LIMIT, LIMIT, g)
@@ -52,7 +54,9 @@ def columns(f, F: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def load_both(x_ptr, a, f, live, F: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Gates and ups of rows a, (BR), and columns f, (lanes, VEC): (BR, lanes, VEC), so that a lane sums its own."""
+    """Gates and ups of rows a, (BR), and columns f, (lanes, VEC): (BR, lanes, VEC), so that a lane
+    sums its own.
+    """
     gate_column, up_column = columns(f, F, INTERLEAVED)
     inside = live[:, None, None] & (f < F)[None]
     g = tl.load(x_ptr + a[:, None, None] * (2 * F) + gate_column[None], inside, 0.0)

@@ -9,7 +9,16 @@ import pytest
 from geodiag.benchmarks import cascade_grades as grades
 from geodiag.benchmarks.cascade import main
 from geodiag.benchmarks.cascade_table import judged, page, summary
-from geodiag.benchmarks.cascade_trials import CLEAN_STEPS, EARLIEST, GROWN_STEPS, LATEST, STEPS, TRUTHS, Trial, plan
+from geodiag.benchmarks.cascade_trials import (
+    CLEAN_STEPS,
+    EARLIEST,
+    GROWN_STEPS,
+    LATEST,
+    STEPS,
+    TRUTHS,
+    Trial,
+    plan,
+)
 from geodiag.benchmarks.cascade_workers import in_order
 from geodiag.errors import GeodiagError
 from geodiag.hooks.faults.faults import KINDS, Fault
@@ -25,7 +34,9 @@ def test_every_kind_of_fault_has_a_truth_and_is_planted_once_a_seed_and_residual
     faults = [t for t in trials if t.kind]
     assert len(faults) == 2 * 2 * len(TRUTHS)
     assert len({t.name for t in trials}) == len(trials)
-    assert {t.twin for t in faults} == {t.name for t in trials if not t.kind and t.steps != CLEAN_STEPS}
+    assert {t.twin for t in faults} == {
+        t.name for t in trials if not t.kind and t.steps != CLEAN_STEPS
+    }
     assert sum(t.steps == CLEAN_STEPS for t in trials) == 3
 
 
@@ -48,7 +59,11 @@ def test_faults_are_drawn_from_the_seed_alone_and_can_be_planted() -> None:
 
 
 def test_a_fault_that_grows_does_so_to_the_end() -> None:
-    grown = [t for t in plan(range(20), ["mhc"], "tiny", list(TRUTHS), 0) if (t.kind or "").startswith("growing")]
+    grown = [
+        t
+        for t in plan(range(20), ["mhc"], "tiny", list(TRUTHS), 0)
+        if (t.kind or "").startswith("growing")
+    ]
     for t in grown:
         fault = Fault.parse(t.faults[0])
         assert len(fault.planted) >= GROWN_STEPS - LATEST
@@ -63,7 +78,10 @@ def test_what_others_need_is_trained_first_and_then_what_takes_long() -> None:
 
 
 def test_a_seed_that_is_held_out_has_other_faults() -> None:
-    seen, held_out = (plan(seeds, ["mhc"], "tiny", ["expert-scale"], 0) for seeds in (range(10), range(1000, 1010)))
+    seen, held_out = (
+        plan(seeds, ["mhc"], "tiny", ["expert-scale"], 0)
+        for seeds in (range(10), range(1000, 1010))
+    )
     assert not {t.faults for t in seen} & {t.faults for t in held_out} - {()}
 
 
@@ -82,7 +100,16 @@ def record(folder: Path, name: str, losses: np.ndarray, *events: tuple[str, int,
 
 
 def trial(kind: str | None = "expert-scale", layer: int | None = 2) -> Trial:
-    return Trial(seed=0, residual="mhc", size="tiny", steps=170, kind=kind, step=100, layer=layer, magnitude=30.0)
+    return Trial(
+        seed=0,
+        residual="mhc",
+        size="tiny",
+        steps=170,
+        kind=kind,
+        step=100,
+        layer=layer,
+        magnitude=30.0,
+    )
 
 
 @pytest.fixture
@@ -102,7 +129,9 @@ def losses() -> np.ndarray:
         (0.2, [("spike", 160, {"onset": 151})], None, True),  # long after
     ],
 )
-def test_what_counts_as_seen_and_what_is_excluded(tmp_path, losses, rise, events, seen, excluded) -> None:
+def test_what_counts_as_seen_and_what_is_excluded(
+    tmp_path, losses, rise, events, seen, excluded
+) -> None:
     ours = losses.copy()
     ours[104] += rise
     record(tmp_path, trial().name, ours, ("fault", 100, {"last_step": 109}), *events)
@@ -117,7 +146,12 @@ def test_the_warnings_lead_is_counted_to_the_onset_of_the_loss(tmp_path, losses)
     record(tmp_path, trial().name, losses, *events)
     record(tmp_path, trial().twin, losses)
     found = grades.grade(trial(), tmp_path)
-    assert (found.spiked, found.spike_kind, found.warned, found.warning_lead) == (108, "spike", 103, 5)
+    assert (found.spiked, found.spike_kind, found.warned, found.warning_lead) == (
+        108,
+        "spike",
+        103,
+        5,
+    )
 
 
 def test_a_loss_that_is_no_number_is_an_effect_without_bound(tmp_path, losses) -> None:
@@ -131,7 +165,9 @@ def said(**changes):
 
     from geodiag.cascade.explain import Alternative, Cascade
 
-    second = Alternative(stage=3, layer=4, site="ffn", expert=None, onset=101, confidence=0.2, why="")
+    second = Alternative(
+        stage=3, layer=4, site="ffn", expert=None, onset=101, confidence=0.2, why=""
+    )
     found = Cascade(
         spike=None, spike_onset=103, stage=1, layer=2, site="ffn", expert=4, domain=None, onset=100, lead=3,
         cause="layer", confidence=0.9, defence=None, evidence=(), alternatives=(second,), path=(), words="", caveats=(),
@@ -151,14 +187,22 @@ def said(**changes):
         ("lr-shock", None, {"stage": None, "layer": None}, True, True, True),
     ],
 )
-def test_an_answer_is_held_against_what_was_planted(kind, layer, answer, stage, first, three) -> None:
-    found = grades.Grade(trial=trial(kind, layer), effect=9.0, seen="spike", spiked=103, cascade=said(**answer))
+def test_an_answer_is_held_against_what_was_planted(
+    kind, layer, answer, stage, first, three
+) -> None:
+    found = grades.Grade(
+        trial=trial(kind, layer), effect=9.0, seen="spike", spiked=103, cascade=said(**answer)
+    )
     assert (found.stage, found.layer(1), found.layer(3)) == (stage, first, three)
 
 
 def test_the_table_counts_excluded_missed_and_read_faults_apart() -> None:
-    right = grades.Grade(trial=trial(), effect=9.0, seen="spike", spiked=103, warned=101, cascade=said())
-    wrong = grades.Grade(trial=trial(), effect=9.0, seen="warning", warned=101, cascade=said(stage=2, layer=5))
+    right = grades.Grade(
+        trial=trial(), effect=9.0, seen="spike", spiked=103, warned=101, cascade=said()
+    )
+    wrong = grades.Grade(
+        trial=trial(), effect=9.0, seen="warning", warned=101, cascade=said(stage=2, layer=5)
+    )
     missed = grades.Grade(trial=trial(), effect=9.0, seen=None)
     absorbed = grades.Grade(trial=trial(), effect=1.0, seen=None)
     found = summary([g.as_json() for g in (right, wrong, missed, absorbed)])
@@ -170,7 +214,10 @@ def test_the_table_counts_excluded_missed_and_read_faults_apart() -> None:
 
 
 def test_a_warning_that_came_with_the_loss_or_after_it_is_none_before_it() -> None:
-    warned = [grades.Grade(trial=trial(), effect=9.0, seen="spike", spiked=103, warned=w) for w in (95, 103, 105, None)]
+    warned = [
+        grades.Grade(trial=trial(), effect=9.0, seen="spike", spiked=103, warned=w)
+        for w in (95, 103, 105, None)
+    ]
     found = summary([g.as_json() for g in warned])
     assert (found["warned"], found["warning_lead"], found["nonfinite"]) == (0.25, 8, 0)
 
@@ -194,7 +241,17 @@ def test_what_was_not_trained_is_said_and_the_rest_is_graded(tmp_path, losses, c
     planned = plan([5], ["mhc"], "tiny", ["far-batch"], 0)
     for t in planned:
         record(tmp_path / "runs", t.name, losses)
-    arguments = ["--seeds", "5-6", "--residuals", "mhc", "--kinds", "far-batch", "--clean", "0", "--grade-only"]
+    arguments = [
+        "--seeds",
+        "5-6",
+        "--residuals",
+        "mhc",
+        "--kinds",
+        "far-batch",
+        "--clean",
+        "0",
+        "--grade-only",
+    ]
     main([*arguments, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     assert "2 trials were not trained" in capsys.readouterr().out
     result = json.loads((tmp_path / "out/cascade.json").read_text())
@@ -207,7 +264,9 @@ def test_what_was_not_trained_is_said_and_the_rest_is_graded(tmp_path, losses, c
         file.write('{"name": "mhc-6-cle')  # the machine was taken away
     main([*arguments[:-1], "--minutes", "0", "--add", str(lines), "--out", str(tmp_path / "again")])
     again = json.loads((tmp_path / "again/cascade.json").read_text())
-    assert {k: again[k] for k in ("trials", "all", "missing")} == {k: result[k] for k in ("trials", "all", "missing")}
+    assert {k: again[k] for k in ("trials", "all", "missing")} == {
+        k: result[k] for k in ("trials", "all", "missing")
+    }
 
 
 def test_a_range_of_seeds_that_is_none_is_said() -> None:

@@ -1,4 +1,6 @@
-"""The run that the cascade's speed is measured on: its two cascades are found, and what is read stays near them."""
+"""The run that the cascade's speed is measured on: its two cascades are found, and what is read
+stays near them.
+"""
 
 from pathlib import Path
 
@@ -15,7 +17,9 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple
     return path, write(path, steps=6000, layers=4, experts=4)
 
 
-def test_both_cascades_are_found_at_their_layer_and_step(long_run: tuple[Path, list[tuple[int, int]]]) -> None:
+def test_both_cascades_are_found_at_their_layer_and_step(
+    long_run: tuple[Path, list[tuple[int, int]]],
+) -> None:
     path, origins = long_run
     found = cascades(path)
     assert [c.layer for c in found] == [layer for _, layer in origins]
@@ -40,8 +44,21 @@ def test_only_windows_around_the_spikes_are_read(
     assert max(layers) < 400 * 8
 
 
-def test_the_page_says_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--steps", "600", "--layers", "2", "--experts", "2", "--times", "1", "--out", str(tmp_path)]
+def test_the_page_says_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [
+        "--steps",
+        "600",
+        "--layers",
+        "2",
+        "--experts",
+        "2",
+        "--times",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     main([*small, "--run", str(tmp_path / "run")])
     assert "600 steps of 2 layers" in capsys.readouterr().out
     assert "of processor time" in (tmp_path / "cascade_speed.md").read_text()

@@ -1,4 +1,6 @@
-"""`geodiag bench kernels_bytes`: what the profiler says becomes rows; the counters themselves need a GPU."""
+"""`geodiag bench kernels_bytes`: what the profiler says becomes rows; the counters themselves need
+a GPU.
+"""
 
 from geodiag.benchmarks.kernels_bytes import COUNTERS, STEPS, counted, markdown
 
@@ -16,7 +18,13 @@ SAID = f"""==PROF== Connected to process 7
 def test_the_launches_of_a_kernel_are_averaged_over_the_profiled_steps() -> None:
     mix, fills = counted(SAID)
     assert STEPS == 2
-    assert mix == {"kernel": "mix", "read": 2000.0, "written": 300.0, "through_l2": 6000.0, "ns": 4000.0}
+    assert mix == {
+        "kernel": "mix",
+        "read": 2000.0,
+        "written": 300.0,
+        "through_l2": 6000.0,
+        "ns": 4000.0,
+    }
     assert fills["kernel"] == "torch: fills"
     assert fills["read"] == 4.0
 
@@ -24,6 +32,12 @@ def test_the_launches_of_a_kernel_are_averaged_over_the_profiled_steps() -> None
 def test_the_page_holds_moved_bytes_against_those_that_must_move() -> None:
     rows = [{**r, "must": 2000 if r["kernel"] == "mix" else 0} for r in counted(SAID)]
     machine = {"cpu": "a processor", "gpu": "a GPU", "cores": 1, "system": "Linux"}
-    result = {"size": (4, 8), "machine": machine, "versions": {"torch": "2"}, "command": "x", "sites": {"alone": rows}}
+    result = {
+        "size": (4, 8),
+        "machine": machine,
+        "versions": {"torch": "2"},
+        "command": "x",
+        "sites": {"alone": rows},
+    }
     (line,) = (row for row in markdown(result).splitlines() if row.startswith("| `mix`"))
     assert line.split("|")[5].strip() == f"{2300 / 2000:.2f}"

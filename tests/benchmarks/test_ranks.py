@@ -1,4 +1,6 @@
-"""The ranks bench: nothing it starts can outlive it, and what went wrong is on its page in capitals."""
+"""The ranks bench: nothing it starts can outlive it, and what went wrong is on its page in
+capitals.
+"""
 
 import os
 import sys
@@ -51,16 +53,27 @@ def _gone(pid: int) -> bool:
 
 def result(**parts: Any) -> dict[str, Any]:
     machine = {"cpu": "a cpu", "cores": 2, "system": "Linux"}
-    return {"ranks": 2, "machine": machine, "versions": {"torch": "2"}, "command": "geodiag bench ranks"} | parts
+    return {
+        "ranks": 2,
+        "machine": machine,
+        "versions": {"torch": "2"},
+        "command": "geodiag bench ranks",
+    } | parts
 
 
 @pytest.mark.parametrize(
-    ("begins", "code", "wrong"), [([20, 20], 0, False), ([30, 20], 0, True), ([10, 10], 0, True), ([20, 20], 1, True)]
+    ("begins", "code", "wrong"),
+    [([20, 20], 0, False), ([30, 20], 0, True), ([10, 10], 0, True), ([20, 20], 1, True)],
 )
 def test_ranks_that_go_on_from_anything_but_the_newest_in_common_are_wrong(
     begins: list[int], code: int, wrong: bool
 ) -> None:
-    part = {"began_again_at": begins, "kept": [[10, 20, 30], [10, 20, 30]], "lost": 30, "code": code}
+    part = {
+        "began_again_at": begins,
+        "kept": [[10, 20, 30], [10, 20, 30]],
+        "lost": 30,
+        "code": code,
+    }
     assert ("WRONG" in markdown(result(resumed_ddp=part))) == wrong
 
 
@@ -68,7 +81,12 @@ def test_what_hung_failed_or_lost_steps_is_said_in_capitals() -> None:
     steered = {"hung": False, "alike": False, "events": {"spike": 1}}
     killed = {"hung": False, "complete": False, "seconds_to_the_end": 2.0}
     page = markdown(
-        result(steered_ddp=steered, killed_ddp=killed, killed_fsdp={"hung": True}, same={"failed": "OSError: no"})
+        result(
+            steered_ddp=steered,
+            killed_ddp=killed,
+            killed_fsdp={"hung": True},
+            same={"failed": "OSError: no"},
+        )
     )
     for words in ("DIFFERENT modes", "STEPS ARE MISSING", "| HUNG |", "FAILED: OSError: no"):
         assert words in page
@@ -83,5 +101,8 @@ def test_equal_losses_are_the_same_bits_and_others_are_numbers() -> None:
     same = {"with_geodiag": 0.0, "without_again": 0.0, "with_a_broken_probe": 0.0}
     worker["ddp"]["same"], worker["fsdp"]["same"] = same, same | {"with_geodiag": 1e-7}
     page = markdown(result(worker=worker))
-    assert "| ddp, nccl | the same bits | the same bits | the same bits | 10.0 ms | 11.0 ms | +10.0 % |" in page
+    assert (
+        "| ddp, nccl | the same bits | the same bits | the same bits | 10.0 ms | 11.0 ms | +10.0 % |"
+        in page
+    )
     assert "| fsdp, nccl | 1.0e-07 | the same bits | the same bits |" in page

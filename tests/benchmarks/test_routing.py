@@ -1,4 +1,6 @@
-"""The routing bench: what a spike cost is counted by hand here, and one small plan is really trained."""
+"""The routing bench: what a spike cost is counted by hand here, and one small plan is really
+trained.
+"""
 
 import gzip
 import json
@@ -13,15 +15,35 @@ import pytest
 import torch
 
 from geodiag.benchmarks import routing, routing_cost, routing_workers
-from geodiag.benchmarks.routing_measures import CAP, WINDOW, Mean, against_twin, by_itself, common, pooled, summarise
+from geodiag.benchmarks.routing_measures import (
+    CAP,
+    WINDOW,
+    Mean,
+    against_twin,
+    by_itself,
+    common,
+    pooled,
+    summarise,
+)
 from geodiag.benchmarks.routing_page import page
 from geodiag.benchmarks.routing_plan import NATURAL, PILOT_SEED, Job, jobs, pilot, plans
 from geodiag.benchmarks.routing_trial import perturb
 
 
-def trial(losses: list[float | None], steps: list[int] | None = None, arm: str = "none", seed: int = 0, **more: Any):
+def trial(
+    losses: list[float | None],
+    steps: list[int] | None = None,
+    arm: str = "none",
+    seed: int = 0,
+    **more: Any,
+):
     return {
-        "scenario": {"name": "s", "fault": more.get("fault", "lr-shock@5"), "steps": len(losses), "size": "tiny"},
+        "scenario": {
+            "name": "s",
+            "fault": more.get("fault", "lr-shock@5"),
+            "steps": len(losses),
+            "size": "tiny",
+        },
         "arm": {"name": arm, "mode": "off" if arm == "none" else "auto", "actions": arm},
         "seed": seed,
         "twin": "healthy",
@@ -84,11 +106,18 @@ def test_arms_are_compared_seed_by_seed() -> None:
     assert row["seeds"] == [0, 1, 2, 3]
     assert row["against_none"]["excess"]["mean"] == -0.5
     assert row["against_none"]["excess"]["high"] == -0.5
-    assert row["measures"]["excess"]["low"] < row["measures"]["excess"]["mean"] < row["measures"]["excess"]["high"]
+    assert (
+        row["measures"]["excess"]["low"]
+        < row["measures"]["excess"]["mean"]
+        < row["measures"]["excess"]["high"]
+    )
 
 
 def test_natural_spikes_are_pooled_in_pairs_and_healthy_twins_are_left_out() -> None:
-    trials = [twin(), trial([9.0] * 30, arm="always", fault=None) | {"scenario": twin()["scenario"]}]
+    trials = [
+        twin(),
+        trial([9.0] * 30, arm="always", fault=None) | {"scenario": twin()["scenario"]},
+    ]
     for seed, better in ((0, 0.25), (1, 0.75)):
         trials += [trial([2.0] * 30, fault=None, seed=seed)]
         trials += [trial([2.0] * 25 + [2.0 - better] * 5, arm="always", fault=None, seed=seed)]
@@ -105,14 +134,23 @@ def test_an_interval_narrows_with_seeds_and_leaves_out_what_is_unknown() -> None
 
 
 def test_spikes_are_counted_by_executed_steps() -> None:
-    events = [{"kind": k, "step": 1, "data": {}} for k in ("spike", "outlier", "divergence", "decision")]
-    row = next(r for r in summarise([trial([2.0] * 100, fault=None, events=events)]) if r["arm"] == "none")
+    events = [
+        {"kind": k, "step": 1, "data": {}} for k in ("spike", "outlier", "divergence", "decision")
+    ]
+    row = next(
+        r for r in summarise([trial([2.0] * 100, fault=None, events=events)]) if r["arm"] == "none"
+    )
     assert row["measures"]["spikes_per_10k"]["mean"] == 200
 
 
 @pytest.mark.parametrize(
     ("arm", "onsets", "expected"),
-    [("rollback", [50, 60], 1.0), ("rollback", [50, 200], 0.0), ("rollback", [], None), ("route", [50, 60], None)],
+    [
+        ("rollback", [50, 60], 1.0),
+        ("rollback", [50, 200], 0.0),
+        ("rollback", [], None),
+        ("route", [50, 60], None),
+    ],
 )
 def test_a_spike_comes_again_where_another_is_raised_near_its_onset(
     arm: str, onsets: list[int], expected: float | None
@@ -126,9 +164,15 @@ def test_a_change_has_the_steps_from_the_first_snapshot_gone_back_to() -> None:
         return {"kind": "decision", "step": 60, "data": {"restore": restore, "acted": acted}}
 
     spike = {"kind": "spike", "step": 55, "data": {"onset": 50}}
-    back = trial([2.0] * 90, arm="rollback", events=[spike, decision(None), decision(40), spike, decision(20)])
+    back = trial(
+        [2.0] * 90,
+        arm="rollback",
+        events=[spike, decision(None), decision(40), spike, decision(20)],
+    )
     assert common(back)["steps_before"] == 10
-    assert common(trial([2.0] * 90, events=[spike, decision(40, acted=False)]))["steps_before"] is None
+    assert (
+        common(trial([2.0] * 90, events=[spike, decision(40, acted=False)]))["steps_before"] is None
+    )
 
 
 def test_without_a_twin_recovery_is_the_steps_above_the_trend_but_for_single_ones() -> None:
@@ -147,7 +191,11 @@ def test_trials_are_read_again_whole_lines_only(tmp_path: Path) -> None:
 
 
 def test_every_scenario_has_its_healthy_twin_and_no_job_comes_twice() -> None:
-    planned = [(s, a.name, seed) for size in ("tiny", "small") for s, a, seed in jobs(plans(size), range(4))]
+    planned = [
+        (s, a.name, seed)
+        for size in ("tiny", "small")
+        for s, a, seed in jobs(plans(size), range(4))
+    ]
     assert len(planned) == len(set(planned))
     for scenario, _, seed in planned:
         if scenario.fault:
@@ -170,7 +218,13 @@ def test_what_answers_a_spike_is_trained_only_where_there_was_one() -> None:
     def ended(job: Job, *kinds: str) -> dict[str, Any]:
         scenario, arm, seed = job
         events = [{"kind": kind} for kind in kinds]
-        return {"scenario": asdict(scenario), "arm": asdict(arm), "seed": seed, "losses": [1.0], "events": events}
+        return {
+            "scenario": asdict(scenario),
+            "arm": asdict(arm),
+            "seed": seed,
+            "losses": [1.0],
+            "events": events,
+        }
 
     first = [job for _ in range(4) if (job := plan.next())]
     assert [(j[1].name, j[2]) for j in first] == [(a, seed) for seed in (0, 1) for a in arms[:2]]
@@ -179,7 +233,9 @@ def test_what_answers_a_spike_is_trained_only_where_there_was_one() -> None:
     assert [t["arm"]["name"] for t in calm] == ["none", "rollback", "rollback + noise"]
     assert [t.get("same", False) for t in calm] == [False, True, True]
     assert plan.next() is None
-    assert len(plan.ended(first[1], ended(first[1], "spike"))) == 1, "what is always on answers nothing"
+    assert len(plan.ended(first[1], ended(first[1], "spike"))) == 1, (
+        "what is always on answers nothing"
+    )
     assert len(plan.ended(first[2], ended(first[2], "spike"))) == 1
     assert [plan.next(late=True)[1].name for _ in range(2)] == ["rollback", "rollback + noise"]  # type: ignore[index]
     assert plan.next() is None
@@ -191,7 +247,9 @@ def test_answers_are_trained_where_the_training_without_them_failed() -> None:
     assert plan.next(late=True) is None
     assert plan.next() == job
     assert plan.ended(job, None) == []
-    assert [j[1].name for j in iter(plan.next, None)] == ["rollback"], "once, although it was asked for twice"
+    assert [j[1].name for j in iter(plan.next, None)] == ["rollback"], (
+        "once, although it was asked for twice"
+    )
 
 
 def test_on_a_gpu_that_adds_up_otherwise_every_time_all_are_trained() -> None:
@@ -199,7 +257,9 @@ def test_on_a_gpu_that_adds_up_otherwise_every_time_all_are_trained() -> None:
     assert [j[1].name for j in iter(plan.next, None)] == ["none", "rollback"]
 
 
-def test_workers_share_the_gpus_out_among_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_share_the_gpus_out_among_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[str | None] = []
     monkeypatch.setattr(routing_workers, "visible", lambda: ["2", "5"])
     monkeypatch.setattr(routing_workers, "Worker", lambda gpu: made.append(gpu) or mock.Mock())
@@ -212,8 +272,13 @@ def test_a_trial_that_fails_or_whose_process_dies_leaves_the_others_theirs(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     calm = replace(NATURAL, lr=1e-3, steps=4, sequences=1)
-    dies, fails = replace(calm, name="dies", residual=Killer()), replace(calm, name="fails", residual="no such thing")
-    planned = jobs([[(dies, ("none", "always router-lag")), (fails, ("none",)), (calm, ("none",))]], [0])
+    dies, fails = (
+        replace(calm, name="dies", residual=Killer()),
+        replace(calm, name="fails", residual="no such thing"),
+    )
+    planned = jobs(
+        [[(dies, ("none", "always router-lag")), (fails, ("none",)), (calm, ("none",))]], [0]
+    )
     found = routing_workers.run(planned, 1, 5.0, tmp_path)
     assert [t["scenario"]["name"] for t in found] == [calm.name]
     said = capsys.readouterr().out
@@ -244,27 +309,55 @@ def test_noise_is_small_the_same_for_a_draw_and_another_for_the_next() -> None:
 def test_a_small_plan_is_trained_measured_and_written() -> None:
     calm = replace(NATURAL, lr=1e-3, steps=12, sequences=1)
     faulty = replace(calm, name="far", fault="far-batch@4", steps=12)
-    planned = jobs([[(calm, ("none", "always router-lag", "rollback + noise")), (faulty, ("none",))]], [0])
+    planned = jobs(
+        [[(calm, ("none", "always router-lag", "rollback + noise")), (faulty, ("none",))]], [0]
+    )
     trials = [routing_workers.train(job, "cpu") for job in planned]
     assert [t.get("failed") for t in trials] == [None] * 5
     assert all(t["steps"] == list(range(12)) for t in trials)
     lagged = next(t for t in trials if t["arm"]["name"] == "always router-lag")
-    plain = next(t for t in trials if t["arm"]["name"] == "none" and t["scenario"]["name"] == calm.name)
-    assert lagged["losses"][:8] == plain["losses"][:8], "the same seed and data; until the warm-up is over"
+    plain = next(
+        t for t in trials if t["arm"]["name"] == "none" and t["scenario"]["name"] == calm.name
+    )
+    assert lagged["losses"][:8] == plain["losses"][:8], (
+        "the same seed and data; until the warm-up is over"
+    )
     assert lagged["losses"][9:] != plain["losses"][9:]
     noise = next(t for t in trials if t["arm"]["name"] == "rollback + noise")
     assert noise["losses"] == plain["losses"], "noise comes with going back and not before"
     rows = summarise(trials)
     far = next(r for r in rows if r["scenario"] == "far")
     assert far["measures"]["excess"]["mean"] > 0
-    result = {"rows": rows, "pooled": pooled(trials), "trials": 5, "steps": 60, "command": "c", "versions": {}}
+    result = {
+        "rows": rows,
+        "pooled": pooled(trials),
+        "trials": 5,
+        "steps": 60,
+        "command": "c",
+        "versions": {},
+    }
     said = page(result | {"places": ["here"]})
     assert "| always router-lag | 1 |" in said
 
 
 @pytest.mark.slow
-def test_the_cost_bench_times_every_arm_and_writes_its_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    routing_cost.main(["--sequences", "1", "--seconds", "0", "--steps", "1", "--but", "pinned", "--out", str(tmp_path)])
+def test_the_cost_bench_times_every_arm_and_writes_its_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    routing_cost.main(
+        [
+            "--sequences",
+            "1",
+            "--seconds",
+            "0",
+            "--steps",
+            "1",
+            "--but",
+            "pinned",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     found = json.loads((tmp_path / "routing_cost.json").read_text())["runs"][0]
     assert set(found["arms"]) == {a for a in routing_cost.ARMS if "pinned" not in a}
     assert found["arms"]["bare"]["median"] == 1

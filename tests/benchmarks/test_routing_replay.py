@@ -1,4 +1,6 @@
-"""Replays: nothing changed gives the same losses, any change others; each change does what its name says."""
+"""Replays: nothing changed gives the same losses, any change others; each change does what its name
+says.
+"""
 
 import json
 from dataclasses import replace
@@ -19,7 +21,9 @@ SCENARIO = replace(NATURAL, sequences=1, steps=20)
 
 
 @pytest.mark.slow
-def test_an_exact_replay_repeats_every_loss_and_every_change_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exact_replay_repeats_every_loss_and_every_change_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(routing_replay, "AFTER", 4)
     trainer, loader = setup(SCENARIO, 0)
     detector, losses, moment = SpikeDetector(), [], None
@@ -39,31 +43,60 @@ def test_an_exact_replay_repeats_every_loss_and_every_change_is_seen(monkeypatch
     assert len(routed) == 2
     assert found[routed[0]][:8] == losses[4:12], "until the warm-up is over"
     assert found["skip-batch"][:11] == losses[4:15]
-    assert not any(m._forward_hooks for m in trainer.model.modules()), "the routing is off the model again"
+    assert not any(m._forward_hooks for m in trainer.model.modules()), (
+        "the routing is off the model again"
+    )
 
 
 def rows(spikes: int, again: dict[str, bool]) -> list[dict[str, Any]]:
     return [
-        {"seed": s, "change": c, "onset": 5, "again": a, "peak": 1.0 + a, "excess": 10.0 * a + s, "last": 2.0}
+        {
+            "seed": s,
+            "change": c,
+            "onset": 5,
+            "again": a,
+            "peak": 1.0 + a,
+            "excess": 10.0 * a + s,
+            "last": 2.0,
+        }
         for s in range(spikes)
         for c, a in again.items()
     ]
 
 
 def test_changes_are_compared_with_noise_over_the_spikes_that_all_were_tried_on() -> None:
-    changes = {"exact replay": True, "noise 1e-6, draw 1": True, "noise 1e-6, draw 2": False, "lower-lr 0.5": False}
-    cut_off = [r for r in rows(5, changes) if not (r["seed"] == 4 and r["change"] == "lower-lr 0.5")]
-    found = {r["change"]: r for r in summarise([*cut_off, {"change": None, "seed": 0}], list(changes))}
+    changes = {
+        "exact replay": True,
+        "noise 1e-6, draw 1": True,
+        "noise 1e-6, draw 2": False,
+        "lower-lr 0.5": False,
+    }
+    cut_off = [
+        r for r in rows(5, changes) if not (r["seed"] == 4 and r["change"] == "lower-lr 0.5")
+    ]
+    found = {
+        r["change"]: r for r in summarise([*cut_off, {"change": None, "seed": 0}], list(changes))
+    }
     assert {r["spikes"] for r in found.values()} == {4}
     assert found["exact replay"]["again"]["mean"] == 1
     assert found["lower-lr 0.5"]["again"]["mean"] == 0
     assert found["lower-lr 0.5"]["excess_less_noise"]["mean"] == -5
-    assert found["lower-lr 0.5"]["excess_less_noise"]["high"] == -5, "paired by spike, whose seeds differ"
+    assert found["lower-lr 0.5"]["excess_less_noise"]["high"] == -5, (
+        "paired by spike, whose seeds differ"
+    )
 
 
 def test_the_page_says_a_row_a_change(tmp_path: Path) -> None:
     changes = {"exact replay": True, "noise 1e-6, draw 1": False}
-    result = {"rows": summarise(rows(3, changes), list(changes)), "scenario": "s", "after": 4, "command": "c"}
-    said = page(json.loads(json.dumps(result)) | {"versions": {}, "machine": {"cpu": "a", "cores": 1, "system": "s"}})
+    result = {
+        "rows": summarise(rows(3, changes), list(changes)),
+        "scenario": "s",
+        "after": 4,
+        "command": "c",
+    }
+    said = page(
+        json.loads(json.dumps(result))
+        | {"versions": {}, "machine": {"cpu": "a", "cores": 1, "system": "s"}}
+    )
     assert "| exact replay | 3 | 1.00 (1.00 – 1.00) |" in said
     assert list(islice(CHANGES, 1)) == ["exact replay"]

@@ -1,4 +1,6 @@
-"""The bench of spike detectors: the counting of hits, delays and false alarms, and each public rule by hand."""
+"""The bench of spike detectors: the counting of hits, delays and false alarms, and each public rule
+by hand.
+"""
 
 import importlib
 from pathlib import Path
@@ -32,13 +34,21 @@ def curve(bench, *labels):
         ([689, 721], 0, 1, []),
     ],
 )
-def test_hits_delays_and_false_alarms_are_counted_as_defined(bench, alarms, hits, false, delays) -> None:
+def test_hits_delays_and_false_alarms_are_counted_as_defined(
+    bench, alarms, hits, false, delays
+) -> None:
     spike = bench.Label("spike", onset=500, breakout=505, end=540)
     unclear = bench.Label("ambiguous", onset=700, breakout=705, end=710)
     blip = bench.Label("blip", onset=200, breakout=200, end=200)
     score = bench.Score()
     bench.score(alarms, curve(bench, spike, unclear, blip), score)
-    assert (score.hits, score.false, score.delays, score.spikes, score.rows) == (hits, false, delays, 1, 1000)
+    assert (score.hits, score.false, score.delays, score.spikes, score.rows) == (
+        hits,
+        false,
+        delays,
+        1,
+        1000,
+    )
 
 
 def test_every_rule_sees_a_jump_to_ten_times_the_loss_and_none_a_quiet_loss(bench) -> None:
@@ -51,8 +61,12 @@ def test_every_rule_sees_a_jump_to_ten_times_the_loss_and_none_a_quiet_loss(benc
         assert not list(rule(quiet)), name
 
 
-def test_the_bench_reads_a_folder_and_writes_every_rule_into_the_table(bench, tmp_path: Path) -> None:
-    rows = [f"{i},{30.0 if 300 <= i < 320 else 3 + 0.01 * ((i * 7919) % 13 - 6)}" for i in range(600)]
+def test_the_bench_reads_a_folder_and_writes_every_rule_into_the_table(
+    bench, tmp_path: Path
+) -> None:
+    rows = [
+        f"{i},{30.0 if 300 <= i < 320 else 3 + 0.01 * ((i * 7919) % 13 - 6)}" for i in range(600)
+    ]
     (tmp_path / "one.csv").write_text("\n".join(["step,loss", *rows]))
     (tmp_path / "labels.csv").write_text(
         "series,group,type,onset,breakout,peak,end\none,A,spike,300,300,305,320\ngone,B,none,,,,\n"

@@ -1,4 +1,6 @@
-"""Bad input on the reading side: one clear line that names the fix, exit 1, no traceback; what can be read is read."""
+"""Bad input on the reading side: one clear line that names the fix, exit 1, no traceback; what can
+be read is read.
+"""
 
 import os
 import subprocess
@@ -26,10 +28,14 @@ def one_line(result, *words: str) -> None:
         assert word in lines[0]
 
 
-@pytest.mark.parametrize("command", [("show",), ("runs",), ("routing", "status"), ("routing", "on")])
+@pytest.mark.parametrize(
+    "command", [("show",), ("runs",), ("routing", "status"), ("routing", "on")]
+)
 def test_a_path_where_nothing_lies(cli, tmp_path: Path, command: tuple[str, ...]) -> None:
     name, *action = command
-    one_line(cli(name, tmp_path / "absent", *action), "absent does not exist", "pass a run directory")
+    one_line(
+        cli(name, tmp_path / "absent", *action), "absent does not exist", "pass a run directory"
+    )
 
 
 def test_a_folder_that_holds_no_run(cli, tmp_path: Path) -> None:
@@ -50,7 +56,9 @@ def test_a_url_that_nothing_here_can_open(cli) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"status": "fini', "[1, 2]", "\x00\x01"])
-def test_a_truncated_manifest_is_named_and_the_rows_are_read(make_run, cli, tmp_path: Path, text: str) -> None:
+def test_a_truncated_manifest_is_named_and_the_rows_are_read(
+    make_run, cli, tmp_path: Path, text: str
+) -> None:
     make_run(steps=8)
     (tmp_path / "run/run.json").write_text(text)
     out = cli("show", tmp_path / "run")
@@ -60,7 +68,9 @@ def test_a_truncated_manifest_is_named_and_the_rows_are_read(make_run, cli, tmp_
 
 
 @pytest.mark.parametrize("attempts", ['"none"', "[1, null]", '[{"attempt": "x"}]', "null"])
-def test_a_manifest_whose_attempts_make_no_sense_is_read_and_resumed(make_run, tmp_path: Path, attempts: str) -> None:
+def test_a_manifest_whose_attempts_make_no_sense_is_read_and_resumed(
+    make_run, tmp_path: Path, attempts: str
+) -> None:
     make_run(steps=8)
     (tmp_path / "run/run.json").write_text(f'{{"status": "finished", "attempts": {attempts}}}')
     assert open_run(tmp_path / "run").read("steps")["step"].tolist() == list(range(8))
@@ -101,7 +111,9 @@ def overwritten_inside(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [garbage, empty, cut, overwritten_inside])
-def test_a_corrupt_part_is_named_and_the_rest_is_read(make_run, cli, monkeypatch, tmp_path: Path, harm) -> None:
+def test_a_corrupt_part_is_named_and_the_rest_is_read(
+    make_run, cli, monkeypatch, tmp_path: Path, harm
+) -> None:
     monkeypatch.setattr(writing, "ROLL_BATCHES", 5)
     make_run(steps=20)
     first, *_ = parts_of(tmp_path / "run")
@@ -116,19 +128,25 @@ def test_a_corrupt_part_is_named_and_the_rest_is_read(make_run, cli, monkeypatch
 
 
 @pytest.mark.parametrize("harm", [garbage, empty, cut, overwritten_inside])
-def test_a_corrupt_part_stops_neither_the_recording_nor_the_merging(make_run, monkeypatch, tmp_path, harm) -> None:
+def test_a_corrupt_part_stops_neither_the_recording_nor_the_merging(
+    make_run, monkeypatch, tmp_path, harm
+) -> None:
     monkeypatch.setattr(writing, "ROLL_BATCHES", 1)
     run = make_run(steps=5, close=False)
     harm(parts_of(tmp_path / "run")[2])
     for step in range(5, 25):
         run.append("steps", {"step": [step]})
     run.close()
-    assert open_run(tmp_path / "run").read("steps")["step"].tolist() == [s for s in range(25) if s != 2]
+    assert open_run(tmp_path / "run").read("steps")["step"].tolist() == [
+        s for s in range(25) if s != 2
+    ]
     assert len(parts_of(tmp_path / "run")) < 20
     Run.create(tmp_path / "run").close()
 
 
-def test_a_column_of_the_wrong_type_is_named_and_the_rest_is_read(make_run, monkeypatch, tmp_path: Path) -> None:
+def test_a_column_of_the_wrong_type_is_named_and_the_rest_is_read(
+    make_run, monkeypatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(writing, "ROLL_BATCHES", 5)
     make_run(steps=10)
     first, _ = parts_of(tmp_path / "run")
@@ -147,7 +165,10 @@ def test_wider_numbers_of_the_same_kind_are_read(make_run, tmp_path: Path) -> No
     make_run(steps=4)
     (part,) = parts_of(tmp_path / "run")
     pq.write_table(
-        pa.Table.from_pandas(pq.read_table(part).to_pandas().astype({"loss": "float64", "step": "int64"})), part
+        pa.Table.from_pandas(
+            pq.read_table(part).to_pandas().astype({"loss": "float64", "step": "int64"})
+        ),
+        part,
     )
     run = open_run(tmp_path / "run")
     assert run.read("steps")["step"].tolist() == [0, 1, 2, 3]
@@ -187,7 +208,9 @@ def test_an_unknown_table_or_column_lists_those_there_are(make_run) -> None:
 def test_a_run_folder_that_cannot_be_made_or_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/geodiag-run")):
-        with pytest.raises(GeodiagError, match=r"cannot write a run to .*; pass a folder you may write"):
+        with pytest.raises(
+            GeodiagError, match=r"cannot write a run to .*; pass a folder you may write"
+        ):
             Run.create(path)
 
 
@@ -243,9 +266,7 @@ def test_an_unknown_command_or_option_is_explained_without_a_traceback() -> None
 
 def test_a_reader_that_goes_away_is_no_error(make_run, tmp_path: Path) -> None:
     make_run()
-    command = (
-        f'"{sys.executable}" -c "from geodiag.cli.main import main; main()" show "{tmp_path}/run" --json | head -c 1'
-    )
+    command = f'"{sys.executable}" -c "from geodiag.cli.main import main; main()" show "{tmp_path}/run" --json | head -c 1'
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout == "{"
     assert done.stderr == ""
@@ -259,5 +280,7 @@ def test_control_c_ends_quietly_with_130(tmp_path: Path) -> None:
         "from geodiag.run import Run; Run.create('run').close()\n"
         "from geodiag.cli.main import main; main()"
     )
-    done = subprocess.run([sys.executable, "-c", code, "show", "run"], cwd=tmp_path, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "show", "run"], cwd=tmp_path, capture_output=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

@@ -1,4 +1,6 @@
-"""Bad input on the training side: one line that names the fix, exit 1, no traceback, nothing half-made left behind."""
+"""Bad input on the training side: one line that names the fix, exit 1, no traceback, nothing
+half-made left behind.
+"""
 
 import threading
 from collections.abc import Callable
@@ -23,7 +25,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(cli: Callable[..., Any], text: Path, tmp_path: Path) -> Callable[..., Any]:
     def run(*args: object) -> Any:
         given = [] if "--data" in args else ["--data", text]
-        return cli("train", "--run", tmp_path / "run", "--steps", 3, "--sequences", 2, *given, *args)
+        return cli(
+            "train", "--run", tmp_path / "run", "--steps", 3, "--sequences", 2, *given, *args
+        )
 
     return run
 
@@ -41,19 +45,31 @@ def said(folder: Path, result: Any, *words: str) -> None:
     ("fault", "words"),
     [
         ("earthquake@1", ["unknown fault kind 'earthquake'", "expert-scale", "bit-flip"]),
-        ("expert-scale", ["cannot read the fault 'expert-scale'", "KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"]),
+        (
+            "expert-scale",
+            ["cannot read the fault 'expert-scale'", "KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"],
+        ),
         ("expert-scale@-1", ["cannot read the fault"]),
         ("expert-scale@3", ["comes after the last step", "pass --steps"]),
-        ("gate-column@1:0", ["cannot be planted in layer 0", "layers that can take it: 1, 2, 3, 4, 5"]),
+        (
+            "gate-column@1:0",
+            ["cannot be planted in layer 0", "layers that can take it: 1, 2, 3, 4, 5"],
+        ),
         ("expert-scale@1:6", ["cannot be planted in layer 6"]),
     ],
 )
-def test_a_fault_that_cannot_be_planted(train, tmp_path: Path, fault: str, words: list[str]) -> None:
+def test_a_fault_that_cannot_be_planted(
+    train, tmp_path: Path, fault: str, words: list[str]
+) -> None:
     said(tmp_path, train("--inject", fault), *words)
 
 
 def test_a_fault_of_maps_in_a_model_without_any(train, tmp_path: Path) -> None:
-    said(tmp_path, train("--residual", "plain", "--inject", "residual-expand@1"), "has no place for it")
+    said(
+        tmp_path,
+        train("--residual", "plain", "--inject", "residual-expand@1"),
+        "has no place for it",
+    )
 
 
 # -- the run directory ---------------------------------------------------------------------
@@ -113,12 +129,23 @@ def test_a_device_that_is_not_here(train, tmp_path: Path, device: str) -> None:
 
 
 def test_triton_kernels_on_a_cpu(train, tmp_path: Path) -> None:
-    said(tmp_path, train("--kernels", "triton", "--device", "cpu"), "need a GPU", "pass --kernels reference")
+    said(
+        tmp_path,
+        train("--kernels", "triton", "--device", "cpu"),
+        "need a GPU",
+        "pass --kernels reference",
+    )
 
 
 def test_a_model_that_no_memory_here_could_hold(train, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("geodiag.cli.training._memory", lambda device: 8e9)
-    said(tmp_path, train("--size", "3b", "--device", "cpu"), "needs 38 GB", "cpu has 8", "pass a smaller --size")
+    said(
+        tmp_path,
+        train("--size", "3b", "--device", "cpu"),
+        "needs 38 GB",
+        "cpu has 8",
+        "pass a smaller --size",
+    )
 
 
 def crashing(monkeypatch, error: BaseException) -> None:
@@ -133,23 +160,31 @@ def crashing(monkeypatch, error: BaseException) -> None:
     monkeypatch.setattr(Trainer, "update", fail)
 
 
-def test_memory_that_runs_out_while_training_fails_the_run_and_keeps_its_steps(train, tmp_path, monkeypatch) -> None:
+def test_memory_that_runs_out_while_training_fails_the_run_and_keeps_its_steps(
+    train, tmp_path, monkeypatch
+) -> None:
     crashing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     out = train()
     assert out.exit_code == 1
     assert "Traceback" not in out.output
-    assert "at step 2; pass fewer --sequences, or more --micro-batches" in out.stderr.splitlines()[-1]
+    assert (
+        "at step 2; pass fewer --sequences, or more --micro-batches" in out.stderr.splitlines()[-1]
+    )
     kept(tmp_path / "run", "failed")
 
 
-def test_a_bug_in_the_training_is_not_hidden_and_the_run_is_closed(train, tmp_path: Path, monkeypatch) -> None:
+def test_a_bug_in_the_training_is_not_hidden_and_the_run_is_closed(
+    train, tmp_path: Path, monkeypatch
+) -> None:
     crashing(monkeypatch, RuntimeError("a bug"))
     out = train()
     assert isinstance(out.exception, RuntimeError)
     kept(tmp_path / "run", "failed")
 
 
-def test_ctrl_c_in_the_middle_of_a_step_keeps_the_steps_before_it(train, tmp_path: Path, monkeypatch) -> None:
+def test_ctrl_c_in_the_middle_of_a_step_keeps_the_steps_before_it(
+    train, tmp_path: Path, monkeypatch
+) -> None:
     crashing(monkeypatch, KeyboardInterrupt())
     assert train().exit_code == 130
     kept(tmp_path / "run", "interrupted")
@@ -160,7 +195,9 @@ def kept(folder: Path, status: str) -> None:
     assert run.manifest["status"] == status
     assert run.read("steps")["step"].tolist() == [0, 1]
     assert run.problems == {}
-    assert not [t for t in threading.enumerate() if t.name.startswith("geodiag")], "no thread is left"
+    assert not [t for t in threading.enumerate() if t.name.startswith("geodiag")], (
+        "no thread is left"
+    )
 
 
 # -- numbers -------------------------------------------------------------------------------
@@ -169,15 +206,24 @@ def kept(folder: Path, status: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--micro-batches", "3"], ["2 sequences do not make 3 equal micro-batches", "pass one of 1, 2"]),
+        (
+            ["--micro-batches", "3"],
+            ["2 sequences do not make 3 equal micro-batches", "pass one of 1, 2"],
+        ),
         (["--lr", "-1"], ["lr is 0 to", "not -1"]),
         (["--lr", "nan"], ["not nan"]),
     ],
 )
-def test_numbers_that_make_no_sense(train, tmp_path: Path, options: list[str], words: list[str]) -> None:
+def test_numbers_that_make_no_sense(
+    train, tmp_path: Path, options: list[str], words: list[str]
+) -> None:
     said(tmp_path, train(*options), *words)
 
 
 def test_a_choice_that_is_none_names_the_choices(train, tmp_path: Path) -> None:
-    for options, words in ((["--size", "huge"], "27b"), (["--residual", "mch"], "mhc"), (["--seed", "-1"], "0")):
+    for options, words in (
+        (["--size", "huge"], "27b"),
+        (["--residual", "mch"], "mhc"),
+        (["--seed", "-1"], "0"),
+    ):
         said(tmp_path, train(*options), words)

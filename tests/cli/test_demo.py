@@ -13,7 +13,15 @@ from geodiag.run import open_run
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_demo_tells_a_true_story(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "geodiag.cli", "demo", "--no-serve", "--run", str(tmp_path / "demo")]
+    command = [
+        sys.executable,
+        "-m",
+        "geodiag.cli",
+        "demo",
+        "--no-serve",
+        "--run",
+        str(tmp_path / "demo"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr
     run = open_run(tmp_path / "demo")
@@ -34,5 +42,11 @@ def test_the_demo_tells_a_true_story(tmp_path: Path) -> None:
     assert torn.iloc[-1] > before + 1
     assert loss.iloc[-20:].mean() < before + 0.5
     told = " ".join(done.stdout.split())  # the table folds its lines
-    for said in ("planted lr-shock", "spike", "back to the snapshot", "on for 40 steps", "warmup to on"):
+    for said in (
+        "planted lr-shock",
+        "spike",
+        "back to the snapshot",
+        "on for 40 steps",
+        "warmup to on",
+    ):
         assert said in told

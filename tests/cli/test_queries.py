@@ -1,4 +1,6 @@
-"""The query side of the command line: runs, show, routing, doctor. What people read and what programs parse."""
+"""The query side of the command line: runs, show, routing, doctor. What people read and what
+programs parse.
+"""
 
 import json
 import math
@@ -17,14 +19,19 @@ from geodiag.metrics.schema import METRICS
 from geodiag.run import Run, open_run
 
 
-def record_maps(run: Run, fwd: float, bwd: float, residual: float, composite: float, steps: int = 5) -> None:
+def record_maps(
+    run: Run, fwd: float, bwd: float, residual: float, composite: float, steps: int = 5
+) -> None:
     """Steps whose six residual maps have these worst row and column sums."""
     for step in range(steps):
         run.append("steps", {"step": [step], "loss": [2.0]})
         rows = {"layer": [0, 0, 1, 1, 2, 2], "site": ["attn", "ffn"] * 3}
         top = [1.0] * 5 + [composite if step == steps - 1 else 1.0]
         sums = {"amax_gain_fwd_max": fwd, "amax_gain_bwd_max": bwd, "sinkhorn_residual": residual}
-        run.append("layers", {"step": step, **rows, **sums, "composite_gain_fwd": 1.0, "composite_gain_bwd": top})
+        run.append(
+            "layers",
+            {"step": step, **rows, **sums, "composite_gain_fwd": 1.0, "composite_gain_bwd": top},
+        )
 
 
 # -- show ----------------------------------------------------------------------------------
@@ -33,8 +40,20 @@ def record_maps(run: Run, fwd: float, bwd: float, residual: float, composite: fl
 @pytest.mark.parametrize(
     ("fwd", "bwd", "residual", "composite", "words"),
     [
-        (1.0, 1.03, 0.03, 1.15, "stayed within the truncation error: ×1.15 at most, ×1.194 explained"),
-        (1.0, 1.03, 0.03, 1.30, "grew to ×1.3 (backward, step 4, layer 2 ffn)"),  # more than the truncation explains
+        (
+            1.0,
+            1.03,
+            0.03,
+            1.15,
+            "stayed within the truncation error: ×1.15 at most, ×1.194 explained",
+        ),
+        (
+            1.0,
+            1.03,
+            0.03,
+            1.30,
+            "grew to ×1.3 (backward, step 4, layer 2 ffn)",
+        ),  # more than the truncation explains
         (
             1.2,
             1.30,
@@ -45,7 +64,9 @@ def record_maps(run: Run, fwd: float, bwd: float, residual: float, composite: fl
         (1.0, 1.00, 0.00, math.inf, "composite gain is infinite"),
     ],
 )
-def test_show_says_plainly_whether_the_composite_gain_grew(tmp_path, cli, fwd, bwd, residual, composite, words) -> None:
+def test_show_says_plainly_whether_the_composite_gain_grew(
+    tmp_path, cli, fwd, bwd, residual, composite, words
+) -> None:
     run = Run.create(tmp_path / "a")
     record_maps(run, fwd, bwd, residual, composite)
     run.close()
@@ -64,10 +85,15 @@ def test_show_says_when_there_are_no_residual_maps(tmp_path: Path, cli) -> None:
     assert "Stage 1: local curvature nothing measured" in " ".join(out.output.split())
 
 
-def test_show_json_has_the_worst_value_of_every_metric_with_its_place(make_run, cli, tmp_path: Path) -> None:
+def test_show_json_has_the_worst_value_of_every_metric_with_its_place(
+    make_run, cli, tmp_path: Path
+) -> None:
     run = make_run(steps=5, close=False)
     flips = [0.0, 0.0, 0.0, 0.75, 0.0, 0.0]
-    run.append("layers", {"step": 5, "layer": [0, 0, 1, 1, 2, 2], "site": ["attn", "ffn"] * 3, "flip_rate": flips})
+    run.append(
+        "layers",
+        {"step": 5, "layer": [0, 0, 1, 1, 2, 2], "site": ["attn", "ffn"] * 3, "flip_rate": flips},
+    )
     run.append("experts", {"step": 5, "layer": 1, "expert": [0, 1], "clamp_hits": [3, 400]})
     run.event(Event(step=4, kind="spike", message="the loss left its trend"))
     run.event(Event(step=4, kind="outlier", message="and came back"))
@@ -77,32 +103,61 @@ def test_show_json_has_the_worst_value_of_every_metric_with_its_place(make_run, 
     assert (said["status"], said["last_step"], said["spikes"]) == ("finished", 4, 1)
     assert said["found"] == {"sites": 6, "routers": 3, "experts": 12}
     assert said["worst"]["flip_rate"] == {"value": 0.75, "step": 5, "layer": 1, "site": "ffn"}
-    assert said["worst"]["clamp_hits"] == {"value": 400.0, "step": 5, "layer": 1, "site": None, "expert": 1}
+    assert said["worst"]["clamp_hits"] == {
+        "value": 400.0,
+        "step": 5,
+        "layer": 1,
+        "site": None,
+        "expert": 1,
+    }
     assert said["worst"]["loss"] == {"value": 3.0, "step": 0, "layer": None, "site": None}
     assert "lr" not in said["worst"], "a metric without a bad end has no worst value"
     assert "grad_norm" not in said["worst"], "what was never measured is absent, not zero"
 
 
-def test_worst_follows_the_bad_end_skips_nulls_and_puts_what_is_not_finite_first(tmp_path: Path) -> None:
+def test_worst_follows_the_bad_end_skips_nulls_and_puts_what_is_not_finite_first(
+    tmp_path: Path,
+) -> None:
     run = Run.create(tmp_path / "a")
     values = np.ma.masked_array([0.5, 0.1, 0.9, -5.0], mask=[False, False, False, True])
-    run.append("layers", {"step": range(4), "layer": 0, "site": "attn", "flip_rate": values, "router_entropy": values})
+    run.append(
+        "layers",
+        {
+            "step": range(4),
+            "layer": 0,
+            "site": "attn",
+            "flip_rate": values,
+            "router_entropy": values,
+        },
+    )
     rows = run.read_arrow("layers")
     high = worst_of(rows, METRICS["layers", "flip_rate"])
     low = worst_of(rows, METRICS["layers", "router_entropy"])
     assert (round(high.value, 3), high.step) == (0.9, 2)
     assert (round(low.value, 3), low.step) == (0.1, 1)
     assert worst_of(rows, METRICS["layers", "max_vio"]) is None
-    run.append("layers", {"step": [4, 5], "layer": 7, "site": "ffn", "flip_rate": [math.nan, math.inf]})
+    run.append(
+        "layers", {"step": [4, 5], "layer": 7, "site": "ffn", "flip_rate": [math.nan, math.inf]}
+    )
     wild = health(run).worst["flip_rate"]
-    assert (wild.step, wild.layer, wild.as_json()["value"], wild.as_json()["nonfinite"]) == (4, 7, None, "nan")
+    assert (wild.step, wild.layer, wild.as_json()["value"], wild.as_json()["nonfinite"]) == (
+        4,
+        7,
+        None,
+        "nan",
+    )
 
 
-def test_health_is_the_same_however_the_run_is_cut_into_stretches(tmp_path: Path, monkeypatch) -> None:
+def test_health_is_the_same_however_the_run_is_cut_into_stretches(
+    tmp_path: Path, monkeypatch
+) -> None:
     run = Run.create(tmp_path / "a")
     record_maps(run, 1.0, 1.03, 0.03, 1.15, steps=12)
     for step, flips, act in ((3, 0.9, 2.0), (7, 0.9, math.inf), (9, 0.1, 5.0), (11, 0.2, math.nan)):
-        run.append("layers", {"step": step, "layer": 7, "site": "ffn", "flip_rate": flips, "router_entropy": flips})
+        run.append(
+            "layers",
+            {"step": step, "layer": 7, "site": "ffn", "flip_rate": flips, "router_entropy": flips},
+        )
         run.append("experts", {"step": step, "layer": 7, "expert": 1, "act_rms": act})
     whole = health(run)
     monkeypatch.setattr("geodiag.store.step_chunks.CELLS", 1)
@@ -121,8 +176,13 @@ def test_health_is_the_same_however_the_run_is_cut_into_stretches(tmp_path: Path
 def test_a_run_that_is_not_finite_from_the_first_step_is_shown(tmp_path: Path, cli) -> None:
     run = Run.create(tmp_path / "nan")
     run.append("steps", {"step": range(3), "loss": [math.nan] * 3, "stage3_score": [math.inf] * 3})
-    run.append("steps", {"step": [3], "loss": [math.nan], "stage1_score": [-0.0], "stage2_score": [0.1]})
-    run.append("layers", {"step": range(3), "layer": 0, "site": "ffn", "act_amax": [1.0, math.nan, math.nan]})
+    run.append(
+        "steps", {"step": [3], "loss": [math.nan], "stage1_score": [-0.0], "stage2_score": [0.1]}
+    )
+    run.append(
+        "layers",
+        {"step": range(3), "layer": 0, "site": "ffn", "act_amax": [1.0, math.nan, math.nan]},
+    )
     run.close()
     out = cli("show", tmp_path / "nan")
     assert "Stage 1: local curvature  not finite from step 1 on" in out.output
@@ -141,7 +201,9 @@ def test_a_run_without_a_step_is_shown(tmp_path: Path, cli) -> None:
     assert json.loads(cli("show", tmp_path / "empty", "--json").output)["last_step"] is None
 
 
-def test_a_pipe_is_never_cut_nor_folded_and_a_terminal_is_folded_between_words(make_run, cli, monkeypatch, tmp_path):
+def test_a_pipe_is_never_cut_nor_folded_and_a_terminal_is_folded_between_words(
+    make_run, cli, monkeypatch, tmp_path
+):
     run, words = make_run(close=False), "it grew and grew " * 12
     run.append("layers", {"step": 9, "layer": 31, "site": "attn", "stream_amax": 70_000.0})
     run.event(Event(step=4, kind="spike", message=words))
@@ -159,7 +221,9 @@ def test_a_pipe_is_never_cut_nor_folded_and_a_terminal_is_folded_between_words(m
     assert path in str(prose(f"{path}: finished"))
 
 
-def test_layers_that_cannot_be_read_are_not_taken_for_a_model_without_maps(make_run, cli, tmp_path: Path) -> None:
+def test_layers_that_cannot_be_read_are_not_taken_for_a_model_without_maps(
+    make_run, cli, tmp_path: Path
+) -> None:
     make_run()
     for part in (tmp_path / "run/layers").rglob("*.parquet"):
         part.write_bytes(b"PAR1 and no more")
@@ -178,7 +242,11 @@ def test_runs_lists_every_run_and_survives_a_broken_one(make_run, cli, tmp_path:
     (tmp_path / "torn/run.json").write_text('{"status": "fin')
     (tmp_path / "notes").mkdir()
     said = {Path(r["run"]).name: r for r in json.loads(cli("runs", tmp_path, "--json").output)}
-    assert {n: r["status"] for n, r in said.items()} == {"good": "finished", "open": "running", "torn": "interrupted"}
+    assert {n: r["status"] for n, r in said.items()} == {
+        "good": "finished",
+        "open": "running",
+        "torn": "interrupted",
+    }
     assert set(said["good"]) >= {"run", "status", "last_step", "spikes", "worst", "found"}
     out = cli("runs", tmp_path)
     assert out.exit_code == 0
@@ -214,7 +282,9 @@ def ask(cli, folder: Path, run: Run, *args: object, obeyed: bool = True):
         training.join()
 
 
-def test_routing_asks_and_says_at_which_step_the_training_obeyed(make_run, cli, tmp_path: Path) -> None:
+def test_routing_asks_and_says_at_which_step_the_training_obeyed(
+    make_run, cli, tmp_path: Path
+) -> None:
     run = make_run(close=False)
     said = json.loads(ask(cli, tmp_path / "run", run, "on", "--delay", 4, "--json").output)
     assert (said["state"], said["step"], said["delay"], said["asked"]) == ("obeyed", 20, 4, "on")
@@ -222,7 +292,9 @@ def test_routing_asks_and_says_at_which_step_the_training_obeyed(make_run, cli, 
     assert (status["policy"], status["pending"], status["status"]) == ("on", None, "running")
 
 
-def test_routing_that_the_training_refuses_is_an_error_and_changes_no_policy(make_run, cli, tmp_path: Path) -> None:
+def test_routing_that_the_training_refuses_is_an_error_and_changes_no_policy(
+    make_run, cli, tmp_path: Path
+) -> None:
     run = make_run(close=False)
     assert ask(cli, tmp_path / "run", run, "auto").exit_code == 0
     out = ask(cli, tmp_path / "run", run, "on", obeyed=False)
@@ -257,15 +329,31 @@ def test_routing_status_explains_the_last_decision(make_run, cli, tmp_path: Path
     [
         ({}, ["the period it began lasts until step 65", "possible from step 166 on (7 left)"]),
         ({"possible": None, "budget_left": 0}, ["no other intervention: the budget is used up"]),
-        ({"acted": False}, ["only put on record; geodiag routing RUN auto lets the controller act"]),
+        (
+            {"acted": False},
+            ["only put on record; geodiag routing RUN auto lets the controller act"],
+        ),
     ],
 )
-def test_routing_status_says_what_follows_and_when_more_is_possible(make_run, cli, tmp_path, more, words) -> None:
+def test_routing_status_says_what_follows_and_when_more_is_possible(
+    make_run, cli, tmp_path, more, words
+) -> None:
     run = make_run(close=False)
-    data = {"acted": True, "actions": ["route"], "restore": 3, "until": 65, "possible": 166, "budget_left": 7} | more
-    run.event(Event(step=7, kind="decision", message="spike: back to the snapshot of step 3", data=data))
+    data = {
+        "acted": True,
+        "actions": ["route"],
+        "restore": 3,
+        "until": 65,
+        "possible": 166,
+        "budget_left": 7,
+    } | more
+    run.event(
+        Event(step=7, kind="decision", message="spike: back to the snapshot of step 3", data=data)
+    )
     run.event(Event(step=3, kind="rollback", message="back from step 7 to step 3 in 0.10 s"))
-    out = " ".join(cli("routing", tmp_path / "run").output.split())  # status is what is asked for by nothing
+    out = " ".join(
+        cli("routing", tmp_path / "run").output.split()
+    )  # status is what is asked for by nothing
     assert "last rollback: back from step 7 to step 3 in 0.10 s" in out
     assert all(word in out for word in words)
     run.close()
@@ -289,9 +377,17 @@ def test_a_training_that_ended_cannot_be_asked(make_run, cli, tmp_path: Path) ->
 
 def test_doctor_names_what_it_found_and_each_fault_has_its_fix(cli) -> None:
     said = {c["name"]: c for c in json.loads(cli("doctor", "--json").output)}
-    assert {"python", "torch", "gpu", "grouped matmul", "triton", "chromium", "disk", "cores", "versions"} <= {
-        n.split(" ")[0] if n.startswith("gpu") else n for n in said
-    }
+    assert {
+        "python",
+        "torch",
+        "gpu",
+        "grouped matmul",
+        "triton",
+        "chromium",
+        "disk",
+        "cores",
+        "versions",
+    } <= {n.split(" ")[0] if n.startswith("gpu") else n for n in said}
     assert said["torch"]["state"] == "ok"
     assert cli("doctor").exit_code == 0
 
@@ -317,7 +413,10 @@ def test_doctor_without_a_browser_or_space_says_what_to_do(monkeypatch, tmp_path
 
 
 def test_one_odd_step_does_not_mean_that_a_stage_left_its_history(tmp_path: Path) -> None:
-    for name, scores, left in (("odd", [1.0, 9.0, 9.0, 1.0, 9.0], None), ("left", [1.0, 9.0, 9.0, 9.0, 1.0], 1)):
+    for name, scores, left in (
+        ("odd", [1.0, 9.0, 9.0, 1.0, 9.0], None),
+        ("left", [1.0, 9.0, 9.0, 9.0, 1.0], 1),
+    ):
         run = Run.create(tmp_path / name)
         run.append("steps", {"step": range(5), "loss": [1.0] * 5, "stage2_score": scores})
         run.close()

@@ -29,7 +29,9 @@ def train(cli: Callable[..., Any], text: Path, tmp_path: Path) -> Callable[..., 
 
 
 @pytest.mark.parametrize("residual", ["plain", "hc", "mhc"])
-def test_a_training_records_every_step_and_ends_with_its_verdict(train, tmp_path: Path, residual: str) -> None:
+def test_a_training_records_every_step_and_ends_with_its_verdict(
+    train, tmp_path: Path, residual: str
+) -> None:
     out = train("--residual", residual)
     assert out.exit_code == 0, out.output
     run = open_run(tmp_path / "run")
@@ -37,14 +39,21 @@ def test_a_training_records_every_step_and_ends_with_its_verdict(train, tmp_path
     assert run.read("steps")["step"].tolist() == [0, 1, 2, 3]
     assert run.read("layers").groupby("step").size().tolist() == [12] * 4
     assert run.read("experts").groupby("step").size().tolist() == [48] * 4
-    assert run.read("steps")[["loss", "grad_norm", "lr", "tokens", "record_seconds"]].iloc[1:].notna().all(axis=None)
+    assert (
+        run.read("steps")[["loss", "grad_norm", "lr", "tokens", "record_seconds"]]
+        .iloc[1:]
+        .notna()
+        .all(axis=None)
+    )
     assert run.read("layers")["amax_gain_fwd"].notna().all() == (residual != "plain")
     assert [line.split()[1] for line in out.stderr.splitlines() if line.startswith("step ")] == [
         f"{i}/4" for i in range(1, 5)
     ]
     assert "Stage 3: amplification" in out.stdout
     assert f"See it: geodiag dashboard {tmp_path / 'run'}" in out.stdout
-    assert not [t for t in threading.enumerate() if t.name.startswith("geodiag")], "no thread is left"
+    assert not [t for t in threading.enumerate() if t.name.startswith("geodiag")], (
+        "no thread is left"
+    )
 
 
 def test_the_manifest_says_how_the_run_was_made(train, tmp_path: Path) -> None:
@@ -71,8 +80,12 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(train, tmp_
     assert found[0] != found[2]
 
 
-@pytest.mark.parametrize("how", [["--micro-batches", "2"], ["--recompute", "layers"], ["--every", "2"]])
-def test_how_a_step_is_computed_or_sampled_does_not_change_what_it_does(train, tmp_path: Path, how) -> None:
+@pytest.mark.parametrize(
+    "how", [["--micro-batches", "2"], ["--recompute", "layers"], ["--every", "2"]]
+)
+def test_how_a_step_is_computed_or_sampled_does_not_change_what_it_does(
+    train, tmp_path: Path, how
+) -> None:
     train()
     plain = losses(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "plain")
@@ -86,9 +99,16 @@ def test_how_a_step_is_computed_or_sampled_does_not_change_what_it_does(train, t
         assert a == pytest.approx(b, rel=1e-3, nan_ok=True)
 
 
-def test_a_run_goes_into_a_folder_named_by_size_residual_and_time(cli, text: Path, tmp_path, monkeypatch) -> None:
+def test_a_run_goes_into_a_folder_named_by_size_residual_and_time(
+    cli, text: Path, tmp_path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli("train", "--data", text, "--sequences", 1, "--steps", 1, "--residual", "plain").exit_code == 0
+    assert (
+        cli(
+            "train", "--data", text, "--sequences", 1, "--steps", 1, "--residual", "plain"
+        ).exit_code
+        == 0
+    )
     (made,) = (tmp_path / "runs").iterdir()
     assert made.name.startswith("tiny-plain-20")
 
@@ -101,7 +121,9 @@ def test_a_fault_is_on_record_at_its_step_and_layer(train, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("fault", ["expert-scale@0:2=1e39", "lr-shock@0=1e35"])
-def test_a_loss_that_is_not_finite_is_an_event_and_loses_nothing(train, cli, tmp_path: Path, fault: str) -> None:
+def test_a_loss_that_is_not_finite_is_an_event_and_loses_nothing(
+    train, cli, tmp_path: Path, fault: str
+) -> None:
     out = train("--inject", fault, "--steps", 5)
     assert out.exit_code == 0, out.output
     assert "not finite" in out.stderr
@@ -110,7 +132,9 @@ def test_a_loss_that_is_not_finite_is_an_event_and_loses_nothing(train, cli, tmp
     steps = run.read("steps")
     assert steps["step"].tolist() == [0, 1, 2, 3, 4]
     first = 0 if fault.startswith("expert") else 1
-    assert not steps["loss"].iloc[first:].apply(lambda x: x - x == 0).any(), "NaN or infinite from there on"
+    assert not steps["loss"].iloc[first:].apply(lambda x: x - x == 0).any(), (
+        "NaN or infinite from there on"
+    )
     kinds = run.read("events").groupby("kind")["step"].min()
     assert kinds["nonfinite"] == first
     assert run.read("layers").groupby("step").size().tolist() == [12] * 5
@@ -129,7 +153,9 @@ def test_an_enormous_learning_rate_is_survived(train, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 2])
-def test_ctrl_c_closes_the_run_as_interrupted_and_says_what_is_kept(text: Path, tmp_path: Path, steps: int) -> None:
+def test_ctrl_c_closes_the_run_as_interrupted_and_says_what_is_kept(
+    text: Path, tmp_path: Path, steps: int
+) -> None:
     process = kills.start(tmp_path / "run", text)
     heard = kills.wait_for(process, steps)
     process.send_signal(signal.SIGINT)
@@ -150,7 +176,9 @@ def test_ctrl_c_closes_the_run_as_interrupted_and_says_what_is_kept(text: Path, 
 
 
 @pytest.mark.slow
-def test_five_trainings_killed_at_random_moments_lose_no_step_that_was_done(text: Path, tmp_path: Path) -> None:
+def test_five_trainings_killed_at_random_moments_lose_no_step_that_was_done(
+    text: Path, tmp_path: Path
+) -> None:
     rng = random.Random(3)
     found = [kills.kill_one(tmp_path / str(i), text, rng) for i in range(5)]
     assert [k.wrong for k in found] == [None] * 5
@@ -165,7 +193,16 @@ def test_a_killed_training_is_resumed_from_disk_and_ends_as_if_nothing_had_been(
 ) -> None:
     from geodiag.reference_models.train import Trainer
 
-    options = ["--steps", 7, "--rollback", "disk", "--snapshot-every", 2, "--inject", "expert-scale@5"]
+    options = [
+        "--steps",
+        7,
+        "--rollback",
+        "disk",
+        "--snapshot-every",
+        2,
+        "--inject",
+        "expert-scale@5",
+    ]
     assert train(*options, "--run", tmp_path / "whole").exit_code == 0
     update = Trainer.update
 
@@ -193,17 +230,24 @@ def test_a_training_that_ended_can_be_made_longer(cli, train, tmp_path: Path) ->
     assert done.exit_code == 0, done.output
     steps = open_run(tmp_path / "run").read("steps")
     assert steps["step"].tolist() == list(range(6))
-    assert steps["attempt"].tolist() == [0] * 4 + [1] * 2, "the end of a training is kept whenever it comes"
+    assert steps["attempt"].tolist() == [0] * 4 + [1] * 2, (
+        "the end of a training is kept whenever it comes"
+    )
 
 
-def test_what_cannot_be_resumed_is_refused_with_the_fix(cli, train, make_run, tmp_path: Path) -> None:
+def test_what_cannot_be_resumed_is_refused_with_the_fix(
+    cli, train, make_run, tmp_path: Path
+) -> None:
     assert train().exit_code == 0
     make_run("other")
     (tmp_path / "run/snapshots/rank-0").mkdir(parents=True)
     for args, words in {
         ("--resume", tmp_path / "absent"): "pass a run directory",
         ("--resume", tmp_path / "other"): "is no run of geodiag train",
-        ("--resume", tmp_path / "run"): "holds no snapshots; only a training with --rollback disk can be resumed",
+        (
+            "--resume",
+            tmp_path / "run",
+        ): "holds no snapshots; only a training with --rollback disk can be resumed",
         ("--resume", tmp_path / "run", "--seed", 3): "holds no snapshots",
     }.items():
         out = cli("train", *args)
@@ -217,13 +261,18 @@ def test_what_cannot_be_resumed_is_refused_with_the_fix(cli, train, make_run, tm
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--actions", "rollback"], "the action rollback needs snapshots; pass --rollback memory, or disk"),
+        (
+            ["--actions", "rollback"],
+            "the action rollback needs snapshots; pass --rollback memory, or disk",
+        ),
         (["--actions", "pray"], "there is no action 'pray'"),
         (["--on", "monday"], "cannot act on 'monday'"),
         (["--rollback", "memory", "--snapshot-bytes", "1000"], "the budget in memory is 0.001 MB"),
     ],
 )
-def test_a_policy_that_makes_no_sense_is_one_line(train, tmp_path: Path, options: list, words: str) -> None:
+def test_a_policy_that_makes_no_sense_is_one_line(
+    train, tmp_path: Path, options: list, words: str
+) -> None:
     out = train(*options)
     assert (out.exit_code, out.stderr.count("\n")) == (1, 1)
     assert words in out.stderr

@@ -15,7 +15,9 @@ FLAGS += ["--disable-component-update", "--disable-sync"]
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """A folder of finished runs: one with a tear, one whose gain grows, one without hyper-connections."""
+    """A folder of finished runs: one with a tear, one whose gain grows, one without
+    hyper-connections.
+    """
     folder = tmp_path_factory.mktemp("runs")
     synthetic.write(folder / "mhc-tear", synthetic.MHC)
     synthetic.write(folder / "hc-growing", synthetic.HC)
@@ -52,14 +54,22 @@ def chromium():
 
 @pytest.fixture
 def page(chromium, served):
-    """A fresh tab that is logged in; at the end, nothing may have been logged as an error or fetched elsewhere."""
+    """A fresh tab that is logged in; at the end, nothing may have been logged as an error or
+    fetched elsewhere.
+    """
     context = chromium.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light")
     tab = context.new_page()
     wrong: list[str] = []
-    tab.on("console", lambda m: wrong.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
+    tab.on(
+        "console",
+        lambda m: wrong.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None,
+    )
     tab.on("pageerror", lambda e: wrong.append(f"exception: {e}"))
     home = f"http://127.0.0.1:{served.port}/"
-    tab.on("request", lambda r: wrong.append(f"elsewhere: {r.url}") if _elsewhere(r.url, home) else None)
+    tab.on(
+        "request",
+        lambda r: wrong.append(f"elsewhere: {r.url}") if _elsewhere(r.url, home) else None,
+    )
     tab.goto(served.url)
     tab.home = home
     yield tab

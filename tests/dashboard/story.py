@@ -1,4 +1,6 @@
-"""What a synthetic run is like: every table's columns as functions of the step, with tears that cascade."""
+"""What a synthetic run is like: every table's columns as functions of the step, with tears that
+cascade.
+"""
 
 from dataclasses import dataclass
 
@@ -12,7 +14,9 @@ from geodiag.metrics.schema import SITES
 
 @dataclass(frozen=True, kw_only=True)
 class Tear:
-    """A loss spike that starts in one expert, spreads to the routers, is amplified, and reaches the loss."""
+    """A loss spike that starts in one expert, spreads to the routers, is amplified, and reaches the
+    loss.
+    """
 
     onset: int
     layer: int
@@ -63,7 +67,13 @@ class Story:
     def mode(self, step: int) -> str:
         for a, b in self.routing_on:
             if a <= step < b:
-                return "warmup" if step < a + self.delay else "drain" if step >= b - self.delay else "on"
+                return (
+                    "warmup"
+                    if step < a + self.delay
+                    else "drain"
+                    if step >= b - self.delay
+                    else "on"
+                )
         return "off"
 
     def steps_columns(self, step_S: np.ndarray) -> dict:
@@ -123,14 +133,34 @@ class Story:
         if self.residual != "plain":
             composite_fwd = np.cumprod(fwd, 1)
             composite_bwd = np.cumprod(bwd[:, ::-1], 1)[:, ::-1]
-            put |= {"amax_gain_fwd": fwd, "amax_gain_bwd": bwd, "gain_fwd_min": low, "gain_bwd_min": low}
+            put |= {
+                "amax_gain_fwd": fwd,
+                "amax_gain_bwd": bwd,
+                "gain_fwd_min": low,
+                "gain_bwd_min": low,
+            }
             put |= {"amax_gain_fwd_max": fwd * 1.04, "amax_gain_bwd_max": bwd * 1.07}
             put |= {"composite_gain_fwd": composite_fwd, "composite_gain_bwd": composite_bwd}
-            put |= {"composite_gain_fwd_max": composite_fwd * 1.1, "composite_gain_bwd_max": composite_bwd * 1.15}
-            put |= {"composite_gain_fwd_min": np.cumprod(low, 1), "composite_gain_bwd_min": np.cumprod(low, 1)[:, ::-1]}
-            put |= {"amax_gain_fwd_of_mean": 1 + (fwd - 1) * 0.6, "amax_gain_bwd_of_mean": 1 + (bwd - 1) * 0.6}
-            put |= {"composite_gain_fwd_of_mean": composite_fwd**0.6, "composite_gain_bwd_of_mean": composite_bwd**0.6}
-            put |= {"early_signal_share": np.cumprod(low, 1), "spectral_norm_res": np.maximum(fwd, bwd)}
+            put |= {
+                "composite_gain_fwd_max": composite_fwd * 1.1,
+                "composite_gain_bwd_max": composite_bwd * 1.15,
+            }
+            put |= {
+                "composite_gain_fwd_min": np.cumprod(low, 1),
+                "composite_gain_bwd_min": np.cumprod(low, 1)[:, ::-1],
+            }
+            put |= {
+                "amax_gain_fwd_of_mean": 1 + (fwd - 1) * 0.6,
+                "amax_gain_bwd_of_mean": 1 + (bwd - 1) * 0.6,
+            }
+            put |= {
+                "composite_gain_fwd_of_mean": composite_fwd**0.6,
+                "composite_gain_bwd_of_mean": composite_bwd**0.6,
+            }
+            put |= {
+                "early_signal_share": np.cumprod(low, 1),
+                "spectral_norm_res": np.maximum(fwd, bwd),
+            }
             put |= {
                 "spectral_norm_res_max": 1.03 * np.maximum(fwd, bwd),
                 "post_concentration": 1.3 + np.abs(noise(0.1)),
@@ -140,7 +170,10 @@ class Story:
         rms = 0.8 + 0.12 * depth_R + 0.02 * noise(1) + 1.4 * amplify
         put |= {"branch_share": 0.3 + 0.2 / (1 + depth_R) + noise(0.01), "stream_rms": rms}
         put |= {"stream_amax": rms * (9 + np.abs(noise(0.4)) + 30 * amplify)}
-        put |= {"transport_gain_fwd": 1.02 + noise(0.006) + 0.5 * amplify, "transport_gain_fwd_max": 1.2 + 2 * amplify}
+        put |= {
+            "transport_gain_fwd": 1.02 + noise(0.006) + 0.5 * amplify,
+            "transport_gain_fwd_max": 1.2 + 2 * amplify,
+        }
         put |= {
             "transport_gain_bwd": 1.01 + noise(0.008) + 0.3 * amplify,
             "grad_norm": 0.2 + np.abs(noise(0.02)) + amplify,
@@ -159,7 +192,9 @@ class Story:
         put["expert_norm_min_median"] = _only(moe, 0.7 - np.abs(noise(0.03)))
         routed = moe & (layer_R > 0)
         probe = routed & (step_1 % self.probe_every == 0)
-        flips = 0.02 + 0.05 * np.exp(-step_1 / (0.2 * self.steps)) + np.abs(noise(0.006)) + 0.28 * stale
+        flips = (
+            0.02 + 0.05 * np.exp(-step_1 / (0.2 * self.steps)) + np.abs(noise(0.006)) + 0.28 * stale
+        )
         put |= {
             "flip_rate": _only(probe, flips),
             "flip_top1": _only(probe, flips * 0.7),
@@ -169,7 +204,10 @@ class Story:
         on = np.array([self.mode(int(s)) == "on" for s in step_S])[:, None]
         put["flip_rate_anticipatory"] = _only(routed & on, flips * 1.1)
         margin = 0.05 + 0.01 * noise(0.2) - 0.03 * stale
-        put |= {"router_margin_p01": _only(routed, margin * 0.05), "router_margin_p10": _only(routed, margin * 0.3)}
+        put |= {
+            "router_margin_p01": _only(routed, margin * 0.05),
+            "router_margin_p10": _only(routed, margin * 0.3),
+        }
         put |= {
             "router_margin_mean": _only(routed, margin),
             "router_entropy": _only(routed, 1.95 + noise(0.01) - 0.5 * stale),
@@ -186,7 +224,9 @@ class Story:
     def experts_columns(self, step_S: np.ndarray) -> dict:
         rng = self.rng("experts", int(step_S[0]))
         shape = (len(step_S), self.layers, self.experts)
-        skew = rng.normal(0, 0.15, shape) + np.random.default_rng(self.seed).normal(0, 0.25, (1, *shape[1:]))
+        skew = rng.normal(0, 0.15, shape) + np.random.default_rng(self.seed).normal(
+            0, 0.25, (1, *shape[1:])
+        )
         rms = 1.0 + np.abs(rng.normal(0, 0.08, shape))
         for tear in self.tears:
             rms[:, tear.layer, tear.expert] += 8 * tear.pulse(step_S, 1)
@@ -207,14 +247,29 @@ class Story:
         n = self.streams
         cells = [("pre", 0, j) for j in range(n)] + [("post", 0, j) for j in range(n)]
         cells += [("res", i, j) for i in range(n) for j in range(n)]
-        rows = [(s, r // 2, SITES[r % 2], *c) for s in sampled for r in range(2 * self.layers) for c in cells]
+        rows = [
+            (s, r // 2, SITES[r % 2], *c)
+            for s in sampled
+            for r in range(2 * self.layers)
+            for c in cells
+        ]
         step, layer, site, kind, i, j = map(list, zip(*rows, strict=True))
         diagonal = np.array([a == b and k == "res" for k, a, b in zip(kind, i, j, strict=True)])
         grown = 0.6 * np.array(step) / self.steps if self.residual == "hc" else 0
-        value = np.where(diagonal, 0.7 + grown, 0.1) + rng.normal(0, 0.02 + 0.1 * np.mean(grown), len(rows))
+        value = np.where(diagonal, 0.7 + grown, 0.1) + rng.normal(
+            0, 0.02 + 0.1 * np.mean(grown), len(rows)
+        )
         value = np.where(np.array(kind) == "pre", 0.5 + rng.normal(0, 0.05, len(rows)), value)
         value = np.where(np.array(kind) == "post", 1.0 + rng.normal(0, 0.1, len(rows)), value)
-        return {"step": step, "layer": layer, "site": site, "map": kind, "i": i, "j": j, "value": value}
+        return {
+            "step": step,
+            "layer": layer,
+            "site": site,
+            "map": kind,
+            "i": i,
+            "j": j,
+            "value": value,
+        }
 
     def tokens_columns(self, step_S: np.ndarray) -> dict | None:
         sampled = step_S[step_S % self.probe_every == 0]
@@ -225,7 +280,8 @@ class Story:
         drift_TR2 = np.cumsum(fixed.normal(0.02, 0.1, (self.traced, rows, 2)), 1)
         home_TR = fixed.integers(0, self.experts, (self.traced, rows))
         step, token, row = (
-            k.reshape(-1) for k in np.meshgrid(sampled, np.arange(self.traced), range(rows), indexing="ij")
+            k.reshape(-1)
+            for k in np.meshgrid(sampled, np.arange(self.traced), range(rows), indexing="ij")
         )
         layer, ffn = row // 2, row % 2 == 1
         stale = np.zeros(len(step))
@@ -250,8 +306,18 @@ class Story:
         out = [Event(step=0, kind="attempt", message="training began", time=1.7e9)]
         for tear in self.tears:
             where = {"layer": tear.layer, "site": "ffn", "expert": tear.expert}
-            message = f"planted expert-scale in layer {tear.layer}, expert {tear.expert}: weights × 6"
-            out.append(Event(step=tear.onset - tear.leads[0], kind="fault", message=message, time=1.7e9, **where))
+            message = (
+                f"planted expert-scale in layer {tear.layer}, expert {tear.expert}: weights × 6"
+            )
+            out.append(
+                Event(
+                    step=tear.onset - tear.leads[0],
+                    kind="fault",
+                    message=message,
+                    time=1.7e9,
+                    **where,
+                )
+            )
             data = {
                 "kind": "spike",
                 "onset": tear.onset,
@@ -261,13 +327,33 @@ class Story:
                 "score": 8.4,
             }
             message = f"loss left its trend at step {tear.onset}: 8.4 robust σ"
-            out.append(Event(step=tear.onset + 2, kind="spike", message=message, data=data, time=1.7e9 + tear.onset))
+            out.append(
+                Event(
+                    step=tear.onset + 2,
+                    kind="spike",
+                    message=message,
+                    data=data,
+                    time=1.7e9 + tear.onset,
+                )
+            )
             data = data | {"peak": tear.peak, "end": tear.end, "score": 14.1}
             warned = tear.onset - 9
             message = f"layer {tear.layer} left its range at step {warned - 2}: stage 1"
-            out.append(Event(step=warned, kind="early_warning", message=message, time=1.7e9 + warned, **where))
+            out.append(
+                Event(
+                    step=warned, kind="early_warning", message=message, time=1.7e9 + warned, **where
+                )
+            )
             message = f"spike of step {tear.onset} is over; it peaked at step {tear.peak}"
-            out.append(Event(step=tear.end, kind="recovered", message=message, data=data, time=1.7e9 + tear.end))
+            out.append(
+                Event(
+                    step=tear.end,
+                    kind="recovered",
+                    message=message,
+                    data=data,
+                    time=1.7e9 + tear.end,
+                )
+            )
         for a, b in self.routing_on:
             why = f"spike at step {a - 2}: anticipatory routing for {b - a} steps, Δ = {self.delay}"
             out.append(Event(step=a, kind="decision", message=why, time=1.7e9 + a))
@@ -281,11 +367,17 @@ class Story:
         return sorted(out, key=lambda e: e.step)
 
     def _near(self, step_S, layer_R, stage: int, reach: int = 0, below: bool = False) -> np.ndarray:
-        """How strongly each step and site feels the tears: at their layer, `reach` layers on, or all below."""
+        """How strongly each step and site feels the tears: at their layer, `reach` layers on, or
+        all below.
+        """
         felt = np.zeros((len(step_S), len(layer_R)))
         for tear in self.tears:
             distance = layer_R - tear.layer
-            share = np.where((distance >= 0) & ((distance <= reach) | below), 0.75**distance if not below else 1, 0)
+            share = np.where(
+                (distance >= 0) & ((distance <= reach) | below),
+                0.75**distance if not below else 1,
+                0,
+            )
             felt += tear.pulse(step_S, stage)[:, None] * share[None]
         return felt
 

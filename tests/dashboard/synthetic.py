@@ -1,6 +1,8 @@
-"""Realistic runs without training: written with Run.create and Run.append, as a training would write them.
+"""Realistic runs without training: written with Run.create and Run.append, as a training would
+write them.
 
-`python tests/dashboard/synthetic.py FOLDER [--long]` makes the runs that the page is developed with.
+`python tests/dashboard/synthetic.py FOLDER [--long]` makes the runs that the page is developed
+with.
 """
 
 import sys
@@ -19,7 +21,10 @@ def write_rows(run: Run, story: Story, first: int, last: int, chunk: int = 200) 
         run.append("steps", story.steps_columns(step_S))
         run.append("layers", story.layers_columns(step_S))
         run.append("experts", story.experts_columns(step_S))
-        for table, columns in (("matrices", story.matrices_columns), ("tokens", story.tokens_columns)):
+        for table, columns in (
+            ("matrices", story.matrices_columns),
+            ("tokens", story.tokens_columns),
+        ):
             rows = columns(step_S)
             if rows:
                 run.append(table, rows)
@@ -33,7 +38,11 @@ def create(folder: Path, story: Story) -> Run:
         "routers": list(range(1, story.layers)),
         "experts": story.experts,
     }
-    config = {"residual": story.residual, "size": "tiny" if story.layers == 6 else "small", "seed": story.seed}
+    config = {
+        "residual": story.residual,
+        "size": "tiny" if story.layers == 6 else "small",
+        "seed": story.seed,
+    }
     return Run.create(folder, found=found, config=config | {"routing": "auto"})
 
 

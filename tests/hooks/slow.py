@@ -1,4 +1,6 @@
-"""The catalogue's definitions written out slowly, token by token, in float64: what the fast code is held to."""
+"""The catalogue's definitions written out slowly, token by token, in float64: what the fast code is
+held to.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +70,9 @@ def transport(before: Array, after: Array) -> tuple[float, float]:
 
 def flip_rate(now: list[list[int]], then: list[list[int]]) -> float:
     """Mean over tokens of 1 − |A ∩ B| / K."""
-    return float(np.mean([1 - len(set(a) & set(b)) / len(a) for a, b in zip(now, then, strict=True)]))
+    return float(
+        np.mean([1 - len(set(a) & set(b)) / len(a) for a, b in zip(now, then, strict=True)])
+    )
 
 
 def flip_any(now: list[list[int]], then: list[list[int]]) -> float:
@@ -76,7 +80,9 @@ def flip_any(now: list[list[int]], then: list[list[int]]) -> float:
 
 
 def jaccard(a: list[list[int]], b: list[list[int]]) -> float:
-    return float(np.mean([len(set(x) & set(y)) / len(set(x) | set(y)) for x, y in zip(a, b, strict=True)]))
+    return float(
+        np.mean([len(set(x) & set(y)) / len(set(x) | set(y)) for x, y in zip(a, b, strict=True)])
+    )
 
 
 def margins(biased: Array, k: int) -> Array:
@@ -99,7 +105,9 @@ def load_cv(load: Array) -> float:
 
 
 def clamp_rates(gate: Array, up: Array, limit: float) -> tuple[float, float, float]:
-    """Shares of elements strictly above the gate limit, above the up limit, below minus the up limit."""
+    """Shares of elements strictly above the gate limit, above the up limit, below minus the up
+    limit.
+    """
     return float(np.mean(gate > limit)), float(np.mean(up > limit)), float(np.mean(up < -limit))
 
 

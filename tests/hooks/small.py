@@ -32,9 +32,13 @@ def config(residual: str = "mhc", **changes: Any) -> ModelConfig:
     return ModelConfig(**(base | changes))
 
 
-def trainer(residual: str = "mhc", micro_batches: int = 1, seed: int = 0, **changes: Any) -> Trainer:
+def trainer(
+    residual: str = "mhc", micro_batches: int = 1, seed: int = 0, **changes: Any
+) -> Trainer:
     torch.manual_seed(seed)
-    train = TrainConfig(steps=50, sequences=SEQUENCES, micro_batches=micro_batches, warmup=5, lr=1e-2)
+    train = TrainConfig(
+        steps=50, sequences=SEQUENCES, micro_batches=micro_batches, warmup=5, lr=1e-2
+    )
     return Trainer(Transformer(config(residual, **changes)), train)
 
 

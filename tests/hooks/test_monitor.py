@@ -21,16 +21,22 @@ from tests.hooks import slow, small
 IDENTITY = ("rank", "attempt", "step", "layer", "site", "step_seconds", "record_seconds")
 
 
-def recorded(tmp_path: Path, name: str, steps: int = 3, micro_batches: int = 1, **changes: Any) -> geodiag.Run:
+def recorded(
+    tmp_path: Path, name: str, steps: int = 3, micro_batches: int = 1, **changes: Any
+) -> geodiag.Run:
     t = small.trainer(micro_batches=micro_batches, **changes)
-    with small.watch(t, tmp_path / name, probe_every=2, probe=(small.tokens(999)[:, :-1],)) as monitor:
+    with small.watch(
+        t, tmp_path / name, probe_every=2, probe=(small.tokens(999)[:, :-1],)
+    ) as monitor:
         small.train(t, steps, monitor)
     return geodiag.open_run(tmp_path / name)
 
 
 @pytest.mark.parametrize("residual", ["plain", "hc", "mhc"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_losses_are_bitwise_those_without_geodiag(tmp_path: Path, residual: str, micro_batches: int) -> None:
+def test_losses_are_bitwise_those_without_geodiag(
+    tmp_path: Path, residual: str, micro_batches: int
+) -> None:
     bare = small.train(small.trainer(residual, micro_batches), 8)
     t = small.trainer(residual, micro_batches)
     with small.watch(t, tmp_path / "run", probe_every=2) as monitor:
@@ -62,7 +68,10 @@ def test_recomputation_records_the_same_values(tmp_path: Path, recompute: str) -
 def test_what_a_checkpoint_computes_again_is_not_looked_at_again(tmp_path: Path) -> None:
     """Hooks fire in the backward too; what they showed in the forward is on record already."""
     t, seen = small.trainer(recompute="layers"), []
-    with small.watch(t, tmp_path / "run", probe_every=1 << 30) as monitor, pytest.MonkeyPatch.context() as patch:
+    with (
+        small.watch(t, tmp_path / "run", probe_every=1 << 30) as monitor,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         whole = measure.stream
         patch.setattr(measure, "stream", lambda *a: seen.append(1) or whole(*a))
         small.train(t, 1, monitor)
@@ -74,15 +83,23 @@ def test_what_a_checkpoint_computes_again_is_not_looked_at_again(tmp_path: Path)
 
 
 def test_gradient_accumulation_records_the_same_values(tmp_path: Path) -> None:
-    whole, halves = recorded(tmp_path, "a", steps=1), recorded(tmp_path, "b", steps=1, micro_batches=2)
+    whole, halves = (
+        recorded(tmp_path, "a", steps=1),
+        recorded(tmp_path, "b", steps=1, micro_batches=2),
+    )
     layers_equal(whole.read("layers"), halves.read("layers"), 1e-4)
     layers_equal(whole.read("experts"), halves.read("experts"), 1e-4)
-    assert whole.read("steps")["tokens"].tolist() == halves.read("steps")["tokens"].tolist() == [48.0]
+    assert (
+        whole.read("steps")["tokens"].tolist() == halves.read("steps")["tokens"].tolist() == [48.0]
+    )
 
 
 def test_micro_batches_that_were_not_announced_are_all_recorded(tmp_path: Path) -> None:
     """Buffers grow by themselves: the values of four micro-batches are those of the whole batch."""
-    whole, quarters = recorded(tmp_path, "a", steps=1), recorded(tmp_path, "b", steps=1, micro_batches=4)
+    whole, quarters = (
+        recorded(tmp_path, "a", steps=1),
+        recorded(tmp_path, "b", steps=1, micro_batches=4),
+    )
     layers_equal(whole.read("layers"), quarters.read("layers"), 1e-4)
 
 
@@ -98,7 +115,9 @@ class Seen:
             for connection, branch in ((block.attn_hc, block.attn), (block.ffn_hc, block.moe)):
                 connection.register_forward_hook(self._mix)
                 branch.register_forward_hook(self._branch)
-        model.read_out.register_forward_pre_hook(lambda _m, args: self.streams.append(flat(args[0], 2)))  # type: ignore[union-attr]
+        model.read_out.register_forward_pre_hook(
+            lambda _m, args: self.streams.append(flat(args[0], 2))
+        )  # type: ignore[union-attr]
 
     def _mix(self, _: Any, args: tuple, mix: Any) -> None:
         self.streams.append(flat(args[0], 2))
@@ -138,12 +157,16 @@ def test_layer_metrics_follow_their_definitions(tmp_path: Path, residual: str) -
             "amax_gain_fwd_of_mean": slow.mean_amax_fwd(res[s].mean(0, keepdims=True)),
             "spectral_norm_res": float(np.linalg.norm(res[s], 2, axis=(1, 2)).mean()),
             "spectral_norm_res_max": float(np.linalg.norm(res[s], 2, axis=(1, 2)).max()),
-            "branch_share": slow.branch_share(res[s], x, seen.post[s].numpy(), seen.branches[s].numpy()),
+            "branch_share": slow.branch_share(
+                res[s], x, seen.post[s].numpy(), seen.branches[s].numpy()
+            ),
             "stream_amax": float(np.abs(after).max()),
             "stream_rms": float(np.sqrt(np.mean(after**2))),
             "transport_gain_fwd": growth[0],
             "transport_gain_fwd_max": growth[1],
-            "post_concentration": float(np.mean(seen.post[s].numpy().max(1) / seen.post[s].numpy().mean(1))),
+            "post_concentration": float(
+                np.mean(seen.post[s].numpy().max(1) / seen.post[s].numpy().mean(1))
+            ),
         }
         for name, value in expected.items():
             assert row[name] == pytest.approx(value, rel=1e-4), (name, s)
@@ -161,7 +184,9 @@ def test_gradient_growth_is_the_ratio_of_the_streams_gradients(tmp_path: Path) -
         for m in t.model.modules():
             if isinstance(m, HyperConnection):
                 m.register_forward_hook(lambda _m, args, _o: keep_gradient_norm(args[0], norms))
-        t.model.read_out.register_forward_pre_hook(lambda _m, args: keep_gradient_norm(args[0], norms))
+        t.model.read_out.register_forward_pre_hook(
+            lambda _m, args: keep_gradient_norm(args[0], norms)
+        )
         small.train(t, 1, monitor, start=1)
     rows = geodiag.open_run(tmp_path / "run").read("layers", steps=(1, 2))
     ordered = norms[::-1]  # gradients arrive from the end
@@ -176,7 +201,9 @@ def test_layer_gradient_norms_are_those_before_clipping(tmp_path: Path) -> None:
 
     def clip(parameters: Any, limit: float) -> Tensor:
         layer = t.model.blocks[1]
-        seen.append(math.sqrt(sum(p.grad.double().square().sum().item() for p in layer.parameters())))
+        seen.append(
+            math.sqrt(sum(p.grad.double().square().sum().item() for p in layer.parameters()))
+        )
         return original(parameters, 0.01)
 
     with small.watch(t, tmp_path / "run") as monitor, pytest.MonkeyPatch.context() as patch:
@@ -197,19 +224,29 @@ def test_hash_routed_layers_never_flip_and_have_no_margin(tmp_path: Path) -> Non
         assert hashed[name].notna().any()
     assert hashed["router_margin_mean"].isna().all()
     assert learned["router_margin_mean"].notna().all()
-    assert learned["flip_rate"].max() > 0, "the learned ones must flip at this learning rate, or 0 says nothing"
+    assert learned["flip_rate"].max() > 0, (
+        "the learned ones must flip at this learning rate, or 0 says nothing"
+    )
 
 
 def test_flips_of_the_routers_own_update_use_the_weights_of_lag_steps_ago(tmp_path: Path) -> None:
     t, lag = small.trainer(), 3
     past: list[dict[int, tuple[Tensor, Tensor]]] = []
     hidden: dict[int, Tensor] = {}
-    learned = {i: b.moe.router for i, b in enumerate(t.model.blocks) if not isinstance(b.moe.router, HashRouter)}
+    learned = {
+        i: b.moe.router
+        for i, b in enumerate(t.model.blocks)
+        if not isinstance(b.moe.router, HashRouter)
+    }
     for i, router in learned.items():
-        router.register_forward_hook(lambda _m, args, _o, i=i: hidden.__setitem__(i, args[0].detach()))
+        router.register_forward_hook(
+            lambda _m, args, _o, i=i: hidden.__setitem__(i, args[0].detach())
+        )
     with small.watch(t, tmp_path / "run", probe_every=lag) as monitor:
         for step in range(6):
-            past.append({i: (r.weight.detach().clone(), r.balance.clone()) for i, r in learned.items()})
+            past.append(
+                {i: (r.weight.detach().clone(), r.balance.clone()) for i, r in learned.items()}
+            )
             small.train(t, 1, monitor, start=step)
     rows = geodiag.open_run(tmp_path / "run").read("layers")
     rows = rows[rows.site == "ffn"]
@@ -217,7 +254,9 @@ def test_flips_of_the_routers_own_update_use_the_weights_of_lag_steps_ago(tmp_pa
     from geodiag.reference_models.kernels.reference import affinity, choose
 
     for i in learned:
-        now, then = (choose(affinity(hidden[i], past[s][i][0]), past[s][i][1], 2) for s in (5, 5 - lag))
+        now, then = (
+            choose(affinity(hidden[i], past[s][i][0]), past[s][i][1], 2) for s in (5, 5 - lag)
+        )
         got = rows[(rows.step == 5) & (rows.layer == i)]["flip_rate_router"].item()
         assert got == pytest.approx(slow.flip_rate(now.tolist(), then.tolist()))
 
@@ -235,8 +274,12 @@ def test_probe_flips_compare_the_same_tokens_at_two_times(tmp_path: Path) -> Non
     rows = rows[rows.site == "ffn"].set_index(["step", "layer"])
     for layer in range(3):
         for step, (then, now) in ((2, chosen[:2]), (4, chosen[1:])):
-            assert rows.loc[(step, layer), "flip_rate"] == pytest.approx(slow.flip_rate(now[layer], then[layer]))
-            assert rows.loc[(step, layer), "flip_any"] == pytest.approx(slow.flip_any(now[layer], then[layer]))
+            assert rows.loc[(step, layer), "flip_rate"] == pytest.approx(
+                slow.flip_rate(now[layer], then[layer])
+            )
+            assert rows.loc[(step, layer), "flip_any"] == pytest.approx(
+                slow.flip_any(now[layer], then[layer])
+            )
     assert rows["flip_rate"].xs(3, level="step").isna().all()
 
 
@@ -253,7 +296,9 @@ def test_weight_spectra_approach_the_singular_values(tmp_path: Path) -> None:
     moe = t.model.blocks[1].moe
     top = torch.linalg.matrix_norm(moe.experts.down.detach().double(), 2).max().item()
     assert row["spectral_norm_down"] == pytest.approx(top, rel=1e-2)
-    assert row["spectral_norm_router"] == pytest.approx(torch.linalg.matrix_norm(moe.router.weight, 2).item(), rel=1e-2)
+    assert row["spectral_norm_router"] == pytest.approx(
+        torch.linalg.matrix_norm(moe.router.weight, 2).item(), rel=1e-2
+    )
 
 
 def test_loads_and_expert_norms_follow_their_definitions(tmp_path: Path) -> None:
@@ -264,9 +309,13 @@ def test_loads_and_expert_norms_follow_their_definitions(tmp_path: Path) -> None
         small.train(t, 2, monitor)
         for i, b in enumerate(t.model.blocks):
             b.moe.experts.act.register_forward_hook(
-                lambda _m, args, out, i=i: acts.__setitem__(i, (args[0].detach(), args[1], out.out_AF.detach()))
+                lambda _m, args, out, i=i: acts.__setitem__(
+                    i, (args[0].detach(), args[1], out.out_AF.detach())
+                )
             )
-            b.moe.shared.act.register_forward_hook(lambda _m, args, _o, i=i: shared.__setitem__(i, args[0].detach()))
+            b.moe.shared.act.register_forward_hook(
+                lambda _m, args, _o, i=i: shared.__setitem__(i, args[0].detach())
+            )
         small.train(t, 1, monitor, start=2)
     run = geodiag.open_run(tmp_path / "run")
     layers, experts = run.read("layers", steps=(2, 3)), run.read("experts", steps=(2, 3))
@@ -283,19 +332,25 @@ def test_loads_and_expert_norms_follow_their_definitions(tmp_path: Path) -> None
         assert len(everything)
         rms = slow.expert_rms(act.double().numpy(), expert.tolist(), 4)
         known = [r for r in rms if r is not None]
-        assert row["expert_norm_max_median"] == pytest.approx(max(known) / np.median(known), rel=1e-4)
+        assert row["expert_norm_max_median"] == pytest.approx(
+            max(known) / np.median(known), rel=1e-4
+        )
         mine = experts[experts.layer == i].set_index("expert")
         for e, value in enumerate(rms):
             assert mine.loc[e, "load"] == pytest.approx((expert == e).float().mean().item())
             assert (
-                math.isnan(mine.loc[e, "act_rms"]) if value is None else mine.loc[e, "act_rms"] == pytest.approx(value)
+                math.isnan(mine.loc[e, "act_rms"])
+                if value is None
+                else mine.loc[e, "act_rms"] == pytest.approx(value)
             )
 
 
 def test_evaluation_between_steps_leaves_no_trace(tmp_path: Path) -> None:
     plain = recorded(tmp_path, "a").read("layers")
     t = small.trainer()
-    with small.watch(t, tmp_path / "b", probe_every=2, probe=(small.tokens(999)[:, :-1],)) as monitor:
+    with small.watch(
+        t, tmp_path / "b", probe_every=2, probe=(small.tokens(999)[:, :-1],)
+    ) as monitor:
         for step in range(3):
             with torch.no_grad():
                 t.model(small.tokens(500 + step)[:, :-1])
@@ -323,12 +378,15 @@ def test_nan_loss_is_recorded_as_a_spike_and_training_goes_on(tmp_path: Path) ->
     assert run.read("events")["kind"].tolist()[:2] == ["attempt", "nonfinite"]
 
 
-def test_a_broken_tap_is_reported_once_and_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_broken_tap_is_reported_once_and_training_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     bare = small.train(small.trainer(), 4)
     t = small.trainer()
     with small.watch(t, tmp_path / "run") as monitor, pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "geodiag.hooks.measure.formulas.entropy", lambda _: (_ for _ in ()).throw(RuntimeError("no entropy"))
+            "geodiag.hooks.measure.formulas.entropy",
+            lambda _: (_ for _ in ()).throw(RuntimeError("no entropy")),
         )
         assert small.train(t, 4, monitor) == bare
     said = capsys.readouterr().err
@@ -381,7 +439,9 @@ def test_a_model_without_experts_is_recorded_as_far_as_it_goes(tmp_path: Path) -
     with geodiag.attach(model, optimizer, tmp_path / "run", quiet=True) as monitor:
         for step in range(3):
             ids = small.tokens(step)
-            loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+            loss = torch.nn.functional.cross_entropy(
+                model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()
+            )
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -420,7 +480,13 @@ def test_a_run_that_is_begun_again_is_another_attempt_and_replaces_nothing(tmp_p
         with small.watch(t, tmp_path / "run", first_step=start) as monitor:
             small.train(t, steps, monitor, start=start)
     run = geodiag.open_run(tmp_path / "run")
-    assert run.read("steps")[["step", "attempt"]].to_numpy().tolist() == [[0, 0], [1, 0], [2, 1], [3, 1], [4, 1]]
+    assert run.read("steps")[["step", "attempt"]].to_numpy().tolist() == [
+        [0, 0],
+        [1, 0],
+        [2, 1],
+        [3, 1],
+        [4, 1],
+    ]
     assert len(run.read("steps", attempt="all")) == 7
     events = run.read("events")
     assert events[events["kind"] == "attempt"]["message"].tolist() == [

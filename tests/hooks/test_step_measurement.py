@@ -1,4 +1,6 @@
-"""What a run asks to have measured: cadence, layers, traced tokens, domains and data shift, through a real training."""
+"""What a run asks to have measured: cadence, layers, traced tokens, domains and data shift, through
+a real training.
+"""
 
 import json
 from pathlib import Path
@@ -40,10 +42,21 @@ def test_every_recorded_metric_is_in_one_group_and_no_more() -> None:
 
 
 def test_each_metric_is_recorded_at_its_own_cadence(tmp_path: Path) -> None:
-    every = {"": 3, "amax_gain_fwd": 1, "experts": 2, "flip_rate": 4, "matrices": 6, "layers.grad_norm": 5}
+    every = {
+        "": 3,
+        "amax_gain_fwd": 1,
+        "experts": 2,
+        "flip_rate": 4,
+        "matrices": 6,
+        "layers.grad_norm": 5,
+    }
     run = recorded(tmp_path / "run", every=every, probe_every=10)
     layers = run.read("layers")
-    when = {n: sorted(layers["step"][layers[n].notna()].unique()) for n in layers.columns if layers[n].notna().any()}
+    when = {
+        n: sorted(layers["step"][layers[n].notna()].unique())
+        for n in layers.columns
+        if layers[n].notna().any()
+    }
     assert when["amax_gain_fwd"] == when["amax_gain_fwd_max"] == list(range(7))
     assert when["amax_gain_bwd"] == when["stream_rms"] == when["max_vio"] == [0, 3, 6]
     assert when["grad_norm"] == [0, 5]
@@ -51,7 +64,9 @@ def test_each_metric_is_recorded_at_its_own_cadence(tmp_path: Path) -> None:
     assert when["curvature"] == [0]
     assert sorted(run.read("experts")["step"].unique()) == [0, 2, 4, 6]
     assert sorted(run.read("matrices")["step"].unique()) == [0, 6]
-    assert run.read("steps")[["loss", "tokens", "grad_norm"]].notna().all().all(), "a step's own row is never sparse"
+    assert run.read("steps")[["loss", "tokens", "grad_norm"]].notna().all().all(), (
+        "a step's own row is never sparse"
+    )
     said = json.loads((tmp_path / "run/run.json").read_text())
     cadence = Cadence.of_run(said)
     assert (cadence.every["layers.amax_gain_fwd"], cadence.every["layers.stream_rms"]) == (1, 3)
@@ -59,16 +74,24 @@ def test_each_metric_is_recorded_at_its_own_cadence(tmp_path: Path) -> None:
 
 def test_routers_alone_are_measured_as_among_everything(tmp_path: Path) -> None:
     rare = dict.fromkeys(("layers", "experts", "matrices"), 100)
-    every, some = recorded(tmp_path / "a"), recorded(tmp_path / "b", every=rare | {"router_margin": 2, "max_vio": 2})
+    every, some = (
+        recorded(tmp_path / "a"),
+        recorded(tmp_path / "b", every=rare | {"router_margin": 2, "max_vio": 2}),
+    )
     names = ["router_margin_mean", "router_margin_p10", "max_vio"]
     a, b = (run.read("layers", ["step", "layer", "site", *names]) for run in (every, some))
-    a, b = (rows[(rows["step"] == 4) & (rows["site"] == "ffn")][names].to_numpy() for rows in (a, b))
+    a, b = (
+        rows[(rows["step"] == 4) & (rows["site"] == "ffn")][names].to_numpy() for rows in (a, b)
+    )
     assert np.array_equal(a, b, equal_nan=True)
     assert np.isfinite(b[1:]).all(), "the first layer's router is a hash"
 
 
 def test_sparse_values_are_those_of_a_dense_recording(tmp_path: Path) -> None:
-    dense, sparse = recorded(tmp_path / "a"), recorded(tmp_path / "b", every={"": 3, "composite": 2, "act_": 1})
+    dense, sparse = (
+        recorded(tmp_path / "a"),
+        recorded(tmp_path / "b", every={"": 3, "composite": 2, "act_": 1}),
+    )
     a, b = (r.read("layers").set_index(["step", "layer", "site"]) for r in (dense, sparse))
     compared = 0
     for name in b.columns.drop("rank"):
@@ -84,11 +107,17 @@ def test_layers_that_are_left_out_have_no_rows_and_change_no_values(tmp_path: Pa
         a, b = every.read(table), some.read(table)
         assert sorted(b["layer"].unique()) == [1, 2]
         a = a[a["layer"] > 0].reset_index(drop=True)
-        names = [n for n in a.select_dtypes("number").columns if n not in ("token", "token_id", "norm", "margin")]
+        names = [
+            n
+            for n in a.select_dtypes("number").columns
+            if n not in ("token", "token_id", "norm", "margin")
+        ]
         if table != "tokens":  # which tokens flipped most, other layers decide too
             for name in names:
                 np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=f"{table} {name}")
-    assert some.read("layers")["composite_gain_fwd"].notna().all(), "a product over all sites, watched or not"
+    assert some.read("layers")["composite_gain_fwd"].notna().all(), (
+        "a product over all sites, watched or not"
+    )
     assert some.manifest["config"]["cadence"]["layers"] == [1, 2]
 
 
@@ -100,7 +129,9 @@ def test_layers_that_are_left_out_have_no_rows_and_change_no_values(tmp_path: Pa
         ({"every": {"loss": 2, "record": 3}}, "table steps"),
     ],
 )
-def test_what_cannot_be_recorded_is_one_line_before_the_run_begins(tmp_path: Path, options: dict, said: str) -> None:
+def test_what_cannot_be_recorded_is_one_line_before_the_run_begins(
+    tmp_path: Path, options: dict, said: str
+) -> None:
     with pytest.raises(GeodiagError, match=said):
         small.watch(small.trainer(), tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
@@ -109,7 +140,12 @@ def test_what_cannot_be_recorded_is_one_line_before_the_run_begins(tmp_path: Pat
 def test_losses_are_bitwise_those_without_geodiag_whatever_is_measured(tmp_path: Path) -> None:
     bare = small.train(small.trainer(), 7)
     t = small.trainer()
-    options = {"every": {"": 2, "curvature": 1, "perturbation": 1}, "probe_every": 1, "layers": "0,2", "trace": [1, 5]}
+    options = {
+        "every": {"": 2, "curvature": 1, "perturbation": 1},
+        "probe_every": 1,
+        "layers": "0,2",
+        "trace": [1, 5],
+    }
     with small.watch(t, tmp_path / "run", probe=PROBE, probe_domains=DOMAINS, **options) as monitor:
         assert small.train(t, 7, monitor) == bare
     assert (geodiag.open_run(tmp_path / "run").read("events")["kind"] == "problem").sum() == 0
@@ -120,7 +156,9 @@ def test_probe_time_is_on_record_where_there_was_a_probe(tmp_path: Path) -> None
     assert steps["probe_seconds"].notna().tolist() == [True, False, False, True, False, False, True]
     assert (steps["probe_seconds"].dropna() > 0).all()
     later = steps["record_seconds"].shift(-1)
-    assert (steps["probe_seconds"] < later).dropna()[[0, 3]].all(), "the probes' time is part of what geodiag took"
+    assert (steps["probe_seconds"] < later).dropna()[[0, 3]].all(), (
+        "the probes' time is part of what geodiag took"
+    )
 
 
 # -- tokens and domains --------------------------------------------------------------------------
@@ -157,34 +195,51 @@ def test_a_flip_of_a_traced_token_is_a_change_of_its_experts(tmp_path: Path) -> 
     assert changed > 10
 
 
-def test_a_token_outside_the_probe_is_said_once_with_the_fix(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_token_outside_the_probe_is_said_once_with_the_fix(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     recorded(tmp_path / "run", trace=[48])
-    assert capsys.readouterr().err.count("the probe batch has 48 tokens and no token 48; pass 0 to 47") == 1
+    assert (
+        capsys.readouterr().err.count("the probe batch has 48 tokens and no token 48; pass 0 to 47")
+        == 1
+    )
 
 
 def test_domains_are_means_over_their_own_sequences(tmp_path: Path) -> None:
     t = small.trainer()
     losses = torch.tensor([1.0, 2.0, 3.0, 7.0])
     names = ("code", "prose", "prose", "logs")
-    with small.watch(t, tmp_path / "run", probe=PROBE, probe_domains=DOMAINS, probe_every=2) as monitor:
+    with small.watch(
+        t, tmp_path / "run", probe=PROBE, probe_domains=DOMAINS, probe_every=2
+    ) as monitor:
         for step in range(4):
             small.train(t, 1, None, start=step)
             monitor.step(2.0, domains=names, sequence_losses=losses)
     rows = geodiag.open_run(tmp_path / "run").read("domains").set_index(["step", "domain"])
     assert rows["loss"].loc[1].to_dict() == {"code": 1.0, "logs": 7.0, "prose": 2.5}
     assert rows["tokens"].loc[1].to_dict() == {"code": 12.0, "logs": 12.0, "prose": 24.0}
-    assert rows["flip_rate"].loc[2].notna().to_dict() == {"code": True, "logs": False, "prose": True}
+    assert rows["flip_rate"].loc[2].notna().to_dict() == {
+        "code": True,
+        "logs": False,
+        "prose": True,
+    }
     assert rows["flip_rate"].loc[3].isna().all()
 
 
 def test_flips_and_clamp_hits_by_domain_add_up_to_the_whole_probes(tmp_path: Path) -> None:
     run = recorded(tmp_path / "run", steps=5, probe_domains=DOMAINS)
     layers, domains = run.read("layers"), run.read("domains").set_index(["step", "domain"])
-    whole = layers[(layers["site"] == "ffn") & (layers["layer"] > 0)].groupby("step")["flip_rate"].mean()
+    whole = (
+        layers[(layers["site"] == "ffn") & (layers["layer"] > 0)]
+        .groupby("step")["flip_rate"]
+        .mean()
+    )
     for step in (2, 4):
         by = domains["flip_rate"].loc[step]
         assert 0.75 * by["code"] + 0.25 * by["prose"] == pytest.approx(whole[step], rel=1e-5)
-        assert by["code"] != pytest.approx(whole[step], rel=1e-4), "the twin: one domain is not the whole"
+        assert by["code"] != pytest.approx(whole[step], rel=1e-4), (
+            "the twin: one domain is not the whole"
+        )
 
 
 @pytest.mark.parametrize("names", [("code",), ("code",) * 5])
@@ -217,7 +272,9 @@ def expected_shifts(means: list[Tensor]) -> list[float | None]:
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_data_shift_is_one_minus_the_cosine_to_the_running_mean(tmp_path: Path, micro_batches: int) -> None:
+def test_data_shift_is_one_minus_the_cosine_to_the_running_mean(
+    tmp_path: Path, micro_batches: int
+) -> None:
     t, means = small.trainer(micro_batches=micro_batches), []
     with small.watch(t, tmp_path / "run", every=3) as monitor:
         for step in range(6):

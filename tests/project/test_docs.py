@@ -1,4 +1,6 @@
-"""The README is the manual: every command, option, metric and event kind is in it, and its map is the tree."""
+"""The README is the manual: every command, option, metric and event kind is in it, and its map is
+the tree.
+"""
 
 import re
 from typing import Any
@@ -34,7 +36,9 @@ def test_every_command_is_documented(readme: str) -> None:
 
 
 def test_every_option_is_documented(readme: str) -> None:
-    options = {o for c in commands().values() for p in c.params for o in p.opts if o.startswith("--")}
+    options = {
+        o for c in commands().values() for p in c.params for o in p.opts if o.startswith("--")
+    }
     assert len(options) > 5
     assert missing(options - HIDDEN, readme) == []
 

@@ -9,7 +9,13 @@ from geodiag.health import health
 from geodiag.run import find_runs, open_run
 from tests.paths import SAMPLES
 
-ROWS = dict(re.findall(r"^\| `([a-z-]+)` \|.*\| `geodiag (train .*)` \|$", (SAMPLES / "README.md").read_text(), re.M))
+ROWS = dict(
+    re.findall(
+        r"^\| `([a-z-]+)` \|.*\| `geodiag (train .*)` \|$",
+        (SAMPLES / "README.md").read_text(),
+        re.M,
+    )
+)
 
 
 def test_every_sample_is_described_and_every_description_has_its_sample() -> None:

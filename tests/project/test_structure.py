@@ -28,7 +28,9 @@ def sources(room: str = "") -> list[Path]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every module that a file imports, and whether at its top level; what only type checkers see does not count."""
+    """Every module that a file imports, and whether at its top level; what only type checkers see
+    does not count.
+    """
     tree = ast.parse(path.read_text(), str(path))
     seen_by_types = {
         id(child)
@@ -55,7 +57,9 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         yield from ((name, id(node) not in late) for name in names)
 
 
-def offenders(room: str, *banned: str, only_early: bool = False, but: tuple[str, ...] = ()) -> list[str]:
+def offenders(
+    room: str, *banned: str, only_early: bool = False, but: tuple[str, ...] = ()
+) -> list[str]:
     """Imports of the banned modules in a room, files in `but` aside."""
     found = []
     for path in sources(room):
@@ -63,7 +67,9 @@ def offenders(room: str, *banned: str, only_early: bool = False, but: tuple[str,
         if where.startswith(but):
             continue
         for name, early in imports(path):
-            if any(name == b or name.startswith(b + ".") for b in banned) and (early or not only_early):
+            if any(name == b or name.startswith(b + ".") for b in banned) and (
+                early or not only_early
+            ):
                 found.append(f"{where} imports {name}")
     return sorted(set(found))
 
@@ -84,27 +90,58 @@ def test_the_reference_models_import_nothing_of_the_rest() -> None:
 
 
 def test_hooks_know_a_model_only_through_an_adapter() -> None:
-    models = ("geodiag.reference_models", "transformers", "geodiag.cli", "geodiag.dashboard", "dash")
+    models = (
+        "geodiag.reference_models",
+        "transformers",
+        "geodiag.cli",
+        "geodiag.dashboard",
+        "dash",
+    )
     assert offenders("hooks", *models, but=("hooks/adapters/",)) == []
     assert offenders("hooks", "geodiag.cli", "geodiag.dashboard", "dash", "plotly") == []
 
 
 def test_the_dashboard_knows_run_directories_and_no_training() -> None:
-    assert offenders("dashboard", "torch", "triton", "geodiag.hooks", "geodiag.reference_models", "geodiag.cli") == []
+    assert (
+        offenders(
+            "dashboard",
+            "torch",
+            "triton",
+            "geodiag.hooks",
+            "geodiag.reference_models",
+            "geodiag.cli",
+        )
+        == []
+    )
 
 
 def test_commands_import_what_is_heavy_only_when_they_run() -> None:
     heavy = ("torch", "dash", "pandas", "numpy", "pyarrow", "plotly", "geodiag")
-    light = ("geodiag", "geodiag.__version__", "geodiag.GeodiagError", "geodiag.cli", "geodiag.errors")
+    light = (
+        "geodiag",
+        "geodiag.__version__",
+        "geodiag.GeodiagError",
+        "geodiag.cli",
+        "geodiag.errors",
+    )
     found = {f.split()[-1] for f in offenders("cli", *heavy, only_early=True)}
-    assert sorted(f for f in found if f not in light and not f.startswith(("geodiag.cli.", "geodiag.errors."))) == []
+    assert (
+        sorted(
+            f
+            for f in found
+            if f not in light and not f.startswith(("geodiag.cli.", "geodiag.errors."))
+        )
+        == []
+    )
 
 
 def test_the_arrows_can_fail(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     (tmp_path / "dashboard").mkdir()
     (tmp_path / "dashboard/a.py").write_text("def f():\n    from torch import nn\n")
-    (tmp_path / "dashboard/b.py").write_text("from geodiag import hooks\nfrom typing import TYPE_CHECKING\n")
+    (tmp_path / "dashboard/b.py").write_text(
+        "from geodiag import hooks\nfrom typing import TYPE_CHECKING\n"
+    )
     (tmp_path / "dashboard/c.py").write_text("if TYPE_CHECKING:\n    import torch\n")
     assert offenders("dashboard", "torch", "geodiag.hooks") == [
         "dashboard/a.py imports torch",
@@ -114,7 +151,9 @@ def test_the_arrows_can_fail(tmp_path: Path, monkeypatch) -> None:
     assert offenders("dashboard", "torch", only_early=True) == []
 
 
-@pytest.mark.parametrize("code", ["import geodiag", "import geodiag.cli.main", "from geodiag.cli.main import app"])
+@pytest.mark.parametrize(
+    "code", ["import geodiag", "import geodiag.cli.main", "from geodiag.cli.main import app"]
+)
 def test_starting_up_loads_nothing_heavy(code: str) -> None:
     heavy = "{'torch', 'dash', 'pandas', 'pyarrow', 'plotly', 'numpy', 'transformers'}"
     code += f"; import sys; print(sorted({heavy} & set(sys.modules)))"
@@ -162,7 +201,9 @@ def test_every_module_can_be_imported_and_says_in_its_first_line_what_it_is() ->
                 continue
             doc = ast.get_docstring(ast.parse(path.read_text()))
             assert doc, f"{path} has no docstring"
-            assert doc.splitlines()[0].strip(), f"{path}: the docstring's first line says what the module is"
+            assert doc.splitlines()[0].strip(), (
+                f"{path}: the docstring's first line says what the module is"
+            )
             where = path.relative_to(ROOT).with_suffix("")
             parts = where.parts if where.parts[0] == "geodiag" else ("geodiag", *where.parts)
             importlib.import_module(".".join(p for p in parts if p != "__init__"))
@@ -170,7 +211,11 @@ def test_every_module_can_be_imported_and_says_in_its_first_line_what_it_is() ->
 
 def test_no_file_outgrows_one_idea() -> None:
     everywhere = [p for room in ("", *ROOMS) for p in sources(room)]  # tests are lists of facts
-    long = {p.relative_to(ROOT).as_posix(): n for p in everywhere if (n := len(p.read_text().splitlines())) > 300}
+    long = {
+        p.relative_to(ROOT).as_posix(): n
+        for p in everywhere
+        if (n := len(p.read_text().splitlines())) > 300
+    }
     assert long == {}
 
 
@@ -181,8 +226,16 @@ def files_to_ship() -> set[str]:
     """Modules and assets by their place inside the package."""
     ship = {"geodiag/py.typed", *(p.relative_to(ROOT).as_posix() for p in sources())}
     for room in ROOMS:
-        found = [p for p in (ROOT / room).rglob("*") if p.suffix in (".py", ".css", ".js", ".svg", ".ico")]
-        ship |= {f"geodiag/{p.relative_to(ROOT).as_posix()}" for p in found if "__pycache__" not in p.parts}
+        found = [
+            p
+            for p in (ROOT / room).rglob("*")
+            if p.suffix in (".py", ".css", ".js", ".svg", ".ico")
+        ]
+        ship |= {
+            f"geodiag/{p.relative_to(ROOT).as_posix()}"
+            for p in found
+            if "__pycache__" not in p.parts
+        }
     return ship
 
 
@@ -197,12 +250,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_made_from_the_sdist_holds_every_module_and_asset_as_a_real_file(built: Path) -> None:
+def test_the_wheel_made_from_the_sdist_holds_every_module_and_asset_as_a_real_file(
+    built: Path,
+) -> None:
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as z:
         inside = {i.filename: i for i in z.infolist()}
     assert files_to_ship() - set(inside) == set()
-    assert not any((i.external_attr >> 28) == 0o12 for i in inside.values()), "a link in a wheel points at nothing"
+    assert not any((i.external_attr >> 28) == 0o12 for i in inside.values()), (
+        "a link in a wheel points at nothing"
+    )
     python = {n for n in inside if n.endswith(".py")}
     assert python - files_to_ship() == set(), "nothing but the package is installed"
     assert any(n.endswith("licenses/LICENSE") for n in inside)
@@ -213,7 +270,9 @@ def test_the_sdist_holds_every_module(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as t:
         names = {n.split("/", 1)[1] for n in t.getnames() if "/" in n}
-    missing = {n for n in files_to_ship() if n not in names and n.removeprefix("geodiag/") not in names}
+    missing = {
+        n for n in files_to_ship() if n not in names and n.removeprefix("geodiag/") not in names
+    }
     assert missing == set()
 
 
@@ -225,7 +284,9 @@ def test_the_installed_wheel_runs_away_from_the_checkout(built: Path, tmp_path: 
     code = "import geodiag; from geodiag.cli.main import main; print(geodiag.__file__, flush=True); main()"
     env = {"PYTHONPATH": str(tmp_path), "PATH": ""}
     command = [sys.executable, "-c", code, "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False
+    )
     said = [str(tmp_path / "geodiag/__init__.py"), f"geodiag {geodiag.__version__}"]
     assert done.stdout.splitlines() == said, done.stderr
 
@@ -250,7 +311,9 @@ def test_every_dependency_is_pinned_to_a_version_that_its_range_allows() -> None
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["test"]]
+    wanted = [
+        Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["test"]
+    ]
     for need in wanted:
         assert need.name in pins, f"{need.name} is not in constraints.txt"
         assert need.specifier.contains(pins[need.name], prereleases=True), need

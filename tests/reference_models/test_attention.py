@@ -38,7 +38,9 @@ def turned(v: Tensor, position: int, theta: float = 10_000.0) -> Tensor:
     return out
 
 
-def slow(a: Attention, x_BSC: Tensor, *, rotary: bool = True, norm: bool = True, causal: bool = True) -> Tensor:
+def slow(
+    a: Attention, x_BSC: Tensor, *, rotary: bool = True, norm: bool = True, causal: bool = True
+) -> Tensor:
     """softmax(q·k / √D) over what came before, one query at a time."""
     x = x_BSC.detach().double()
     w, out = a.qkv.weight.detach().double(), a.out.weight.detach().double()
@@ -46,7 +48,10 @@ def slow(a: Attention, x_BSC: Tensor, *, rotary: bool = True, norm: bool = True,
     y = torch.zeros(*x.shape[:2], H * D, dtype=torch.float64)
     for b in range(x.shape[0]):
         for h in range(H):
-            q, k, v = ([w[(j * H + h) * D : (j * H + h + 1) * D] @ x[b, s] for s in range(S)] for j in range(3))
+            q, k, v = (
+                [w[(j * H + h) * D : (j * H + h + 1) * D] @ x[b, s] for s in range(S)]
+                for j in range(3)
+            )
             if norm:
                 q, k = [rms(e, gain_q) for e in q], [rms(e, gain_k) for e in k]
             if rotary:
@@ -68,7 +73,9 @@ def test_attention_is_its_definition(attention: Attention) -> None:
 
 
 @pytest.mark.parametrize("left_out", ["rotary", "norm", "causal"])
-def test_attention_without_one_of_its_parts_would_be_seen(attention: Attention, left_out: str) -> None:
+def test_attention_without_one_of_its_parts_would_be_seen(
+    attention: Attention, left_out: str
+) -> None:
     x = torch.randn(B, S, 16)
     assert error(run(attention, x), slow(attention, x, **{left_out: False})) > 100 * TOLERANCE
 

@@ -26,7 +26,11 @@ def streams() -> torch.Tensor:
 def test_hc_starts_as_its_paper_says(site: int) -> None:
     mix = started("hc", site)(streams())
     read = torch.eye(N)[site % N]
-    for found, wanted in ((mix.pre_TN, read), (mix.post_TN, torch.ones(N)), (mix.res_TNN, torch.eye(N))):
+    for found, wanted in (
+        (mix.pre_TN, read),
+        (mix.post_TN, torch.ones(N)),
+        (mix.res_TNN, torch.eye(N)),
+    ):
         assert (found - wanted).abs().max() <= 0.01, "alpha times a tanh is all that may differ"
     exact = started("hc", site, alpha_init=0.0)(streams())
     assert torch.equal(exact.pre_TN, read.expand(2, 5, N))

@@ -24,7 +24,10 @@ def three() -> Corpus:
     """Three domains, each of its own ids, sized 1 : 2 : 7."""
     sizes = {"a": 1000, "b": 2000, "c": 7000}
     rng = np.random.default_rng(0)
-    return Corpus({d: rng.integers(10 * i, 10 * i + 10, n) for i, (d, n) in enumerate(sizes.items())}, vocab=30)
+    return Corpus(
+        {d: rng.integers(10 * i, 10 * i + 10, n) for i, (d, n) in enumerate(sizes.items())},
+        vocab=30,
+    )
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -55,7 +58,10 @@ def test_the_standard_library_is_found_wherever_python_lies(monkeypatch, tmp_pat
     (root / "encodings/latin.py").write_text("table\n")
     (root / "site-packages/torch/nn.py").write_text("not the library's own\n")
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(root)})
-    assert {d: bytes(t) for d, t in stdlib().domains.items()} == {"code": b"import enum\n", "codecs": b"table\n"}
+    assert {d: bytes(t) for d, t in stdlib().domains.items()} == {
+        "code": b"import enum\n",
+        "codecs": b"table\n",
+    }
 
 
 def test_a_folder_is_read_by_kind_of_file_and_a_file_as_it_is(tmp_path: Path) -> None:
@@ -67,7 +73,10 @@ def test_a_folder_is_read_by_kind_of_file_and_a_file_as_it_is(tmp_path: Path) ->
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/not_mine.py").write_text("y = 2\n")
     found = open_corpus(str(tmp_path))
-    assert {d: bytes(t) for d, t in found.domains.items()} == {"code": b"x = 1\n", "prose": "héllo\n".encode()}
+    assert {d: bytes(t) for d, t in found.domains.items()} == {
+        "code": b"x = 1\n",
+        "prose": "héllo\n".encode(),
+    }
     assert bytes(open_corpus(str(tmp_path / "b.md")).domains["prose"]) == "héllo\n".encode()
 
 
@@ -78,7 +87,9 @@ def write(path: Path, ids: np.ndarray, kind: str) -> Path:
 
 @pytest.mark.parametrize("vocab", [40, 65, 256, 50_257, 60_000])
 @pytest.mark.parametrize("kind", ["<u2", "<u4"])
-def test_sixteen_and_thirty_two_bit_tokens_are_told_apart(tmp_path: Path, vocab: int, kind: str) -> None:
+def test_sixteen_and_thirty_two_bit_tokens_are_told_apart(
+    tmp_path: Path, vocab: int, kind: str
+) -> None:
     ids = np.random.default_rng(0).integers(0, vocab, 4000)
     ids[17] = vocab - 1
     found = flat_tokens(write(tmp_path / "t.bin", ids, kind))
@@ -87,7 +98,9 @@ def test_sixteen_and_thirty_two_bit_tokens_are_told_apart(tmp_path: Path, vocab:
 
 
 @pytest.mark.parametrize("vocab", [70_000, 129_280, 262_144])
-def test_vocabularies_beyond_sixteen_bits_are_read_as_thirty_two(tmp_path: Path, vocab: int) -> None:
+def test_vocabularies_beyond_sixteen_bits_are_read_as_thirty_two(
+    tmp_path: Path, vocab: int
+) -> None:
     ids = np.random.default_rng(0).integers(0, vocab, 4000)
     assert flat_tokens(write(tmp_path / "t.bin", ids, "<u4")).domains["t"].tolist() == ids.tolist()
 
@@ -126,13 +139,17 @@ def test_text_that_is_not_there_says_what_to_pass(tmp_path: Path) -> None:
 
 
 def test_too_little_text_and_a_loader_that_cannot_be_are_refused(three: Corpus) -> None:
-    with pytest.raises(ValueError, match="has 10000 tokens, in no domain one sequence of 7001; add text"):
+    with pytest.raises(
+        ValueError, match="has 10000 tokens, in no domain one sequence of 7001; add text"
+    ):
         Loader(three, 4, 7000)
     with pytest.raises(ValueError, match="not 0, 0"):
         Loader(three, 0, 16)
     with pytest.raises(ValueError, match="a seed of at least 0, not 4, -1"):
         Loader(three, 4, 16, seed=-1)
-    assert set(Loader(three, 4, 1999).batch(0).domain_B) <= {"b", "c"}, "a domain that is too short is left out"
+    assert set(Loader(three, 4, 1999).batch(0).domain_B) <= {"b", "c"}, (
+        "a domain that is too short is left out"
+    )
 
 
 # -- batches -------------------------------------------------------------------------------
@@ -143,7 +160,9 @@ def test_a_batch_is_a_function_of_corpus_seed_and_step(three: Corpus) -> None:
     assert all(same(a.batch(s), b.batch(s)) for s in (0, 7, 100_000))
     assert same(a.batch(7), a.batch(7))
     assert not torch.equal(a.batch(7).token_ids_BS, a.batch(8).token_ids_BS)
-    assert not torch.equal(a.batch(7).token_ids_BS, Loader(three, 8, 16, seed=2).batch(7).token_ids_BS)
+    assert not torch.equal(
+        a.batch(7).token_ids_BS, Loader(three, 8, 16, seed=2).batch(7).token_ids_BS
+    )
 
 
 def test_iterating_gives_the_batches_one_would_ask_for_in_order(three: Corpus) -> None:
@@ -155,7 +174,9 @@ def test_targets_are_the_next_tokens_of_one_window_of_one_domain(three: Corpus) 
     found = Loader(three, 8, 16).batch(5)
     assert found.token_ids_BS.shape == found.targets_BS.shape == (8, 16)
     assert torch.equal(found.token_ids_BS[:, 1:], found.targets_BS[:, :-1])
-    for row, last, domain in zip(found.token_ids_BS, found.targets_BS[:, -1], found.domain_B, strict=True):
+    for row, last, domain in zip(
+        found.token_ids_BS, found.targets_BS[:, -1], found.domain_B, strict=True
+    ):
         window = np.append(row.numpy(), last)
         text = three.domains[domain]
         assert any(np.array_equal(text[i : i + 17], window) for i in range(len(text) - 16))
@@ -191,7 +212,9 @@ def test_a_loader_resumes_where_the_last_batch_was_taken(three: Corpus) -> None:
         next(batches)
     second = Loader(three, 4, 16)
     second.load_state_dict(first.state_dict())
-    assert second.state_dict() == {"seed": 5, "step": 4}, "what was made ahead and not taken does not count"
+    assert second.state_dict() == {"seed": 5, "step": 4}, (
+        "what was made ahead and not taken does not count"
+    )
     assert all(map(same, islice(second, 6), whole[4:]))
 
 

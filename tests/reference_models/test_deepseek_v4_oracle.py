@@ -1,4 +1,6 @@
-"""The reference model against transformers' DeepSeek-V4: same weights in, same outputs and gradients out."""
+"""The reference model against transformers' DeepSeek-V4: same weights in, same outputs and
+gradients out.
+"""
 
 from collections.abc import Callable
 
@@ -41,7 +43,14 @@ def theirs() -> DeepseekV4Config:
 @pytest.fixture
 def ours() -> ModelConfig:
     return ModelConfig(
-        vocab=V, channels=C, experts=E, experts_per_token=K, expert_dim=F, streams=N, swiglu_limit=0.7, sequence=16
+        vocab=V,
+        channels=C,
+        experts=E,
+        experts_per_token=K,
+        expert_dim=F,
+        streams=N,
+        swiglu_limit=0.7,
+        sequence=16,
     )
 
 
@@ -66,7 +75,9 @@ def randomise(module: torch.nn.Module, std: float = 0.5) -> None:
 
 
 def to_comb(res: Tensor) -> Tensor:
-    """Entries of a row-major H_res in the order of transformers' transposed `comb`, along the first dimension."""
+    """Entries of a row-major H_res in the order of transformers' transposed `comb`, along the first
+    dimension.
+    """
     return res.view(N, N, *res.shape[1:]).transpose(0, 1).reshape(res.shape)
 
 
@@ -76,7 +87,9 @@ def as_theirs(phi_or_bias: Tensor) -> Tensor:
     return torch.cat([rows[: 2 * N], to_comb(rows[2 * N :])])
 
 
-def hyper_connections(theirs: DeepseekV4Config, ours: ModelConfig) -> tuple[HyperConnection, torch.nn.Module]:
+def hyper_connections(
+    theirs: DeepseekV4Config, ours: ModelConfig
+) -> tuple[HyperConnection, torch.nn.Module]:
     mine, other = HyperConnection(ours, site=0), hf.DeepseekV4HyperConnection(theirs)
     randomise(mine)
     other.fn.data = as_theirs(mine.phi.data).clone()
@@ -96,7 +109,9 @@ def site_theirs(other: torch.nn.Module, x: Tensor, f: Tensor) -> list[Tensor]:
     return [inner, post, comb.transpose(-1, -2), out]
 
 
-def test_hyper_connection_outputs_and_gradients_agree(theirs: DeepseekV4Config, ours: ModelConfig) -> None:
+def test_hyper_connection_outputs_and_gradients_agree(
+    theirs: DeepseekV4Config, ours: ModelConfig
+) -> None:
     mine, other = hyper_connections(theirs, ours)
     x, f = torch.randn(2, 5, N, C, requires_grad=True), torch.randn(2, 5, C, requires_grad=True)
     a, b = site_ours(mine, x, f), site_theirs(other, x, f)
@@ -107,7 +122,9 @@ def test_hyper_connection_outputs_and_gradients_agree(theirs: DeepseekV4Config, 
     assert max(map(error, ours_g, theirs_g)) < TOLERANCE
 
 
-def test_a_transposed_residual_map_would_be_seen(theirs: DeepseekV4Config, ours: ModelConfig) -> None:
+def test_a_transposed_residual_map_would_be_seen(
+    theirs: DeepseekV4Config, ours: ModelConfig
+) -> None:
     """The twin: with the orientation mixed up, the same comparison is far off."""
     mine, other = hyper_connections(theirs, ours)
     x, f = torch.randn(2, 5, N, C), torch.randn(2, 5, C)
@@ -124,7 +141,10 @@ def test_read_out_agrees(theirs: DeepseekV4Config, ours: ModelConfig) -> None:
     x = torch.randn(2, 5, N, C, requires_grad=True)
     a, b = mine(x), other(x)
     assert error(a, b) < TOLERANCE
-    ours_g, theirs_g = grads([a], [x, mine.phi, mine.bias]), grads([b], [x, other.hc_fn, other.hc_base])
+    ours_g, theirs_g = (
+        grads([a], [x, mine.phi, mine.bias]),
+        grads([b], [x, other.hc_fn, other.hc_base]),
+    )
     ours_g[1] = ours_g[1].T
     assert max(map(error, ours_g, theirs_g)) < TOLERANCE
 
@@ -134,7 +154,9 @@ def dense(ids: Tensor, weights: Tensor) -> Tensor:
     return torch.zeros(len(ids), E).scatter(1, ids, weights)
 
 
-def routers(theirs: DeepseekV4Config, mine: Router, kind: Callable[..., torch.nn.Module]) -> torch.nn.Module:
+def routers(
+    theirs: DeepseekV4Config, mine: Router, kind: Callable[..., torch.nn.Module]
+) -> torch.nn.Module:
     randomise(mine)
     other = kind(theirs)
     other.weight.data = mine.weight.data.clone()
@@ -153,7 +175,16 @@ def test_router_chooses_and_weighs_alike(theirs: DeepseekV4Config, ours: ModelCo
     assert torch.equal(a.expert_ids_TK.sort().values, ids.sort().values)
     mine_dense, their_dense = dense(a.expert_ids_TK, a.weights_TK), dense(ids, weights)
     assert error(mine_dense, their_dense) < TOLERANCE
-    assert max(map(error, grads([mine_dense], [x, mine.weight]), grads([their_dense], [x, other.weight]))) < TOLERANCE
+    assert (
+        max(
+            map(
+                error,
+                grads([mine_dense], [x, mine.weight]),
+                grads([their_dense], [x, other.weight]),
+            )
+        )
+        < TOLERANCE
+    )
 
 
 def test_the_bias_takes_part_in_choosing_only(ours: ModelConfig) -> None:
@@ -163,11 +194,16 @@ def test_the_bias_takes_part_in_choosing_only(ours: ModelConfig) -> None:
     mine.balance.copy_(torch.randn(E))
     scores = reference.affinity(torch.randn(40, C), mine.weight)
     ids = reference.choose(scores, mine.balance, K)
-    right, wrong = reference.weigh(scores, ids, 1.0), reference.weigh(scores + mine.balance, ids, 1.0)
+    right, wrong = (
+        reference.weigh(scores, ids, 1.0),
+        reference.weigh(scores + mine.balance, ids, 1.0),
+    )
     assert error(wrong, right) > 100 * TOLERANCE
 
 
-def test_hash_router_weighs_alike_given_the_same_table(theirs: DeepseekV4Config, ours: ModelConfig) -> None:
+def test_hash_router_weighs_alike_given_the_same_table(
+    theirs: DeepseekV4Config, ours: ModelConfig
+) -> None:
     mine = HashRouter(ours, layer=0)
     other = routers(theirs, mine, hf.DeepseekV4HashRouter)
     other.tid2eid.copy_(mine.table)
@@ -176,7 +212,12 @@ def test_hash_router_weighs_alike_given_the_same_table(theirs: DeepseekV4Config,
     _, weights, ids = other(x, tokens)
     assert torch.equal(a.expert_ids_TK, ids)
     assert error(a.weights_TK, weights) < TOLERANCE
-    assert max(map(error, grads([a.weights_TK], [x, mine.weight]), grads([weights], [x, other.weight]))) < TOLERANCE
+    assert (
+        max(
+            map(error, grads([a.weights_TK], [x, mine.weight]), grads([weights], [x, other.weight]))
+        )
+        < TOLERANCE
+    )
 
 
 def test_hash_router_gives_every_token_distinct_experts(ours: ModelConfig) -> None:
@@ -199,7 +240,9 @@ def choice() -> reference.Routing:
     return reference.Routing(scores, ids, torch.rand(40, K))
 
 
-def test_clamped_experts_agree_where_clamps_bite(theirs: DeepseekV4Config, ours: ModelConfig) -> None:
+def test_clamped_experts_agree_where_clamps_bite(
+    theirs: DeepseekV4Config, ours: ModelConfig
+) -> None:
     mine, other = experts(theirs, ours)
     routing = choice()
     x, w = torch.randn(40, C, requires_grad=True), routing.weights_TK.requires_grad_()
@@ -219,7 +262,10 @@ def test_unclamped_experts_would_be_seen(theirs: DeepseekV4Config, ours: ModelCo
     mine.act.limit = None
     routing = choice()
     x = torch.randn(40, C)
-    assert error(mine(x, routing), other(x, routing.expert_ids_TK, routing.weights_TK)) > 100 * TOLERANCE
+    assert (
+        error(mine(x, routing), other(x, routing.expert_ids_TK, routing.weights_TK))
+        > 100 * TOLERANCE
+    )
 
 
 def test_shared_expert_is_clamped_too(theirs: DeepseekV4Config, ours: ModelConfig) -> None:

@@ -6,7 +6,14 @@ from torch import Tensor
 
 from geodiag.reference_models.config import ModelConfig, sized
 from geodiag.reference_models.kernels.reference import Routing, affinity
-from geodiag.reference_models.moe import HashRouter, MoE, Router, loads, nudge_balance, sequence_balance_loss
+from geodiag.reference_models.moe import (
+    HashRouter,
+    MoE,
+    Router,
+    loads,
+    nudge_balance,
+    sequence_balance_loss,
+)
 from tests.reference_models.close import error
 
 E, K, TOLERANCE = 8, 2, 1e-5
@@ -20,7 +27,9 @@ def config(**changes) -> ModelConfig:
 
 
 @pytest.mark.parametrize(("experts", "k", "vocab"), [(8, 2, 256), (64, 6, 5000), (72, 6, 5000)])
-def test_hashed_tokens_spread_over_experts_and_differently_in_every_layer(experts: int, k: int, vocab: int) -> None:
+def test_hashed_tokens_spread_over_experts_and_differently_in_every_layer(
+    experts: int, k: int, vocab: int
+) -> None:
     shape = ModelConfig(vocab=vocab, experts=experts, experts_per_token=k)
     tables = [HashRouter(shape, layer).table for layer in range(3)]
     for table in tables:
@@ -71,17 +80,26 @@ def test_the_balance_loss_is_its_definition() -> None:
     scores = torch.rand(3 * 11, E) ** 2
     ours = sequence_balance_loss(routed(scores), 3)
     assert ours.item() == pytest.approx(slow_balance(scores.view(3, 11, E), K), rel=1e-5)
-    assert ours.item() != pytest.approx(slow_balance(scores.view(1, 33, E), K), rel=1e-3), "within each sequence"
+    assert ours.item() != pytest.approx(slow_balance(scores.view(1, 33, E), K), rel=1e-3), (
+        "within each sequence"
+    )
 
 
 def test_the_balance_loss_counts_the_best_scores_whatever_bias_or_replay_chose() -> None:
     scores = torch.rand(22, E)
     worst = (-scores).topk(K).indices
-    assert torch.equal(sequence_balance_loss(routed(scores), 2), sequence_balance_loss(routed(scores, worst), 2))
+    assert torch.equal(
+        sequence_balance_loss(routed(scores), 2), sequence_balance_loss(routed(scores, worst), 2)
+    )
 
 
 def test_the_balance_loss_is_one_when_even_and_more_when_not() -> None:
-    even = torch.stack([torch.eye(E).roll(-t, 0)[0] + torch.eye(E).roll(-t - 1, 0)[0] for t in range(E)]) + 0.1
+    even = (
+        torch.stack(
+            [torch.eye(E).roll(-t, 0)[0] + torch.eye(E).roll(-t - 1, 0)[0] for t in range(E)]
+        )
+        + 0.1
+    )
     assert sequence_balance_loss(routed(even), 1).item() == pytest.approx(1.0, rel=1e-6)
     narrow = torch.full((E, E), 0.1)
     narrow[:, :K] = 1.1
@@ -173,7 +191,9 @@ def test_the_block_is_each_tokens_weighted_experts_plus_the_shared_one() -> None
         for j in range(K):
             e = int(out.routing.expert_ids_TK[t, j])
             inner = act(flat[t] @ block.experts.gate_up[e].double()).out_AF
-            slow[t] += out.routing.weights_TK[t, j].double() * (inner @ block.experts.down[e].double())
+            slow[t] += out.routing.weights_TK[t, j].double() * (
+                inner @ block.experts.down[e].double()
+            )
         slow[t] += block.shared.double()(flat[t])
     assert error(out.hidden_BSC.flatten(0, 1), slow) < TOLERANCE
     assert error(out.hidden_BSC.flatten(0, 1), slow.roll(1, 0)) > 0.5

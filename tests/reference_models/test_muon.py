@@ -16,7 +16,10 @@ SHAPES = [(3, 8, 24), (3, 24, 8), (2, 16, 16)]
 def gradients(shape: tuple[int, ...], steps: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     # Badly conditioned, like real ones: one direction a hundred times the others.
-    return [torch.randn(shape, generator=generator) * torch.linspace(0.1, 10, shape[-1]) for _ in range(steps)]
+    return [
+        torch.randn(shape, generator=generator) * torch.linspace(0.1, 10, shape[-1])
+        for _ in range(steps)
+    ]
 
 
 def ours(start: Tensor, grads: list[Tensor], **changes: float) -> Tensor:
@@ -30,7 +33,9 @@ def ours(start: Tensor, grads: list[Tensor], **changes: float) -> Tensor:
 
 def torchs(start: Tensor, grads: list[Tensor]) -> Tensor:
     each = [nn.Parameter(m.clone()) for m in start]
-    optimizer = torch.optim.Muon(each, lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    optimizer = torch.optim.Muon(
+        each, lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
     for grad in grads:
         for p, g in zip(each, grad, strict=True):
             p.grad = g.clone()
@@ -40,7 +45,9 @@ def torchs(start: Tensor, grads: list[Tensor]) -> Tensor:
 
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's Muon orthogonalises in bfloat16; the same in float32, so that the mathematics can be compared."""
+    """torch's Muon orthogonalises in bfloat16; the same in float32, so that the mathematics can be
+    compared.
+    """
     monkeypatch.setattr(Tensor, "bfloat16", lambda self: self.clone())
 
 
@@ -84,7 +91,9 @@ def test_singular_values_come_near_one_whatever_they_were() -> None:
         assert after.max() < 1.4
 
 
-@pytest.mark.parametrize("grad", [torch.zeros(2, 4, 6), torch.full((2, 4, 6), 1e-30), torch.full((2, 4, 6), 1e30)])
+@pytest.mark.parametrize(
+    "grad", [torch.zeros(2, 4, 6), torch.full((2, 4, 6), 1e-30), torch.full((2, 4, 6), 1e30)]
+)
 def test_no_gradient_a_tiny_one_and_a_huge_one_give_finite_updates(grad: Tensor) -> None:
     start = torch.randn(2, 4, 6)
     moved = ours(start, [grad], weight_decay=0.0)

@@ -1,4 +1,6 @@
-"""What is computed again in the backward is what was computed: same gradients, same records, less kept."""
+"""What is computed again in the backward is what was computed: same gradients, same records, less
+kept.
+"""
 
 from typing import Any
 
@@ -15,7 +17,15 @@ from geodiag.reference_models.transformer import Transformer
 def made(recompute: str, residual: str = "mhc", **changes: Any) -> Transformer:
     torch.manual_seed(0)
     return Transformer(
-        sized("tiny", residual, recompute=recompute, channels=16, expert_dim=16, sequence=16, **changes)  # type: ignore[arg-type]
+        sized(
+            "tiny",
+            residual,
+            recompute=recompute,
+            channels=16,
+            expert_dim=16,
+            sequence=16,
+            **changes,
+        )  # type: ignore[arg-type]
     )
 
 
@@ -36,7 +46,9 @@ def test_gradients_are_bitwise_those_of_what_is_kept(residual: str, recompute: s
 
 
 def test_another_branch_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backward really runs on what was computed again: were that another stream, the gradients would differ."""
+    """The backward really runs on what was computed again: were that another stream, the gradients
+    would differ.
+    """
     again = Recomputed._replay
 
     def disturbed(self: Recomputed) -> None:
@@ -59,7 +71,9 @@ def alive(model: Transformer) -> dict[str, int]:
         for connection, heavy in ((block.attn_hc, block.attn), (block.ffn_hc, block.moe)):
             connection.register_forward_hook(lambda _m, args, _o: watch("stream", args[0]))
             heavy.register_forward_hook(lambda _m, args, _o: watch("input", args[0]))
-            heavy.register_forward_hook(lambda _m, _a, out: watch("branch", out[0] if isinstance(out, tuple) else out))
+            heavy.register_forward_hook(
+                lambda _m, _a, out: watch("branch", out[0] if isinstance(out, tuple) else out)
+            )
     out = model(torch.randint(256, (2, 16)))
     found = {kind: sum(not ref.expired() for ref in refs) for kind, refs in seen.items()}
     del out
@@ -71,11 +85,15 @@ def test_of_a_block_of_layers_one_stream_is_kept_and_what_its_heavy_parts_gave()
     assert alive(made("mhc")) == {"stream": 3, "input": 0, "branch": 12}
 
 
-@pytest.mark.parametrize(("streams", "layers", "length"), [(4, 12, 3), (4, 30, 4), (1, 12, 2), (4, 1, 1), (8, 60, 7)])
+@pytest.mark.parametrize(
+    ("streams", "layers", "length"), [(4, 12, 3), (4, 30, 4), (1, 12, 2), (4, 1, 1), (8, 60, 7)]
+)
 def test_a_stream_is_kept_every_so_many_layers(streams: int, layers: int, length: int) -> None:
     assert block_length(streams, layers) == length
     cost = {k: streams * layers / k + (streams + 2) * k for k in range(1, layers + 1)}
-    assert cost[length] <= 1.1 * min(cost.values()), "the square root is where kept and made anew are in balance"
+    assert cost[length] <= 1.1 * min(cost.values()), (
+        "the square root is where kept and made anew are in balance"
+    )
 
 
 def test_without_gradient_nothing_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,12 @@ def logits(scale: float, tokens: int = 50, n: int = 4) -> Tensor:
 
 
 def both(scale: float, order: str, eps: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Output and gradient of ours, and of autograd through the plain iterations, under the same random upstream."""
-    upstream = torch.randn(50, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    """Output and gradient of ours, and of autograd through the plain iterations, under the same
+    random upstream.
+    """
+    upstream = torch.randn(
+        50, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     found = []
     for function in (lambda z: sinkhorn(z, 20, eps, order), lambda z: plain(z, 20, eps, order)):
         z = logits(scale).requires_grad_()
@@ -54,7 +58,9 @@ def test_output_and_backward_are_those_of_autograd_through_the_plain_iterations(
 @pytest.mark.parametrize("scale", [1, 6])
 def test_the_backward_stands_up_to_finite_differences(scale: float, order: str) -> None:
     z = logits(scale, tokens=3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: sinkhorn(z, 5, 1e-6, order), (z,), eps=1e-6, atol=1e-7, rtol=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda z: sinkhorn(z, 5, 1e-6, order), (z,), eps=1e-6, atol=1e-7, rtol=1e-5
+    )
 
 
 class Shortcut(torch.autograd.Function):
@@ -78,7 +84,9 @@ class Shortcut(torch.autograd.Function):
 @pytest.mark.parametrize("scale", [3, 6])
 def test_a_backward_that_reuses_the_final_matrix_would_be_seen(scale: float) -> None:
     z = logits(scale).requires_grad_()
-    upstream = torch.randn(50, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upstream = torch.randn(
+        50, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     (wrong,) = torch.autograd.grad(Shortcut.apply(z), z, upstream)
     assert error(wrong, both(scale, "columns-first", 0.0)[1][1]) > 0.005
     z = logits(scale, tokens=3).requires_grad_()
@@ -96,7 +104,9 @@ def test_columns_first_leaves_rows_exact_and_the_other_way_round() -> None:
 
 
 @pytest.mark.parametrize(("scale", "about"), [(1, 0.003), (2, 0.03), (4, 0.06), (6, 0.13)])
-def test_twenty_iterations_leave_the_column_error_that_the_mathematics_leaves(scale: float, about: float) -> None:
+def test_twenty_iterations_leave_the_column_error_that_the_mathematics_leaves(
+    scale: float, about: float
+) -> None:
     m = sinkhorn(logits(scale, tokens=20_000), 20)
     worst = (m.sum(-2) - 1).abs().max().item()
     assert about / 4 < worst < 4 * about
@@ -106,7 +116,9 @@ def test_twenty_iterations_leave_the_column_error_that_the_mathematics_leaves(sc
 
 @pytest.mark.parametrize("order", SIDES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_enormous_logits_overflow_neither_forward_nor_backward(order: str, dtype: torch.dtype) -> None:
+def test_enormous_logits_overflow_neither_forward_nor_backward(
+    order: str, dtype: torch.dtype
+) -> None:
     z = (1e4 * logits(1, tokens=500).sign()).to(dtype).requires_grad_()
     mixed = (1e4 * logits(1, tokens=500)).to(dtype).requires_grad_()
     for x in (z, mixed):

@@ -25,8 +25,9 @@ def parameters(module: torch.nn.Module) -> int:
 def as_in_the_paper(model: Transformer) -> int:
     """Our count with the paper's two other choices in place of ours.
 
-    Its first layer is dense where ours is hash-routed: a SwiGLU as wide as the experts a token visits. Its attention
-    is MLA (KV rank 512, 64 rotary dimensions beside each head's 128, queries not compressed), where ours is full.
+    Its first layer is dense where ours is hash-routed: a SwiGLU as wide as the experts a token
+    visits. Its attention is MLA (KV rank 512, 64 rotary dimensions beside each head's 128, queries
+    not compressed), where ours is full.
     """
     c = model.config
     moe, width = model.blocks[0].moe, (c.experts_per_token + c.shared_experts) * c.expert_dim
@@ -43,24 +44,40 @@ def test_the_large_sizes_have_the_papers_parameters(size: str) -> None:
     assert as_in_the_paper(model) == pytest.approx(TABLE5[size], rel=0.02)
     experts = model.blocks[0].moe
     assert parameters(model) > TABLE5[size], "ours has one layer of experts more"
-    assert as_in_the_paper(model) + parameters(experts) != pytest.approx(TABLE5[size], rel=0.02), "which would be seen"
+    assert as_in_the_paper(model) + parameters(experts) != pytest.approx(TABLE5[size], rel=0.02), (
+        "which would be seen"
+    )
     assert all(p.is_meta for p in model.parameters())
 
 
 @pytest.mark.parametrize(
     ("size", "layers", "channels", "experts", "expert_dim", "heads"),
-    [("3b", 12, 1280, 64, 896, 16), ("9b", 18, 1920, 64, 1280, 24), ("27b", 30, 2560, 72, 1536, 32)],
+    [
+        ("3b", 12, 1280, 64, 896, 16),
+        ("9b", 18, 1920, 64, 1280, 24),
+        ("27b", 30, 2560, 72, 1536, 32),
+    ],
 )
-def test_the_large_sizes_have_the_papers_shapes(size, layers, channels, experts, expert_dim, heads) -> None:
+def test_the_large_sizes_have_the_papers_shapes(
+    size, layers, channels, experts, expert_dim, heads
+) -> None:
     c = SIZES[size]
-    assert (c.layers, c.channels, c.experts, c.expert_dim, c.heads) == (layers, channels, experts, expert_dim, heads)
+    assert (c.layers, c.channels, c.experts, c.expert_dim, c.heads) == (
+        layers,
+        channels,
+        experts,
+        expert_dim,
+        heads,
+    )
     assert (c.experts_per_token, c.shared_experts, c.streams, c.sequence) == (6, 2, 4, 4096)
     assert c.vocab == 129_280
     assert c.dtype == "bfloat16"
 
 
 def test_the_large_sizes_keep_in_float32_what_decides() -> None:
-    kept = {n.split(".", 2)[-1] for n, p in built("3b").named_parameters() if p.dtype == torch.float32}
+    kept = {
+        n.split(".", 2)[-1] for n, p in built("3b").named_parameters() if p.dtype == torch.float32
+    }
     assert {"attn_hc.phi", "ffn_hc.alpha", "moe.router.weight", "attn_norm.weight"} <= kept
     assert not {"attn.qkv.weight", "moe.experts.down", "moe.shared.down.weight"} & kept
 
@@ -106,7 +123,10 @@ def test_a_bfloat16_model_trains_a_step(residual: str) -> None:
         ({"streams": 0}, "streams is at least 1"),
         ({"sinkhorn_iterations": 0}, "sinkhorn_iterations is at least 1"),
         ({"channels": 66}, "channels is a multiple of 4 in float32, not 66"),
-        ({"expert_dim": 12, "dtype": "bfloat16"}, "expert_dim is a multiple of 8 in bfloat16, not 12"),
+        (
+            {"expert_dim": 12, "dtype": "bfloat16"},
+            "expert_dim is a multiple of 8 in bfloat16, not 12",
+        ),
         ({"shared_experts": -1}, "shared_experts is 0 or more"),
         ({"swiglu_limit": 0.0}, "swiglu_limit is positive or None"),
         ({"swiglu_limit": float("nan")}, "swiglu_limit is positive or None"),
@@ -123,7 +143,10 @@ def test_a_config_that_cannot_be_says_what_could(changes: dict, said: str) -> No
         ({"steps": 0}, "steps is at least 1, not 0"),
         ({"sequences": 0}, "sequences is at least 1"),
         ({"micro_batches": 0}, "micro_batches is at least 1"),
-        ({"micro_batches": 3}, "8 sequences do not make 3 equal micro-batches; pass one of 1, 2, 4, 8"),
+        (
+            {"micro_batches": 3},
+            "8 sequences do not make 3 equal micro-batches; pass one of 1, 2, 4, 8",
+        ),
         ({"lr": -1.0}, r"lr is 0 to 1e\+30, not -1"),
         ({"lr": float("nan")}, "not nan"),
         ({"lr": 1e31}, r"not 1e\+31"),

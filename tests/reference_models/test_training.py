@@ -1,4 +1,6 @@
-"""The training step: which optimizer moves what, the schedule, clipping, micro-batches, resume, recomputation."""
+"""The training step: which optimizer moves what, the schedule, clipping, micro-batches, resume,
+recomputation.
+"""
 
 import copy
 import io
@@ -39,7 +41,9 @@ def state_of(t: Trainer) -> Iterator[Tensor]:
 def test_muon_moves_the_blocks_matrices_and_adamw_everything_else(residual: str) -> None:
     t = trainer(residual)
     names = {id(p): n for n, p in t.model.named_parameters()}
-    flat, stacked, rest = ({names[id(p)] for g in o.param_groups for p in g["params"]} for o in t.optimizers)
+    flat, stacked, rest = (
+        {names[id(p)] for g in o.param_groups for p in g["params"]} for o in t.optimizers
+    )
     layer = [n.removeprefix("layers.1.") for n in names.values() if n.startswith("layers.1.")]
     assert {n for n in layer if f"layers.1.{n}" in flat} == {
         "attn.qkv.weight",
@@ -47,7 +51,10 @@ def test_muon_moves_the_blocks_matrices_and_adamw_everything_else(residual: str)
         "moe.shared.gate_up.weight",
         "moe.shared.down.weight",
     }
-    assert {n for n in layer if f"layers.1.{n}" in stacked} == {"moe.experts.gate_up", "moe.experts.down"}
+    assert {n for n in layer if f"layers.1.{n}" in stacked} == {
+        "moe.experts.gate_up",
+        "moe.experts.down",
+    }
     assert {"embed.weight", "head.weight", "norm.weight", "layers.1.moe.router.weight"} <= rest
     if residual != "plain":
         assert {"layers.1.attn_hc.phi", "layers.1.ffn_hc.bias"} <= rest
@@ -82,7 +89,9 @@ def test_the_schedule_has_one_kink_and_no_jump() -> None:
     rates = torch.tensor([c.lr_at(s) for s in range(320)], dtype=torch.float64)
     assert rates.diff().abs().max() <= 0.05 + 1e-12, "no step is larger than warm-up's"
     bends = rates.diff().diff().abs()
-    assert [i + 1 for i in (bends > 1e-3).nonzero().flatten().tolist()] == [19], "where warm-up ends"
+    assert [i + 1 for i in (bends > 1e-3).nonzero().flatten().tolist()] == [19], (
+        "where warm-up ends"
+    )
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 20), (20, 20), (5, 0), (21, 20)])
@@ -107,7 +116,9 @@ def test_gradients_are_clipped_to_the_limit_and_the_norm_said_is_from_before() -
         t = Trainer(Transformer(config()), TrainConfig(steps=9, sequences=SEQUENCES, clip=clip))
         found: list[float] = []
         t.optimizers[0].register_step_pre_hook(
-            lambda *_: found.append(torch.nn.utils.get_total_norm([p.grad for p in t.model.parameters()]).item())
+            lambda *_: found.append(
+                torch.nn.utils.get_total_norm([p.grad for p in t.model.parameters()]).item()
+            )
         )
         return t.step(batch(0)).grad_norm.item(), found[0]
 
@@ -133,7 +144,10 @@ def gradients(micro_batches: int) -> tuple[list[Tensor], float, int]:
 
 @pytest.mark.parametrize("micro_batches", [2, 4])
 def test_micro_batches_give_the_whole_batchs_gradients_loss_and_tokens(micro_batches: int) -> None:
-    (whole, loss, count), (parts, loss_of_parts, count_of_parts) = gradients(1), gradients(micro_batches)
+    (whole, loss, count), (parts, loss_of_parts, count_of_parts) = (
+        gradients(1),
+        gradients(micro_batches),
+    )
     assert max(map(error, parts, whole)) < 1e-4
     assert loss_of_parts == pytest.approx(loss, rel=1e-6)
     assert count_of_parts == count
@@ -147,7 +161,9 @@ def test_the_balancing_bias_goes_by_the_loads_of_all_micro_batches() -> None:
         t = trainer(micro_batches=micro_batches)
         t.step(batch(0))
         assert isinstance(t.model.blocks[0].moe.router, HashRouter)
-        assert not t.model.blocks[0].moe.router.balance.any(), "hashed layers have nothing to balance"
+        assert not t.model.blocks[0].moe.router.balance.any(), (
+            "hashed layers have nothing to balance"
+        )
         biases.append([b.moe.router.balance for b in t.model.blocks[1:]])
     assert all(map(torch.equal, *biases))
     assert all(b.any() for b in biases[0])
@@ -194,7 +210,9 @@ def test_a_resume_that_forgets_something_would_be_seen(lost: str) -> None:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_a_repeatable_training_has_repeatable_backwards_and_no_attention_whose_is_not(wanted: bool) -> None:
+def test_a_repeatable_training_has_repeatable_backwards_and_no_attention_whose_is_not(
+    wanted: bool,
+) -> None:
     def mode() -> tuple[bool, bool]:
         return torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
 
@@ -215,7 +233,9 @@ def test_recomputation_gives_the_same_losses_gradients_and_weights() -> None:
         t.accumulate(batch(3))
         results.append((losses, [p.grad for p in t.model.parameters()], list(state_of(t))))
     assert results[0][0] == results[1][0]
-    for kept, again in zip(results[0][1] + results[0][2], results[1][1] + results[1][2], strict=True):
+    for kept, again in zip(
+        results[0][1] + results[0][2], results[1][1] + results[1][2], strict=True
+    ):
         assert kept is not None
         assert again is not None
         assert torch.equal(kept, again)

@@ -30,12 +30,21 @@ def cell_box(page, stage: int, layer: int, step: float) -> tuple[float, float]:
 def test_the_verdict_the_picture_and_all_four_cards_are_there_at_once(page):
     page.goto(f"{page.home}run/mhc-tear/cascade")
     page.get_by_role("heading", name="Spike at step 360").wait_for()
-    for name in ("cascade-picture", "cascade-series", "cascade-experts", "cascade-maps", "cascade-tokens"):
+    for name in (
+        "cascade-picture",
+        "cascade-series",
+        "cascade-experts",
+        "cascade-maps",
+        "cascade-tokens",
+    ):
         chart(page, name)
     assert "SwiGLU clamping" in page.locator(".facts").inner_text()
     assert "layer 3 · local curvature" in page.locator("#cascade-where").inner_text()
     assert page.locator("#cascade-evidence .ag-row").count() >= 4
-    ranges = [layout(page, name, "xaxis.range") for name in ("cascade-picture", "cascade-series", "cascade-experts")]
+    ranges = [
+        layout(page, name, "xaxis.range")
+        for name in ("cascade-picture", "cascade-series", "cascade-experts")
+    ]
     assert ranges[0] == ranges[1]
     assert page.url.endswith("/run/mhc-tear/cascade")  # nothing was chosen by opening it
 
@@ -93,10 +102,13 @@ def test_a_drag_picks_a_window_in_a_run_without_a_spike(page):
     page.goto(f"{page.home}run/hc-growing/cascade")
     page.get_by_role("heading", name="No spike so far").wait_for()
     chart(page, "cascade-picture")
-    until(page, "location.search.includes('steps=')", lambda: drag(page, "cascade-picture", 0.2, 0.6))
+    until(
+        page, "location.search.includes('steps=')", lambda: drag(page, "cascade-picture", 0.2, 0.6)
+    )
     low, high = map(int, re.search(r"steps=(\d+)-(\d+)", page.url).groups())
     until(
-        page, f"document.querySelector('#cascade-picture .js-plotly-plot')._fullLayout.xaxis.range[0] === {low} - 0.5"
+        page,
+        f"document.querySelector('#cascade-picture .js-plotly-plot')._fullLayout.xaxis.range[0] === {low} - 0.5",
     )
     assert low < high
     page.get_by_role("link", name="most unusual step").click()
@@ -105,7 +117,9 @@ def test_a_drag_picks_a_window_in_a_run_without_a_spike(page):
 
 
 def test_the_view_follows_a_training_and_shows_its_spike_when_it_comes(page, runs):
-    story = synthetic.Story(steps=400, layers=3, seed=6, tears=(synthetic.Tear(onset=300, layer=1, expert=2),))
+    story = synthetic.Story(
+        steps=400, layers=3, seed=6, tears=(synthetic.Tear(onset=300, layer=1, expert=2),)
+    )
     run = synthetic.create(runs / "growing", story)
     try:
         synthetic.write_rows(run, story, 0, 280)

@@ -1,4 +1,6 @@
-"""What the cascade page looks at: which spikes there are, the window, the cell, its maps, tokens and usual ranges."""
+"""What the cascade page looks at: which spikes there are, the window, the cell, its maps, tokens
+and usual ranges.
+"""
 
 import shutil
 
@@ -157,10 +159,12 @@ def test_an_address_carries_spike_and_cell():
 
 def test_a_click_on_a_map_is_a_cell_and_a_click_on_the_loss_is_none():
     view = View(spike=360)
-    assert page._clicked("", view, "cascade-picture", {"x": 366, "y": "4", "curveNumber": 1}) == View(
-        spike=360, stage=2, layer=4, step=366
+    assert page._clicked(
+        "", view, "cascade-picture", {"x": 366, "y": "4", "curveNumber": 1}
+    ) == View(spike=360, stage=2, layer=4, step=366)
+    assert (
+        page._clicked("", view, "cascade-picture", {"x": 366, "y": 2.5, "curveNumber": 3}) == view
     )
-    assert page._clicked("", view, "cascade-picture", {"x": 366, "y": 2.5, "curveNumber": 3}) == view
     assert page._clicked("", view, "cascade-picture", {"curveNumber": 0}) == view
 
 
@@ -183,10 +187,14 @@ def test_the_series_of_a_cell_are_its_stages_and_the_odd_ones_come_first(torn):
 
 def test_what_is_usual_is_told_from_before_the_cascade_only(torn):
     found = cascade_of(torn, 360)
-    series = {s.metric.name: s for s in series_of(torn, Cell(1, 3, 366), (320, 400), found.onset, most=20)}
+    series = {
+        s.metric.name: s for s in series_of(torn, Cell(1, 3, 366), (320, 400), found.onset, most=20)
+    }
     gate = series["gate_amax"]
     before = gate.value_S[(gate.step_S < found.onset) & (gate.step_S >= found.onset - 96)]
-    assert gate.usual == pytest.approx((np.quantile(before, 0.02), np.quantile(before, 0.98)), rel=1e-5)
+    assert gate.usual == pytest.approx(
+        (np.quantile(before, 0.02), np.quantile(before, 0.98)), rel=1e-5
+    )
     late = {s.metric.name: s for s in series_of(torn, Cell(1, 3, 366), (320, 400), 366, most=20)}
     assert late["gate_amax"].usual[1] > 2 * gate.usual[1]  # the twin: it would swallow the rise
 
@@ -197,7 +205,9 @@ def test_a_composite_is_the_product_of_the_maps_in_the_order_in_which_they_are_p
     for layer in range(4):
         for site in ("attn", "ffn"):
             cells = rows[(rows["layer"] == layer) & (rows["site"] == site) & (rows["map"] == "res")]
-            product = cells.pivot_table(index="i", columns="j", values="value").to_numpy(float) @ product
+            product = (
+                cells.pivot_table(index="i", columns="j", values="value").to_numpy(float) @ product
+            )
     shown = dict(composites(torn, 3, 350))
     assert list(shown) == ["3.attn", "3.ffn", "0.attn → 3.ffn"]
     assert np.allclose(shown["0.attn → 3.ffn"], product, rtol=1e-6)
@@ -217,8 +227,12 @@ def test_traced_tokens_keep_their_order_of_sites_and_their_flips(torn):
     tokens = traced(torn, 360)
     assert len(tokens) == rows["token"].nunique()
     first = tokens[0]
-    assert first.place_P == tuple(f"{layer}.{site}" for layer in range(6) for site in ("attn", "ffn"))
-    mine = rows[(rows["token"] == first.token) & (rows["layer"] == 4) & (rows["site"] == "ffn")].iloc[0]
+    assert first.place_P == tuple(
+        f"{layer}.{site}" for layer in range(6) for site in ("attn", "ffn")
+    )
+    mine = rows[
+        (rows["token"] == first.token) & (rows["layer"] == 4) & (rows["site"] == "ffn")
+    ].iloc[0]
     at = first.place_P.index("4.ffn")
     assert first.expert_P[at] == mine["experts"][0]
     assert first.projection_P2[at].tolist() == [mine["projection_1"], mine["projection_2"]]
@@ -226,7 +240,8 @@ def test_traced_tokens_keep_their_order_of_sites_and_their_flips(torn):
     assert first.expert_P[at - 1] == -1
 
 
-# -- a living run --------------------------------------------------------------------------------------
+# -- a living run
+# --------------------------------------------------------------------------------------
 
 
 def test_the_map_of_a_living_run_is_not_worked_out_at_every_step(tmp_path, monkeypatch):
@@ -251,7 +266,9 @@ def test_the_map_of_a_living_run_is_not_worked_out_at_every_step(tmp_path, monke
 
 
 def test_a_cascade_is_explained_once_and_anew_when_more_of_it_is_known(tmp_path, monkeypatch):
-    story = synthetic.Story(steps=500, layers=3, tears=(synthetic.Tear(onset=300, layer=1, expert=2),))
+    story = synthetic.Story(
+        steps=500, layers=3, tears=(synthetic.Tear(onset=300, layer=1, expert=2),)
+    )
     run = synthetic.create(tmp_path / "r", story)
     synthetic.write_rows(run, story, 0, 303)
     for event in story.events():
@@ -270,7 +287,9 @@ def test_a_cascade_is_explained_once_and_anew_when_more_of_it_is_known(tmp_path,
 
 
 def test_the_page_is_whole_at_every_moment_of_a_run(tmp_path):
-    story = synthetic.Story(steps=60, layers=2, tears=(synthetic.Tear(onset=40, layer=1, expert=2),))
+    story = synthetic.Story(
+        steps=60, layers=2, tears=(synthetic.Tear(onset=40, layer=1, expert=2),)
+    )
     run = synthetic.create(tmp_path / "r", story)
     record = Record(open_run(tmp_path / "r"))
     every_part(record, View())
@@ -285,7 +304,8 @@ def test_the_page_is_whole_at_every_moment_of_a_run(tmp_path):
     run.close()
 
 
-# -- runs that lack something ------------------------------------------------------------------------
+# -- runs that lack something
+# ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gone", ["layers", "experts", "matrices", "tokens", "events", "steps"])
@@ -296,7 +316,9 @@ def test_a_run_that_lacks_a_table_is_shown_without_it(runs, tmp_path, gone):
     every_part(record, View())
     every_part(record, View(spike=360, stage=1, layer=3, step=342))
     if gone == "layers":
-        texts = [a.text for a in page.draw_picture(record, View(spike=360), LIGHT).layout.annotations]
+        texts = [
+            a.text for a in page.draw_picture(record, View(spike=360), LIGHT).layout.annotations
+        ]
         assert "Nothing of this stage was recorded here." in texts
 
 
@@ -321,7 +343,14 @@ def test_a_spike_at_the_first_or_the_last_step_is_shown(tmp_path, onset):
     story = synthetic.Story(steps=30, layers=2)
     run = synthetic.create(tmp_path / "r", story)
     synthetic.write_rows(run, story, 0, 30)
-    data = {"kind": "nonfinite", "onset": onset, "detected": onset, "peak": onset, "end": None, "score": None}
+    data = {
+        "kind": "nonfinite",
+        "onset": onset,
+        "detected": onset,
+        "peak": onset,
+        "end": None,
+        "score": None,
+    }
     run.event(Event(step=onset, kind="nonfinite", message="the loss is NaN", data=data))
     run.close()
     record = Record(open_run(tmp_path / "r"))
@@ -341,7 +370,8 @@ def test_a_sparse_cadence_is_shown_as_wide_columns(tmp_path):
     assert fig.data[0].dx == 10
 
 
-# -- attempts ------------------------------------------------------------------------------------------
+# -- attempts
+# ------------------------------------------------------------------------------------------
 
 
 def test_a_spike_that_was_rolled_back_is_shown_among_its_own_steps(rolled_back):
@@ -353,7 +383,9 @@ def test_a_spike_that_was_rolled_back_is_shown_among_its_own_steps(rolled_back):
     assert (found.stage, found.layer) == (1, 2)
     scene = scene_of(lived, (270, 309), rolled_back)
     assert np.nanmax(scene.stages.scores[0, 2]) > 15
-    assert np.nanmax(stages_of(rolled_back, (270, 309)).scores[0, 2]) < 10  # the twin: what took its place is calm
+    assert (
+        np.nanmax(stages_of(rolled_back, (270, 309)).scores[0, 2]) < 10
+    )  # the twin: what took its place is calm
     assert [u.attempt for u in scene.undone] == [1]
     every_part(rolled_back, View())
 
@@ -381,7 +413,8 @@ def test_marks_are_spikes_warnings_rollbacks_and_later_attempts(rolled_back):
     assert marks([first | {"attempt": 1}], []) != []
 
 
-# -- words ---------------------------------------------------------------------------------------------
+# -- words
+# ---------------------------------------------------------------------------------------------
 
 
 def test_a_spike_of_the_trail_leads_to_its_cascade_and_a_warning_too(torn):
@@ -397,7 +430,12 @@ def test_the_verdict_says_where_when_how_sure_and_what_fits(torn):
     found = cascade_of(torn, 360)
     said = str(page._verdict(torn, View()))
     assert verdict.headline(found).startswith("Spike at step 360: ")
-    for part in ("layer 3, ffn", f"{found.lead} steps", f"{found.confidence:.2f}", "SwiGLU clamping"):
+    for part in (
+        "layer 3, ffn",
+        f"{found.lead} steps",
+        f"{found.confidence:.2f}",
+        "SwiGLU clamping",
+    ):
         assert part in said
     assert said.count("SwiGLU clamping") == 1
 
@@ -420,7 +458,10 @@ def test_the_frame_tells_what_the_lines_mean_for_kinds_that_there_are(runs, roll
     assert "rollback" not in str(legend(library.get("mhc-tear"), "/run/mhc-tear/gain"))
     assert legend(library.get("mhc-tear"), "/run/mhc-tear/events") == []
     assert legend(library.get("plain"), "/run/plain/gain") == []
-    assert all(word in str(legend(rolled_back, "/run/back/gain")) for word in ("rollback", "undone", "attempt"))
+    assert all(
+        word in str(legend(rolled_back, "/run/back/gain"))
+        for word in ("rollback", "undone", "attempt")
+    )
 
 
 def test_a_past_run_reads_like_a_run_that_was_never_rolled_back(rolled_back, tmp_path):

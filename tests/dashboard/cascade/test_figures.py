@@ -1,4 +1,6 @@
-"""The cascade's pictures: rings where the record says, a path from the origin to the loss, and nothing made up."""
+"""The cascade's pictures: rings where the record says, a path from the origin to the loss, and
+nothing made up.
+"""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -22,12 +24,23 @@ STEPS = np.arange(100, 200)
 
 
 def onset(stage, layer, step, metric="gate_amax", expert=None) -> Onset:
-    return Onset(stage=stage, layer=layer, site="ffn", expert=expert, step=step, score=20.0, metric=metric)
+    return Onset(
+        stage=stage, layer=layer, site="ffn", expert=expert, step=step, score=20.0, metric=metric
+    )
 
 
 LOSS = Onset(stage=None, layer=None, site=None, expert=None, step=160, score=9.0, metric="loss")
 GATE = Evidence(
-    stage=1, layer=3, site="ffn", expert=5, metric="gate_amax", step=140, score=30.0, value=38.0, usual=4.2, unit="1"
+    stage=1,
+    layer=3,
+    site="ffn",
+    expert=5,
+    metric="gate_amax",
+    step=140,
+    score=30.0,
+    value=38.0,
+    usual=4.2,
+    unit="1",
 )
 FOUND = Cascade(
     spike={"kind": "spike", "onset": 160, "detected": 162, "peak": 165, "end": 180}, spike_onset=160, stage=1, layer=3,
@@ -81,7 +94,11 @@ def test_a_score_of_one_step_survives_a_thousand_columns():
     scores = np.ones((3, 4, 5000), np.float32)
     scores[1, 2, 3210] = 40
     long = {"step": np.arange(5000), "loss": np.ones(5000)}
-    given = {"window": (0, 4999), "steps": long, "stages": StageMap(np.arange(5000), np.arange(4), scores)}
+    given = {
+        "window": (0, 4999),
+        "steps": long,
+        "stages": StageMap(np.arange(5000), np.arange(4), scores),
+    }
     fig = picture(scene(layers=4, **given), LIGHT)
     z = np.array(fig.data[1].customdata)
     assert z.shape[1] < 1300
@@ -97,7 +114,9 @@ def test_the_path_leads_from_the_origin_through_the_first_onset_of_each_stage_to
         assert before[2:] == after[:2]
     low, high = fig.layout.yaxis2.domain
     assert low < pieces[0][1] < high  # in stage 1's map
-    assert pieces[0][1] == pytest.approx(high - 3.5 / 8 * (high - low))  # in the middle of layer 3's row
+    assert pieces[0][1] == pytest.approx(
+        high - 3.5 / 8 * (high - low)
+    )  # in the middle of layer 3's row
     low, high = fig.layout.yaxis.domain
     assert low < pieces[-1][3] < high  # on the loss
 
@@ -111,8 +130,14 @@ def test_what_left_its_range_after_the_loss_is_no_part_of_the_path():
 
 def test_every_onset_has_its_ring_in_its_own_map_and_layer():
     fig = picture(scene(), LIGHT, cascade())
-    rings = {t.yaxis: (list(t.x), list(t.y)) for t in fig.data if (t.name or "").startswith("onsets")}
-    assert rings == {"y2": ([140, 163], ["3", "7"]), "y3": ([148, 150], ["4", "5"]), "y4": ([155], ["7"])}
+    rings = {
+        t.yaxis: (list(t.x), list(t.y)) for t in fig.data if (t.name or "").startswith("onsets")
+    }
+    assert rings == {
+        "y2": ([140, 163], ["3", "7"]),
+        "y3": ([148, 150], ["4", "5"]),
+        "y4": ([155], ["7"]),
+    }
     sizes = named(fig, "onsets of stage 1")[0].marker.size
     assert sizes[0] > 2 * sizes[1]
 
@@ -137,14 +162,28 @@ def test_a_note_stays_in_its_own_panel_and_on_the_quiet_side():
 
 
 def test_a_cause_outside_the_layers_begins_at_the_loss_and_is_named():
-    lr = replace(GATE, stage=None, layer=None, site=None, expert=None, metric="lr", value=0.03, usual=0.001)
+    lr = replace(
+        GATE, stage=None, layer=None, site=None, expert=None, metric="lr", value=0.03, usual=0.001
+    )
     found = cascade(stage=None, layer=None, expert=None, cause="lr", onset=158, lead=2, evidence=(lr,),
                     path=(onset(2, 1, 159), LOSS))  # fmt: skip
     fig = picture(scene(), LIGHT, found)
     assert paths(fig)[0][:2] == (158, fig.layout.yaxis.domain[0])
     assert any("learning rate ×30" in (a.text or "") for a in fig.layout.annotations)
-    batch = cascade(stage="data", layer=None, expert=None, cause="data", domain="codecs", onset=160, lead=0, path=())
-    assert any("the batch: codecs" in (a.text or "") for a in picture(scene(), LIGHT, batch).layout.annotations)
+    batch = cascade(
+        stage="data",
+        layer=None,
+        expert=None,
+        cause="data",
+        domain="codecs",
+        onset=160,
+        lead=0,
+        path=(),
+    )
+    assert any(
+        "the batch: codecs" in (a.text or "")
+        for a in picture(scene(), LIGHT, batch).layout.annotations
+    )
 
 
 def test_without_a_precursor_there_is_the_loss_and_no_path():
@@ -206,7 +245,10 @@ def test_routing_and_what_was_undone_are_there_too():
 def test_each_kind_of_mark_has_a_line_of_its_own_kind_and_only_in_view():
     steps = {"step": STEPS, "loss": np.ones(100), "grad_norm": np.ones(100)}
     steps |= {f"stage{i}_score": np.zeros(100) for i in (1, 2, 3)}
-    said = [Mark(kind=k, step=s) for k, s in (("spike", 150), ("early_warning", 140), ("rollback", 155), ("fault", 20))]
+    said = [
+        Mark(kind=k, step=s)
+        for k, s in (("spike", 150), ("early_warning", 140), ("rollback", 155), ("fault", 20))
+    ]
     fig = timeline(steps, [], [], LIGHT, marks=said)
     lines = {s.x0: (s.line.color, s.line.dash) for s in fig.layout.shapes if s.type == "line"}
     assert sorted(lines) == [140, 150, 155]
@@ -242,7 +284,10 @@ def test_experts_colours_are_of_one_lightness_and_apart():
 
 def test_the_usual_band_lies_behind_its_own_strip():
     value = np.where(STEPS < 150, 4.0, 40.0)
-    strips = [Strip("gate_amax", "", STEPS, value, (3.9, 4.1)), Strip("act_amax", "", STEPS, value, None)]
+    strips = [
+        Strip("gate_amax", "", STEPS, value, (3.9, 4.1)),
+        Strip("act_amax", "", STEPS, value, None),
+    ]
     fig = multiples(strips, LIGHT, (100, 199), 150, "none")
     bands = [(s.yref, s.y0, s.y1) for s in fig.layout.shapes if s.type == "rect"]
     assert bands == [("y", 3.9, 4.1)]
@@ -253,7 +298,11 @@ def test_the_usual_band_lies_behind_its_own_strip():
 
 def test_maps_are_not_transposed_and_say_their_gain():
     m = np.array([[1.0, 0.5], [0.0, 1.0]])
-    fig = maps([("before", [Tile("3.attn", np.eye(2))]), ("at the cell", [Tile("3.attn", m)])], LIGHT, "none")
+    fig = maps(
+        [("before", [Tile("3.attn", np.eye(2))]), ("at the cell", [Tile("3.attn", m)])],
+        LIGHT,
+        "none",
+    )
     assert fig.data[1].z[0][1] == 0.5
     assert fig.layout.yaxis2.autorange == "reversed"
     assert Tile("", m).gain == 1.5

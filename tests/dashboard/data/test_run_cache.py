@@ -26,7 +26,10 @@ def rows(step, **columns):
 def test_ranks_become_one_as_the_registry_says(tmp_path):
     both = [Run.create(tmp_path / "r", rank=rank, world_size=2) for rank in (0, 1)]
     for run, gain, worst in zip(both, (1.0, 3.0), (5.0, 2.0), strict=True):
-        run.append("layers", rows(0, composite_gain_fwd=[gain, gain], composite_gain_fwd_max=[worst, worst]))
+        run.append(
+            "layers",
+            rows(0, composite_gain_fwd=[gain, gain], composite_gain_fwd_max=[worst, worst]),
+        )
         run.append("steps", {"step": [0], "loss": [gain], "tokens": [100.0], "grad_norm": [worst]})
     for run in both:
         run.close()
@@ -41,7 +44,9 @@ def test_null_stays_a_gap_and_nan_does_not(tmp_path):
     run = Run.create(tmp_path / "r")
     run.append("layers", rows(0, composite_gain_fwd=np.ma.MaskedArray([np.nan, 1], [False, True])))
     run.close()
-    value = Record(open_run(tmp_path / "r")).grids("layers", "composite_gain_fwd")[0].values_RS[:, 0]
+    value = (
+        Record(open_run(tmp_path / "r")).grids("layers", "composite_gain_fwd")[0].values_RS[:, 0]
+    )
     assert value[0] == np.inf
     assert np.isnan(value[1])
 
@@ -91,7 +96,10 @@ def test_a_new_attempt_takes_the_place_of_old_rows(tmp_path):
     assert record.grids("layers", "stream_rms")[0].steps_S[-1] == 29
     run.next_attempt()
     run.append("steps", {"step": [10], "loss": [7.0]})
-    run.append("layers", {"step": [10] * 4, "layer": [0, 0, 1, 1], "site": ["attn", "ffn"] * 2, "stream_rms": 9.0})
+    run.append(
+        "layers",
+        {"step": [10] * 4, "layer": [0, 0, 1, 1], "site": ["attn", "ffn"] * 2, "stream_rms": 9.0},
+    )
     record.refresh()
     assert record.steps()["step"][-1] == 10
     grid = record.grids("layers", "stream_rms")[0]
@@ -102,7 +110,13 @@ def test_a_new_attempt_takes_the_place_of_old_rows(tmp_path):
 def test_rows_in_another_order_are_put_in_static_order(tmp_path):
     run = Run.create(tmp_path / "r")
     run.append(
-        "layers", {"step": [0] * 3, "layer": [1, 0, 0], "site": ["attn", "ffn", "attn"], "stream_rms": [3, 2, 1]}
+        "layers",
+        {
+            "step": [0] * 3,
+            "layer": [1, 0, 0],
+            "site": ["attn", "ffn", "attn"],
+            "stream_rms": [3, 2, 1],
+        },
     )
     run.close()
     grid = Record(open_run(tmp_path / "r")).grids("layers", "stream_rms")[0]
@@ -120,7 +134,9 @@ def test_recent_equals_the_end_of_the_whole(runs):
 
 def test_a_long_run_is_read_in_stretches_and_is_the_same(runs, monkeypatch):
     (at_once,) = Record(open_run(runs / "mhc-tear")).grids("layers", "transport_gain_fwd")
-    monkeypatch.setattr("geodiag.store.step_chunks.CELLS", 6000)  # 5 columns, 12 rows a step: 100 steps
+    monkeypatch.setattr(
+        "geodiag.store.step_chunks.CELLS", 6000
+    )  # 5 columns, 12 rows a step: 100 steps
     record, read = Record(open_run(runs / "mhc-tear")), []
     make = record._made
     monkeypatch.setattr(record, "_made", lambda *a: read.append(a[-1]) or make(*a))
@@ -165,7 +181,12 @@ def test_a_model_of_one_stream_has_no_maps(tmp_path):
 def test_worst_names_value_step_and_row():
     from geodiag.metrics.schema import METRICS
 
-    grid = Grid(METRICS["layers", "stream_amax"], ((0, 0), (0, 1)), np.array([5, 9]), np.array([[1, 2], [8, np.nan]]))
+    grid = Grid(
+        METRICS["layers", "stream_amax"],
+        ((0, 0), (0, 1)),
+        np.array([5, 9]),
+        np.array([[1, 2], [8, np.nan]]),
+    )
     assert grid.worst() == (8, 5, (0, 1))
     assert Grid(grid.metric, (), np.array([]), np.empty((0, 0))).worst() is None
 
@@ -204,14 +225,25 @@ def test_a_corrupt_part_is_named_and_the_rest_is_shown(tmp_path):
 
 
 def test_every_view_survives_its_address():
-    view = View(steps=(3, 90), step=7, site=(3, 1), layer=2, metric="flip_any", over="max", scale="log")
+    view = View(
+        steps=(3, 90), step=7, site=(3, 1), layer=2, metric="flip_any", over="max", scale="log"
+    )
     assert View.parse(view.search()) == view
     assert View().search() == ""
 
 
 @pytest.mark.parametrize(
     "search",
-    ["?steps=9-3", "?steps=a-b", "?step=-1", "?site=3.nowhere", "?metric=<script>", "?layer=1e9", "?x=1", "?=&&"],
+    [
+        "?steps=9-3",
+        "?steps=a-b",
+        "?step=-1",
+        "?site=3.nowhere",
+        "?metric=<script>",
+        "?layer=1e9",
+        "?x=1",
+        "?=&&",
+    ],
 )
 def test_nonsense_in_an_address_is_ignored(search):
     assert View.parse(search) == View()

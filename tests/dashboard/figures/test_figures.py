@@ -68,7 +68,9 @@ def test_a_spike_next_to_a_gap_survives():
 def test_every_tenth_point_alone_loses_the_spike():
     value = np.full(1_000_000, 2.0)
     value[123_457] = 9.0
-    assert value[::1000].max() == 2.0  # the twin: what careless thinning does, and the test above would see
+    assert (
+        value[::1000].max() == 2.0
+    )  # the twin: what careless thinning does, and the test above would see
 
 
 def test_what_was_not_measured_is_a_gap_and_never_zero():
@@ -99,12 +101,17 @@ def test_series_without_values_are_left_out():
     line, gone = Line("a", np.arange(5), np.ones(5)), Line("b", np.arange(5), np.full(5, np.nan))
     fig = over_steps([Strip("x", [line, gone]), Strip("y", [gone])], LIGHT)
     assert [t.name for t in fig.data] == ["a"]
-    assert over_steps([Strip("y", [gone])], LIGHT, nothing="none here").layout.annotations[0].text == "none here"
+    assert (
+        over_steps([Strip("y", [gone])], LIGHT, nothing="none here").layout.annotations[0].text
+        == "none here"
+    )
 
 
 def test_a_rate_that_stayed_0_is_not_drawn_as_if_it_could_be_negative():
     def mode(values):
-        return over_steps([Strip("x", [Line("a", np.arange(3), np.array(values))])], LIGHT).layout.yaxis.rangemode
+        return over_steps(
+            [Strip("x", [Line("a", np.arange(3), np.array(values))])], LIGHT
+        ).layout.yaxis.rangemode
 
     assert mode([0.0, 0.0, np.nan]) == "nonnegative"
     assert mode([0.0, -1.0, 2.0]) == "normal"
@@ -154,8 +161,13 @@ def test_a_run_of_one_step_is_seen_and_its_axis_names_that_step():
 def test_maps_that_are_not_finite_say_so():
     nan, ones = np.full((4, 4), np.nan), np.eye(4)
     assert "not finite" in matrices({"res": nan}, LIGHT).layout.annotations[0].text
-    assert "not finite" in maps([("now", [Tile("a", nan)])], LIGHT, "none").layout.annotations[0].text
-    assert len(maps([("before", [Tile("a", ones)]), ("now", [Tile("a", nan)])], LIGHT, "none").data) == 1
+    assert (
+        "not finite" in maps([("now", [Tile("a", nan)])], LIGHT, "none").layout.annotations[0].text
+    )
+    assert (
+        len(maps([("before", [Tile("a", ones)]), ("now", [Tile("a", nan)])], LIGHT, "none").data)
+        == 1
+    )
 
 
 def test_a_long_sentence_in_an_empty_chart_is_broken_where_the_narrowest_card_ends():
@@ -171,7 +183,9 @@ def test_an_empty_run_waits_calmly():
 
 
 def test_a_run_that_is_broken_from_its_first_step_is_drawn():
-    fig = timeline(steps_table(loss=np.full(100, np.inf), grad_norm=np.full(100, np.inf)), [], [], DARK)
+    fig = timeline(
+        steps_table(loss=np.full(100, np.inf), grad_norm=np.full(100, np.inf)), [], [], DARK
+    )
     assert isinstance(fig, go.Figure)
     assert len(next(t for t in fig.data if t.name == "loss not finite").x) == 100
 
@@ -247,7 +261,12 @@ def test_a_value_that_is_not_finite_is_a_cross_and_not_a_gap():
 
 def test_a_load_of_zero_is_the_deepest_colour_and_not_a_gap():
     values = np.array([[0.0, 0.5], [0.5, 0.5]], np.float32)
-    fig = heat_map([Panel(Grid(LOAD, ((0, 0), (0, 1)), np.arange(2), values), "t")], LIGHT, experts=True, centre=0.5)
+    fig = heat_map(
+        [Panel(Grid(LOAD, ((0, 0), (0, 1)), np.arange(2), values), "t")],
+        LIGHT,
+        experts=True,
+        centre=0.5,
+    )
     assert fig.data[0].z[0][0] < fig.layout.coloraxis.cmin
     assert not np.isnan(fig.data[0].z).any()
 

@@ -1,4 +1,6 @@
-"""The page in a real browser: opened, zoomed, steered; `page` fails on any error in its console or foreign request."""
+"""The page in a real browser: opened, zoomed, steered; `page` fails on any error in its console or
+foreign request.
+"""
 
 import json
 import re
@@ -17,15 +19,17 @@ def chart(page, name: str):
     """The chart `name`, once it is drawn."""
     plot = page.locator(f"#{name} .js-plotly-plot")
     plot.locator(".main-svg").first.wait_for()
-    until(page, f"document.querySelector('#{name} .js-plotly-plot')?.layout?.xaxis?.visible !== false")
+    until(
+        page, f"document.querySelector('#{name} .js-plotly-plot')?.layout?.xaxis?.visible !== false"
+    )
     return plot
 
 
 def until(page, expression: str, again=None, seconds: float = 20) -> None:
     """Waits for something to hold; the page's own policy forbids the `eval` of wait_for_function.
 
-    `again` is a gesture, made anew every two seconds: a chart that is just being laid out may miss one, as it
-    would miss a reader's.
+    `again` is a gesture, made anew every two seconds: a chart that is just being laid out may miss
+    one, as it would miss a reader's.
     """
     end, next_time = time.monotonic() + seconds, 0.0
     while not page.evaluate(expression):
@@ -91,7 +95,10 @@ def test_every_page_opens_in_both_schemes(page):
     page.locator(".g-tab a", has_text="Overview").click()
     chart(page, "overview-timeline")
     ink = "data.find(t => t.name === 'loss').line.color"
-    assert page.evaluate(f"document.querySelector('#overview-timeline .js-plotly-plot').{ink}") == "#e6e9f0"
+    assert (
+        page.evaluate(f"document.querySelector('#overview-timeline .js-plotly-plot').{ink}")
+        == "#e6e9f0"
+    )
     page.reload()
     chart(page, "overview-timeline")
     assert page.locator("html").get_attribute("data-mantine-color-scheme") == "dark"
@@ -108,7 +115,10 @@ def test_a_drag_zooms_every_page_and_a_double_click_ends_it(page):
     box = plot_area(page, "gain-heat")
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     until(page, "!location.search.includes('steps=')", lambda: page.mouse.dblclick(*middle))
-    until(page, "document.querySelector('#gain-heat .js-plotly-plot')._fullLayout.xaxis.range[1] > 590")
+    until(
+        page,
+        "document.querySelector('#gain-heat .js-plotly-plot')._fullLayout.xaxis.range[1] > 590",
+    )
 
 
 def test_a_click_on_a_cell_moves_profile_and_matrices(page):
@@ -137,7 +147,10 @@ def test_switching_quantity_and_layer_changes_the_charts_and_the_address(page):
     page.locator("#gain-metric").click()
     page.get_by_role("option", name="Sinkhorn residual").click()
     page.wait_for_url(re.compile("metric=sinkhorn"))
-    until(page, "document.querySelector('#gain-heat .js-plotly-plot').layout.annotations[0].text.includes('Sinkhorn')")
+    until(
+        page,
+        "document.querySelector('#gain-heat .js-plotly-plot').layout.annotations[0].text.includes('Sinkhorn')",
+    )
     page.goto(f"{page.home}run/mhc-tear/routing")
     chart(page, "routing-experts")
     title = "document.querySelector('#routing-experts .js-plotly-plot').layout.annotations[0].text"
@@ -178,14 +191,19 @@ def test_nothing_jumps_while_a_page_is_built(page):
 def test_no_button_of_a_chart_leads_elsewhere(page):
     page.goto(f"{page.home}run/mhc-tear/overview")
     chart(page, "overview-timeline")
-    titles = page.evaluate("[...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)")
+    titles = page.evaluate(
+        "[...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)"
+    )
     assert titles == ["Download plot as a PNG", "Reset axes"]
 
 
 def test_a_run_without_hyper_connections_says_so_and_shows_the_rest(page):
     page.goto(f"{page.home}run/plain/gain")
     page.get_by_text("no hyper-connections").wait_for()
-    until(page, "document.querySelector('#gain-heat .js-plotly-plot')?.data?.some(t => t.type === 'heatmap')")
+    until(
+        page,
+        "document.querySelector('#gain-heat .js-plotly-plot')?.data?.some(t => t.type === 'heatmap')",
+    )
     assert page.locator("#gain-metric").input_value() == "transport gain"
     assert not page.get_by_text("Maps of one site").is_visible()
     page.locator("#gain-metric").click()
@@ -219,7 +237,9 @@ def test_a_spike_leads_to_its_cascade_and_another_event_to_its_step(page):
     page.locator(".ag-cell", has_text="loss left its trend").click()
     page.wait_for_url("**/run/mhc-tear/cascade?spike=360")
     page.go_back()
-    page.wait_for_load_state("networkidle")  # a row that is clicked while the table is built leads nowhere
+    page.wait_for_load_state(
+        "networkidle"
+    )  # a row that is clicked while the table is built leads nowhere
     page.locator(".ag-cell", has_text="off → warmup").click()
     page.wait_for_url("**/run/mhc-tear/overview?steps=303-423&step=363")
     chart(page, "overview-timeline")
@@ -282,7 +302,9 @@ def test_routing_is_asked_and_then_on_and_the_page_follows_the_training(page, li
         )
     )  # fmt: skip
     live.event(Event(step=40, kind="decision", message="dashboard asked for on", time=time.time()))
-    columns = live.story.steps_columns(np.arange(40, 60)) | {"routing_mode": ["warmup"] * 4 + ["on"] * 16}
+    columns = live.story.steps_columns(np.arange(40, 60)) | {
+        "routing_mode": ["warmup"] * 4 + ["on"] * 16
+    }
     live.append("steps", columns)
     live.append("layers", live.story.layers_columns(np.arange(40, 60)))
     page.get_by_text("now: on").wait_for()
@@ -301,7 +323,9 @@ def test_the_profile_follows_the_newest_step_of_a_live_run(page, live):
     chart(page, "gain-heat")
     synthetic.write_rows(live, live.story, 40, 90)
     page.get_by_text("step 89, the newest").wait_for()
-    until(page, "document.querySelector('#gain-heat .js-plotly-plot')._fullLayout.xaxis.range[1] > 88")
+    until(
+        page, "document.querySelector('#gain-heat .js-plotly-plot')._fullLayout.xaxis.range[1] > 88"
+    )
     assert page.url.endswith("/run/live/gain")
 
 
@@ -317,10 +341,15 @@ def test_a_page_of_a_finished_run_asks_nothing_more(page):
 
 def test_opening_a_page_draws_each_chart_once_and_chooses_nothing(page):
     drawn = []
-    page.on("request", lambda r: drawn.append(json.loads(r.post_data)["output"]) if r.post_data else None)
+    page.on(
+        "request",
+        lambda r: drawn.append(json.loads(r.post_data)["output"]) if r.post_data else None,
+    )
     page.goto(f"{page.home}run/mhc-tear/gain")
     chart(page, "gain-heat")
     page.wait_for_load_state("networkidle")
     page.wait_for_timeout(500)
-    assert [drawn.count(f"{name}.figure") for name in ("gain-heat", "gain-profile", "gain-matrices")] == [1, 1, 1]
+    assert [
+        drawn.count(f"{name}.figure") for name in ("gain-heat", "gain-profile", "gain-matrices")
+    ] == [1, 1, 1]
     assert page.url.endswith("/run/mhc-tear/gain")

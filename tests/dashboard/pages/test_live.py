@@ -1,4 +1,6 @@
-"""The whole line: a real training in its own process, steered from the page and the command line, and it obeys."""
+"""The whole line: a real training in its own process, steered from the page and the command line,
+and it obeys.
+"""
 
 import subprocess
 import sys
@@ -17,12 +19,17 @@ PATIENCE = 120.0
 
 @pytest.fixture
 def training(tmp_path: Path) -> Iterator[Path]:
-    """A training that is under way, in its own process; stopped at the end as a person would, with Ctrl-C."""
+    """A training that is under way, in its own process; stopped at the end as a person would, with
+    Ctrl-C.
+    """
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "geodiag.cli", *TRAIN, "--run", str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        wait(lambda: (folder / "run.json").exists() and (open_run(folder).last_step() or 0) > 1, process)
+        wait(
+            lambda: (folder / "run.json").exists() and (open_run(folder).last_step() or 0) > 1,
+            process,
+        )
         yield folder
     finally:
         process.send_signal(2)
@@ -90,8 +97,19 @@ def test_the_page_switches_a_live_training_and_the_training_obeys(training: Path
     assert set(layers.dropna()["step"]) == set(steps[steps["routing_lag"] == 2]["step"])
 
 
-def test_the_command_line_switches_a_live_training_and_reading_it_meanwhile_works(training: Path) -> None:
-    command = [sys.executable, "-m", "geodiag.cli", "routing", str(training), "on", "--wait", str(PATIENCE)]
+def test_the_command_line_switches_a_live_training_and_reading_it_meanwhile_works(
+    training: Path,
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "geodiag.cli",
+        "routing",
+        str(training),
+        "on",
+        "--wait",
+        str(PATIENCE),
+    ]
     said = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
     assert said.returncode == 0, said.stderr
     assert "obeyed" in said.stdout

@@ -1,4 +1,6 @@
-"""Reports and comparisons in a real browser without a network: charts are drawn, nothing is fetched, nothing fails."""
+"""Reports and comparisons in a real browser without a network: charts are drawn, nothing is
+fetched, nothing fails.
+"""
 
 import time
 from pathlib import Path
@@ -39,17 +41,31 @@ def files(runs, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def opened(chromium, files):
-    """`opened("report", width=420)`: the page in a tab without a network; at the end, nothing may have gone wrong."""
+    """`opened("report", width=420)`: the page in a tab without a network; at the end, nothing may
+    have gone wrong.
+    """
     contexts, wrong = [], []
 
     def open_page(name: str, width: int = 1300, scheme: str = "light") -> Any:
-        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+        context = chromium.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+        )
         contexts.append(context)
         tab = context.new_page()
-        tab.on("console", lambda m: wrong.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
+        tab.on(
+            "console",
+            lambda m: (
+                wrong.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None
+            ),
+        )
         tab.on("pageerror", lambda e: wrong.append(f"exception: {e}"))
         tab.on("dialog", lambda d: (wrong.append(f"dialog: {d.message}"), d.dismiss()))
-        tab.on("request", lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else wrong.append(r.url))
+        tab.on(
+            "request",
+            lambda r: (
+                None if r.url.startswith(("file:", "data:", "blob:")) else wrong.append(r.url)
+            ),
+        )
         tab.goto(files[name].as_uri())
         tab.wait_for_selector("html[data-drawn]", timeout=20_000)
         return tab
@@ -61,7 +77,9 @@ def opened(chromium, files):
 
 
 def drawn(tab: Any) -> list[dict[str, Any]]:
-    """Every chart: its name, how many of its traces are on the page, and what it says where it has none."""
+    """Every chart: its name, how many of its traces are on the page, and what it says where it has
+    none.
+    """
     return tab.evaluate(
         """() => [...document.querySelectorAll(".chart")].map((e) => ({
              name: e.getAttribute("aria-label"),
@@ -73,7 +91,9 @@ def drawn(tab: Any) -> list[dict[str, Any]]:
 
 
 def until(tab: Any, expression: str) -> None:
-    """Waits until it is true. Playwright's own way of waiting is a script that the page's policy refuses."""
+    """Waits until it is true. Playwright's own way of waiting is a script that the page's policy
+    refuses.
+    """
     for _ in range(100):
         if tab.evaluate(expression):
             return
@@ -98,7 +118,9 @@ def test_a_report_reads_from_the_verdict_down(opened) -> None:
     tab.click("text=Gain >> nth=0")
     until(tab, "location.hash === '#gain'")
     tab.hover("#loss .bubble")
-    shown = tab.evaluate("getComputedStyle(document.querySelector('#loss .bubble'), '::after').content")
+    shown = tab.evaluate(
+        "getComputedStyle(document.querySelector('#loss .bubble'), '::after').content"
+    )
     assert "Training loss of the step." in shown
 
 
@@ -140,6 +162,8 @@ def test_nothing_sticks_out_of_a_narrow_window(opened, name, width) -> None:
 
 def test_a_run_is_called_what_its_folder_is_called_in_charts_too(opened) -> None:
     tab = opened("compare")
-    assert NAME in tab.evaluate("[...document.querySelectorAll('.legendtext')].map((e) => e.textContent)")
+    assert NAME in tab.evaluate(
+        "[...document.querySelectorAll('.legendtext')].map((e) => e.textContent)"
+    )
     assert NAME in tab.inner_text("#runs")
     assert "✓" in tab.inner_text("#metrics")

@@ -1,4 +1,6 @@
-"""Reports and comparisons as data and as files: numbers that are known, odd runs, and nothing that a name can do."""
+"""Reports and comparisons as data and as files: numbers that are known, odd runs, and nothing that
+a name can do.
+"""
 
 import json
 import re
@@ -25,16 +27,29 @@ from geodiag.run import Run, open_run
 EVIL = "<img src=x onerror=alert(1)>'\"</script><script>alert(2)</script>"
 
 
-def record(path: Path, steps: int, level: float, gain: float, spike: int | None = None, **create: Any) -> Run:
-    """A closed run whose loss is `level` throughout, and whose composite gain is `gain` at the last step, else 1."""
+def record(
+    path: Path, steps: int, level: float, gain: float, spike: int | None = None, **create: Any
+) -> Run:
+    """A closed run whose loss is `level` throughout, and whose composite gain is `gain` at the last
+    step, else 1.
+    """
     run = Run.create(path, found={"sites": 2, "routers": 1, "experts": 4, "layers": 1}, **create)
     step_S = np.arange(steps)
-    run.append("steps", {"step": step_S, "loss": np.full(steps, level), "tokens": np.full(steps, 100.0)})
+    run.append(
+        "steps", {"step": step_S, "loss": np.full(steps, level), "tokens": np.full(steps, 100.0)}
+    )
     gains = np.where(np.repeat(step_S, 2) == steps - 1, gain, 1.0)
     where = {"layer": 0, "site": ["attn", "ffn"] * steps}
     run.append("layers", {"step": np.repeat(step_S, 2), **where, "composite_gain_fwd": gains})
     if spike is not None:
-        data = {"kind": "spike", "detected": spike + 2, "onset": spike, "peak": spike + 1, "end": spike + 5, "score": 9}
+        data = {
+            "kind": "spike",
+            "detected": spike + 2,
+            "onset": spike,
+            "peak": spike + 1,
+            "end": spike + 5,
+            "score": 9,
+        }
         run.event(Event(step=spike + 2, kind="spike", message="the loss left its trend", data=data))
     run.close()
     return run
@@ -42,7 +57,14 @@ def record(path: Path, steps: int, level: float, gain: float, spike: int | None 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
-    record(tmp_path / "a", 20, 3.0, 1.5, spike=10, config={"model": {"layers": 1, "wide": 8}, "seed": 0})
+    record(
+        tmp_path / "a",
+        20,
+        3.0,
+        1.5,
+        spike=10,
+        config={"model": {"layers": 1, "wide": 8}, "seed": 0},
+    )
     record(tmp_path / "b", 80, 2.5, 4.0, config={"model": {"layers": 1}, "seed": 1})
     return tmp_path / "a", tmp_path / "b"
 
@@ -96,7 +118,9 @@ def test_compare_json_has_the_known_numbers_of_both_runs(pair, cli) -> None:
 def test_report_json_is_that_of_show_and_tells_the_cascades(runs, cli) -> None:
     said = json.loads(cli("report", runs / "mhc-tear", "--json").output)
     shown = json.loads(cli("show", runs / "mhc-tear", "--json").output)
-    assert {k: said[k] for k in ("run", "status", "last_step", "loss", "stages", "composite", "found")} == {
+    assert {
+        k: said[k] for k in ("run", "status", "last_step", "loss", "stages", "composite", "found")
+    } == {
         k: shown[k] for k in ("run", "status", "last_step", "loss", "stages", "composite", "found")
     }
     assert said["worst"].items() <= shown["worst"].items()
@@ -113,7 +137,9 @@ def test_json_writes_a_page_only_where_one_was_asked_for(pair, cli, tmp_path, mo
     assert (tmp_path / "x.html").exists()
 
 
-def test_the_terminal_says_what_was_found_and_where_the_page_is(pair, cli, tmp_path, monkeypatch) -> None:
+def test_the_terminal_says_what_was_found_and_where_the_page_is(
+    pair, cli, tmp_path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     out = cli("compare", *pair)
     assert out.exit_code == 0, out.output
@@ -145,7 +171,10 @@ def test_a_page_fetches_nothing_and_holds_the_charting_library_once(pair, cli, t
         text = (tmp_path / name).read_text()
         seen = Seen(text)
         links = [
-            a for _, a in seen.tags for k in ("src", "href") if (v := a.get(k)) and not v.startswith(("#", "data:"))
+            a
+            for _, a in seen.tags
+            for k in ("src", "href")
+            if (v := a.get(k)) and not v.startswith(("#", "data:"))
         ]
         assert links == []
         policy = next(a["content"] for t, a in seen.tags if t == "meta" and a.get("http-equiv"))
@@ -158,7 +187,9 @@ def test_a_page_fetches_nothing_and_holds_the_charting_library_once(pair, cli, t
 def test_whatever_a_run_says_stays_text(tmp_path, cli) -> None:
     folder = tmp_path / "<b onclick=alert(3)>&amp; <"
     story = record(folder, 30, 2.0, 1.2, spike=20, config={EVIL: EVIL, "list": [EVIL]})
-    run = Run.create(folder, found={"family": EVIL, "missing": [EVIL], EVIL: 1}, config={EVIL: EVIL})
+    run = Run.create(
+        folder, found={"family": EVIL, "missing": [EVIL], EVIL: 1}, config={EVIL: EVIL}
+    )
     run.append("steps", {"step": [30], "loss": [2.0]})
     run.event(Event(step=30, kind="problem", message=EVIL, site=EVIL))
     run.close()
@@ -168,7 +199,9 @@ def test_whatever_a_run_says_stays_text(tmp_path, cli) -> None:
         seen = Seen(_page(cli, tmp_path, command, *runs))
         assert [t for t, _ in seen.tags if t in ("script", "b")].count("script") == 3
         assert [a for _, a in seen.tags if any(k.startswith("on") for k in a)] == []
-        assert [a["src"][:5] for t, a in seen.tags if t == "img" and a["src"]] == ["data:"], "only the brand's own sign"
+        assert [a["src"][:5] for t, a in seen.tags if t == "img" and a["src"]] == ["data:"], (
+            "only the brand's own sign"
+        )
     assert len([t for t, _ in plain.tags if t == "script"]) == 3
 
 
@@ -179,8 +212,16 @@ def _page(cli, folder: Path, *args: str) -> str:
 
 
 def test_a_component_becomes_html_and_text_in_it_is_escaped() -> None:
-    part = html.Div(["a < b", html.Img(src="x", alt=""), None], className="c", style={"minHeight": 3}, tabIndex=0)
-    assert render(part) == '<div class="c" style="min-height:3px" tabindex="0">a &lt; b<img alt="" src="x"></div>'
+    part = html.Div(
+        ["a < b", html.Img(src="x", alt=""), None],
+        className="c",
+        style={"minHeight": 3},
+        tabIndex=0,
+    )
+    assert (
+        render(part)
+        == '<div class="c" style="min-height:3px" tabindex="0">a &lt; b<img alt="" src="x"></div>'
+    )
     assert render(tip(html.B("x", className="y"), 'say "hi"')) == (
         '<b tabindex="0" class="y tipped" data-tip="say &quot;hi&quot;">x</b>'
     )
@@ -192,7 +233,9 @@ def test_a_component_becomes_html_and_text_in_it_is_escaped() -> None:
 def test_the_dark_figure_is_the_light_one_and_its_changes() -> None:
     def make(look):
         x = np.arange(3000)
-        return overlay([Track("a", x, x)], [Panel("loss", "", [np.sin(x / 50).astype(np.float32)], 100)], look)
+        return overlay(
+            [Track("a", x, x)], [Panel("loss", "", [np.sin(x / 50).astype(np.float32)], 100)], look
+        )
 
     made = both(make)
     figure = json.loads(json.dumps(made["figure"]))
@@ -243,11 +286,15 @@ def test_mistakes_are_one_line_that_names_the_fix(pair, cli, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("without", ["steps", "layers", "events", "run.json", "everything"])
-def test_a_run_that_lacks_something_is_told_and_compared_all_the_same(pair, cli, tmp_path, without) -> None:
+def test_a_run_that_lacks_something_is_told_and_compared_all_the_same(
+    pair, cli, tmp_path, without
+) -> None:
     import shutil
 
     whole, poor = pair[1], pair[0]
-    for piece in ("steps", "layers", "events", "run.json") if without == "everything" else [without]:
+    for piece in (
+        ("steps", "layers", "events", "run.json") if without == "everything" else [without]
+    ):
         if (poor / piece).is_dir():
             shutil.rmtree(poor / piece)
         elif piece != "run.json" or without != "everything":
@@ -258,7 +305,9 @@ def test_a_run_that_lacks_something_is_told_and_compared_all_the_same(pair, cli,
     said = json.loads(out.output)
     if without in ("steps", "everything"):
         assert said["runs"][0]["last_step"] is None
-        assert said["shared"]["loss"] == [None, 2.5], "a run without a loss does not take it from the others"
+        assert said["shared"]["loss"] == [None, 2.5], (
+            "a run without a loss does not take it from the others"
+        )
     assert cli("compare", poor, whole, "--out", tmp_path / "c.html").exit_code == 0
 
 
@@ -294,7 +343,9 @@ def test_the_newest_attempt_is_compared_and_a_spike_that_was_rolled_back_is_kept
     from geodiag.dashboard.reports.comparison_page import draw_losses
 
     rings = [t for t in draw_losses(told, LIGHT).data if t.marker.symbol == "circle-open"]
-    assert [(list(t.x), list(t.y)) for t in rings] == [([15.0], [9.0])], "where its own attempt had it"
+    assert [(list(t.x), list(t.y)) for t in rings] == [([15.0], [9.0])], (
+        "where its own attempt had it"
+    )
 
 
 def test_ranks_are_one_run(tmp_path, cli) -> None:

@@ -19,7 +19,14 @@ def app(runs):
 
 def test_nothing_is_served_without_the_token(app):
     client = app.server.test_client()
-    for path in ("/", "/_dash-layout", "/_dash-dependencies", "/assets/style.css", "/run/mhc-tear/gain", "/nothing"):
+    for path in (
+        "/",
+        "/_dash-layout",
+        "/_dash-dependencies",
+        "/assets/style.css",
+        "/run/mhc-tear/gain",
+        "/nothing",
+    ):
         answer = client.get(path, **HOST)
         assert answer.status_code == 403, path
         assert "token" in answer.text
@@ -55,10 +62,18 @@ def test_a_post_from_another_origin_is_refused(app):
     client.get("/?token=secret", **HOST)
     call = {"json": {}, **HOST}
     assert (
-        client.post("/_dash-update-component", headers={"Origin": "http://localhost:3000"}, **call).status_code == 403
+        client.post(
+            "/_dash-update-component", headers={"Origin": "http://localhost:3000"}, **call
+        ).status_code
+        == 403
     )
-    assert client.post("/_dash-update-component", headers={"Origin": "null"}, **call).status_code == 403
-    same = client.post("/_dash-update-component", headers={"Origin": "http://127.0.0.1:8050"}, **call)
+    assert (
+        client.post("/_dash-update-component", headers={"Origin": "null"}, **call).status_code
+        == 403
+    )
+    same = client.post(
+        "/_dash-update-component", headers={"Origin": "http://127.0.0.1:8050"}, **call
+    )
     assert same.status_code != 403
 
 
@@ -81,7 +96,9 @@ def test_nothing_may_be_fetched_from_elsewhere(app):
 def test_a_port_in_use_names_one_that_is_free(runs):
     first = Served(runs, "127.0.0.1", 0, None)
     try:
-        with pytest.raises(GeodiagError, match=rf"port {first.port} is in use; pass --port \d+, which is free"):
+        with pytest.raises(
+            GeodiagError, match=rf"port {first.port} is in use; pass --port \d+, which is free"
+        ):
             serve(runs, port=first.port)
     finally:
         first._server.server_close()

@@ -1,4 +1,6 @@
-"""How answers travel: compressed where the browser takes it, the same once unpacked, and charts asked for ahead."""
+"""How answers travel: compressed where the browser takes it, the same once unpacked, and charts
+asked for ahead.
+"""
 
 import gzip
 import json
@@ -25,7 +27,9 @@ def test_a_large_answer_is_small_on_the_way_and_the_same_at_the_end(client):
     assert int(small.headers["Content-Length"]) == len(small.data) < 0.5 * len(whole.data)
     assert gzip.decompress(small.data) == whole.data
     assert "Content-Encoding" not in whole.headers
-    assert client.get(PLOTLY, headers={"Accept-Encoding": "gzip"}, **HERE).data == small.data  # as kept
+    assert (
+        client.get(PLOTLY, headers={"Accept-Encoding": "gzip"}, **HERE).data == small.data
+    )  # as kept
 
 
 def test_a_figure_is_compressed_too(client):
@@ -50,7 +54,10 @@ def test_a_figure_is_compressed_too(client):
 def test_what_fits_into_one_packet_or_is_no_text_is_left_alone(client):
     plain = {"Accept-Encoding": "gzip"}
     assert "Content-Encoding" not in client.get("/assets/mark.svg", headers=plain, **HERE).headers
-    assert "Content-Encoding" not in client.get("/run/plain/gain?token=secret", headers=plain, **HERE).headers
+    assert (
+        "Content-Encoding"
+        not in client.get("/run/plain/gain?token=secret", headers=plain, **HERE).headers
+    )
 
 
 def test_a_refusal_is_a_refusal_however_it_is_asked_for(runs):
@@ -60,7 +67,9 @@ def test_a_refusal_is_a_refusal_however_it_is_asked_for(runs):
     assert b"plotly" not in answer.data[:50]
 
 
-@pytest.mark.parametrize(("path", "hinted"), [("gain", True), ("cascade", True), ("events", False), ("nothing", False)])
+@pytest.mark.parametrize(
+    ("path", "hinted"), [("gain", True), ("cascade", True), ("events", False), ("nothing", False)]
+)
 def test_a_page_of_charts_asks_for_the_charting_library_at_once(client, path, hinted):
     link = client.get(f"/run/mhc-tear/{path}", **HERE).headers.get("Link", "")
     assert (PLOTLY in link) == hinted

@@ -44,7 +44,9 @@ def test_a_lasting_level_becomes_the_new_normal() -> None:
     assert np.nanmax(z[300:]) < 6
 
 
-def test_one_odd_moment_makes_the_next_one_less_odd_and_a_fault_that_stays_does_not_excuse_itself() -> None:
+def test_one_odd_moment_makes_the_next_one_less_odd_and_a_fault_that_stays_does_not_excuse_itself() -> (
+    None
+):
     rows = values(400)
     for t in range(100, 300, 20):
         rows[t, 2] *= 1.2
@@ -56,7 +58,9 @@ def test_one_odd_moment_makes_the_next_one_less_odd_and_a_fault_that_stays_does_
     assert z[356, 3] > 0.8 * z[350, 3]
 
 
-@pytest.mark.parametrize(("name", "stage"), [("clamp_gate_rate", 1), ("max_vio", 2), ("transport_gain_fwd", 3)])
+@pytest.mark.parametrize(
+    ("name", "stage"), [("clamp_gate_rate", 1), ("max_vio", 2), ("transport_gain_fwd", 3)]
+)
 def test_evidence_counts_for_its_own_stage_only(name: str, stage: int) -> None:
     rows = np.minimum(values(100), 1.2)
     rows[90][0] *= 3

@@ -1,4 +1,6 @@
-"""Made-up runs whose every number is known: noise around a level of its own, and shifts where a test wants them."""
+"""Made-up runs whose every number is known: noise around a level of its own, and shifts where a
+test wants them.
+"""
 
 import zlib
 from dataclasses import dataclass, field
@@ -16,7 +18,9 @@ EXPERTS = 4
 
 @dataclass
 class Planted:
-    """A run of `layers` layers, the first with a hash router. `shift` as often as wanted, then `write`."""
+    """A run of `layers` layers, the first with a hash router. `shift` as often as wanted, then
+    `write`.
+    """
 
     steps: int = 300
     layers: int = 4
@@ -30,7 +34,14 @@ class Planted:
     shifts: list[tuple[Series, int, int, float]] = field(default_factory=list)
 
     def shift(
-        self, metric: str, layer: int, site: str, at: int, by: float, last: int = 10**9, expert: int | None = None
+        self,
+        metric: str,
+        layer: int,
+        site: str,
+        at: int,
+        by: float,
+        last: int = 10**9,
+        expert: int | None = None,
     ) -> "Planted":
         """From step `at` to `last`, the logarithm of a metric at a place is `by` higher."""
         self.shifts.append((Series(metric, layer, site, expert), at, last, by))
@@ -84,19 +95,27 @@ class Planted:
         run.event(Event(step=onset + 2, kind="spike", message="the loss left its trend", data=data))
 
     def _table(self, table: str, rng: np.random.Generator, keep: np.ndarray) -> dict[str, Any]:
-        keys = [(layer, k) for layer in range(self.layers) for k in range(2 if table == "layers" else EXPERTS)]
+        keys = [
+            (layer, k)
+            for layer in range(self.layers)
+            for k in range(2 if table == "layers" else EXPERTS)
+        ]
         n = len(keys)
         columns: dict[str, Any] = {
             "step": np.repeat(np.flatnonzero(keep), n),
             "layer": [layer for layer, _ in keys] * int(keep.sum()),
-            "site" if table == "layers" else "expert": [("attn", "ffn")[k] if table == "layers" else k for _, k in keys]
+            "site" if table == "layers" else "expert": [
+                ("attn", "ffn")[k] if table == "layers" else k for _, k in keys
+            ]
             * int(keep.sum()),
         }
         for name in (m for t, m in SIGNALS if t == table):
             grid = np.ma.masked_all((int(keep.sum()), n), np.float64)
             for i, (layer, k) in enumerate(keys):
                 series = (
-                    Series(name, layer, "ffn", k) if table == "experts" else Series(name, layer, ("attn", "ffn")[k])
+                    Series(name, layer, "ffn", k)
+                    if table == "experts"
+                    else Series(name, layer, ("attn", "ffn")[k])
                 )
                 noise = rng.standard_normal(self.steps)
                 if series.site == "attn" and SIGNALS[table, name].part in ("router", "experts"):

@@ -1,4 +1,6 @@
-"""What a record may lack: every cascade is an answer with its caveat, or one line that names the fix."""
+"""What a record may lack: every cascade is an answer with its caveat, or one line that names the
+fix.
+"""
 
 import json
 from pathlib import Path
@@ -106,7 +108,10 @@ class _Holes:
     def append(self, table: str, columns: dict[str, Any]) -> None:
         step = np.asarray(columns["step"])
         keep = (step < self.first) | (step > self.last) | (table == "steps")
-        cut = {n: v[keep] if isinstance(v, np.ndarray) else list(np.array(v)[keep]) for n, v in columns.items()}
+        cut = {
+            n: v[keep] if isinstance(v, np.ndarray) else list(np.array(v)[keep])
+            for n, v in columns.items()
+        }
         self.run.append(table, cut)
 
     def event(self, event: Event) -> None:
@@ -140,7 +145,9 @@ def test_ranks_that_left_nothing_are_said(tmp_path: Path) -> None:
 
 def test_no_rank_hides_what_another_one_saw(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", world_size=2)
-    run.append("steps", {"step": [0, 1], "loss": [2.0, 2.0], "lr": [1e-3, 1e-3], "data_shift": [0.5, 0.5]})
+    run.append(
+        "steps", {"step": [0, 1], "loss": [2.0, 2.0], "lr": [1e-3, 1e-3], "data_shift": [0.5, 0.5]}
+    )
     second = Run.create(tmp_path / "run", rank=1, world_size=2, attempt=0)
     second.append("steps", {"step": [0, 1], "loss": [2.0, 4.0], "data_shift": [0.1, 0.1]})
     second.close()
@@ -189,7 +196,11 @@ def test_a_part_that_cannot_be_read_is_a_caveat(tmp_path: Path) -> None:
 
 def test_an_event_that_makes_no_sense_is_no_spike(tmp_path: Path) -> None:
     run = expert_fault().write(tmp_path / "run", close=False)
-    for data in ({}, {"kind": "spike", "onset": "soon", "detected": 3}, {"kind": "party", "onset": 1, "detected": 2}):
+    for data in (
+        {},
+        {"kind": "spike", "onset": "soon", "detected": 3},
+        {"kind": "party", "onset": 1, "detected": 2},
+    ):
         run.event(Event(step=100, kind="spike", message="?", data=data))
     run.close()
     assert [c.spike_onset for c in cascades(run)] == [250]

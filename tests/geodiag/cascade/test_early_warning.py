@@ -76,7 +76,9 @@ def test_of_places_that_move_together_the_first_in_the_order_of_the_step_is_name
 def held(news: int, scores: dict[int, float], active: range = range(0)) -> list[int]:
     """The steps at which one warning, that of step `news`, is said."""
     waiting, found = Held(normal=3.0, wait=5), []
-    warning = Warning(step=news, since=news - 2, stage=1, layer=2, site="ffn", part="experts", score=9.0)
+    warning = Warning(
+        step=news, since=news - 2, stage=1, layer=2, site="ffn", part="experts", score=9.0
+    )
     for t in range(news, news + 20):
         verdict = Verdict(scores.get(t, 1.0), None, None, t in active)
         out = waiting.update(t, warning if t == news else None, verdict)
@@ -123,7 +125,9 @@ def test_an_alarm_that_two_samples_reach_is_refused() -> None:
         EarlyWarning(alarm=10, allowed=5, most=11)
 
 
-def test_a_broken_expert_warns_in_a_real_training_before_anything_else_is_raised(tmp_path: Path) -> None:
+def test_a_broken_expert_warns_in_a_real_training_before_anything_else_is_raised(
+    tmp_path: Path,
+) -> None:
     from geodiag.hooks.faults.faults import plant
     from tests.hooks.small import one_step, tokens, trainer, watch
 
@@ -144,7 +148,9 @@ def test_a_broken_expert_warns_in_a_real_training_before_anything_else_is_raised
     assert event["message"] == str(found)
 
 
-def test_the_scores_of_a_training_are_those_that_its_record_gives_afterwards(tmp_path: Path) -> None:
+def test_the_scores_of_a_training_are_those_that_its_record_gives_afterwards(
+    tmp_path: Path,
+) -> None:
     from geodiag.anomaly.series_window import read_tracks
     from geodiag.anomaly.stage_scores import Scores
     from tests.hooks.small import train, trainer, watch

@@ -1,4 +1,6 @@
-"""Cascades on made-up runs: the origin is what moved first in the order of causes, and nothing else."""
+"""Cascades on made-up runs: the origin is what moved first in the order of causes, and nothing
+else.
+"""
 
 import json
 from pathlib import Path
@@ -14,15 +16,30 @@ from geodiag.errors import GeodiagError
 from geodiag.events import Event
 from tests.geodiag.cascade.planted import Planted
 
-KEYS = {"spike_onset", "stage", "layer", "site", "expert", "onset", "lead", "confidence", "defence", "evidence"}
+KEYS = {
+    "spike_onset",
+    "stage",
+    "layer",
+    "site",
+    "expert",
+    "onset",
+    "lead",
+    "confidence",
+    "defence",
+    "evidence",
+}
 
 
 def expert_fault(at: int = 230, layer: int = 2, **options: object) -> Planted:
-    """Expert 3 blows up; in the same step the streams from there on follow, and the gradients before it."""
+    """Expert 3 blows up; in the same step the streams from there on follow, and the gradients
+    before it.
+    """
     planted = Planted(**options)  # type: ignore[arg-type]
     for name in ("act_rms", "act_amax"):
         planted.shift(name, layer, "ffn", at, 2.0, expert=3)
-    planted.shift("gate_amax", layer, "ffn", at, 1.5).shift("transport_gain_fwd", layer, "ffn", at, 3.0)
+    planted.shift("gate_amax", layer, "ffn", at, 1.5).shift(
+        "transport_gain_fwd", layer, "ffn", at, 3.0
+    )
     for later in range(layer, planted.layers):
         planted.shift("stream_rms", later, "ffn", at, 4.0)
     for earlier in range(layer):
@@ -30,7 +47,9 @@ def expert_fault(at: int = 230, layer: int = 2, **options: object) -> Planted:
     return planted
 
 
-def test_an_expert_that_blows_up_is_the_origin_and_not_what_it_reaches_in_the_same_step(tmp_path: Path) -> None:
+def test_an_expert_that_blows_up_is_the_origin_and_not_what_it_reaches_in_the_same_step(
+    tmp_path: Path,
+) -> None:
     found = explain(expert_fault().write(tmp_path / "run"))
     assert (found.stage, found.layer, found.site, found.expert) == (1, 2, "ffn", 3)
     assert (found.onset, found.lead, found.spike_onset) == (230, 20, 250)
@@ -68,7 +87,9 @@ def test_a_stage_is_the_part_of_the_layer_that_moved(
     assert defence in (found.defence or "")
 
 
-def test_of_two_layers_the_earlier_in_time_is_the_origin_and_the_other_an_alternative(tmp_path: Path) -> None:
+def test_of_two_layers_the_earlier_in_time_is_the_origin_and_the_other_an_alternative(
+    tmp_path: Path,
+) -> None:
     planted = Planted().shift("gate_amax", 3, "ffn", 230, 2.0).shift("max_vio", 1, "ffn", 236, 3.0)
     found = explain(planted.write(tmp_path / "run"))
     assert (found.stage, found.layer) == (1, 3)
@@ -76,7 +97,9 @@ def test_of_two_layers_the_earlier_in_time_is_the_origin_and_the_other_an_altern
     assert found.alternatives[0].confidence < found.confidence
 
 
-def test_in_one_step_the_forward_goes_before_the_gradients_and_the_router_before_its_experts(tmp_path: Path) -> None:
+def test_in_one_step_the_forward_goes_before_the_gradients_and_the_router_before_its_experts(
+    tmp_path: Path,
+) -> None:
     planted = Planted().shift("grad_norm", 3, "ffn", 240, 4.0).shift("act_amax", 2, "ffn", 240, 4.0)
     found = explain(planted.shift("router_entropy", 2, "ffn", 240, 2.0).write(tmp_path / "run"))
     assert (found.stage, found.layer) == (2, 2)
@@ -85,7 +108,9 @@ def test_in_one_step_the_forward_goes_before_the_gradients_and_the_router_before
 def test_what_gathers_over_layers_is_never_an_origin(tmp_path: Path) -> None:
     planted = Planted()
     for layer in (2, 3):
-        planted.shift("stream_rms", layer, "ffn", 240, 3.0).shift("composite_gain_fwd", layer, "ffn", 240, 3.0)
+        planted.shift("stream_rms", layer, "ffn", 240, 3.0).shift(
+            "composite_gain_fwd", layer, "ffn", 240, 3.0
+        )
     found = explain(planted.write(tmp_path / "run"))
     assert found.onset is None
 
@@ -122,12 +147,18 @@ def test_a_learning_rate_off_its_schedule_is_named_and_no_layer_is_blamed(tmp_pa
     assert "learning rate" in found.words
 
 
-def test_where_the_learning_rate_is_the_answer_the_likeliest_layer_is_the_first_alternative(tmp_path: Path) -> None:
+def test_where_the_learning_rate_is_the_answer_the_likeliest_layer_is_the_first_alternative(
+    tmp_path: Path,
+) -> None:
     lr = np.full(300, 1e-3)
     lr[226:] *= 20
     found = explain(expert_fault(lr=lr).write(tmp_path / "run"))
     assert found.cause == "lr"
-    assert (found.alternatives[0].stage, found.alternatives[0].layer, found.alternatives[0].expert) == (1, 2, 3)
+    assert (
+        found.alternatives[0].stage,
+        found.alternatives[0].layer,
+        found.alternatives[0].expert,
+    ) == (1, 2, 3)
 
 
 def test_a_learning_rate_that_was_raised_long_before_is_not_blamed(tmp_path: Path) -> None:
@@ -177,7 +208,9 @@ def test_what_moves_after_the_loss_did_is_no_origin(tmp_path: Path) -> None:
 
 def test_one_odd_batch_long_before_is_no_origin(tmp_path: Path) -> None:
     planted = expert_fault()
-    planted.shift("transport_gain_bwd", 0, "attn", 200, 1.5, last=200).shift("up_amax", 1, "ffn", 215, 1.0, last=216)
+    planted.shift("transport_gain_bwd", 0, "attn", 200, 1.5, last=200).shift(
+        "up_amax", 1, "ffn", 215, 1.0, last=216
+    )
     found = explain(planted.write(tmp_path / "run"))
     assert (found.layer, found.onset) == (2, 230)
 
@@ -201,8 +234,19 @@ def test_a_fault_event_is_not_read_and_a_lie_in_it_changes_nothing(tmp_path: Pat
     honest = expert_fault().write(tmp_path / "honest")
     lying = expert_fault().write(tmp_path / "lying", close=False)
     told = {"kind": "router-shift", "magnitude": 3.0, "last_step": 245}
-    lying.event(Event(step=244, kind="fault", message="planted router-shift", layer=0, expert=1, data=told))
-    lying.event(Event(step=200, kind="early_warning", message="layer 0", layer=0, site="attn", data={"stage": 3}))
+    lying.event(
+        Event(step=244, kind="fault", message="planted router-shift", layer=0, expert=1, data=told)
+    )
+    lying.event(
+        Event(
+            step=200,
+            kind="early_warning",
+            message="layer 0",
+            layer=0,
+            site="attn",
+            data={"stage": 3},
+        )
+    )
     lying.close()
     assert explain(lying).as_json() == explain(honest).as_json()
     other = expert_fault(layer=1).write(tmp_path / "other")
@@ -243,8 +287,14 @@ def test_as_json_every_key_is_there_and_unknowns_are_null(tmp_path: Path) -> Non
 
 
 def test_metrics_that_are_not_numbers_any_more_point_at_where_they_began(tmp_path: Path) -> None:
-    planted = Planted().shift("act_amax", 2, "ffn", 245, np.inf).shift("stream_amax", 2, "ffn", 245, np.inf)
-    found = explain(planted.shift("transport_gain_fwd", 3, "ffn", 245, np.inf).write(tmp_path / "run"))
+    planted = (
+        Planted()
+        .shift("act_amax", 2, "ffn", 245, np.inf)
+        .shift("stream_amax", 2, "ffn", 245, np.inf)
+    )
+    found = explain(
+        planted.shift("transport_gain_fwd", 3, "ffn", 245, np.inf).write(tmp_path / "run")
+    )
     assert (found.stage, found.layer, found.onset) == (1, 2, 245)
 
 
@@ -261,7 +311,9 @@ def test_the_stage_map_shows_the_fault_in_its_stage_layer_and_steps(tmp_path: Pa
     assert set(picture.steps[hot[:, 2]]) == set(range(240, 249))
 
 
-def test_a_picture_is_calm_again_after_a_lasting_change_and_the_origin_is_found_all_the_same(tmp_path: Path) -> None:
+def test_a_picture_is_calm_again_after_a_lasting_change_and_the_origin_is_found_all_the_same(
+    tmp_path: Path,
+) -> None:
     run = expert_fault(at=170).write(tmp_path / "run")
     picture = stage_map(run, 160, 299)
     row = picture.scores[0, list(picture.layers).index(2)]
@@ -281,7 +333,9 @@ def test_what_was_not_sampled_is_nan_in_the_stage_map(tmp_path: Path) -> None:
 # -- onsets ----------------------------------------------------------------------------------
 
 
-def test_an_excursion_begins_with_its_first_sample_out_of_range_and_not_with_earlier_noise() -> None:
+def test_an_excursion_begins_with_its_first_sample_out_of_range_and_not_with_earlier_noise() -> (
+    None
+):
     score = np.ones(60)
     score[20] = 6.0
     score[30:40] = 8.0
@@ -319,10 +373,18 @@ def test_a_real_training_with_a_broken_expert_is_explained_while_it_goes_on(tmp_
         live = explain(tmp_path / "run", 104)
     after = explain(tmp_path / "run", 104)
     for found in (live, after):
-        assert (found.stage, found.layer, found.site, found.expert, found.onset) == (1, 1, "ffn", 101 % 4, 101)
+        assert (found.stage, found.layer, found.site, found.expert, found.onset) == (
+            1,
+            1,
+            "ffn",
+            101 % 4,
+            101,
+        )
 
 
-def test_what_grows_too_slowly_to_be_noticed_is_found_against_what_was_usual_long_ago(tmp_path: Path) -> None:
+def test_what_grows_too_slowly_to_be_noticed_is_found_against_what_was_usual_long_ago(
+    tmp_path: Path,
+) -> None:
     planted = Planted()
     for t in range(200, 250):
         planted.shift("gate_amax", 1, "ffn", t, 0.015)
@@ -334,7 +396,9 @@ def test_what_grows_too_slowly_to_be_noticed_is_found_against_what_was_usual_lon
     assert explain(steady.write(tmp_path / "steady")).onset is None
 
 
-def test_a_learning_rate_off_its_schedule_is_named_even_where_no_layer_moved(tmp_path: Path) -> None:
+def test_a_learning_rate_off_its_schedule_is_named_even_where_no_layer_moved(
+    tmp_path: Path,
+) -> None:
     lr = np.full(300, 1e-3)
     lr[248:] *= 10
     found = explain(Planted(lr=lr).write(tmp_path / "run"))

@@ -1,4 +1,6 @@
-"""Exports: what other tools read of them is what `Run.read` says, and an export is whole or not there."""
+"""Exports: what other tools read of them is what `Run.read` says, and an export is whole or not
+there.
+"""
 
 import json
 import math
@@ -25,7 +27,9 @@ from geodiag.run import Run, open_run
 from tests.paths import SAMPLES
 
 
-def export(cli: Callable[..., Any], run: object, to: str, out: Path, *more: object) -> dict[str, Any]:
+def export(
+    cli: Callable[..., Any], run: object, to: str, out: Path, *more: object
+) -> dict[str, Any]:
     """What `--json` says of an export that works."""
     done = cli("export", run, "--to", to, "--out", out, *more, "--json")
     assert done.exit_code == 0, done.output
@@ -60,9 +64,14 @@ def same(got: pd.DataFrame, table: str, truth: pd.DataFrame) -> None:
         want = truth[name]
         if (table, name) in METRICS or name == "value":
             assert got[name].dtype == np.float32
-            np.testing.assert_array_equal(got[name].to_numpy(), want.to_numpy(), err_msg=f"{table}.{name}")
+            np.testing.assert_array_equal(
+                got[name].to_numpy(), want.to_numpy(), err_msg=f"{table}.{name}"
+            )
         elif name == "experts":
-            lists = [[] if not isinstance(x, str) else [int(n) for n in x.split()] for x in got[name].astype(object)]
+            lists = [
+                [] if not isinstance(x, str) else [int(n) for n in x.split()]
+                for x in got[name].astype(object)
+            ]
             assert lists == [[] if x is None else list(x) for x in want]
         else:
             assert got[name].astype(object).where(got[name].notna(), None).tolist() == (
@@ -103,13 +112,21 @@ def test_quotes_commas_and_lines_in_words_survive(make_run, cli, tmp_path: Path)
     run.event(Event(step=3, kind="problem", message=words, data={"a": [1, "x,y"]}))
     run.close()
     export(cli, tmp_path / "run", "csv", tmp_path / "out", "--tables", "events")
-    same(read_csv(tmp_path / "out/events.csv", "events"), "events", open_run(tmp_path / "run").read("events"))
+    same(
+        read_csv(tmp_path / "out/events.csv", "events"),
+        "events",
+        open_run(tmp_path / "run").read("events"),
+    )
 
 
-def test_columns_csv_has_unit_and_meaning_of_every_column_that_was_written(cli, tmp_path: Path) -> None:
+def test_columns_csv_has_unit_and_meaning_of_every_column_that_was_written(
+    cli, tmp_path: Path
+) -> None:
     export(cli, SAMPLES / "mhc-tear", "csv", tmp_path / "out")
     about = pd.read_csv(tmp_path / "out/columns.csv", keep_default_na=False)
-    written = {(t, n) for t in SCHEMAS for n in pd.read_csv(tmp_path / "out" / f"{t}.csv", nrows=0).columns}
+    written = {
+        (t, n) for t in SCHEMAS for n in pd.read_csv(tmp_path / "out" / f"{t}.csv", nrows=0).columns
+    }
     assert set(zip(about["table"], about["column"], strict=True)) == written
     assert (about["meaning"] != "").all()
     loss = about[(about["table"] == "steps") & (about["column"] == "loss")].iloc[0]
@@ -127,7 +144,8 @@ def test_an_export_in_many_pieces_is_that_in_one(cli, tmp_path: Path, monkeypatc
     monkeypatch.setattr("geodiag.store.step_chunks.GLANCE", 16)
     export(cli, SAMPLES / "hc", to, tmp_path / "many")
     one, many = (
-        {p.name: p.read_bytes() for p in (tmp_path / n).iterdir() if p.name != "export.json"} for n in ("one", "many")
+        {p.name: p.read_bytes() for p in (tmp_path / n).iterdir() if p.name != "export.json"}
+        for n in ("one", "many")
     )
     assert one == many
 
@@ -159,34 +177,66 @@ def test_every_curve_has_every_value_that_was_recorded_and_no_other(cli, tmp_pat
                     want.setdefault(tag, []).append((row["step"], row[name]))
     assert set(seen.Tags()["scalars"]) == set(want)
     for tag, curve in want.items():
-        np.testing.assert_array_equal([(p.step, p.value) for p in seen.Scalars(tag)], curve, err_msg=tag)
+        np.testing.assert_array_equal(
+            [(p.step, p.value) for p in seen.Scalars(tag)], curve, err_msg=tag
+        )
     assert said["values"] == sum(map(len, want.values()))
     assert said["tags"] == len([*want, "configuration"])
 
 
-def test_by_default_curves_of_layers_are_the_worst_and_the_mean_and_a_nan_shows(cli, tmp_path: Path) -> None:
+def test_by_default_curves_of_layers_are_the_worst_and_the_mean_and_a_nan_shows(
+    cli, tmp_path: Path
+) -> None:
     run = Run.create(tmp_path / "run")
-    flips = np.ma.masked_array([0.25, 0.75, 0.5, math.nan, 1, 1, 1, 1], mask=[0, 0, 0, 0, 0, 1, 1, 1])
+    flips = np.ma.masked_array(
+        [0.25, 0.75, 0.5, math.nan, 1, 1, 1, 1], mask=[0, 0, 0, 0, 0, 1, 1, 1]
+    )
     rows = {"step": np.repeat(range(4), 2), "layer": [0, 1] * 4, "site": "ffn"}
-    run.append("layers", rows | {"flip_rate": flips, "router_entropy": flips, "branch_share": flips})
+    run.append(
+        "layers", rows | {"flip_rate": flips, "router_entropy": flips, "branch_share": flips}
+    )
     run.append("steps", {"step": range(4), "loss": [1.0, 2.0, 3.0, 4.0]})
     run.close()
     export(cli, tmp_path / "run", "tensorboard", tmp_path / "out")
-    curve = {tag: points(tmp_path / "out", tag) for tag in opened(tmp_path / "out").Tags()["scalars"]}
+    curve = {
+        tag: points(tmp_path / "out", tag) for tag in opened(tmp_path / "out").Tags()["scalars"]
+    }
     assert set(curve) == {"loss", *(f"layers/{n}" for n in (
         "flip_rate/max", "flip_rate/mean", "router_entropy/min", "router_entropy/mean", "branch_share/mean",
     ))}  # fmt: skip
-    assert curve["layers/flip_rate/max"] == pytest.approx({0: 0.75, 1: math.nan, 2: 1.0}, nan_ok=True)
-    assert curve["layers/flip_rate/mean"] == pytest.approx({0: 0.5, 1: math.nan, 2: 1.0}, nan_ok=True)
-    assert curve["layers/router_entropy/min"] == pytest.approx({0: 0.25, 1: math.nan, 2: 1.0}, nan_ok=True)
+    assert curve["layers/flip_rate/max"] == pytest.approx(
+        {0: 0.75, 1: math.nan, 2: 1.0}, nan_ok=True
+    )
+    assert curve["layers/flip_rate/mean"] == pytest.approx(
+        {0: 0.5, 1: math.nan, 2: 1.0}, nan_ok=True
+    )
+    assert curve["layers/router_entropy/min"] == pytest.approx(
+        {0: 0.25, 1: math.nan, 2: 1.0}, nan_ok=True
+    )
 
 
 def test_metrics_that_are_named_are_curves_of_every_place(make_run, cli, tmp_path: Path) -> None:
     make_run()
-    export(cli, tmp_path / "run", "tensorboard", tmp_path / "out", "--metrics", "composite*", "--metrics", "loss")
+    export(
+        cli,
+        tmp_path / "run",
+        "tensorboard",
+        tmp_path / "out",
+        "--metrics",
+        "composite*",
+        "--metrics",
+        "loss",
+    )
     tags = opened(tmp_path / "out").Tags()["scalars"]
     assert sorted(tags) == sorted(
-        ["loss", *(f"layers/composite_gain_fwd/layer {i:02d} {s}" for i in range(3) for s in ("attn", "ffn"))]
+        [
+            "loss",
+            *(
+                f"layers/composite_gain_fwd/layer {i:02d} {s}"
+                for i in range(3)
+                for s in ("attn", "ffn")
+            ),
+        ]
     )
 
 
@@ -217,7 +267,9 @@ def test_events_and_configuration_are_texts(cli, tmp_path: Path) -> None:
     assert b"options.residual" in hparams
 
 
-def test_events_that_share_a_step_and_those_of_repeated_steps_are_all_told(cli, tmp_path: Path) -> None:
+def test_events_that_share_a_step_and_those_of_repeated_steps_are_all_told(
+    cli, tmp_path: Path
+) -> None:
     run = Run.create(tmp_path / "run")
     for step, message in ((5, "first"), (5, "second"), (9, "third")):
         run.append("steps", {"step": [step], "loss": [1.0]})
@@ -228,9 +280,12 @@ def test_events_that_share_a_step_and_those_of_repeated_steps_are_all_told(cli, 
     run.close()
     export(cli, tmp_path / "run", "tensorboard", tmp_path / "out")
     told = [
-        (t.step, t.tensor_proto.string_val[0].decode()) for t in opened(tmp_path / "out").Tensors("events/decision")
+        (t.step, t.tensor_proto.string_val[0].decode())
+        for t in opened(tmp_path / "out").Tensors("events/decision")
     ]
-    assert [step for step, _ in told] == [5, 7, 9], "a step that comes back would make TensorBoard drop the later ones"
+    assert [step for step, _ in told] == [5, 7, 9], (
+        "a step that comes back would make TensorBoard drop the later ones"
+    )
     assert "first" in told[0][1]
     assert "second" in told[0][1]
 
@@ -268,9 +323,20 @@ def twice(tmp_path: Path) -> Path:
     return tmp_path / "twice"
 
 
-def test_the_newest_attempt_is_one_curve_and_all_of_them_are_runs_of_their_own(twice: Path, cli, tmp_path) -> None:
+def test_the_newest_attempt_is_one_curve_and_all_of_them_are_runs_of_their_own(
+    twice: Path, cli, tmp_path
+) -> None:
     export(cli, twice, "tensorboard", tmp_path / "newest")
-    assert points(tmp_path / "newest", "loss") == {0: 0, 1: 1, 2: 2, 3: 13, 4: 14, 5: 15, 6: 16, 7: 17}
+    assert points(tmp_path / "newest", "loss") == {
+        0: 0,
+        1: 1,
+        2: 2,
+        3: 13,
+        4: 14,
+        5: 15,
+        6: 16,
+        7: 17,
+    }
     export(cli, twice, "tensorboard", tmp_path / "all", "--attempt", "all")
     assert points(tmp_path / "all/attempt-0", "loss") == {i: float(i) for i in range(6)}
     assert points(tmp_path / "all/attempt-1", "loss") == {i: 10.0 + i for i in range(3, 8)}
@@ -278,14 +344,21 @@ def test_the_newest_attempt_is_one_curve_and_all_of_them_are_runs_of_their_own(t
     export(cli, twice, "csv", tmp_path / "first", "--attempt", "0")
     assert read_csv(tmp_path / "first/steps.csv", "steps")["step"].tolist() == list(range(6))
     export(cli, twice, "csv", tmp_path / "csv", "--attempt", "all")
-    same(read_csv(tmp_path / "csv/steps.csv", "steps"), "steps", open_run(twice).read("steps", attempt="all"))
+    same(
+        read_csv(tmp_path / "csv/steps.csv", "steps"),
+        "steps",
+        open_run(twice).read("steps", attempt="all"),
+    )
 
 
 def test_ranks_are_put_together_unless_they_are_wanted_apart(cli, tmp_path: Path) -> None:
     for rank in (0, 1):
         run = Run.create(tmp_path / "run", rank=rank, world_size=2, attempt=0 if rank else None)
         run.append("steps", {"step": range(3), "loss": [1.0 + 2 * rank] * 3})
-        run.append("layers", {"step": [0, 0], "layer": 0, "site": ["attn", "ffn"], "stream_amax": [1.0 + rank, 5.0]})
+        run.append(
+            "layers",
+            {"step": [0, 0], "layer": 0, "site": ["attn", "ffn"], "stream_amax": [1.0 + rank, 5.0]},
+        )
         run.close()
     export(cli, tmp_path / "run", "tensorboard", tmp_path / "one")
     assert points(tmp_path / "one", "loss") == {0: 2, 1: 2, 2: 2}
@@ -299,8 +372,12 @@ def test_ranks_are_put_together_unless_they_are_wanted_apart(cli, tmp_path: Path
             same(read_csv(tmp_path / f"csv-{ranks}/{table}.csv", table), table, truth)
 
 
-@pytest.mark.parametrize(("words", "first", "last"), [("5:8", 5, 7), (":3", 0, 2), ("17:", 17, 19), ("18:900", 18, 19)])
-def test_steps_are_a_range_whose_ends_may_be_open(make_run, cli, tmp_path, words, first, last) -> None:
+@pytest.mark.parametrize(
+    ("words", "first", "last"), [("5:8", 5, 7), (":3", 0, 2), ("17:", 17, 19), ("18:900", 18, 19)]
+)
+def test_steps_are_a_range_whose_ends_may_be_open(
+    make_run, cli, tmp_path, words, first, last
+) -> None:
     make_run()
     export(cli, tmp_path / "run", "csv", tmp_path / "out", "--steps", words)
     for table in ("steps", "layers"):
@@ -325,17 +402,25 @@ def test_a_run_behind_a_url_is_exported(make_run, cli, tmp_path: Path) -> None:
         export(cli, "memory://export-me", "csv", tmp_path / "out")
     finally:
         memory.rm("/export-me", recursive=True)
-    same(read_csv(tmp_path / "out/layers.csv", "layers"), "layers", open_run(tmp_path / "run").read("layers"))
+    same(
+        read_csv(tmp_path / "out/layers.csv", "layers"),
+        "layers",
+        open_run(tmp_path / "run").read("layers"),
+    )
 
 
 # -- what is said --------------------------------------------------------------------------
 
 
-def test_it_says_what_was_written_what_was_left_out_and_what_to_do_next(cli, tmp_path: Path, monkeypatch) -> None:
+def test_it_says_what_was_written_what_was_left_out_and_what_to_do_next(
+    cli, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     said = cli("export", SAMPLES / "hc", "--to", "tensorboard").output
     assert "exports/tensorboard/hc  1 file," in said
-    assert "of layers the worst and the mean over all of them; a curve for each: --places all" in said
+    assert (
+        "of layers the worst and the mean over all of them; a curve for each: --places all" in said
+    )
     assert "left out: experts, tokens" in said
     assert "tensorboard --logdir exports/tensorboard/hc" in said
     assert "layers.csv  3,600 rows" in cli("export", SAMPLES / "hc", "--to", "csv").output
@@ -350,7 +435,9 @@ def test_neither_torch_nor_tensorflow_is_loaded(make_run, tmp_path: Path) -> Non
             f"app(['export', 'run', '--to', '{to}', '--json'], standalone_mode=False)\n"
             "print(sorted({'torch', 'tensorflow', 'dash'} & set(sys.modules)))"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+        )
         assert done.stdout.splitlines()[-1] == "[]"
         assert done.stderr == ""
 
@@ -370,10 +457,16 @@ def refused(done: Any, *words: str) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--metrics", "amax_gian_fwd"], ["no metric is called 'amax_gian_fwd'", "did you mean amax_gain_fwd"]),
+        (
+            ["--metrics", "amax_gian_fwd"],
+            ["no metric is called 'amax_gian_fwd'", "did you mean amax_gain_fwd"],
+        ),
         (["--metrics", "zzz*"], ["no metric is called 'zzz*'", "docs/metrics.md"]),
         (["--tables", "layer"], ["no table 'layer'", "did you mean layers"]),
-        (["--tables", "steps,layers", "--metrics", "loss"], ["layers records none of loss", "--tables"]),
+        (
+            ["--tables", "steps,layers", "--metrics", "loss"],
+            ["layers records none of loss", "--tables"],
+        ),
         (["--steps", "5"], ["--steps 5 names no steps", "A:B"]),
         (["--steps", "9:5"], ["holds no step"]),
         (["--steps", "500:"], ["recorded nothing of what is asked for", "it holds steps 0 to 19"]),
@@ -386,7 +479,9 @@ def refused(done: Any, *words: str) -> None:
         (["--out", "s3://bucket/x"], ["pass a folder on this machine"]),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_fix_and_leaves_nothing(make_run, cli, tmp_path, monkeypatch, more, words):
+def test_a_mistake_is_one_line_that_names_the_fix_and_leaves_nothing(
+    make_run, cli, tmp_path, monkeypatch, more, words
+):
     make_run()
     monkeypatch.chdir(tmp_path)
     refused(cli("export", "run", "--to", "tensorboard", *more), *words)
@@ -395,10 +490,15 @@ def test_a_mistake_is_one_line_that_names_the_fix_and_leaves_nothing(make_run, c
 
 def test_a_run_without_rows_says_so(cli, tmp_path: Path) -> None:
     Run.create(tmp_path / "empty").close()
-    refused(cli("export", tmp_path / "empty", "--to", "csv", "--out", tmp_path / "out"), "recorded no step yet")
+    refused(
+        cli("export", tmp_path / "empty", "--to", "csv", "--out", tmp_path / "out"),
+        "recorded no step yet",
+    )
 
 
-def test_a_folder_in_use_is_left_alone_and_an_older_export_is_replaced_when_asked(make_run, cli, tmp_path) -> None:
+def test_a_folder_in_use_is_left_alone_and_an_older_export_is_replaced_when_asked(
+    make_run, cli, tmp_path
+) -> None:
     make_run()
     out, run = tmp_path / "out", tmp_path / "run"
     out.mkdir()
@@ -409,23 +509,48 @@ def test_a_folder_in_use_is_left_alone_and_an_older_export_is_replaced_when_aske
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
-    refused(cli("export", run, "--to", "csv", "--out", mine, "--force"), "was not written by geodiag export")
+    refused(
+        cli("export", run, "--to", "csv", "--out", mine, "--force"),
+        "was not written by geodiag export",
+    )
     assert (mine / "thesis.tex").exists()
     refused(cli("export", run, "--to", "csv", "--out", run / "csv"), "lies inside the run")
-    refused(cli("export", run, "--to", "csv", "--out", mine / "thesis.tex"), "cannot write", "--out")
-    refused(cli("export", run, "--to", "csv", "--out", "/proc"), "/proc is a disk of its own", "a folder in it")
-    refused(cli("export", run, "--to", "csv", "--out", "/proc/x/y"), "cannot write /proc/x/y", "--out")
+    refused(
+        cli("export", run, "--to", "csv", "--out", mine / "thesis.tex"), "cannot write", "--out"
+    )
+    refused(
+        cli("export", run, "--to", "csv", "--out", "/proc"),
+        "/proc is a disk of its own",
+        "a folder in it",
+    )
+    refused(
+        cli("export", run, "--to", "csv", "--out", "/proc/x/y"), "cannot write /proc/x/y", "--out"
+    )
 
 
 def test_an_older_export_stays_where_the_new_one_fails(make_run, cli, tmp_path: Path) -> None:
     make_run()
     export(cli, tmp_path / "run", "csv", tmp_path / "out")
-    refused(cli("export", tmp_path / "run", "--to", "csv", "--out", tmp_path / "out", "--force", "--steps", "99:"))
+    refused(
+        cli(
+            "export",
+            tmp_path / "run",
+            "--to",
+            "csv",
+            "--out",
+            tmp_path / "out",
+            "--force",
+            "--steps",
+            "99:",
+        )
+    )
     assert (tmp_path / "out/layers.csv").exists()
     assert sorted(os.listdir(tmp_path)) == ["out", "run"]
 
 
-def test_a_piece_that_cannot_be_read_ends_the_export_unless_the_rest_is_wanted(make_run, cli, tmp_path: Path) -> None:
+def test_a_piece_that_cannot_be_read_ends_the_export_unless_the_rest_is_wanted(
+    make_run, cli, tmp_path: Path
+) -> None:
     make_run()
     (part,) = (tmp_path / "run/layers/rank-0").glob("*.parquet")
     part.write_bytes(part.read_bytes()[:-20])
@@ -438,7 +563,9 @@ def test_a_piece_that_cannot_be_read_ends_the_export_unless_the_rest_is_wanted(m
     assert sorted(os.listdir(tmp_path / "out")) == ["columns.csv", "export.json", "steps.csv"]
 
 
-def test_without_tensorboard_the_line_says_how_to_get_it(make_run, cli, tmp_path: Path, monkeypatch) -> None:
+def test_without_tensorboard_the_line_says_how_to_get_it(
+    make_run, cli, tmp_path: Path, monkeypatch
+) -> None:
     make_run()
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     refused(
@@ -473,8 +600,20 @@ def test_control_c_leaves_nothing(tmp_path: Path, to: str) -> None:
         "c.bar = lambda beginning: contextlib.nullcontext(slow)\n"
         "from geodiag.cli.main import main; main()"
     )
-    command = [sys.executable, "-c", code, "export", str(SAMPLES / "hc"), "--to", to, "--out", "out"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "export",
+        str(SAMPLES / "hc"),
+        "--to",
+        to,
+        "--out",
+        "out",
+    ]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout
         assert process.stdout.readline() == "going\n"
         (half,) = os.listdir(tmp_path)
@@ -486,7 +625,9 @@ def test_control_c_leaves_nothing(tmp_path: Path, to: str) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_the_bench_says_what_an_export_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bench_says_what_an_export_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["--steps", "100", "--layers", "2", "--experts", "2", "--out", str(tmp_path)])
     assert "100 steps of 2 layers" in capsys.readouterr().out
     formats = json.loads((tmp_path / "export_speed.json").read_text())["formats"]

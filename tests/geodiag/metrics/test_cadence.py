@@ -16,7 +16,10 @@ def test_every_metric_but_those_of_steps_has_a_cadence() -> None:
 
 
 def test_the_longest_beginning_of_a_name_wins_in_whatever_order_it_is_given() -> None:
-    for asked in ({"amax_gain": 4, "amax_gain_fwd": 1, "": 7}, {"": 7, "amax_gain_fwd": 1, "amax_gain": 4}):
+    for asked in (
+        {"amax_gain": 4, "amax_gain_fwd": 1, "": 7},
+        {"": 7, "amax_gain_fwd": 1, "amax_gain": 4},
+    ):
         every = Cadence.of(asked).every
         assert every["layers.amax_gain_fwd"] == every["layers.amax_gain_fwd_max"] == 1
         assert every["layers.amax_gain_bwd"] == 4
@@ -27,7 +30,14 @@ def test_the_longest_beginning_of_a_name_wins_in_whatever_order_it_is_given() ->
 def test_a_table_is_a_beginning_too() -> None:
     every = Cadence.of({"tokens": 5, "matrices": 100, "domains.loss": 3}).every
     assert {n: p for n, p in every.items() if n.startswith("tokens.")} == dict.fromkeys(
-        ("tokens.norm", "tokens.projection_1", "tokens.projection_2", "tokens.margin", "tokens.flipped"), 5
+        (
+            "tokens.norm",
+            "tokens.projection_1",
+            "tokens.projection_2",
+            "tokens.margin",
+            "tokens.flipped",
+        ),
+        5,
     )
     assert every["matrices"] == 100
     assert every["domains.loss"] == 3
@@ -46,7 +56,9 @@ def test_what_is_due_is_what_divides_the_step() -> None:
     assert "layers.flip_rate" not in cadence.due(4)
     assert {"layers.stream_rms", "layers.flip_rate", "layers.curvature"} <= cadence.due(6)
     assert cadence.due(1) == frozenset()
-    assert cadence.due(4) is cadence.due(8), "the same set is the same object, so that a step costs nothing"
+    assert cadence.due(4) is cadence.due(8), (
+        "the same set is the same object, so that a step costs nothing"
+    )
 
 
 def test_a_runs_cadence_is_read_back_from_its_manifest() -> None:
@@ -58,7 +70,11 @@ def test_a_runs_cadence_is_read_back_from_its_manifest() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "said"),
-    [({"curvatur_": 5}, "did you mean curvature"), ({"record_sec": 5}, "table steps"), ({"zzz": 1}, "docs/metrics.md")],
+    [
+        ({"curvatur_": 5}, "did you mean curvature"),
+        ({"record_sec": 5}, "table steps"),
+        ({"zzz": 1}, "docs/metrics.md"),
+    ],
 )
 def test_an_unknown_metric_is_one_line_with_the_fix(asked: dict, said: str) -> None:
     with pytest.raises(GeodiagError, match=said):

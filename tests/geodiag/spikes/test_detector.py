@@ -17,7 +17,10 @@ def flat(n: int = 600, level: float = 3.0, sigma: float = 0.03, seed: int = 0) -
 
 def detect(losses, every: int = 1, grads=None, **options) -> list[Spike]:
     """What is raised on these losses, logged every so many steps."""
-    updates = [Update(i * every, float(x), None if grads is None else grads[i]) for i, x in enumerate(losses)]
+    updates = [
+        Update(i * every, float(x), None if grads is None else grads[i])
+        for i, x in enumerate(losses)
+    ]
     return find_spikes(updates, SpikeDetector(**options))
 
 
@@ -32,7 +35,13 @@ def test_a_jump_that_lasts_is_one_spike_with_onset_peak_and_end() -> None:
     losses = flat()
     losses[300:320] += [0.5] * 5 + [1.0] + [0.5] * 14
     (spike,) = detect(losses)
-    assert (spike.kind, spike.detected, spike.onset, spike.peak, spike.end) == ("spike", 302, 300, 305, 320)
+    assert (spike.kind, spike.detected, spike.onset, spike.peak, spike.end) == (
+        "spike",
+        302,
+        300,
+        305,
+        320,
+    )
     assert 20 < spike.score < 50
 
 
@@ -48,7 +57,12 @@ def test_one_or_two_bad_updates_are_an_outlier_known_when_they_are_over(length: 
     losses = flat()
     losses[300 : 300 + length] = 6.0
     (spike,) = detect(losses)
-    assert (spike.kind, spike.onset, spike.detected, spike.end) == ("outlier", 300, 300 + length, 300 + length)
+    assert (spike.kind, spike.onset, spike.detected, spike.end) == (
+        "outlier",
+        300,
+        300 + length,
+        300 + length,
+    )
 
 
 def test_three_bad_updates_are_a_spike() -> None:
@@ -115,7 +129,13 @@ def test_nan_is_a_spike_and_does_not_blind_the_detector() -> None:
     losses[300:303] = [math.nan, math.inf, -math.inf]
     losses[305:310] += 1.0
     first, second = detect(losses)
-    assert (first.kind, first.detected, first.onset, first.end, first.score) == ("nonfinite", 300, 300, 303, math.inf)
+    assert (first.kind, first.detected, first.onset, first.end, first.score) == (
+        "nonfinite",
+        300,
+        300,
+        303,
+        math.inf,
+    )
     assert (second.kind, second.onset, second.detected) == ("spike", 305, 307)
 
 
@@ -128,12 +148,17 @@ def test_a_nan_ends_a_spike_and_is_its_own_event() -> None:
     losses = flat()
     losses[300:306] += 1.0
     losses[306] = math.nan
-    assert [(s.kind, s.onset, s.end) for s in detect(losses)] == [("spike", 300, 306), ("nonfinite", 306, 307)]
+    assert [(s.kind, s.onset, s.end) for s in detect(losses)] == [
+        ("spike", 300, 306),
+        ("nonfinite", 306, 307),
+    ]
 
 
 @pytest.mark.parametrize("bad", [6.0, math.nan, math.inf, 1e308])
 @pytest.mark.parametrize("length", [1, 2, 100])
-def test_nothing_abnormal_enters_the_window_that_judges_the_next_value(bad: float, length: int) -> None:
+def test_nothing_abnormal_enters_the_window_that_judges_the_next_value(
+    bad: float, length: int
+) -> None:
     clean, hit = SpikeDetector(), SpikeDetector()
     for step, loss in enumerate(flat(300)):
         clean.update(step, loss)
@@ -201,7 +226,9 @@ def curve(shape: str, n: int = 3000) -> np.ndarray:
     return {
         "power law": 2 + 9 * (1 + t / 20) ** -0.5,
         "warm-up bump": np.interp(t, [0, 20, 100, n], [11, 11.2, 7, 2]),
-        "learning-rate kinks": np.interp(t, [0, 50, 300, 800, 1500, 2200, n], [11, 7, 4, 3.9, 3.2, 3.2, 2.5]),
+        "learning-rate kinks": np.interp(
+            t, [0, 50, 300, 800, 1500, 2200, n], [11, 7, 4, 3.9, 3.2, 3.2, 2.5]
+        ),
         "epoch cliffs": np.select([t < 1000, t < 2000], [0.6, 0.3], 0.1),
         "steep exponential": 2 + 9 * np.exp(-t / 30),
     }[shape]
@@ -290,7 +317,11 @@ def test_a_loss_that_explodes_before_there_is_a_trend_is_seen() -> None:
 
 def beginning(seed: int, n: int = 150) -> np.ndarray:
     """A training's first steps: it falls by more than 20 σ, and then the noise is 0.15."""
-    return 2.2 + 3.4 * np.exp(-np.arange(n) / 12) + 0.15 * np.random.default_rng(seed).standard_normal(n)
+    return (
+        2.2
+        + 3.4 * np.exp(-np.arange(n) / 12)
+        + 0.15 * np.random.default_rng(seed).standard_normal(n)
+    )
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -306,7 +337,10 @@ def test_soon_after_a_steep_descent_its_lag_is_not_taken_for_noise(seed: int) ->
 def test_a_steep_descent_that_ends_is_no_spike(seed: int) -> None:
     assert kinds(detect(beginning(seed)))["spike"] == 0
     corner = np.concatenate([np.linspace(5.6, 2.2, 40), np.full(110, 2.2)])
-    assert kinds(detect(corner + 0.15 * np.random.default_rng(seed).standard_normal(150)))["spike"] == 0
+    assert (
+        kinds(detect(corner + 0.15 * np.random.default_rng(seed).standard_normal(150)))["spike"]
+        == 0
+    )
 
 
 def test_a_rollback_ends_the_spike_and_is_not_one() -> None:
@@ -349,7 +383,10 @@ def test_a_resumed_detector_says_what_an_uninterrupted_one_says(cut: int) -> Non
         before.update(step, losses[step], grads[step])
     after.load_state_dict(json.loads(json.dumps(before.state_dict(), allow_nan=False)))
     for step in range(cut, 1200):
-        one, other = whole.update(step, losses[step], grads[step]), after.update(step, losses[step], grads[step])
+        one, other = (
+            whole.update(step, losses[step], grads[step]),
+            after.update(step, losses[step], grads[step]),
+        )
         assert repr(one) == repr(other)
     assert after.state_dict() == whole.state_dict()
 
@@ -383,7 +420,8 @@ def test_the_state_does_not_grow() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"normal": 6.0}, {"normal": 0.0}, {"hold": 0}, {"warmup": 2}, {"short": 100}, {"noise": 3}]
+    "options",
+    [{"normal": 6.0}, {"normal": 0.0}, {"hold": 0}, {"warmup": 2}, {"short": 100}, {"noise": 3}],
 )
 def test_options_that_make_no_sense_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match="need 0 < normal < threshold"):

@@ -37,10 +37,13 @@ def printed(*arguments: str) -> str:
 # -- what is read ----------------------------------------------------------------------------
 
 
-def test_columns_may_come_in_any_order_with_others_between_and_empty_losses_are_left_out(tmp_path: Path) -> None:
+def test_columns_may_come_in_any_order_with_others_between_and_empty_losses_are_left_out(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.csv"
     path.write_text(
-        "\ufeffLoss, time,Step,grad_norm\n2.5,9,1,0.5\n,9,2,0.5\n2.4,9,3,\nnan,9,4.0,1\n\n", encoding="utf-8"
+        "\ufeffLoss, time,Step,grad_norm\n2.5,9,1,0.5\n,9,2,0.5\n2.4,9,3,\nnan,9,4.0,1\n\n",
+        encoding="utf-8",
     )
     first, second, third = read_updates(str(path))
     assert (first, second) == (Update(1, 2.5, 0.5), Update(3, 2.4, None))
@@ -63,7 +66,9 @@ def test_columns_may_come_in_any_order_with_others_between_and_empty_losses_are_
         (b"PAR1\xff\xfe\x00", "it is not text; pass a CSV"),
     ],
 )
-def test_a_bad_csv_is_one_line_that_names_the_fix(tmp_path: Path, text: str | bytes, words: str) -> None:
+def test_a_bad_csv_is_one_line_that_names_the_fix(
+    tmp_path: Path, text: str | bytes, words: str
+) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(GeodiagError) as error:
@@ -83,7 +88,10 @@ def test_a_run_is_read_with_all_its_attempts_as_they_happened(tmp_path: Path) ->
     values = losses()
     run = Run.create(tmp_path / "run")
     for step in range(310):
-        run.append("steps", {"step": [step], "loss": [6.0 if step >= 300 else values[step]], "grad_norm": [1.0]})
+        run.append(
+            "steps",
+            {"step": [step], "loss": [6.0 if step >= 300 else values[step]], "grad_norm": [1.0]},
+        )
     run.next_attempt()
     for step in range(290, 400):
         run.append("steps", {"step": [step], "loss": [values[step]]})
@@ -121,9 +129,22 @@ def test_json_has_every_field_and_null_where_there_is_none(tmp_path: Path) -> No
     values[398:] = math.nan
     first, second, third = json.loads(printed(write_csv(tmp_path / "a.csv", values), "--json"))
     assert first.pop("score") > 20
-    assert first == {"kind": "spike", "detected": 202, "onset": 200, "peak": first["peak"], "end": 210}
+    assert first == {
+        "kind": "spike",
+        "detected": 202,
+        "onset": 200,
+        "peak": first["peak"],
+        "end": 210,
+    }
     assert (second["kind"], second["detected"], second["end"]) == ("outlier", 301, 301)
-    assert third == {"kind": "nonfinite", "detected": 398, "onset": 398, "peak": 398, "end": None, "score": None}
+    assert third == {
+        "kind": "nonfinite",
+        "detected": 398,
+        "onset": 398,
+        "peak": 398,
+        "end": None,
+        "score": None,
+    }
 
 
 def test_a_spike_still_on_at_the_end_is_listed_with_its_peak_so_far(tmp_path: Path) -> None:
@@ -135,7 +156,9 @@ def test_a_spike_still_on_at_the_end_is_listed_with_its_peak_so_far(tmp_path: Pa
     assert "still on" in printed(path)
 
 
-def test_where_nothing_happened_it_says_so_in_one_sentence_and_prints_an_empty_list(tmp_path: Path) -> None:
+def test_where_nothing_happened_it_says_so_in_one_sentence_and_prints_an_empty_list(
+    tmp_path: Path,
+) -> None:
     path = write_csv(tmp_path / "a.csv", losses())
     assert printed(path) == "Nothing happened to the loss in 400 updates (steps 0 to 399).\n"
     assert json.loads(printed(path, "--json")) == []

@@ -1,10 +1,12 @@
-"""Real trainings, killed with kill -9 at random moments: every step that was said to be done is on record.
+"""Real trainings, killed with kill -9 at random moments: every step that was said to be done is on
+record.
 
     python tests/geodiag/store/kills.py --kills 50 [--seed 0]
 
-trains `tiny` with `geodiag train` in a process of its own, kills it, compares what it had printed with what the run
-holds, and again. It prints a line a kill and ends with exit code 1 if a single completed step is missing, incomplete
-or doubled. Fifty take about five minutes. The test suite does five.
+trains `tiny` with `geodiag train` in a process of its own, kills it, compares what it had printed
+with what the run holds, and again. It prints a line a kill and ends with exit code 1 if a single
+completed step is missing, incomplete or doubled. Fifty take about five minutes. The test suite does
+five.
 """
 
 import argparse
@@ -38,7 +40,17 @@ class Kill:
 def start(run: Path, data: Path, *more: str) -> subprocess.Popen[str]:
     """A training of `tiny` that prints every step it is through with."""
     main = "from geodiag.cli.main import main; main()"
-    options = ["--steps", str(STEPS), "--sequences", "1", "--data", str(data), "--run", str(run), *more]
+    options = [
+        "--steps",
+        str(STEPS),
+        "--sequences",
+        "1",
+        "--data",
+        str(data),
+        "--run",
+        str(run),
+        *more,
+    ]
     command = [sys.executable, "-c", main, "train", *options]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -68,7 +80,9 @@ def kill_one(folder: Path, data: Path, rng: random.Random) -> Kill:
 
 
 def judge(folder: Path, said: int) -> Kill:
-    """Whether the run in `folder` holds the `said` first steps, each whole and once, and at most one more."""
+    """Whether the run in `folder` holds the `said` first steps, each whole and once, and at most
+    one more.
+    """
     run = open_run(folder)
     steps = run.read("steps", ["step", "loss"])
     have = steps["step"].tolist()
@@ -90,7 +104,9 @@ def judge(folder: Path, said: int) -> Kill:
 def text(folder: Path) -> Path:
     """A little text to train on, so that a training starts quickly."""
     path = folder / "text.txt"
-    path.write_text("".join(f"{i} bottles of beer on the wall, {i * i} bottles of beer.\n" for i in range(500)))
+    path.write_text(
+        "".join(f"{i} bottles of beer on the wall, {i * i} bottles of beer.\n" for i in range(500))
+    )
     return path
 
 
@@ -106,7 +122,10 @@ def main() -> None:
             kill = kill_one(Path(folder) / f"run-{i}", data, rng)
             lost += kill.wrong is not None
             recorded += kill.recorded
-            print(f"kill {i + 1}: {kill.said} done, {kill.recorded} on record  {kill.wrong or ''}", flush=True)
+            print(
+                f"kill {i + 1}: {kill.said} done, {kill.recorded} on record  {kill.wrong or ''}",
+                flush=True,
+            )
     print(f"{options.kills} kills, {recorded} steps on record, {lost} runs with a step missing")
     sys.exit(lost > 0)
 

@@ -1,4 +1,6 @@
-"""Nothing lost: kill -9 at random moments, a full disk, two writers, readers while files come and go."""
+"""Nothing lost: kill -9 at random moments, a full disk, two writers, readers while files come and
+go.
+"""
 
 import os
 import random
@@ -60,7 +62,9 @@ def test_fifty_kills_at_random_moments_lose_no_step_that_was_appended(tmp_path: 
         have = run.read("steps")["step"].tolist()
         assert have in (list(range(len(have))), []), "every step once, in order"
         assert set(said) <= set(have)
-        assert len(have) - step - len(said) in (0, 1), "at most the step that was in flight is there unsaid"
+        assert len(have) - step - len(said) in (0, 1), (
+            "at most the step that was in flight is there unsaid"
+        )
         assert run.read("layers").groupby("step").size().loc[: step + len(said) - 1].eq(4).all()
         assert run.status() == "interrupted"
         assert run.problems == {}
@@ -69,13 +73,17 @@ def test_fifty_kills_at_random_moments_lose_no_step_that_was_appended(tmp_path: 
     assert len(list((tmp_path / "run/steps/rank-0").iterdir())) < 60
 
 
-def test_a_killed_runs_journal_is_folded_once_however_often_it_is_reopened(make_run, tmp_path: Path) -> None:
+def test_a_killed_runs_journal_is_folded_once_however_often_it_is_reopened(
+    make_run, tmp_path: Path
+) -> None:
     run = make_run(steps=5, close=False)
     del run
     journal = tmp_path / "run/journal/rank-0-steps.arrows"
     saved = journal.read_bytes()
     for _ in range(3):
-        journal.write_bytes(saved)  # as if killed after the part was closed, before the journal went
+        journal.write_bytes(
+            saved
+        )  # as if killed after the part was closed, before the journal went
         del _
         again = Run.create(tmp_path / "run")
         assert again.read("steps", attempt="all")["step"].tolist() == [0, 1, 2, 3, 4]
@@ -83,10 +91,14 @@ def test_a_killed_runs_journal_is_folded_once_however_often_it_is_reopened(make_
         del again
 
 
-def test_what_a_killed_merge_left_is_read_once_and_swept_at_the_next_start(make_run, tmp_path, monkeypatch) -> None:
+def test_what_a_killed_merge_left_is_read_once_and_swept_at_the_next_start(
+    make_run, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setattr(writing, "ROLL_BATCHES", 2)
     unlink = os.unlink
-    monkeypatch.setattr(parts.os, "unlink", lambda path: None)  # killed before the first of them went
+    monkeypatch.setattr(
+        parts.os, "unlink", lambda path: None
+    )  # killed before the first of them went
     make_run(steps=20)
     monkeypatch.setattr(parts.os, "unlink", unlink)
     folder = tmp_path / "run/steps/rank-0"
@@ -123,7 +135,8 @@ def test_a_reader_sees_every_step_once_while_parts_roll_and_merge(tmp_path: Path
     listener.start()
     reads, began = 0, time.monotonic()
     try:
-        # Six seconds of looking, and longer on a busy machine: enough parts have to roll and merge meanwhile.
+        # Six seconds of looking, and longer on a busy machine: enough parts have to roll and merge
+        # meanwhile.
         while time.monotonic() < began + 6 or (said <= 300 and time.monotonic() < began + 60):
             before = said
             run = open_run(tmp_path / "run")
@@ -141,9 +154,13 @@ def test_a_reader_sees_every_step_once_while_parts_roll_and_merge(tmp_path: Path
     assert said > 300
 
 
-def test_the_reader_looks_again_when_a_merge_takes_parts_away_under_it(make_run, monkeypatch, tmp_path: Path) -> None:
+def test_the_reader_looks_again_when_a_merge_takes_parts_away_under_it(
+    make_run, monkeypatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(writing, "ROLL_BATCHES", 2)
-    run = make_run(steps=19, close=False)  # nine parts and one row in the journal: the next row merges
+    run = make_run(
+        steps=19, close=False
+    )  # nine parts and one row in the journal: the next row merges
     reader, looks = open_run(tmp_path / "run"), 0
     read_metadata = parts.pq.read_metadata
 
@@ -166,21 +183,27 @@ def test_a_second_training_cannot_write_into_a_live_runs_folder(tmp_path: Path) 
     process = writer(tmp_path / "run", 0)
     assert process.stdout.readline() == "begun\n"
     try:
-        with pytest.raises(GeodiagError, match=f"being written by process {process.pid}; stop that training"):
+        with pytest.raises(
+            GeodiagError, match=f"being written by process {process.pid}; stop that training"
+        ):
             Run.create(tmp_path / "run")
     finally:
         kill(process)
     Run.create(tmp_path / "run").close()
 
 
-def test_a_process_that_shares_a_dead_trainings_number_is_not_taken_for_it(make_run, tmp_path: Path) -> None:
+def test_a_process_that_shares_a_dead_trainings_number_is_not_taken_for_it(
+    make_run, tmp_path: Path
+) -> None:
     run = make_run(close=False)
     assert open_run(tmp_path / "run").status() == "running"
     beat = tmp_path / "run/heartbeat.json"
     beat.write_text(beat.read_text().replace('"started": "', '"started": "9'))
     assert open_run(tmp_path / "run").status() == "interrupted"
     beat.write_text(beat.read_text().replace('"host": "', '"host": "elsewhere'))
-    assert open_run(tmp_path / "run").status() == "running", "on another machine a fresh sign of life is all there is"
+    assert open_run(tmp_path / "run").status() == "running", (
+        "on another machine a fresh sign of life is all there is"
+    )
     run.close("failed")
     assert open_run(tmp_path / "run").status() == "failed"
 
@@ -214,7 +237,9 @@ run.close()
 
 
 @pytest.mark.parametrize("end", ["kill", "close"])
-def test_a_full_disk_is_an_os_error_and_the_rows_are_written_once_there_is_space(tmp_path: Path, end: str) -> None:
+def test_a_full_disk_is_an_os_error_and_the_rows_are_written_once_there_is_space(
+    tmp_path: Path, end: str
+) -> None:
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "run"), end]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "20\n", done.stderr
@@ -224,7 +249,9 @@ def test_a_full_disk_is_an_os_error_and_the_rows_are_written_once_there_is_space
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
-def test_a_disk_that_refuses_a_part_keeps_the_journal_and_leaves_no_half_part(make_run, monkeypatch, tmp_path) -> None:
+def test_a_disk_that_refuses_a_part_keeps_the_journal_and_leaves_no_half_part(
+    make_run, monkeypatch, tmp_path
+) -> None:
     run = make_run(steps=8, close=False)
 
     def refuse(table, file, **how):

@@ -13,7 +13,9 @@ STEPS = SCHEMAS["steps"]
 
 
 def batch(step: int) -> pa.RecordBatch:
-    return to_batch("steps", {"step": [step], "loss": [float(step)], "routing_mode": ["on"]}, rank=0, attempt=0)
+    return to_batch(
+        "steps", {"step": [step], "loss": [float(step)], "routing_mode": ["on"]}, rank=0, attempt=0
+    )
 
 
 def steps_in(raw: bytes) -> list[int]:

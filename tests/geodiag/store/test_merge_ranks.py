@@ -1,4 +1,6 @@
-"""Several ranks read as one: each metric by its rule, and ranks that are missing, behind or torn are a caveat."""
+"""Several ranks read as one: each metric by its rule, and ranks that are missing, behind or torn
+are a caveat.
+"""
 
 import math
 from pathlib import Path
@@ -21,9 +23,16 @@ def two(folder: Path, steps: tuple[int, int] = (3, 3), close: bool = True) -> li
             more = 2.0 * rank
             where = {"step": [step] * 2, "layer": [0, 0], "site": ["attn", "ffn"]}
             run.append(
-                "layers", where | {"composite_gain_fwd": [1 + more, 5.0], "composite_gain_fwd_max": [1 + more] * 2}
+                "layers",
+                where
+                | {"composite_gain_fwd": [1 + more, 5.0], "composite_gain_fwd_max": [1 + more] * 2},
             )
-            columns = {"loss": [4.0 + more], "tokens": [100.0], "grad_norm": [1 + more], "routing_mode": ["on"]}
+            columns = {
+                "loss": [4.0 + more],
+                "tokens": [100.0],
+                "grad_norm": [1 + more],
+                "routing_mode": ["on"],
+            }
             run.append("steps", {"step": [step]} | columns)
         if close:
             run.close()
@@ -37,9 +46,13 @@ def test_each_metric_is_put_together_by_its_rule(tmp_path: Path) -> None:
     assert steps["step"].tolist() == [0, 1, 2]
     assert steps[["loss", "tokens", "grad_norm"]].to_numpy().tolist() == [[5.0, 200.0, 3.0]] * 3
     assert steps["routing_mode"].tolist() == ["on"] * 3
-    layers = run.read("layers", ["step", "site", "composite_gain_fwd", "composite_gain_fwd_max"], ranks="merged")
+    layers = run.read(
+        "layers", ["step", "site", "composite_gain_fwd", "composite_gain_fwd_max"], ranks="merged"
+    )
     assert list(layers.columns) == ["step", "site", "composite_gain_fwd", "composite_gain_fwd_max"]
-    assert layers.to_numpy().tolist() == [r for s in range(3) for r in ([s, "attn", 2.0, 3.0], [s, "ffn", 5.0, 3.0])]
+    assert layers.to_numpy().tolist() == [
+        r for s in range(3) for r in ([s, "attn", 2.0, 3.0], [s, "ffn", 5.0, 3.0])
+    ]
     assert run.problems == {}
 
 
@@ -56,7 +69,11 @@ def test_a_nan_of_one_rank_stays_and_a_null_takes_no_part(tmp_path: Path) -> Non
     both[1].append("steps", {"step": [4], "loss": [4.0]})
     for run in both:
         run.close()
-    rows = open_run(tmp_path / "run").read_arrow("steps", ["loss", "grad_norm"], ranks="merged").to_pylist()
+    rows = (
+        open_run(tmp_path / "run")
+        .read_arrow("steps", ["loss", "grad_norm"], ranks="merged")
+        .to_pylist()
+    )
     assert math.isnan(rows[3]["loss"])
     assert math.isnan(rows[3]["grad_norm"]), "also where the rule is the largest"
     assert rows[4] == {"loss": 4.0, "grad_norm": None}
@@ -69,7 +86,10 @@ def test_attempts_are_not_mixed(tmp_path: Path) -> None:
         run.append("steps", {"step": [1], "loss": [10.0 + rank]})
         run.close()
     run = open_run(tmp_path / "run")
-    assert run.read("steps", ["step", "loss"], ranks="merged").to_numpy().tolist() == [[0, 5.0], [1, 10.5]]
+    assert run.read("steps", ["step", "loss"], ranks="merged").to_numpy().tolist() == [
+        [0, 5.0],
+        [1, 10.5],
+    ]
     everything = run.read("steps", ["attempt", "step", "loss"], attempt="all", ranks="merged")
     assert everything.to_numpy().tolist() == [[0, 0, 5.0], [0, 1, 5.0], [0, 2, 5.0], [1, 1, 10.5]]
 

@@ -20,7 +20,10 @@ from geodiag.store import writer as writing
 
 def test_what_is_appended_is_read_with_nulls_and_nans_kept_apart(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "a")
-    run.append("steps", {"step": [0, 1, 2], "loss": [1.5, math.nan, None], "grad_norm": 2, "routing_mode": "off"})
+    run.append(
+        "steps",
+        {"step": [0, 1, 2], "loss": [1.5, math.nan, None], "grad_norm": 2, "routing_mode": "off"},
+    )
     table = open_run(tmp_path / "a").read_arrow("steps")
     assert table.schema == SCHEMAS["steps"]
     assert table["loss"].null_count == 1
@@ -33,7 +36,9 @@ def test_what_is_appended_is_read_with_nulls_and_nans_kept_apart(tmp_path: Path)
 def test_masked_arrays_and_numpy_scalars_become_nulls_and_numbers(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "a")
     load = np.ma.masked_array(np.array([0.25, 9.0, 1e300]), mask=[False, True, False])
-    run.append("experts", {"step": np.int64(3), "layer": np.int64(1), "expert": np.arange(3), "load": load})
+    run.append(
+        "experts", {"step": np.int64(3), "layer": np.int64(1), "expert": np.arange(3), "load": load}
+    )
     rows = run.read("experts", ["step", "expert", "load"])
     assert rows["step"].tolist() == [3, 3, 3]
     assert rows["load"].tolist()[0] == 0.25
@@ -50,7 +55,9 @@ def test_masked_arrays_and_numpy_scalars_become_nulls_and_numbers(tmp_path: Path
         ({"step": [0, 1], "loss": [1.0, 2.0, 3.0]}, "length"),
     ],
 )
-def test_a_callers_mistake_is_a_value_error_and_spoils_nothing(tmp_path: Path, columns: dict, match: str) -> None:
+def test_a_callers_mistake_is_a_value_error_and_spoils_nothing(
+    tmp_path: Path, columns: dict, match: str
+) -> None:
     run = Run.create(tmp_path / "a")
     run.append("steps", {"step": [0]})
     with pytest.raises(ValueError, match=match):
@@ -69,7 +76,9 @@ def test_steps_are_half_open_and_columns_come_in_the_order_asked(make_run) -> No
     assert len(run.read("steps", steps=(100, 200))) == 0
 
 
-def test_parts_roll_and_merge_without_losing_or_doubling_a_row(make_run, monkeypatch, tmp_path: Path) -> None:
+def test_parts_roll_and_merge_without_losing_or_doubling_a_row(
+    make_run, monkeypatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(writing, "ROLL_BATCHES", 3)
     run = make_run(steps=310)
     assert run.read("steps")["step"].tolist() == list(range(310))
@@ -136,7 +145,9 @@ def test_a_rollback_hides_the_steps_it_abandoned_and_keeps_them_on_record(tmp_pa
 def test_a_rollback_within_a_rollback_leaves_every_step_once(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "a")
     for first, last in [(0, 10), (6, 12), (3, 9), (8, 14)]:
-        run.append("steps", {"step": range(first, last), "loss": [float(run.attempt)] * (last - first)})
+        run.append(
+            "steps", {"step": range(first, last), "loss": [float(run.attempt)] * (last - first)}
+        )
         run.append("layers", {"step": range(first, last), "layer": 0, "site": "attn"})
         run.next_attempt()
     assert [a for a, _, _ in losses(run)] == [0] * 3 + [2] * 5 + [3] * 6
@@ -146,7 +157,11 @@ def test_a_rollback_within_a_rollback_leaves_every_step_once(tmp_path: Path) -> 
 def test_events_keep_the_whole_trail(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "a")
     run.append("steps", {"step": range(6)})
-    run.event(Event(step=5, kind="spike", message="torn", data={"score": np.float32(7.5), "peak": math.nan}))
+    run.event(
+        Event(
+            step=5, kind="spike", message="torn", data={"score": np.float32(7.5), "peak": math.nan}
+        )
+    )
     run.next_attempt()
     run.append("steps", {"step": [4]})
     rows = run.read("events")
@@ -187,7 +202,9 @@ def test_a_lost_manifest_is_told_from_the_rows(make_run, tmp_path: Path) -> None
 # -- the way back --------------------------------------------------------------------------
 
 
-def test_a_request_is_seen_once_and_stands_until_it_is_acknowledged(make_run, tmp_path: Path) -> None:
+def test_a_request_is_seen_once_and_stands_until_it_is_acknowledged(
+    make_run, tmp_path: Path
+) -> None:
     run = make_run(close=False)
     watch = RequestWatch(tmp_path / "run")
     assert watch.poll() is None
@@ -201,17 +218,25 @@ def test_a_request_is_seen_once_and_stands_until_it_is_acknowledged(make_run, tm
     assert watch.poll() == newer
 
 
-def test_a_request_to_a_training_that_is_no_more_is_not_obeyed_by_the_next(make_run, tmp_path: Path) -> None:
+def test_a_request_to_a_training_that_is_no_more_is_not_obeyed_by_the_next(
+    make_run, tmp_path: Path
+) -> None:
     make_run()
     open_run(tmp_path / "run").request("on")
     resumed = Run.create(tmp_path / "run")
     assert RequestWatch(tmp_path / "run").poll() is None
     asked = resumed.request("auto")
-    assert RequestWatch(tmp_path / "run").poll() == asked, "asked after the start, before the first look"
+    assert RequestWatch(tmp_path / "run").poll() == asked, (
+        "asked after the start, before the first look"
+    )
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"routing": "sideways"}', '{"routing": "on", "delay_steps": "x"}'])
-def test_a_control_file_that_makes_no_sense_is_no_request(make_run, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"routing": "sideways"}', '{"routing": "on", "delay_steps": "x"}']
+)
+def test_a_control_file_that_makes_no_sense_is_no_request(
+    make_run, tmp_path: Path, text: str
+) -> None:
     make_run(close=False)
     (tmp_path / "run/control.json").write_text(text)
     assert RequestWatch(tmp_path / "run").poll() is None

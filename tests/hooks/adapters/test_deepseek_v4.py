@@ -1,4 +1,6 @@
-"""transformers' DeepSeek-V4 under the same attach: values by definition, whatever way its experts are run."""
+"""transformers' DeepSeek-V4 under the same attach: values by definition, whatever way its experts
+are run.
+"""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -35,9 +37,14 @@ def train(
     monitor: Monitor | None = None
     if path is not None:
         policy = "off" if routing is None else "on"
-        monitor = geodiag.attach(model, opt, path, probe_every=2, quiet=True, routing=routing, policy=policy)
+        monitor = geodiag.attach(
+            model, opt, path, probe_every=2, quiet=True, routing=routing, policy=policy
+        )
     batches = (tiny_v4.batch(s) for s in range(steps))
-    losses = [tiny_v4.one_step(model, opt, b, monitor) for b in (routing.batches(batches) if routing else batches)]
+    losses = [
+        tiny_v4.one_step(model, opt, b, monitor)
+        for b in (routing.batches(batches) if routing else batches)
+    ]
     if monitor is not None:
         monitor.close()
     return losses, model
@@ -58,8 +65,12 @@ class Seen:
         for i, layer in enumerate(own.layers):
             for connection, branch in ((layer.attn_hc, layer.self_attn), (layer.ffn_hc, layer.mlp)):
                 connection.register_forward_hook(self._mix)
-                branch.register_forward_hook(lambda _m, _a, out: self.branches.append(first(out).detach().double()))
-            layer.mlp.gate.register_forward_hook(lambda _m, _a, out, i=i: self.gates.__setitem__(i, out))
+                branch.register_forward_hook(
+                    lambda _m, _a, out: self.branches.append(first(out).detach().double())
+                )
+            layer.mlp.gate.register_forward_hook(
+                lambda _m, _a, out, i=i: self.gates.__setitem__(i, out)
+            )
             layer.mlp.register_forward_pre_hook(
                 lambda _m, args, i=i: self.hidden.__setitem__(i, args[0].detach().flatten(0, 1))
             )
@@ -80,7 +91,9 @@ def first(out: Any) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, pd.DataFrame, pd.DataFrame, Any]:
+def recorded(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Seen, pd.DataFrame, pd.DataFrame, Any]:
     """One step seen by hooks of our own, its rows, and the model with the weights of that step."""
     path = tmp_path_factory.mktemp("v4") / "run"
     model = tiny_v4.model()
@@ -140,10 +153,13 @@ def test_gains_are_those_of_the_operator_that_is_applied(recorded: tuple) -> Non
     assert rows["site"].tolist() == ["attn", "ffn"] * 3
     for row, expected in zip(rows.to_dict("records"), expected_gains(seen, False), strict=True):
         for name, value in expected.items():
-            # The spectral norm is iterated from below, and these maps' singular values are close together.
+            # The spectral norm is iterated from below, and these maps' singular values are close
+            # together.
             assert row[name] == pytest.approx(value, rel=1e-3 if "spectral" in name else 1e-5), name
     for s, row in enumerate(rows.to_dict("records")):
-        assert row["sinkhorn_residual"] == pytest.approx(slow.sinkhorn_residual(seen.comb[s].numpy()), abs=2e-6)
+        assert row["sinkhorn_residual"] == pytest.approx(
+            slow.sinkhorn_residual(seen.comb[s].numpy()), abs=2e-6
+        )
 
 
 def test_the_applied_operator_makes_the_streams_what_they_are(recorded: tuple) -> None:
@@ -155,7 +171,9 @@ def test_the_applied_operator_makes_the_streams_what_they_are(recorded: tuple) -
         right, wrong = comb.mT @ seen.streams[s] + written, comb @ seen.streams[s] + written
         torch.testing.assert_close(right, seen.streams[s + 1], rtol=1e-5, atol=1e-6)
         far.append(((wrong - seen.streams[s + 1]).norm() / seen.streams[s + 1].norm()).item())
-    assert min(far[1:]) > 1e-3, "at the first site all streams are still alike; from there on it shows"
+    assert min(far[1:]) > 1e-3, (
+        "at the first site all streams are still alike; from there on it shows"
+    )
 
 
 def test_the_transposed_orientation_would_be_seen(recorded: tuple) -> None:
@@ -164,9 +182,17 @@ def test_the_transposed_orientation_would_be_seen(recorded: tuple) -> None:
     far = {
         name: max(
             abs(row[name] / expected[name] - 1)
-            for row, expected in zip(rows.to_dict("records"), expected_gains(seen, True), strict=True)
+            for row, expected in zip(
+                rows.to_dict("records"), expected_gains(seen, True), strict=True
+            )
         )
-        for name in ("amax_gain_fwd", "amax_gain_bwd", "composite_gain_fwd", "composite_gain_bwd", "branch_share")
+        for name in (
+            "amax_gain_fwd",
+            "amax_gain_bwd",
+            "composite_gain_fwd",
+            "composite_gain_bwd",
+            "branch_share",
+        )
     }
     assert min(far.values()) > 1e-4, far
 
@@ -182,9 +208,13 @@ def pre_activations(model: Any, seen: Seen, layer: int) -> tuple[dict[int, Tenso
     mlp, x = model.model.layers[layer].mlp, seen.hidden[layer].double()
     ids = seen.gates[layer][2]
     routed = {
-        e: x[(ids == e).any(-1)] @ mlp.experts.gate_up_proj[e].detach().double().T for e in range(tiny_v4.EXPERTS)
+        e: x[(ids == e).any(-1)] @ mlp.experts.gate_up_proj[e].detach().double().T
+        for e in range(tiny_v4.EXPERTS)
     }
-    shared = [x @ w.weight.detach().double().T for w in (mlp.shared_experts.gate_proj, mlp.shared_experts.up_proj)]
+    shared = [
+        x @ w.weight.detach().double().T
+        for w in (mlp.shared_experts.gate_proj, mlp.shared_experts.up_proj)
+    ]
     return routed, torch.cat(shared, -1)
 
 
@@ -203,12 +233,17 @@ def test_clamp_rates_are_exact_and_count_the_shared_expert(recorded: tuple) -> N
         assert rows.loc[layer, "up_amax"] == pytest.approx(up.abs().max().item(), rel=1e-5)
         gate, up = torch.cat(list(routed.values())).chunk(2, -1)
         alone = slow.clamp_rates(gate.numpy(), up.numpy(), tiny_v4.LIMIT)
-        assert alone != pytest.approx(rates, rel=1e-4), "without the shared expert the rates must differ"
+        assert alone != pytest.approx(rates, rel=1e-4), (
+            "without the shared expert the rates must differ"
+        )
 
 
 def test_expert_rows_follow_their_definitions(recorded: tuple) -> None:
     seen, rows, experts, model = recorded
-    rows, experts = rows[rows.site == "ffn"].set_index("layer"), experts.set_index(["layer", "expert"])
+    rows, experts = (
+        rows[rows.site == "ffn"].set_index("layer"),
+        experts.set_index(["layer", "expert"]),
+    )
     limit = tiny_v4.LIMIT
     for layer in range(3):
         routed, _ = pre_activations(model, seen, layer)
@@ -219,7 +254,9 @@ def test_expert_rows_follow_their_definitions(recorded: tuple) -> None:
             act = torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
             row = experts.loc[(layer, e)]
             assert row["load"] == pytest.approx((ids == e).double().mean().item(), abs=1e-6)
-            assert row["gate_mass"] == pytest.approx((weights[ids == e].sum() / weights.sum()).item(), abs=1e-6)
+            assert row["gate_mass"] == pytest.approx(
+                (weights[ids == e].sum() / weights.sum()).item(), abs=1e-6
+            )
             if not len(gate):
                 assert np.isnan(row["act_rms"])
                 continue
@@ -229,7 +266,9 @@ def test_expert_rows_follow_their_definitions(recorded: tuple) -> None:
             assert row["act_amax"] == pytest.approx(act.abs().max().item(), rel=1e-4)
             assert row["clamp_hits"] == hits.item()
         median = np.median(list(rms.values()))
-        assert rows.loc[layer, "expert_norm_max_median"] == pytest.approx(max(rms.values()) / median, rel=1e-4)
+        assert rows.loc[layer, "expert_norm_max_median"] == pytest.approx(
+            max(rms.values()) / median, rel=1e-4
+        )
 
 
 def test_router_metrics_follow_their_definitions(recorded: tuple) -> None:
@@ -242,7 +281,9 @@ def test_router_metrics_follow_their_definitions(recorded: tuple) -> None:
         assert rows.loc[layer, "router_margin_mean"] == pytest.approx(
             slow.margins(scores.numpy(), tiny_v4.K).mean(), rel=1e-3
         )
-        assert rows.loc[layer, "router_entropy"] == pytest.approx(slow.entropy(scores.numpy()), rel=1e-5)
+        assert rows.loc[layer, "router_entropy"] == pytest.approx(
+            slow.entropy(scores.numpy()), rel=1e-5
+        )
         assert rows.loc[layer, "max_vio"] == pytest.approx(slow.max_vio(load.numpy()), rel=1e-5)
     assert pd.isna(rows.loc[0, "router_margin_mean"])
     assert pd.isna(rows.loc[0, "bias_abs_max"])
@@ -252,7 +293,9 @@ def test_flips_are_recorded_and_hash_layers_have_none(tmp_path: Path) -> None:
     model = tiny_v4.model()
     opt, chosen = tiny_v4.optimizer(model), []
     probe = tiny_v4.tokens(999)
-    with geodiag.attach(model, opt, tmp_path / "run", probe={"input_ids": probe}, probe_every=2, quiet=True) as monitor:
+    with geodiag.attach(
+        model, opt, tmp_path / "run", probe={"input_ids": probe}, probe_every=2, quiet=True
+    ) as monitor:
         for step in range(5):
             tiny_v4.one_step(model, opt, tiny_v4.batch(step), monitor)
             if step % 2 == 0:
@@ -288,7 +331,9 @@ def choices(model: Any, inputs: dict[str, Tensor]) -> dict[int, Tensor]:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_losses_are_bitwise_those_without_geodiag(tmp_path: Path, implementation: str, checkpointing: bool) -> None:
+def test_losses_are_bitwise_those_without_geodiag(
+    tmp_path: Path, implementation: str, checkpointing: bool
+) -> None:
     options = {"implementation": implementation, "checkpointing": checkpointing}
     assert train(tmp_path / "run", **options)[0] == train(None, **options)[0]
 
@@ -302,18 +347,25 @@ def test_rows_are_the_same_whatever_way_the_experts_run(
     train(tmp_path / "other", implementation=implementation, checkpointing=checkpointing)
     a, b = geodiag.open_run(tmp_path / "plain"), geodiag.open_run(tmp_path / "other")
     assert a.read("events")["kind"].tolist() == b.read("events")["kind"].tolist() == ["attempt"]
-    # Other orders of summation move the weights a little, and the clamp's hits with them: the first step is exact.
+    # Other orders of summation move the weights a little, and the clamp's hits with them: the first
+    # step is exact.
     for table in ("layers", "experts"):
         layers_equal(a.read(table, steps=(0, 1)), b.read(table, steps=(0, 1)), 1e-4)
         assert a.read(table).shape == b.read(table).shape
 
 
-def test_experts_of_the_wrong_rows_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The twin: were batched rows taken for rows in order of expert, the comparison above would fail."""
+def test_experts_of_the_wrong_rows_would_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: were batched rows taken for rows in order of expert, the comparison above would
+    fail.
+    """
     train(tmp_path / "plain")
     monkeypatch.setattr("geodiag.hooks.adapters.deepseek_v4.IN_TOKEN_ORDER", ())
     train(tmp_path / "other", implementation="batched_mm")
-    tables = [geodiag.open_run(tmp_path / n).read("experts", steps=(0, 1)) for n in ("plain", "other")]
+    tables = [
+        geodiag.open_run(tmp_path / n).read("experts", steps=(0, 1)) for n in ("plain", "other")
+    ]
     with pytest.raises(AssertionError):
         layers_equal(*tables, 1e-4)
 
@@ -334,7 +386,9 @@ def test_hooks_and_the_instance_attribute_come_off(tmp_path: Path) -> None:
     assert traces() == before == [before[0], 0]
 
 
-def test_an_implementation_that_hides_its_activations_is_said_to(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_implementation_that_hides_its_activations_is_said_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     def hidden(self: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -345,7 +399,9 @@ def test_an_implementation_that_hides_its_activations_is_said_to(tmp_path: Path,
     events = geodiag.open_run(tmp_path / "run").read("events")
     problems = events[events.kind == "problem"]["message"].tolist()
     assert len(problems) == 3
-    assert "'hidden' does not show its activations; eager, grouped_mm and batched_mm do" in problems[0]
+    assert (
+        "'hidden' does not show its activations; eager, grouped_mm and batched_mm do" in problems[0]
+    )
     rows = geodiag.open_run(tmp_path / "run").read("layers")
     assert rows["composite_gain_fwd"].notna().all()
 
@@ -357,7 +413,9 @@ def test_an_implementation_that_hides_its_activations_is_said_to(tmp_path: Path,
 def test_delay_zero_gives_bitwise_the_plain_losses(tmp_path: Path, checkpointing: bool) -> None:
     plain, _ = train(None, 4, checkpointing=checkpointing)
     assert train(tmp_path / "run", 4, routing_on=0, checkpointing=checkpointing)[0] == plain
-    assert geodiag.open_run(tmp_path / "run").read("steps")["routing_mode"].tolist()[:3] == ["on"] * 3
+    assert (
+        geodiag.open_run(tmp_path / "run").read("steps")["routing_mode"].tolist()[:3] == ["on"] * 3
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -366,14 +424,18 @@ def test_ids_are_those_of_the_weights_delay_steps_ago(checkpointing: bool) -> No
     opt, routing, past = tiny_v4.optimizer(model), AnticipatoryRouting(model, 2), []
     used: dict[int, list[Tensor]] = {}
     for i, layer in enumerate(model.model.layers):
-        layer.mlp.experts.register_forward_pre_hook(lambda _m, args, i=i: used.setdefault(i, []).append(args[1]))
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda _m, args, i=i: used.setdefault(i, []).append(args[1])
+        )
     routing.enable()
     differing = 0
     for step, inputs in enumerate(routing.batches(tiny_v4.batch(s) for s in range(9))):
         past.append({k: v.clone() for k, v in model.state_dict().items()})
         used.clear()
         tiny_v4.one_step(model, opt, inputs)
-        assert all(torch.equal(ids[0], again) for ids in used.values() for again in ids), "the recomputation too"
+        assert all(torch.equal(ids[0], again) for ids in used.values() for again in ids), (
+            "the recomputation too"
+        )
         lag = 2 if step >= 2 else 0
         for age in (lag, lag - 1) if lag else (0,):
             copy.load_state_dict(past[step - age])
@@ -422,7 +484,10 @@ def test_faults_that_last_are_felt_and_taken_back() -> None:
             for site in ("attn_hc", "ffn_hc"):
                 post, comb, collapsed = getattr(plain, site)(streams)
                 now = getattr(layer, site)(streams)
-                assert all(torch.equal(a, b) for a, b in zip(now, (post, of_comb * comb, collapsed), strict=True))
+                assert all(
+                    torch.equal(a, b)
+                    for a, b in zip(now, (post, of_comb * comb, collapsed), strict=True)
+                )
             assert torch.equal(layer.mlp(x), of_block * plain.mlp(x))
     inputs = tiny_v4.batch(0)
     assert torch.equal(model(**inputs).logits, untouched(**inputs).logits)

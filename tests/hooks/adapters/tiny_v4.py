@@ -1,4 +1,6 @@
-"""A tiny DeepSeek-V4 of transformers', with hash layers, biting clamps and maps that are not symmetric."""
+"""A tiny DeepSeek-V4 of transformers', with hash layers, biting clamps and maps that are not
+symmetric.
+"""
 
 from typing import Any
 
@@ -12,7 +14,9 @@ from geodiag.hooks.monitor import Monitor
 VOCAB, SEQUENCE, LIMIT, EXPERTS, K, STREAMS, LAYERS = 50, 12, 0.05, 6, 2, 4, 3
 
 
-def model(implementation: str = "eager", checkpointing: bool = False, **changes: Any) -> DeepseekV4ForCausalLM:
+def model(
+    implementation: str = "eager", checkpointing: bool = False, **changes: Any
+) -> DeepseekV4ForCausalLM:
     options: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -32,7 +36,11 @@ def model(implementation: str = "eager", checkpointing: bool = False, **changes:
         "index_topk": 4,
         "sliding_window": 8,
         "mlp_layer_types": ["hash_moe", "moe", "moe"],
-        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        "layer_types": [
+            "heavily_compressed_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+        ],
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
         "use_cache": False,
     }
@@ -44,7 +52,9 @@ def model(implementation: str = "eager", checkpointing: bool = False, **changes:
         if "_hc." in name or "hc_head" in name:
             p.data = torch.randn(p.shape, generator=generator) * 0.5
     table = made.model.layers[0].mlp.gate.tid2eid
-    table.copy_(torch.stack([torch.randperm(EXPERTS, generator=generator)[:K] for _ in range(VOCAB)]))
+    table.copy_(
+        torch.stack([torch.randperm(EXPERTS, generator=generator)[:K] for _ in range(VOCAB)])
+    )
     if checkpointing:
         made.activation_checkpointing_enable({"use_reentrant": False})
     return made.train()
@@ -64,7 +74,9 @@ def batch(step: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def one_step(made: nn.Module, opt: torch.optim.Optimizer, inputs: dict, monitor: Monitor | None = None) -> float:
+def one_step(
+    made: nn.Module, opt: torch.optim.Optimizer, inputs: dict, monitor: Monitor | None = None
+) -> float:
     loss = made(**inputs).loss
     loss.backward()
     opt.step()

@@ -1,4 +1,6 @@
-"""Ranks that come together, and ranks of which some never come: each learns the same, and none waits for ever."""
+"""Ranks that come together, and ranks of which some never come: each learns the same, and none
+waits for ever.
+"""
 
 import threading
 from collections.abc import Callable
@@ -58,7 +60,9 @@ def test_a_process_alone_waits_for_nobody() -> None:
     assert all_here(timedelta(0))
 
 
-def test_the_call_comes_before_all_groups_end_and_not_when_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_call_comes_before_all_groups_end_and_not_when_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     said: list[object] = []
     monkeypatch.setattr(dist, "destroy_process_group", lambda group=None: said.append(group))
     before_they_part(lambda: said.append("call"))

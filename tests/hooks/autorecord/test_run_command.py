@@ -1,4 +1,6 @@
-"""`geodiag run`: scripts that nobody edited are recorded, bit for bit as they are, or left alone with a reason."""
+"""`geodiag run`: scripts that nobody edited are recorded, bit for bit as they are, or left alone
+with a reason.
+"""
 
 import os
 import signal
@@ -25,14 +27,27 @@ def folder(tmp_path: Path) -> Path:
 # -- trainings -----------------------------------------------------------------------------
 
 
-def test_the_first_step_of_an_optimizer_made_late_has_its_loss_and_gradient_norm(folder: Path) -> None:
+def test_the_first_step_of_an_optimizer_made_late_has_its_loss_and_gradient_norm(
+    folder: Path,
+) -> None:
     run = recorded(folder, watched(folder, unedited.LATE))
     assert run.read("steps")["grad_norm"].notna().all()
     assert run.read("layers").groupby("step")["stream_rms"].count().tolist() == [0, 3, 3]
 
 
 def test_options_reach_the_training_and_the_manifest(folder: Path) -> None:
-    done = watched(folder, unedited.PLAIN, "--every", "2", "--every", "grad_norm=1", "--layers", "1-", "--trace", "0,5")
+    done = watched(
+        folder,
+        unedited.PLAIN,
+        "--every",
+        "2",
+        "--every",
+        "grad_norm=1",
+        "--layers",
+        "1-",
+        "--trace",
+        "0,5",
+    )
     run = recorded(folder, done)
     assert run.manifest["config"]["cadence"]["layers"] == [1, 2]
     assert run.manifest["config"]["command"] == [sys.executable, "train.py"]
@@ -41,15 +56,27 @@ def test_options_reach_the_training_and_the_manifest(folder: Path) -> None:
     assert rows.dropna(subset=["stream_rms"])["step"].unique().tolist() == [0, 2]
 
 
-def test_ranks_that_multiprocessing_spawns_are_recorded_and_their_loaders_are_not(folder: Path) -> None:
+def test_ranks_that_multiprocessing_spawns_are_recorded_and_their_loaders_are_not(
+    folder: Path,
+) -> None:
     run = recorded(folder, watched(folder, unedited.SPAWNED))
     assert len(run.read("steps")) == 3
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_under_torchrun_record_into_one_run(folder: Path, parallel: str) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-    done = watched(folder, unedited.SPREAD, command=[sys.executable, *torchrun], arguments=[parallel])
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        "--standalone",
+    ]
+    done = watched(
+        folder, unedited.SPREAD, command=[sys.executable, *torchrun], arguments=[parallel]
+    )
     assert done.returncode == 0, done.stderr
     run = open_run(folder / "run")
     assert run.status() == "finished"
@@ -88,7 +115,10 @@ def until_it_waits(folder: Path, **how: Any) -> tuple[subprocess.Popen[str], str
 
 
 def test_a_signal_is_passed_on_and_ctrl_c_reaches_the_command_once(folder: Path) -> None:
-    for number, code, status in ((signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "interrupted")):
+    for number, code, status in (
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "interrupted"),
+    ):
         process, said = until_it_waits(folder)
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
@@ -99,7 +129,9 @@ def test_a_signal_is_passed_on_and_ctrl_c_reaches_the_command_once(folder: Path)
 
 def test_a_killed_command_loses_no_step_that_was_done(folder: Path) -> None:
     process, said = until_it_waits(folder)
-    child = next(p for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    child = next(
+        p for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    )
     os.kill(int(child), signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGKILL
@@ -136,17 +168,30 @@ print(sitecustomize.mark, sorted(m for m in sys.modules if m.startswith("geodiag
 """
     (folder / "train.py").write_text(script)
     environment = os.environ | {"PYTHONPATH": f"{folder / 'site'}{os.pathsep}{ROOT}"}
-    bare = subprocess.run([sys.executable, "train.py"], cwd=folder, env=environment, capture_output=True, text=True)
-    process = start(folder, [sys.executable, "train.py"], env={"PYTHONPATH": environment["PYTHONPATH"]})
+    bare = subprocess.run(
+        [sys.executable, "train.py"], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    process = start(
+        folder, [sys.executable, "train.py"], env={"PYTHONPATH": environment["PYTHONPATH"]}
+    )
     out, err = process.communicate(timeout=60)
     assert out == bare.stdout
     assert "the user’s own []" in out
-    nothing(subprocess.CompletedProcess([], process.returncode, out, err), "nothing in the command imported torch")
+    nothing(
+        subprocess.CompletedProcess([], process.returncode, out, err),
+        "nothing in the command imported torch",
+    )
 
 
 def test_a_script_that_never_trains(folder: Path) -> None:
-    done = watched(folder, "from few import *\nmodel = Blocks()\nx = adamw(model)\nloss_of(model, batch())\nprint(1)\n")
-    assert "no step was recorded in run: the training ended before its first step" in done.stderr.splitlines()[-1]
+    done = watched(
+        folder,
+        "from few import *\nmodel = Blocks()\nx = adamw(model)\nloss_of(model, batch())\nprint(1)\n",
+    )
+    assert (
+        "no step was recorded in run: the training ended before its first step"
+        in done.stderr.splitlines()[-1]
+    )
     (folder / "run").rename(folder / "one")
     nothing(watched(folder, "import torch\n"), "no optimizer of torch took a step")
 
@@ -170,7 +215,9 @@ def test_a_script_that_attaches_geodiag_itself_keeps_its_own_record(folder: Path
     assert open_run(folder / "own").read("steps")["loss"].tolist() == [float(done.stdout)]
 
 
-def test_a_failure_of_geodiag_is_said_once_and_the_training_goes_on(folder: Path, monkeypatch) -> None:
+def test_a_failure_of_geodiag_is_said_once_and_the_training_goes_on(
+    folder: Path, monkeypatch
+) -> None:
     broken = "import geodiag.hooks.autorecord.model_search as s\ns.held = lambda *_: 1 / 0\n"
     done = watched(folder, "import torch\n" + broken + unedited.PLAIN)
     nothing(done, "ZeroDivisionError")
@@ -181,7 +228,9 @@ def test_a_failure_of_geodiag_is_said_once_and_the_training_goes_on(folder: Path
 # -- mistakes ------------------------------------------------------------------------------
 
 
-def test_mistakes_are_one_line_that_names_the_fix(cli: Callable[..., Any], tmp_path: Path, capfd) -> None:
+def test_mistakes_are_one_line_that_names_the_fix(
+    cli: Callable[..., Any], tmp_path: Path, capfd
+) -> None:
     one_line(cli("run"), "no command to run", "geodiag run -- python train.py")
     one_line(cli("run", "--", "no-such-command"), "no command 'no-such-command'", "spelt")
     one_line(cli("run", "train.py"), "write python train.py")

@@ -1,4 +1,6 @@
-"""Small training scripts that know nothing of geodiag, for the tests of `geodiag run`. Each prints its losses."""
+"""Small training scripts that know nothing of geodiag, for the tests of `geodiag run`. Each prints
+its losses.
+"""
 
 FEW = """
 import importlib.util

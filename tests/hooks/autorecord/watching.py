@@ -17,14 +17,22 @@ from tests.paths import ROOT
 
 
 def start(folder: Path, command: Sequence[str], *options: str, **how: Any) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | how.pop("env", {})
+    environment = (
+        os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | how.pop("env", {})
+    )
     main = [sys.executable, "-m", "geodiag.cli", "run", "--run", "run", *options, "--", *command]
     pipe = subprocess.PIPE
-    return subprocess.Popen(main, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, **how)
+    return subprocess.Popen(
+        main, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, **how
+    )
 
 
 def watched(
-    folder: Path, script: str, *options: str, command: Sequence[str] = (sys.executable,), arguments: Sequence[str] = ()
+    folder: Path,
+    script: str,
+    *options: str,
+    command: Sequence[str] = (sys.executable,),
+    arguments: Sequence[str] = (),
 ) -> subprocess.CompletedProcess:
     """`geodiag run` of a script, in a process of its own."""
     (folder / "train.py").write_text(script)
@@ -47,7 +55,9 @@ def recorded(folder: Path, done: subprocess.CompletedProcess, status: str = "fin
     """The run, whose losses are those that the script printed."""
     assert (folder / "run/run.json").exists(), done.stderr
     run = open_run(folder / "run")
-    assert run.read("steps")["loss"].tolist() == [float(line) for line in done.stdout.split()], done.stderr
+    assert run.read("steps")["loss"].tolist() == [float(line) for line in done.stdout.split()], (
+        done.stderr
+    )
     assert run.status() == status
     assert run.read("events")["kind"].tolist() == ["attempt"], done.stderr
     assert "geodiag show run" in done.stderr.splitlines()[-1]

@@ -17,7 +17,9 @@ def raised(step: int, kind: str = "spike") -> Verdict:
     return Verdict(9.0, spike, None, True)
 
 
-def drive(controller: Controller, steps: int, events: dict[int, Verdict], start: int = 0) -> dict[int, Decision]:
+def drive(
+    controller: Controller, steps: int, events: dict[int, Verdict], start: int = 0
+) -> dict[int, Decision]:
     """Decides step by step; returns what was said, by step."""
     said = {}
     for step in range(start, steps):
@@ -32,7 +34,9 @@ def short(said: dict[int, Decision]) -> dict[int, str]:
 
 
 def auto(mode: str = "auto", **changes: Any) -> Controller:
-    return Controller(policy=Policy(mode=mode, **({"period": 10, "cooldown": 20} | changes)), delay_steps=3)  # type: ignore[arg-type]
+    return Controller(
+        policy=Policy(mode=mode, **({"period": 10, "cooldown": 20} | changes)), delay_steps=3
+    )  # type: ignore[arg-type]
 
 
 def test_a_spike_starts_a_period_that_ends_after_warm_up_and_period() -> None:
@@ -40,7 +44,10 @@ def test_a_spike_starts_a_period_that_ends_after_warm_up_and_period() -> None:
     said = drive(auto(), 60, {5: raised(5)})
     assert short(said) == {5: "enable", 18: "disable"}
     assert all(d.acted for d in said.values())
-    assert said[5].reason == "spike raised at step 5 (onset 3, 9.0 σ): on for 10 steps after 3 of warm-up"
+    assert (
+        said[5].reason
+        == "spike raised at step 5 (onset 3, 9.0 σ): on for 10 steps after 3 of warm-up"
+    )
     assert said[18].reason == "the period of 10 steps is over"
 
 
@@ -64,7 +71,11 @@ def test_a_spike_during_warm_up_shortens_nothing() -> None:
 
 
 def test_a_spike_at_the_very_end_of_a_period_extends_it() -> None:
-    assert short(drive(auto(), 60, {5: raised(5), 18: raised(18)})) == {5: "enable", 18: "none", 28: "disable"}
+    assert short(drive(auto(), 60, {5: raised(5), 18: raised(18)})) == {
+        5: "enable",
+        18: "none",
+        28: "disable",
+    }
 
 
 def test_nothing_starts_during_the_cooldown_and_something_may_right_after() -> None:
@@ -91,7 +102,9 @@ def test_a_loss_that_is_not_finite_is_not_for_routing_to_mend(policy: str) -> No
     said = drive(controller, 10, {5: raised(5, "nonfinite")._replace(score=math.inf)})
     assert short(said) == {5: "none"}
     assert not said[5].acted
-    assert "routing cannot mend weights; restart from a checkpoint before that step" in said[5].reason
+    assert (
+        "routing cannot mend weights; restart from a checkpoint before that step" in said[5].reason
+    )
     assert controller.activations == 0
 
 
@@ -160,7 +173,9 @@ def test_a_resumed_controller_decides_as_if_it_had_never_stopped(cut: int) -> No
     )
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "maybe"}, {"period": 0}, {"cooldown": -1}, {"budget": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"mode": "maybe"}, {"period": 0}, {"cooldown": -1}, {"budget": -1}]
+)
 def test_wrong_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=r"policy is off, auto or on|at least"):
         Policy(**wrong)
@@ -190,7 +205,9 @@ def test_training_goes_back_to_the_newest_snapshot_from_strictly_before_the_onse
 
 
 def test_with_routing_the_snapshot_is_old_enough_for_the_warm_up_where_one_is() -> None:
-    assert at(back(), 50, raised(50), 30, 45, 47).restore == 45, "the warm-up of 3 steps ends with the onset"
+    assert at(back(), 50, raised(50), 30, 45, 47).restore == 45, (
+        "the warm-up of 3 steps ends with the onset"
+    )
     assert at(back(), 50, raised(50), 47).restore == 47
 
 
@@ -239,9 +256,14 @@ def test_a_loss_that_is_not_finite_goes_back_even_while_resting() -> None:
     controller.resting_until = 1000
     decision = at(controller, 50, raised(50, "nonfinite"), 40)
     assert decision.restore == 40
-    assert decision.reason.startswith("the loss is not finite since step 48: back to the snapshot of step 40")
+    assert decision.reason.startswith(
+        "the loss is not finite since step 48: back to the snapshot of step 40"
+    )
     spent = back(budget=0)
-    assert "the budget of 0 activations is used up" in at(spent, 50, raised(50, "nonfinite"), 40).reason
+    assert (
+        "the budget of 0 activations is used up"
+        in at(spent, 50, raised(50, "nonfinite"), 40).reason
+    )
     nothing = at(back(), 50, raised(50, "nonfinite"))
     assert not nothing.acted
     assert "no snapshot from before it is kept; restart from a checkpoint" in nothing.reason
@@ -291,9 +313,16 @@ def test_a_warning_starts_a_period_and_never_goes_back() -> None:
     controller = back(on="warning")
     decision = at_warning(controller, 50)
     assert (decision.action, decision.restore) == ("enable", None)
-    assert decision.reason == "early warning at step 50 (flips in layer 3): on for 10 steps after 3 of warm-up"
-    assert short(drive(controller, 90, {60: raised(60)}, start=51)) == {63: "disable"}, "spikes are not acted on"
-    assert back().decide(50, CALM, "flips in layer 3", [45]) is None, "the twin: nobody asked for warnings"
+    assert (
+        decision.reason
+        == "early warning at step 50 (flips in layer 3): on for 10 steps after 3 of warm-up"
+    )
+    assert short(drive(controller, 90, {60: raised(60)}, start=51)) == {63: "disable"}, (
+        "spikes are not acted on"
+    )
+    assert back().decide(50, CALM, "flips in layer 3", [45]) is None, (
+        "the twin: nobody asked for warnings"
+    )
 
 
 def test_a_schedule_is_kept_to_the_step() -> None:
@@ -312,7 +341,11 @@ def test_a_period_goes_on_while_the_loss_is_not_back_but_not_for_ever() -> None:
     said = drive(auto(), 60, {5: raised(5)} | {s: v for s, v in away.items() if s < 22})
     assert short(said) == {5: "enable", 18: "none", 22: "disable"}
     assert "not back in its range: on until it is, at most until step 28" in said[18].reason
-    assert short(drive(auto(), 60, {5: raised(5)} | away)) == {5: "enable", 18: "none", 28: "disable"}
+    assert short(drive(auto(), 60, {5: raised(5)} | away)) == {
+        5: "enable",
+        18: "none",
+        28: "disable",
+    }
 
 
 def test_a_decision_says_when_the_next_is_possible() -> None:

@@ -19,7 +19,9 @@ def test_what_is_written_is_what_is_done() -> None:
     assert all(policy.does(a) for a in ("rollback", "skip-batch", "route", "lower-lr", "clamp"))
     assert (policy.value("lower-lr"), policy.value("clamp")) == (0.5, 10.0)
     assert policy.lasting == ("route", "lower-lr", "clamp")
-    assert Policy(mode="on", actions="route,clamp=5").lasting == ("clamp",), "on keeps routing whatever else ends"
+    assert Policy(mode="on", actions="route,clamp=5").lasting == ("clamp",), (
+        "on keeps routing whatever else ends"
+    )
     assert not Policy().does("rollback")
     assert not Policy(on="warning").acts_on("spike")
 
@@ -30,7 +32,10 @@ def test_what_is_written_is_what_is_done() -> None:
         ({"on": "monday"}, "cannot act on 'monday'; it is spike, warning or schedule:START-END"),
         ({"on": "schedule:9-5"}, "cannot read 'schedule:9-5'; write schedule:START-END"),
         ({"on": "schedule:5"}, "write schedule:START-END"),
-        ({"actions": "pray"}, "there is no action 'pray'; it is one of rollback, skip-batch, route, lower-lr, clamp"),
+        (
+            {"actions": "pray"},
+            "there is no action 'pray'; it is one of rollback, skip-batch, route, lower-lr, clamp",
+        ),
         ({"actions": "lower-lr"}, "write lower-lr=NUMBER"),
         ({"actions": "route=3"}, "route takes no number"),
         ({"actions": "lower-lr=half"}, "lower-lr=half is no number"),
@@ -55,5 +60,7 @@ def test_skipped_are_the_batches_from_the_update_that_led_to_the_onset_until_det
     policy = Policy(actions="rollback,skip-batch")
     assert policy.skipped(spike(10, 12)) == range(9, 13)
     assert policy.skipped(spike(0, 2)) == range(3)
-    assert policy.skipped(spike(10, 300)) == range(9, 25), "a late detection does not throw the data away"
+    assert policy.skipped(spike(10, 300)) == range(9, 25), (
+        "a late detection does not throw the data away"
+    )
     assert Policy(actions="rollback").skipped(spike(10, 12)) is None

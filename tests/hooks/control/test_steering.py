@@ -1,4 +1,6 @@
-"""Steering a live training: requests are obeyed at the next step or refused with the reason, and all is on record."""
+"""Steering a live training: requests are obeyed at the next step or refused with the reason, and
+all is on record.
+"""
 
 import json
 import os
@@ -23,7 +25,9 @@ class Live:
         self.path, self.t = path, small.trainer("plain")
         self.routing = None
         if delay is not None:
-            self.routing = AnticipatoryRouting(self.t.model, delay, forward=lambda m, ids: m(ids[:, :-1]))
+            self.routing = AnticipatoryRouting(
+                self.t.model, delay, forward=lambda m, ids: m(ids[:, :-1])
+            )
         self.monitor: Monitor = small.watch(self.t, path, routing=self.routing, **options)
         data = (small.tokens(step) for step in range(1000))
         self.batches = self.routing.batches(data) if self.routing else data
@@ -84,7 +88,10 @@ def test_a_request_may_bring_its_delay_while_routing_is_off(tmp_path: Path) -> N
     assert live.modes()[:3] == ["off", "warmup", "on"]
     answers = {e["data"]["request"]: e for e in live.events("acknowledge")}
     assert answers[refused.id]["data"]["obeyed"] is False
-    assert "the delay can change only while routing is off; it is in on" in answers[refused.id]["message"]
+    assert (
+        "the delay can change only while routing is off; it is in on"
+        in answers[refused.id]["message"]
+    )
     assert answers[same.id]["data"]["obeyed"] is True
     assert live.modes()[-1] == "on", "a refusal changes nothing"
 
@@ -151,7 +158,9 @@ def spiking(step: int) -> float:
 
 
 @pytest.mark.parametrize("policy", ["off", "auto"])
-def test_a_spike_switches_routing_on_for_its_period_and_only_under_auto(tmp_path: Path, policy: str) -> None:
+def test_a_spike_switches_routing_on_for_its_period_and_only_under_auto(
+    tmp_path: Path, policy: str
+) -> None:
     live = Live(tmp_path / "run", policy=Policy(mode=policy, period=12, cooldown=30))  # type: ignore[arg-type]
     live.steps(100, spiking)
     live.monitor.close()
@@ -188,13 +197,22 @@ def test_after_the_run_is_closed_routing_goes_on_unrecorded(tmp_path: Path) -> N
     assert live.modes() == ["warmup"]
 
 
-@pytest.mark.parametrize(("saved", "now", "mode"), [("on", "off", "off"), ("off", "on", "on"), ("on", "on", "on")])
-def test_a_resumed_training_has_the_mode_that_it_is_given_now(tmp_path: Path, saved: str, now: str, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("saved", "now", "mode"), [("on", "off", "off"), ("off", "on", "on"), ("on", "on", "on")]
+)
+def test_a_resumed_training_has_the_mode_that_it_is_given_now(
+    tmp_path: Path, saved: str, now: str, mode: str
+) -> None:
     def watched(resume: bool, policy: str) -> tuple[Monitor, Any]:
         t = small.trainer("plain")
         routing = AnticipatoryRouting(t.model, 2, forward=lambda m, ids: m(ids[:, :-1]))
         snapshots = geodiag.Snapshots(t.model, t.optimizers, every=4, where="disk")
-        more = {"routing": routing, "snapshots": snapshots, "policy": Policy(mode=policy), "resume": resume}
+        more = {
+            "routing": routing,
+            "snapshots": snapshots,
+            "policy": Policy(mode=policy),
+            "resume": resume,
+        }
         monitor = small.watch(t, tmp_path / "run", **more)
         batches = monitor.batches(small.tokens(step) for step in range(1000))
         for _ in range(12):

@@ -1,4 +1,5 @@
-"""Starts scenarios of scenarios.py on several ranks over gloo, each a process of its own, and hands back what they say.
+"""Starts scenarios of scenarios.py on several ranks over gloo, each a process of its own, and hands
+back what they say.
 
 No rank outlives its test: whoever has not ended in time is killed, and that is a failure.
 """
@@ -30,20 +31,27 @@ class Rank:
 
 
 def ranks(folder: Path, *scenarios: str, world: int = 2, seconds: float = SECONDS) -> list[Rank]:
-    """Runs `NAME` or `NAME:OPTION`, one after the other, on `world` ranks; AssertionError where one of them hangs.
+    """Runs `NAME` or `NAME:OPTION`, one after the other, on `world` ranks; AssertionError where one
+    of them hangs.
 
     Each has `folder/NAME:OPTION` to itself; `said` has its name as key.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(world),
+    }
     shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tests.hooks.distributed.scenarios", str(folder), *scenarios]
     errors = [(folder / f"stderr-{r}").open("w+") for r in range(world)]
     started = [
-        subprocess.Popen(command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, cwd=ROOT, stderr=errors[r])
+        subprocess.Popen(
+            command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, cwd=ROOT, stderr=errors[r]
+        )
         for r in range(world)
     ]
     deadline = time.monotonic() + seconds

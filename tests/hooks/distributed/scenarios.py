@@ -41,7 +41,9 @@ BREAKOUT = 24
 
 
 def made(parallel: str, **changes: Any) -> Trainer:
-    """The same small model on every rank, spread as asked for; `apart`: nothing but geodiag links the ranks."""
+    """The same small model on every rank, spread as asked for; `apart`: nothing but geodiag links
+    the ranks.
+    """
     torch.manual_seed(0)
     model = Transformer(config(**changes))
     forward: nn.Module | None = None
@@ -81,7 +83,9 @@ def train(t: Trainer, run: Monitor, steps: range) -> list[float]:
 def record(folder: Path, parallel: str) -> dict[str, Any]:
     """A training of a few steps, watched."""
     t = made(parallel)
-    with geodiag.attach(t.model, t.optimizers, folder / "run", probe=(tokens(999)[:, :-1],), probe_every=2) as run:
+    with geodiag.attach(
+        t.model, t.optimizers, folder / "run", probe=(tokens(999)[:, :-1],), probe_every=2
+    ) as run:
         losses = train(t, run, range(6))
     return {"losses": losses, "seen": run.last.loss if run.last else None}
 
@@ -99,12 +103,22 @@ def steer(folder: Path, parallel: str) -> dict[str, Any]:
     """Routing auto, and back to a snapshot: only rank 0's loss goes up, and all must do the same."""
     t = made(parallel)
     routing = geodiag.AnticipatoryRouting(
-        t.model, 2, forward=lambda model, batch: (t.forward if parallel == "ddp" else model)(batch.token_ids_BS)
+        t.model,
+        2,
+        forward=lambda model, batch: (t.forward if parallel == "ddp" else model)(
+            batch.token_ids_BS
+        ),
     )
     snapshots = geodiag.Snapshots(t.model, t.optimizers, t.progress, every=4)
     policy = Policy(mode="auto", actions="rollback,route", period=5, cooldown=5)
     run = geodiag.attach(
-        t.model, t.optimizers, folder / "run", routing=routing, snapshots=snapshots, policy=policy, probe_every=4
+        t.model,
+        t.optimizers,
+        folder / "run",
+        routing=routing,
+        snapshots=snapshots,
+        policy=policy,
+        probe_every=4,
     )
     modes, seen, raised = [], [], False
     with run:
@@ -120,19 +134,26 @@ def steer(folder: Path, parallel: str) -> dict[str, Any]:
             if run.next_step >= 40:
                 break
     weights = sum(
-        float(p.detach().to_local().sum() if parallel == "fsdp" else p.detach().sum()) for p in t.model.parameters()
+        float(p.detach().to_local().sum() if parallel == "fsdp" else p.detach().sum())
+        for p in t.model.parameters()
     )
     return {"modes": modes, "losses": seen, "weights": weights}
 
 
 def resumed(folder: Path, option: str) -> dict[str, Any]:
-    """A training with snapshots of steps 8 and 12 on disk; something of rank 1's gets lost, and both are to go on."""
+    """A training with snapshots of steps 8 and 12 on disk; something of rank 1's gets lost, and
+    both are to go on.
+    """
     parallel, _, accident = option.partition("-")
 
     def twelve(resume: bool) -> tuple[int, list[float]]:
         t, losses = made(parallel), []
-        snapshots = geodiag.Snapshots(t.model, t.optimizers, t.progress, every=4, where="disk", keep=2)
-        with geodiag.attach(t.model, t.optimizers, folder / "run", snapshots=snapshots, resume=resume) as run:
+        snapshots = geodiag.Snapshots(
+            t.model, t.optimizers, t.progress, every=4, where="disk", keep=2
+        )
+        with geodiag.attach(
+            t.model, t.optimizers, folder / "run", snapshots=snapshots, resume=resume
+        ) as run:
             began = run.next_step
             for batch in run.batches(share(step) for step in range(13)):
                 t.accumulate(batch)
@@ -160,12 +181,16 @@ def resumed(folder: Path, option: str) -> dict[str, Any]:
 def asked(folder: Path, parallel: str) -> dict[str, Any]:
     """Somebody asks rank 0's folder for routing on, and later off."""
     t = made(parallel)
-    routing = geodiag.AnticipatoryRouting(t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS))
+    routing = geodiag.AnticipatoryRouting(
+        t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS)
+    )
     modes = []
     with geodiag.attach(t.model, t.optimizers, folder / "run", routing=routing) as run:
         for batch in routing.batches(share(step) for step in range(16)):
             if RANK == 0 and batch.step in (2, 9):
-                geodiag.open_run(folder / "run").request("on" if batch.step == 2 else "off", by="test")
+                geodiag.open_run(folder / "run").request(
+                    "on" if batch.step == 2 else "off", by="test"
+                )
             t.accumulate(batch)
             done = t.update()
             modes.append((batch.step, routing.mode))
@@ -192,27 +217,40 @@ def broken_inside(folder: Path, parallel: str) -> dict[str, Any]:
 
 
 def broken_probe(folder: Path, parallel: str) -> dict[str, Any]:
-    """On rank 1 every probe fails at its own place: in the look's hooks, between two layers' weights, in a forward."""
+    """On rank 1 every probe fails at its own place: in the look's hooks, between two layers'
+    weights, in a forward.
+    """
 
     def fails(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("on purpose")
 
     t = made(parallel)
-    every = dict.fromkeys(("tear", "curvature", "perturbation", "spectral_norm_router", "spectral_norm_gate"), 2)
+    every = dict.fromkeys(
+        ("tear", "curvature", "perturbation", "spectral_norm_router", "spectral_norm_gate"), 2
+    )
     with (
         geodiag.attach(t.model, t.optimizers, folder / "run", probe_every=2, every=every) as run,
         ExitStack() as patches,
     ):
-        places = [(probes, "tear"), (probes, "curvature"), (growth, "_moved"), (metrics, "power_step")]
+        places = [
+            (probes, "tear"),
+            (probes, "curvature"),
+            (growth, "_moved"),
+            (metrics, "power_step"),
+        ]
         for module, name in [*places, (metrics, "margins")] if RANK == 1 else []:
             patches.enter_context(mock.patch.object(module, name, fails))
         return {"losses": train(t, run, range(6))}
 
 
 def halfway(folder: Path, what: str) -> dict[str, Any]:
-    """Rank 1 cannot end a forward that geodiag runs on sharded weights: of a probe, or of a capture."""
+    """Rank 1 cannot end a forward that geodiag runs on sharded weights: of a probe, or of a
+    capture.
+    """
     t = made("fsdp")
-    routing = geodiag.AnticipatoryRouting(t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS))
+    routing = geodiag.AnticipatoryRouting(
+        t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS)
+    )
 
     def fails(*_: Any) -> None:
         if t.steps_done >= 3 and not torch.is_grad_enabled():
@@ -221,7 +259,11 @@ def halfway(folder: Path, what: str) -> dict[str, Any]:
     if RANK == 1:
         t.model.blocks[1].moe.register_forward_pre_hook(fails)
     run = geodiag.attach(
-        t.model, t.optimizers, folder / "run", routing=routing, probe_every=3 if what == "probe" else 50
+        t.model,
+        t.optimizers,
+        folder / "run",
+        routing=routing,
+        probe_every=3 if what == "probe" else 50,
     )
     error = None
     try:
@@ -253,7 +295,9 @@ def one_nan(folder: Path, parallel: str) -> dict[str, Any]:
 def killed(folder: Path, policy: str) -> dict[str, Any]:
     """Rank 1 is killed with kill -9 in the middle of a step."""
     t = made("apart")
-    routing = geodiag.AnticipatoryRouting(t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS))
+    routing = geodiag.AnticipatoryRouting(
+        t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS)
+    )
     run = geodiag.attach(t.model, t.optimizers, folder / "run", routing=routing, policy=policy)
     done = []
     with run:
@@ -271,7 +315,9 @@ def silent(folder: Path, policy: str) -> dict[str, Any]:
     """Rank 1 takes part in the training and forgets to call `step` from step 4 on."""
     patience, ranks_module.PATIENCE = ranks_module.PATIENCE, timedelta(seconds=4)
     t = made("apart")
-    routing = geodiag.AnticipatoryRouting(t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS))
+    routing = geodiag.AnticipatoryRouting(
+        t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS)
+    )
     run = geodiag.attach(t.model, t.optimizers, folder / "run", routing=routing, policy=policy)
     error = None
     try:
@@ -289,7 +335,9 @@ def silent(folder: Path, policy: str) -> dict[str, Any]:
 
 
 def refused(folder: Path, what: str) -> dict[str, Any]:
-    """Rank 1 cannot begin: its folder is taken, there are snapshots of another training, or its model is another."""
+    """Rank 1 cannot begin: its folder is taken, there are snapshots of another training, or its
+    model is another.
+    """
     snapshots = None
     if what == "snapshots" and RANK == 1:
         (folder_of(folder / "run", RANK) / "step-00000004").mkdir(parents=True)
@@ -310,7 +358,9 @@ def refused(folder: Path, what: str) -> dict[str, Any]:
 def apart(folder: Path, parallel: str) -> dict[str, Any]:
     """Only rank 1 is given a controller's state."""
     t = made(parallel)
-    routing = geodiag.AnticipatoryRouting(t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS))
+    routing = geodiag.AnticipatoryRouting(
+        t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS)
+    )
     run = geodiag.attach(t.model, t.optimizers, folder / "run", routing=routing, policy="auto")
     if RANK == 1:
         state = run.state_dict()

@@ -1,4 +1,6 @@
-"""Two ranks over gloo: what they record, how alike they decide, and how they end when one of them fails."""
+"""Two ranks over gloo: what they record, how alike they decide, and how they end when one of them
+fails.
+"""
 
 import json
 import os
@@ -21,8 +23,22 @@ from tests.hooks.distributed import scenarios
 from tests.hooks.distributed.launch import Rank, ranks
 
 PEACEFUL = (
-    *("record:ddp", "unwatched:ddp", "record:fsdp", "unwatched:fsdp", "asked:ddp", "asked:fsdp", "one_nan:ddp"),
-    *("broken_inside:ddp", "broken_inside:fsdp", "broken_probe:ddp", "broken_probe:fsdp", "apart:ddp"),
+    *(
+        "record:ddp",
+        "unwatched:ddp",
+        "record:fsdp",
+        "unwatched:fsdp",
+        "asked:ddp",
+        "asked:fsdp",
+        "one_nan:ddp",
+    ),
+    *(
+        "broken_inside:ddp",
+        "broken_inside:fsdp",
+        "broken_probe:ddp",
+        "broken_probe:fsdp",
+        "apart:ddp",
+    ),
     *("refused:folder", "refused:model", "refused:snapshots"),
     *("resumed:ddp-newest", "resumed:fsdp-newest", "resumed:ddp-damaged", "resumed:ddp-all"),
 )
@@ -34,7 +50,9 @@ LOCAL = (
     "router_margin_p10",
     "act_rms",
 )
-"""Of one rank's own tokens (a quantile, a ratio, a distance): the mean over ranks is not that of the whole batch."""
+"""Of one rank's own tokens (a quantile, a ratio, a distance): the mean over ranks is not that of
+the whole batch.
+"""
 SKIPPED = ("rank", "attempt", "step_seconds", "record_seconds", "probe_seconds")
 
 
@@ -73,7 +91,9 @@ def run_of(results: tuple[Path, list[Rank]], name: str) -> Run:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_train_to_the_bit_as_without_geodiag(together: tuple[Path, list[Rank]], parallel: str) -> None:
+def test_two_ranks_train_to_the_bit_as_without_geodiag(
+    together: tuple[Path, list[Rank]], parallel: str
+) -> None:
     for watched, bare in zip(
         both(together, f"record:{parallel}"), both(together, f"unwatched:{parallel}"), strict=True
     ):
@@ -104,7 +124,9 @@ def _by_place(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values(keys).reset_index(drop=True)
 
 
-def test_one_rank_alone_does_not_read_as_the_whole(together: tuple[Path, list[Rank]], alone: Path) -> None:
+def test_one_rank_alone_does_not_read_as_the_whole(
+    together: tuple[Path, list[Rank]], alone: Path
+) -> None:
     one = geodiag.open_run(alone / "run").read("steps")
     each = run_of(together, "record:ddp").read("steps")
     for rank in (0, 1):
@@ -117,7 +139,10 @@ def test_shards_of_a_gradient_are_not_its_norm(together: tuple[Path, list[Rank]]
     """The layers' norms of sharded weights are the whole's, on every rank's own rows."""
     rows = {p: run_of(together, f"record:{p}").read("layers") for p in ("ddp", "fsdp")}
     for rank in (0, 1):
-        whole, sharded = (rows[p][rows[p]["rank"] == rank]["grad_norm"].dropna().to_numpy() for p in ("ddp", "fsdp"))
+        whole, sharded = (
+            rows[p][rows[p]["rank"] == rank]["grad_norm"].dropna().to_numpy()
+            for p in ("ddp", "fsdp")
+        )
         assert np.allclose(whole, sharded, rtol=5e-3)
         assert not np.allclose(whole, sharded / np.sqrt(2), rtol=5e-3)
 
@@ -132,7 +157,9 @@ def test_what_all_ranks_know_is_written_down_once(together: tuple[Path, list[Ran
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_all_ranks_obey_one_request_at_the_same_step(together: tuple[Path, list[Rank]], parallel: str) -> None:
+def test_all_ranks_obey_one_request_at_the_same_step(
+    together: tuple[Path, list[Rank]], parallel: str
+) -> None:
     first, second = both(together, f"asked:{parallel}")
     assert first == second
     modes = dict(first["modes"])
@@ -151,12 +178,16 @@ def test_one_ranks_spike_takes_all_ranks_back_to_the_same_snapshot(
     assert all(batch == step for step, _, _, batch in first["modes"]), "the same batches come again"
     assert {mode for _, mode, _, _ in first["modes"]} == {"off", "warmup", "on", "drain"}
     run = run_of(steered, f"steer:{parallel}")
-    attempts = run.read("steps", ["rank", "attempt"], attempt="all").drop_duplicates().to_numpy().tolist()
+    attempts = (
+        run.read("steps", ["rank", "attempt"], attempt="all").drop_duplicates().to_numpy().tolist()
+    )
     assert sorted(attempts) == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert (run.read("events")["kind"] == "rollback").sum() == 1
 
 
-def test_after_going_back_both_ways_of_spreading_train_alike(steered: tuple[Path, list[Rank]]) -> None:
+def test_after_going_back_both_ways_of_spreading_train_alike(
+    steered: tuple[Path, list[Rank]],
+) -> None:
     for whole, sharded in zip(both(steered, "steer:ddp"), both(steered, "steer:fsdp"), strict=True):
         assert np.allclose(whole["losses"], sharded["losses"], atol=2e-3)
         assert not np.allclose(whole["losses"], whole["losses"][::-1], atol=2e-3)
@@ -175,7 +206,9 @@ def test_ranks_resume_from_the_newest_snapshot_that_all_of_them_have(
     ("accident", "words"),
     [("damaged", "rank-1/step-00000012 is unreadable"), ("all", "(rank 0: 8, 12; rank 1: none)")],
 )
-def test_where_one_rank_cannot_resume_none_does(together: tuple[Path, list[Rank]], accident: str, words: str) -> None:
+def test_where_one_rank_cannot_resume_none_does(
+    together: tuple[Path, list[Rank]], accident: str, words: str
+) -> None:
     first, second = both(together, f"resumed:ddp-{accident}")
     assert first == second
     assert words in first["error"]
@@ -186,7 +219,9 @@ def test_one_ranks_nan_is_everybodys(together: tuple[Path, list[Rank]]) -> None:
         assert said["active"] == [False] * 4 + [True, False]
 
 
-def test_controllers_that_went_apart_end_the_training_on_every_rank(together: tuple[Path, list[Rank]]) -> None:
+def test_controllers_that_went_apart_end_the_training_on_every_rank(
+    together: tuple[Path, list[Rank]],
+) -> None:
     first, second = both(together, "apart:ddp")
     assert first == second
     assert "load the same state on every rank" in first["error"]
@@ -196,13 +231,17 @@ def test_controllers_that_went_apart_end_the_training_on_every_rank(together: tu
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_failure_inside_geodiag_on_one_rank_hangs_no_rank(together: tuple[Path, list[Rank]], parallel: str) -> None:
+def test_a_failure_inside_geodiag_on_one_rank_hangs_no_rank(
+    together: tuple[Path, list[Rank]], parallel: str
+) -> None:
     first, second = both(together, f"broken_inside:{parallel}")
     assert len(first["losses"]) == len(second["losses"]) == 10
     steps = run_of(together, f"broken_inside:{parallel}").read("steps")
     assert steps[steps["rank"] == 0]["step"].tolist() == list(range(10))
     assert steps[steps["rank"] == 1]["step"].tolist() == [0, 1, 2, 6, 7, 8, 9]
-    assert together[1][1].heard.count("the end of a step: ZeroDivisionError") == 2, "said once a training"
+    assert together[1][1].heard.count("the end of a step: ZeroDivisionError") == 2, (
+        "said once a training"
+    )
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -210,12 +249,20 @@ def test_probes_that_fail_on_one_rank_leave_no_collective_to_the_others(
     together: tuple[Path, list[Rank]], parallel: str
 ) -> None:
     for broken, bare in zip(
-        both(together, f"broken_probe:{parallel}"), both(together, f"unwatched:{parallel}"), strict=True
+        both(together, f"broken_probe:{parallel}"),
+        both(together, f"unwatched:{parallel}"),
+        strict=True,
     ):
         assert broken["losses"] == bare["losses"]
     layers = run_of(together, f"broken_probe:{parallel}").read("layers")
     probed = layers[layers["step"] == 4]
-    for name in ("tear", "curvature", "perturbation_growth", "spectral_norm_router", "spectral_norm_gate"):
+    for name in (
+        "tear",
+        "curvature",
+        "perturbation_growth",
+        "spectral_norm_router",
+        "spectral_norm_gate",
+    ):
         seen = probed.groupby("rank")[name].count()
         assert (seen[0] > 0, seen[1]) == (True, 0), name
 
@@ -228,7 +275,9 @@ def test_a_rank_that_cannot_end_a_forward_on_sharded_weights_ends_the_training(
     assert "OutOfMemoryError: on purpose" in second.said[f"halfway:{what}"]["error"]
     assert first.said[f"halfway:{what}"]["error"], "the other's end is noticed"
     steps = geodiag.open_run(tmp_path / f"halfway:{what}" / "run").read("steps", ["rank", "step"])
-    assert steps[steps["rank"] == 1]["step"].tolist() == list(range(steps_done)), "a probe's own step too"
+    assert steps[steps["rank"] == 1]["step"].tolist() == list(range(steps_done)), (
+        "a probe's own step too"
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,14 +288,18 @@ def test_a_rank_that_cannot_end_a_forward_on_sharded_weights_ends_the_training(
         ("snapshots", "holds snapshots of an earlier training"),
     ],
 )
-def test_where_one_rank_cannot_begin_none_does(together: tuple[Path, list[Rank]], what: str, words: str) -> None:
+def test_where_one_rank_cannot_begin_none_does(
+    together: tuple[Path, list[Rank]], what: str, words: str
+) -> None:
     first, second = both(together, f"refused:{what}")
     assert first == second
     assert words in first["error"]
 
 
 @pytest.mark.parametrize("policy", ["off", "auto"])
-def test_a_killed_rank_loses_no_completed_step_and_no_rank_hangs(tmp_path: Path, policy: str) -> None:
+def test_a_killed_rank_loses_no_completed_step_and_no_rank_hangs(
+    tmp_path: Path, policy: str
+) -> None:
     first, second = ranks(tmp_path, f"killed:{policy}")
     assert second.code == -9
     assert "no longer hears the other rank" in first.heard
@@ -269,7 +322,9 @@ def test_a_killed_rank_loses_no_completed_step_and_no_rank_hangs(tmp_path: Path,
 
 
 @pytest.mark.parametrize("policy", ["off", "auto"])
-def test_a_rank_that_no_longer_comes_is_not_waited_for_for_ever(tmp_path: Path, policy: str) -> None:
+def test_a_rank_that_no_longer_comes_is_not_waited_for_for_ever(
+    tmp_path: Path, policy: str
+) -> None:
     first, second = ranks(tmp_path, f"silent:{policy}")
     assert (first.code, second.code) == (0, 0)
     error = first.said[f"silent:{policy}"]["error"]
@@ -282,7 +337,9 @@ def test_a_rank_that_no_longer_comes_is_not_waited_for_for_ever(tmp_path: Path, 
 # -- without a process group -----------------------------------------------------------------------
 
 
-def test_ranks_that_cannot_talk_may_only_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_cannot_talk_may_only_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     t = scenarios.made("alone")
@@ -306,7 +363,9 @@ def test_a_note_that_is_too_long_is_left_out_and_not_cut(
 
 
 def test_a_rank_that_has_nothing_to_say_leaves_the_mean_alone_and_a_nan_does_not() -> None:
-    def heard(losses: list[float], tokens: list[float], here: Sequence[float] = (1.0, 1.0)) -> float:
+    def heard(
+        losses: list[float], tokens: list[float], here: Sequence[float] = (1.0, 1.0)
+    ) -> float:
         said = {"here": np.array(here), "loss": np.array(losses), "tokens": np.array(tokens)}
         return Heard(said, np.zeros(0), {}).loss
 
@@ -328,8 +387,24 @@ def test_torchrun_trains_the_reference_model_and_every_command_reads_the_run(
 ) -> None:
     run, text = tmp_path / "run", tmp_path / "text.txt"
     text.write_text("a loss spike is a tear in the manifold. " * 400)
-    options = ["--steps", "6", "--sequences", "2", "--data", str(text), "--inject", "expert-scale@3=2"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = [
+        "--steps",
+        "6",
+        "--sequences",
+        "2",
+        "--data",
+        str(text),
+        "--inject",
+        "expert-scale@3=2",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     command += [
         "-m",
         "geodiag.cli",
@@ -343,7 +418,9 @@ def test_torchrun_trains_the_reference_model_and_every_command_reads_the_run(
         *options,
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, env=env)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=150, check=False, env=env
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("step 6/6") == 1, "one rank speaks"
     losses = geodiag.open_run(run).read("steps", ["step", "loss"], ranks="merged")
@@ -365,5 +442,7 @@ def test_sequences_that_do_not_divide_among_the_ranks_are_one_line() -> None:
     place = Place("cpu")
     place.world = 2
     assert place.share(8, 2) == 4
-    with pytest.raises(geodiag.GeodiagError, match="3 sequences do not divide among 2 ranks; pass --sequences 2"):
+    with pytest.raises(
+        geodiag.GeodiagError, match="3 sequences do not divide among 2 ranks; pass --sequences 2"
+    ):
         place.share(3, 1)

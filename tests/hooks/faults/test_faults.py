@@ -25,7 +25,9 @@ def state(t: Trainer) -> State:
     kept = {k: v.clone() for k, v in t.model.state_dict().items()}
     for i, optimizer in enumerate(t.optimizers):
         for j, memory in optimizer.state_dict()["state"].items():
-            kept |= {f"optimizer {i} {j} {k}": torch.as_tensor(v).clone() for k, v in memory.items()}
+            kept |= {
+                f"optimizer {i} {j} {k}": torch.as_tensor(v).clone() for k, v in memory.items()
+            }
     return kept
 
 
@@ -35,10 +37,14 @@ def changed(before: State, after: State) -> dict[str, Tensor]:
     return {k: (before[k] != after[k]) for k in before if not torch.equal(before[k], after[k])}
 
 
-def planted(text: str, t: Trainer, **changes: Any) -> tuple[State, State, Fault, list[dict[str, Any]]]:
+def planted(
+    text: str, t: Trainer, **changes: Any
+) -> tuple[State, State, Fault, list[dict[str, Any]]]:
     """State before and after the step's faults are planted; the fault as placed; what was told."""
     told: list[dict[str, Any]] = []
-    faults = Faults([Fault.parse(text)], find_layout(t.model), lambda *a, **k: told.append({"a": a, **k}))
+    faults = Faults(
+        [Fault.parse(text)], find_layout(t.model), lambda *a, **k: told.append({"a": a, **k})
+    )
     for step in range(faults.faults[0].step):
         before = state(t)
         faults.before_step(step)
@@ -62,8 +68,15 @@ def test_expert_scale_multiplies_one_experts_gate_and_up(trained: Trainer) -> No
     before, after, _, told = planted("expert-scale@5:2=7", trained)
     where = changed(before, after)
     assert list(where) == ["layers.2.moe.experts.gate_up"]
-    assert [bool(e.all()) for e in where["layers.2.moe.experts.gate_up"]] == [False, True, False, False]
-    assert torch.equal(after["layers.2.moe.experts.gate_up"][1], 7 * before["layers.2.moe.experts.gate_up"][1])
+    assert [bool(e.all()) for e in where["layers.2.moe.experts.gate_up"]] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert torch.equal(
+        after["layers.2.moe.experts.gate_up"][1], 7 * before["layers.2.moe.experts.gate_up"][1]
+    )
     assert told == [
         {
             "a": ("fault", "planted expert-scale: one expert's gate and up weights times 7"),
@@ -110,7 +123,9 @@ def test_bias_kick_moves_one_experts_bias(trained: Trainer) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("magnitude", "bit"), [("", -2), ("=-1", -1), ("=3", 3)])
-def test_bit_flip_flips_one_bit_of_the_largest_gate_weight(dtype: str, magnitude: str, bit: int) -> None:
+def test_bit_flip_flips_one_bit_of_the_largest_gate_weight(
+    dtype: str, magnitude: str, bit: int
+) -> None:
     t = small.trainer(dtype=dtype, expert_dim=16)
     before, after, *_ = planted(f"bit-flip@5:1{magnitude}", t)
     name = "layers.1.moe.experts.gate_up"
@@ -121,7 +136,9 @@ def test_bit_flip_flips_one_bit_of_the_largest_gate_weight(dtype: str, magnitude
     assert place[0] == 1
     assert gate[place[1], place[2]].abs() == gate.abs().max()
     whole, bits = (torch.int32, 32) if dtype == "float32" else (torch.int16, 16)
-    a, b = (s[name][tuple(place)].reshape(1).view(whole).item() & (2**bits - 1) for s in (before, after))
+    a, b = (
+        s[name][tuple(place)].reshape(1).view(whole).item() & (2**bits - 1) for s in (before, after)
+    )
     assert a ^ b == 1 << (bit % bits)
 
 
@@ -133,7 +150,9 @@ def test_the_default_bit_makes_a_weight_enormous_in_every_type() -> None:
 
 @pytest.mark.parametrize("magnitude", ["32", "-33"])
 def test_a_bit_that_the_weights_do_not_have_is_refused(trained: Trainer, magnitude: str) -> None:
-    with pytest.raises(GeodiagError, match="flips nothing: the weights have 32 bits; pass -32 to 31"):
+    with pytest.raises(
+        GeodiagError, match="flips nothing: the weights have 32 bits; pass -32 to 31"
+    ):
         planted(f"bit-flip@0={magnitude}", trained)
 
 
@@ -161,7 +180,9 @@ def test_residual_expand_multiplies_h_res_of_both_sites_while_it_lasts(trained: 
             assert torch.equal(now.res_TNN, factor * mix.res_TNN)
             assert torch.equal(now.pre_TN, mix.pre_TN)
             assert torch.equal(now.post_TN, mix.post_TN)
-        assert torch.equal(trained.model.blocks[2].attn_hc(torch.ones(1, 1, 4, 16)).res_TNN, other.res_TNN)
+        assert torch.equal(
+            trained.model.blocks[2].attn_hc(torch.ones(1, 1, 4, 16)).res_TNN, other.res_TNN
+        )
     assert changed(before, state(trained)) == {}
 
 
@@ -185,7 +206,9 @@ def test_grad_scale_multiplies_one_layers_gradients_before_clipping(trained: Tra
         ids = small.tokens(0)
         trained.model.zero_grad()
         trained.model.loss(trained.model(ids[:, :-1]), ids[:, 1:]).total.backward()
-        return {n: p.grad.clone() for n, p in trained.model.named_parameters() if p.grad is not None}
+        return {
+            n: p.grad.clone() for n, p in trained.model.named_parameters() if p.grad is not None
+        }
 
     plain = gradients()
     for step in range(15):
@@ -247,7 +270,9 @@ def hooks(t: Trainer) -> int:
     return modules + sum(len(p._backward_hooks or {}) for p in t.model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["residual-expand", "block-scale", "grad-scale", "lr-shock", "far-batch"])
+@pytest.mark.parametrize(
+    "kind", ["residual-expand", "block-scale", "grad-scale", "lr-shock", "far-batch"]
+)
 def test_what_lasts_is_taken_back(trained: Trainer, kind: str) -> None:
     """After its last step; at `remove`; and where a training goes back before it began."""
     assert KINDS[kind].lasts
@@ -283,7 +308,11 @@ def test_a_fault_is_planted_once_where_a_training_goes_back(trained: Trainer) ->
 
 
 def test_several_faults_add_up(trained: Trainer) -> None:
-    parsed = [Fault.parse("lr-shock@3=4"), Fault.parse("lr-shock@5=2"), Fault.parse("bias-kick@5:1")]
+    parsed = [
+        Fault.parse("lr-shock@3=4"),
+        Fault.parse("lr-shock@5=2"),
+        Fault.parse("bias-kick@5:1"),
+    ]
     faults, scales = Faults(parsed, find_layout(trained.model)), []
     for step in range(16):
         faults.before_step(step)
@@ -308,7 +337,10 @@ def test_the_same_fault_does_the_same_to_the_same_training(kind: str) -> None:
     text = f"{kind}@2"
     plain = small.train(small.trainer(), 5)
     first = losses(text)
-    np_equal = [a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(first, losses(text), strict=True)]
+    np_equal = [
+        a == b or (math.isnan(a) and math.isnan(b))
+        for a, b in zip(first, losses(text), strict=True)
+    ]
     assert all(np_equal)
     assert first[:2] == plain[:2]
     assert first[2:] != plain[2:], "the fault must be felt"
@@ -319,7 +351,9 @@ def test_the_same_fault_does_the_same_to_the_same_training(kind: str) -> None:
 
 def grown(t: Trainer, text: str) -> tuple[Faults, list[dict[str, Any]]]:
     told: list[dict[str, Any]] = []
-    return Faults([Fault.parse(text)], find_layout(t.model), lambda *a, **k: told.append({"a": a, **k})), told
+    return Faults(
+        [Fault.parse(text)], find_layout(t.model), lambda *a, **k: told.append({"a": a, **k})
+    ), told
 
 
 def test_a_fault_of_a_weight_grows_in_the_expert_where_it_began(trained: Trainer) -> None:
@@ -333,7 +367,10 @@ def test_a_fault_of_a_weight_grows_in_the_expert_where_it_began(trained: Trainer
         assert torch.equal(now[:3], was[:3])
     assert scales == [1, 1, 1, 2, 4, 8, 8, 8]
     (said,) = told
-    assert said["a"][1] == "planted expert-scale: one expert's gate and up weights times 2, again at every step to 5"
+    assert (
+        said["a"][1]
+        == "planted expert-scale: one expert's gate and up weights times 2, again at every step to 5"
+    )
     assert said["data"]["last_step"] == 5
 
 
@@ -378,7 +415,9 @@ def test_without_a_layer_it_is_the_middle_one_that_can_take_it(trained: Trainer,
 
 @pytest.mark.parametrize("kind", ["gate-column", "router-shift", "router-permute", "bias-kick"])
 def test_a_hash_routed_layer_takes_no_router_fault(trained: Trainer, kind: str) -> None:
-    with pytest.raises(GeodiagError, match=f"^{kind} cannot be planted in layer 0; layers that can take it: 1, 2$"):
+    with pytest.raises(
+        GeodiagError, match=f"^{kind} cannot be planted in layer 0; layers that can take it: 1, 2$"
+    ):
         planted(f"{kind}@1:0", trained)
 
 
@@ -388,12 +427,17 @@ def test_a_layer_that_is_not_there_is_refused(trained: Trainer) -> None:
 
 
 def test_a_plain_residual_has_no_map_to_expand() -> None:
-    with pytest.raises(GeodiagError, match=r"^residual-expand cannot be planted: a reference \(plain\) model has no"):
+    with pytest.raises(
+        GeodiagError,
+        match=r"^residual-expand cannot be planted: a reference \(plain\) model has no",
+    ):
         planted("residual-expand@1", small.trainer("plain"))
 
 
 def without_bias(layout: Layout, layer: int | None = None) -> Layout:
-    routers = [replace(r, bias=lambda: None) if layer in (None, r.layer) else r for r in layout.routers]
+    routers = [
+        replace(r, bias=lambda: None) if layer in (None, r.layer) else r for r in layout.routers
+    ]
     return replace(layout, routers=routers)
 
 
@@ -420,8 +464,12 @@ def test_a_stack_of_blocks_takes_what_needs_no_experts() -> None:
 
 
 def test_every_part_of_a_fault_is_read() -> None:
-    assert Fault.parse("expert-scale@120:3=30.5") == Fault(kind="expert-scale", step=120, layer=3, magnitude=30.5)
-    assert Fault.parse("block-scale@7=-1e-3") == Fault(kind="block-scale", step=7, layer=None, magnitude=-0.001)
+    assert Fault.parse("expert-scale@120:3=30.5") == Fault(
+        kind="expert-scale", step=120, layer=3, magnitude=30.5
+    )
+    assert Fault.parse("block-scale@7=-1e-3") == Fault(
+        kind="block-scale", step=7, layer=None, magnitude=-0.001
+    )
     assert Fault.parse("far-batch@0") == Fault(kind="far-batch", step=0, layer=None, magnitude=None)
     assert Fault.parse("bit-flip@1").magnitude == -2
     grows = Fault.parse("lr-shock@10-40=1.1")
@@ -450,7 +498,10 @@ def test_every_part_of_a_fault_is_read() -> None:
         ("far-batch@5-9", "far-batch cannot grow; write far-batch@5"),
         ("bit-flip@5-9", "bit-flip cannot grow; write bit-flip@5"),
         ("bias-kick@5-5", "bias-kick@5-5 ends before it grows; write FIRST-LAST, e.g. 5-35"),
-        ("lr-shock@5-500=10", "lr-shock@5-500=10 grows beyond all numbers; pass a smaller MAGNITUDE, or fewer steps"),
+        (
+            "lr-shock@5-500=10",
+            "lr-shock@5-500=10 grows beyond all numbers; pass a smaller MAGNITUDE, or fewer steps",
+        ),
         ("bias-kick@5-", "write KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"),
     ],
 )
@@ -462,7 +513,9 @@ def test_what_cannot_be_read_is_one_clear_line(text: str, said: str) -> None:
 
 
 def test_the_page_of_faults_is_the_table_of_kinds_printed() -> None:
-    assert (ROOT / "docs/faults.md").read_text() == page(), "run python -m geodiag.hooks.faults.faults > docs/faults.md"
+    assert (ROOT / "docs/faults.md").read_text() == page(), (
+        "run python -m geodiag.hooks.faults.faults > docs/faults.md"
+    )
     assert all(f"| `{kind}` |" in page() for kind in KINDS)
 
 
@@ -470,7 +523,9 @@ def test_faults_are_public_and_planted_in_anyones_model() -> None:
     import geodiag
 
     model, told = tiny_v4.model(), []
-    faults = geodiag.faults.plant(model, "gate-column@2:1=4", "lr-shock@1=3", tell=lambda kind, *a, **k: told.append(k))
+    faults = geodiag.faults.plant(
+        model, "gate-column@2:1=4", "lr-shock@1=3", tell=lambda kind, *a, **k: told.append(k)
+    )
     faults.before_step(0)
     assert (faults.lr_scale, told) == (1.0, [])
     faults.before_step(1)

@@ -1,4 +1,6 @@
-"""Under torch.compile: one graph, the same rows as eager, the same routing; or a refusal with the reason."""
+"""Under torch.compile: one graph, the same rows as eager, the same routing; or a refusal with the
+reason.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -49,12 +51,20 @@ def recorded(
     probe = (small.tokens(999)[:, :-1],)
     counters.clear()
     with small.watch(
-        t, path, probe=probe, probe_every=1, routing=routing, policy=policy, micro_batches=micro_batches
+        t,
+        path,
+        probe=probe,
+        probe_every=1,
+        routing=routing,
+        policy=policy,
+        micro_batches=micro_batches,
     ) as monitor:
         if way is not None:
             t.forward = compiled(t.model, way, backend)
         data = (small.tokens(s) for s in range(steps))
-        losses = [small.one_step(t, ids, monitor) for ids in (routing.batches(data) if routing else data)]
+        losses = [
+            small.one_step(t, ids, monitor) for ids in (routing.batches(data) if routing else data)
+        ]
     assert bool(counters["stats"]["unique_graphs"]) == (way is not None), "compiled, or not"
     return losses, geodiag.open_run(path)
 
@@ -70,7 +80,9 @@ def same(eager: geodiag.Run, other: geodiag.Run) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_compiled_training_records_and_routes_as_the_eager_one(tmp_path: Path, way: str) -> None:
     losses, run = recorded(tmp_path / "a", None, delay=1)
-    with torch._dynamo.config.patch(recompile_limit=64):  # layers that share their code share its cache of graphs
+    with torch._dynamo.config.patch(
+        recompile_limit=64
+    ):  # layers that share their code share its cache of graphs
         compiled_losses, compiled_run = recorded(tmp_path / "b", way, delay=1)
     assert run.read("steps")["routing_mode"].tolist() == ["warmup", "on", "on", "drain"]
     assert compiled_losses == losses
@@ -80,17 +92,29 @@ def test_a_compiled_training_records_and_routes_as_the_eager_one(tmp_path: Path,
     assert rows["composite_gain_fwd"].notna().all()
     assert rows["transport_gain_bwd"].notna().all()
     late = rows[(rows.site == "ffn") & (rows.layer == 1) & (rows.step >= 2)]
-    for name in ("flip_rate", "flip_rate_router", "flip_rate_anticipatory", "clamp_gate_rate", "router_margin_p10"):
+    for name in (
+        "flip_rate",
+        "flip_rate_router",
+        "flip_rate_anticipatory",
+        "clamp_gate_rate",
+        "router_margin_p10",
+    ):
         assert late[name].notna().all(), name
 
 
 @pytest.mark.slow
-def test_past_the_limit_of_recompilation_layers_run_eager_and_are_recorded_all_the_same(tmp_path: Path) -> None:
-    """Every layer writes to places of its own, so each needs its own graph; `fullgraph` would be an error here."""
+def test_past_the_limit_of_recompilation_layers_run_eager_and_are_recorded_all_the_same(
+    tmp_path: Path,
+) -> None:
+    """Every layer writes to places of its own, so each needs its own graph; `fullgraph` would be an
+    error here.
+    """
     run = recorded(tmp_path / "a", None)[1]
     with torch._dynamo.config.patch(recompile_limit=1), pytest.MonkeyPatch.context() as patch:
         whole = torch.nn.Module.compile
-        patch.setattr(torch.nn.Module, "compile", lambda m, backend, fullgraph: whole(m, backend=backend))
+        patch.setattr(
+            torch.nn.Module, "compile", lambda m, backend, fullgraph: whole(m, backend=backend)
+        )
         other = recorded(tmp_path / "b", "layer by layer")[1]
     same(run, other)
 
@@ -98,7 +122,9 @@ def test_past_the_limit_of_recompilation_layers_run_eager_and_are_recorded_all_t
 @pytest.mark.slow
 def test_gradients_are_recorded_where_the_backward_is_traced_too(tmp_path: Path) -> None:
     """As the default backend does it, which then generates code."""
-    eager, other = (recorded(tmp_path / (w or "a"), w, 2, backend="aot_eager") for w in (None, "in place"))
+    eager, other = (
+        recorded(tmp_path / (w or "a"), w, 2, backend="aot_eager") for w in (None, "in place")
+    )
     assert other[0] == eager[0]
     same(eager[1], other[1])
     assert other[1].read("layers")["transport_gain_bwd"].notna().all()
@@ -106,7 +132,9 @@ def test_gradients_are_recorded_where_the_backward_is_traced_too(tmp_path: Path)
 
 @pytest.mark.slow
 def test_micro_batches_of_a_compiled_training_are_all_recorded(tmp_path: Path) -> None:
-    eager, other = (recorded(tmp_path / (w or "eager"), w, 2, micro_batches=2)[1] for w in (None, "in place"))
+    eager, other = (
+        recorded(tmp_path / (w or "eager"), w, 2, micro_batches=2)[1] for w in (None, "in place")
+    )
     same(eager, other)
     assert other.read("steps")["tokens"].tolist() == [48.0, 48.0]
 
@@ -114,7 +142,10 @@ def test_micro_batches_of_a_compiled_training_are_all_recorded(tmp_path: Path) -
 @pytest.mark.parametrize("way", WAYS)
 def test_attaching_to_what_is_compiled_is_refused_with_the_fix(tmp_path: Path, way: str) -> None:
     model = compiled(small.trainer().model, way, "eager")
-    for attempt in (lambda: geodiag.attach(model, None, tmp_path / "run"), lambda: AnticipatoryRouting(model)):
+    for attempt in (
+        lambda: geodiag.attach(model, None, tmp_path / "run"),
+        lambda: AnticipatoryRouting(model),
+    ):
         with pytest.raises(GeodiagError, match=r"attach geodiag first, then call torch\.compile"):
             attempt()
     assert not (tmp_path / "run").exists()

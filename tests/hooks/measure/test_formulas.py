@@ -1,4 +1,6 @@
-"""Every metric function against its slow float64 definition, and against matrices whose answer is known."""
+"""Every metric function against its slow float64 definition, and against matrices whose answer is
+known.
+"""
 
 import math
 
@@ -29,7 +31,9 @@ def test_amax_gain_sums_with_sign_then_takes_the_magnitude() -> None:
     assert close(g.bwd_T.mean(), slow.mean_amax_bwd(slow_res))
     assert close(g.fwd_min_T.mean(), slow.mean_gain_fwd_min(slow_res))
     infinity_norm = res.abs().sum(-1).amax(-1).mean()
-    assert not close(infinity_norm, slow.mean_amax_fwd(slow_res)), "for a signed map the ∞-norm is another number"
+    assert not close(infinity_norm, slow.mean_amax_fwd(slow_res)), (
+        "for a signed map the ∞-norm is another number"
+    )
 
 
 def test_amax_gain_of_a_known_matrix_and_its_orientation() -> None:
@@ -86,17 +90,25 @@ def test_spectral_norm_is_not_the_frobenius_norm_and_passes_nan_on() -> None:
 
 def test_sinkhorn_residual_is_the_worst_of_both_sides() -> None:
     res = torch.rand(6, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert close(metrics.sinkhorn_residual(res).amax(), slow.sinkhorn_residual(res.double().numpy()))
+    assert close(
+        metrics.sinkhorn_residual(res).amax(), slow.sinkhorn_residual(res.double().numpy())
+    )
     rows_exact = res / res.sum(-1, keepdim=True)
-    assert metrics.sinkhorn_residual(rows_exact).amax() > 0.01, "the side that is exact must not hide the other"
+    assert metrics.sinkhorn_residual(rows_exact).amax() > 0.01, (
+        "the side that is exact must not hide the other"
+    )
 
 
 def test_flips_do_not_depend_on_order() -> None:
     now, then = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([[1, 0], [3, 7], [6, 7]])
     assert metrics.flips(now, then).tolist() == [0.0, 0.5, 1.0]
     assert close(metrics.flips(now, then).mean(), slow.flip_rate(now.tolist(), then.tolist()))
-    assert close((metrics.flips(now, then) > 0).float().mean(), slow.flip_any(now.tolist(), then.tolist()))
-    assert (now != then).float().mean() != metrics.flips(now, then).mean(), "comparing in place would count order"
+    assert close(
+        (metrics.flips(now, then) > 0).float().mean(), slow.flip_any(now.tolist(), then.tolist())
+    )
+    assert (now != then).float().mean() != metrics.flips(now, then).mean(), (
+        "comparing in place would count order"
+    )
 
 
 def test_first_choice_is_the_heaviest_whatever_the_order() -> None:
@@ -113,7 +125,9 @@ def test_jaccard_counts_the_union() -> None:
 def test_router_statistics_follow_their_definitions() -> None:
     scores = torch.rand(50, 8, generator=torch.Generator().manual_seed(2)) + 0.1
     exact = scores.double().numpy()
-    np.testing.assert_allclose(metrics.margins(scores, 2).numpy(), slow.margins(exact, 2), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        metrics.margins(scores, 2).numpy(), slow.margins(exact, 2), rtol=1e-5, atol=1e-7
+    )
     assert close(metrics.entropy(scores).mean(), slow.entropy(exact))
     load = torch.tensor([1.0, 5.0, 2.0, 0.0])
     assert close(metrics.max_vio(load), slow.max_vio(load.double().numpy()))
@@ -147,7 +161,10 @@ def test_expert_sums_and_an_expert_without_tokens() -> None:
     assert rms[2].isnan()
     for i in (0, 1, 3):
         assert close(rms[i], exact[i] or 0.0)
-    assert metrics.by_expert(act.abs().amax(-1), expert, 4, "amax")[1].item() == act[2:5].abs().max().item()
+    assert (
+        metrics.by_expert(act.abs().amax(-1), expert, 4, "amax")[1].item()
+        == act[2:5].abs().max().item()
+    )
 
 
 def test_over_median_ignores_experts_without_tokens() -> None:
@@ -164,4 +181,6 @@ def test_power_iteration_that_is_never_restarted_finds_the_top_singular_value() 
         norm, vector = metrics.power_step(weight, vector)
     exact = torch.linalg.matrix_norm(weight.double(), 2)
     assert ((norm - exact).abs() / exact).max() < 1e-3
-    assert ((first - exact).abs() / exact).max() > 1e-2, "one step alone is not enough, or this test proves nothing"
+    assert ((first - exact).abs() / exact).max() > 1e-2, (
+        "one step alone is not enough, or this test proves nothing"
+    )

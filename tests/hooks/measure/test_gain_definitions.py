@@ -1,4 +1,6 @@
-"""Gains of the mean map beside means of the gains, and the product of norms, against float64; old runs still open."""
+"""Gains of the mean map beside means of the gains, and the product of norms, against float64; old
+runs still open.
+"""
 
 import json
 import shutil
@@ -18,7 +20,9 @@ SAMPLE = SAMPLES / "hc"
 
 
 @pytest.mark.parametrize("residual", ["hc", "mhc"])
-def test_gains_of_the_mean_map_and_products_of_norms_follow_their_definitions(tmp_path: Path, residual: str) -> None:
+def test_gains_of_the_mean_map_and_products_of_norms_follow_their_definitions(
+    tmp_path: Path, residual: str
+) -> None:
     t = small.trainer(residual)
     with small.watch(t, tmp_path / "run") as monitor:
         small.train(t, 4, monitor)
@@ -40,7 +44,9 @@ def test_gains_of_the_mean_map_and_products_of_norms_follow_their_definitions(tm
             "composite_gain_fwd_of_mean": slow.mean_amax_fwd(forward[s]),
             "composite_gain_bwd_of_mean": slow.mean_amax_bwd(backward[s]),
             "composite_gain_fwd_min_of_mean": slow.mean_gain_fwd_min(forward[s]),
-            "composite_gain_bwd_min_of_mean": slow.mean_gain_fwd_min(backward[s].transpose(0, 2, 1)),
+            "composite_gain_bwd_min_of_mean": slow.mean_gain_fwd_min(
+                backward[s].transpose(0, 2, 1)
+            ),
             "early_signal_share": share,
         }
         for name, value in expected.items():
@@ -49,12 +55,16 @@ def test_gains_of_the_mean_map_and_products_of_norms_follow_their_definitions(tm
         assert row["spectral_norm_product"] == pytest.approx(product, rel=5e-3), s
         apart.append(abs(np.prod(norms[: s + 1], axis=0).mean() / product - 1))
     if residual == "hc":
-        assert max(apart) > 0.02, "the twin: the product from the first site to here is another number"
+        assert max(apart) > 0.02, (
+            "the twin: the product from the first site to here is another number"
+        )
         both = [(r["amax_gain_fwd"], r["amax_gain_fwd_of_mean"]) for r in rows]
         assert any(a != pytest.approx(b, rel=1e-3) for a, b in both), "the two definitions differ"
 
 
-def test_a_run_of_the_first_version_opens_and_reads_as_if_nothing_new_was_sampled(tmp_path: Path) -> None:
+def test_a_run_of_the_first_version_opens_and_reads_as_if_nothing_new_was_sampled(
+    tmp_path: Path,
+) -> None:
     shutil.copytree(SAMPLE, tmp_path / "run")
     for table in ("tokens", "domains"):
         shutil.rmtree(tmp_path / "run" / table, ignore_errors=True)
@@ -68,7 +78,9 @@ def test_a_run_of_the_first_version_opens_and_reads_as_if_nothing_new_was_sample
     assert run.problems == {}
     said["schema_version"] = SCHEMA_VERSION + 1
     (tmp_path / "run/run.json").write_text(json.dumps(said))
-    assert "upgrade geodiag" in geodiag.open_run(tmp_path / "run").problems["run.json"], "the twin: a newer one says so"
+    assert "upgrade geodiag" in geodiag.open_run(tmp_path / "run").problems["run.json"], (
+        "the twin: a newer one says so"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The expert block as a function, and what is told by it: curvature and tear, against their definitions in float64."""
+"""The expert block as a function, and what is told by it: curvature and tear, against their
+definitions in float64.
+"""
 
 from typing import Any
 
@@ -18,7 +20,9 @@ MODELS = ("reference", "deepseek_v4")
 
 
 def made(name: str) -> tuple[Any, Any, Any, int]:
-    """Model, layout, the module of its layer 1's expert block, and its width; weights large enough to bend."""
+    """Model, layout, the module of its layer 1's expert block, and its width; weights large enough
+    to bend.
+    """
     model = small.trainer(swiglu_limit=0.3).model if name == "reference" else tiny_v4.model()
     moe = model.blocks[1].moe if name == "reference" else model.model.layers[1].mlp
     for p in moe.parameters():
@@ -39,7 +43,9 @@ def choice(name: str, moe: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def slow_block(name: str, moe: Any, x_TC: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """The block written out in float64, a token and an expert at a time, from the module's own weights."""
+    """The block written out in float64, a token and an expert at a time, from the module's own
+    weights.
+    """
     limit = 0.3 if name == "reference" else tiny_v4.LIMIT
 
     def glu(gate: Tensor, up: Tensor) -> Tensor:
@@ -48,12 +54,20 @@ def slow_block(name: str, moe: Any, x_TC: Tensor, ids: Tensor, weights: Tensor) 
     out = []
     for x, chosen, weigh in zip(x_TC.double(), ids, weights.double(), strict=True):
         if name == "reference":
-            routed = [(moe.experts.gate_up[e].double().T, moe.experts.down[e].double().T) for e in chosen]
+            routed = [
+                (moe.experts.gate_up[e].double().T, moe.experts.down[e].double().T) for e in chosen
+            ]
             own = (moe.shared.gate_up.weight.double(), moe.shared.down.weight.double())
         else:
-            routed = [(moe.experts.gate_up_proj[e].double(), moe.experts.down_proj[e].double()) for e in chosen]
+            routed = [
+                (moe.experts.gate_up_proj[e].double(), moe.experts.down_proj[e].double())
+                for e in chosen
+            ]
             s = moe.shared_experts
-            own = (torch.cat([s.gate_proj.weight, s.up_proj.weight]).double(), s.down_proj.weight.double())
+            own = (
+                torch.cat([s.gate_proj.weight, s.up_proj.weight]).double(),
+                s.down_proj.weight.double(),
+            )
         y = own[1] @ glu(*(own[0] @ x).chunk(2))
         for w, (gate_up, down) in zip(weigh, routed, strict=True):
             y = y + w * (down @ glu(*(gate_up @ x).chunk(2)))
@@ -66,13 +80,21 @@ def test_the_block_as_a_function_is_the_models_own_block(name: str) -> None:
     _, layout, moe, width = made(name)
     x = tokens(width)
     ids, weights = choice(name, moe, x)
-    got = expert_block(layout.experts[1], x, gates(ids, weights, layout.experts[1].experts)[None])[0]
+    got = expert_block(layout.experts[1], x, gates(ids, weights, layout.experts[1].experts)[None])[
+        0
+    ]
     ids_BS = torch.zeros(1, len(x), dtype=torch.int64)
     own = moe(x[None], ids_BS).hidden_BSC[0] if name == "reference" else moe(x[None])[0]
     torch.testing.assert_close(got, own.detach(), rtol=2e-4, atol=1e-6)
-    torch.testing.assert_close(got.double(), slow_block(name, moe, x, ids, weights), rtol=2e-4, atol=1e-6)
-    other = expert_block(layout.experts[1], x, gates(ids.roll(1, 0), weights, layout.experts[1].experts)[None])[0]
-    assert ((other - own).norm() / own.norm()).item() > 1e-2, "the twin: another choice must be seen"
+    torch.testing.assert_close(
+        got.double(), slow_block(name, moe, x, ids, weights), rtol=2e-4, atol=1e-6
+    )
+    other = expert_block(
+        layout.experts[1], x, gates(ids.roll(1, 0), weights, layout.experts[1].experts)[None]
+    )[0]
+    assert ((other - own).norm() / own.norm()).item() > 1e-2, (
+        "the twin: another choice must be seen"
+    )
 
 
 def test_taking_the_experts_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +103,9 @@ def test_taking_the_experts_in_parts_changes_nothing(monkeypatch: pytest.MonkeyP
     dense = torch.rand(2, len(x), 4, dtype=torch.float64)
     whole = expert_block(layout.experts[1], x, dense)
     monkeypatch.setattr(block, "_AT_ONCE", 1)
-    torch.testing.assert_close(expert_block(layout.experts[1], x, dense), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        expert_block(layout.experts[1], x, dense), whole, rtol=1e-12, atol=1e-12
+    )
     assert whole.dtype == torch.float64
 
 
@@ -97,9 +121,13 @@ def test_full_precision_is_lent_and_given_back() -> None:
         torch.set_float32_matmul_precision(before)
 
 
-def slow_curvature(name: str, moe: Any, x: Tensor, ids: Tensor, weights: Tensor, v: Tensor) -> Tensor:
+def slow_curvature(
+    name: str, moe: Any, x: Tensor, ids: Tensor, weights: Tensor, v: Tensor
+) -> Tensor:
     step = EPSILON * x.double().norm(dim=-1, keepdim=True) * v.double()
-    there, here, back = (slow_block(name, moe, x.double() + s, ids, weights) for s in (step, 0 * step, -step))
+    there, here, back = (
+        slow_block(name, moe, x.double() + s, ids, weights) for s in (step, 0 * step, -step)
+    )
     return (there - 2 * here + back).norm(dim=-1) / (there - back).norm(dim=-1)
 
 
@@ -116,11 +144,15 @@ def test_curvature_is_the_central_difference_with_the_routing_held(name: str) ->
     rounded = curvature(site, x, gates(ids, weights, site.experts), v)
     torch.testing.assert_close(rounded.double(), expected, rtol=5e-2, atol=1e-4)
     twin = slow_curvature(name, moe, x, ids, weights, v.flip(0))
-    assert ((twin - expected).abs() / expected).max().item() > 0.05, "the twin: other directions must be seen"
+    assert ((twin - expected).abs() / expected).max().item() > 0.05, (
+        "the twin: other directions must be seen"
+    )
 
 
 def test_a_block_that_does_not_bend_has_no_curvature() -> None:
-    """Without clamp and far to the right, SiLU is the identity; of gate and up only one may move with x."""
+    """Without clamp and far to the right, SiLU is the identity; of gate and up only one may move
+    with x.
+    """
     _, layout, _, width = made("reference")
     site = layout.experts[1]
     flat = type(site)(**(site.__dict__ | {"activation": lambda gate, up: up}))
@@ -137,7 +169,9 @@ def test_tear_is_the_relative_jump_over_all_tokens_and_over_the_flipped(name: st
     x, site = tokens(width), layout.experts[1]
     ids, weights = choice(name, moe, x)
     then = ids.clone()
-    then[2:6, 0] = torch.tensor([next(e for e in range(site.experts) if e not in row) for row in ids[2:6].tolist()])
+    then[2:6, 0] = torch.tensor(
+        [next(e for e in range(site.experts) if e not in row) for row in ids[2:6].tolist()]
+    )
     flipped = (then != ids).any(-1)
     where = pick(flipped)
     got = tear(
@@ -154,14 +188,19 @@ def test_tear_is_the_relative_jump_over_all_tokens_and_over_the_flipped(name: st
     jump = (now - before).norm(dim=-1) / now.norm(dim=-1)
     assert got[0].item() == pytest.approx(jump.mean().item(), rel=1e-3)
     assert got[1].item() == pytest.approx(jump[2:6].mean().item(), rel=1e-3)
-    assert got[0].item() != pytest.approx(got[1].item(), rel=0.1), "the twin: over all is not over the flipped"
+    assert got[0].item() != pytest.approx(got[1].item(), rel=0.1), (
+        "the twin: over all is not over the flipped"
+    )
 
 
 def test_without_a_flip_the_tear_is_exactly_0_and_the_flipped_have_none() -> None:
     _, layout, _, width = made("reference")
     x = tokens(width)
     dense = torch.rand(len(x), 4)
-    got = tear(layout.experts[1], Torn(x, dense, dense, torch.zeros(len(x), dtype=torch.bool), torch.zeros(())))
+    got = tear(
+        layout.experts[1],
+        Torn(x, dense, dense, torch.zeros(len(x), dtype=torch.bool), torch.zeros(())),
+    )
     assert got[0].item() == 0
     assert got[1].isnan()
 
@@ -170,4 +209,6 @@ def test_flipped_tokens_are_picked_first() -> None:
     flipped = torch.zeros(500, dtype=torch.bool)
     flipped[torch.randperm(500, generator=torch.Generator().manual_seed(0))[: TOKENS - 10]] = True
     assert flipped[pick(flipped)].sum() == TOKENS - 10
-    assert flipped[pick(torch.ones(500, dtype=torch.bool))].sum() < TOKENS - 10, "the twin: picked blindly"
+    assert flipped[pick(torch.ones(500, dtype=torch.bool))].sum() < TOKENS - 10, (
+        "the twin: picked blindly"
+    )

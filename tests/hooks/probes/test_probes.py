@@ -1,4 +1,6 @@
-"""Probes on the reference model and on transformers' DeepSeek-V4, against their definitions in float64."""
+"""Probes on the reference model and on transformers' DeepSeek-V4, against their definitions in
+float64.
+"""
 
 import random
 from collections.abc import Callable
@@ -48,7 +50,9 @@ class Subject:
         self.probes = Probes(self.model, self.layout, complain, batch=self.batch, **options)
 
     def __call__(self) -> Any:
-        return self.model(*self.batch) if isinstance(self.batch, tuple) else self.model(**self.batch)
+        return (
+            self.model(*self.batch) if isinstance(self.batch, tuple) else self.model(**self.batch)
+        )
 
     def train(self) -> None:
         """Moves the weights, so that choices flip."""
@@ -63,7 +67,9 @@ class Subject:
         handles = []
         for i, moe in enumerate(self.moes):
             gate = moe.router if self.name == "reference" else moe.gate
-            handles.append(gate.register_forward_hook(lambda _m, _a, out, i=i: seen.__setitem__(i, out)))
+            handles.append(
+                gate.register_forward_hook(lambda _m, _a, out, i=i: seen.__setitem__(i, out))
+            )
             handles.append(
                 moe.register_forward_pre_hook(
                     lambda _m, args, i=i: inputs.__setitem__(i, args[0].detach().flatten(0, 1))
@@ -84,10 +90,16 @@ class Subject:
         """Today's gate weights for another choice, in float64."""
         if self.name == "reference":
             router = self.moes[layer].router
-            scores = torch.nn.functional.softplus(x.double() @ router.weight.double().T).sqrt().gather(1, ids)
+            scores = (
+                torch.nn.functional.softplus(x.double() @ router.weight.double().T)
+                .sqrt()
+                .gather(1, ids)
+            )
             return scores / scores.sum(-1, keepdim=True) * router.scale
         gate = self.moes[layer].gate
-        scores = torch.nn.functional.softplus(x.double() @ gate.weight.double().T).sqrt().gather(1, ids)
+        scores = (
+            torch.nn.functional.softplus(x.double() @ gate.weight.double().T).sqrt().gather(1, ids)
+        )
         return scores / scores.sum(-1, keepdim=True) * gate.routed_scaling_factor
 
     def block(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -96,7 +108,9 @@ class Subject:
 
 @pytest.fixture(params=MODELS)
 def twice(request: Any) -> tuple[Subject, list, list, dict[str, Tensor]]:
-    """A subject probed before and after its weights moved: choices then and now, and the second probe's values."""
+    """A subject probed before and after its weights moved: choices then and now, and the second
+    probe's values.
+    """
     subject = Subject(request.param, by_domain=True)
     then = subject.choices()
     first = subject.probes.run(ALL)
@@ -108,9 +122,22 @@ def twice(request: Any) -> tuple[Subject, list, list, dict[str, Tensor]]:
 def test_every_group_gives_its_values(twice: tuple) -> None:
     *_, values = twice
     got = set(values)
-    for name in ("flip_rate", "flip_top1", "flip_any", "tear", "tear_flipped", "spectral_norm_router"):
+    for name in (
+        "flip_rate",
+        "flip_top1",
+        "flip_any",
+        "tear",
+        "tear_flipped",
+        "spectral_norm_router",
+    ):
         assert f"router/{name}" in got
-    for name in ("curvature", "curvature_max", "spectral_norm_gate", "spectral_norm_up", "spectral_norm_down"):
+    for name in (
+        "curvature",
+        "curvature_max",
+        "spectral_norm_gate",
+        "spectral_norm_up",
+        "spectral_norm_down",
+    ):
         assert f"act/{name}" in got
     assert {"layer/perturbation_growth", "expert/curvature", "trace/token", "trace/token_id"} <= got
     assert {"trace/streams", "trace/experts", "trace/margin", "trace/flipped"} <= got
@@ -124,14 +151,20 @@ def test_flips_and_tear_follow_their_definitions(twice: tuple) -> None:
     assert values["router/tear_flipped"][0].isnan()
     for layer in (1, 2):
         (_, old, _), (x, ids, weights) = then[layer], now[layer]
-        assert values["router/flip_rate"][layer].item() == pytest.approx(slow.flip_rate(ids.tolist(), old.tolist()))
+        assert values["router/flip_rate"][layer].item() == pytest.approx(
+            slow.flip_rate(ids.tolist(), old.tolist())
+        )
         today = subject.block(layer, x, ids, weights)
         jump = subject.block(layer, x, old, subject.reweighed(layer, x, old)) - today
         share = jump.norm(dim=-1) / today.norm(dim=-1)
-        flipped = torch.tensor([set(a) != set(b) for a, b in zip(ids.tolist(), old.tolist(), strict=True)])
+        flipped = torch.tensor(
+            [set(a) != set(b) for a, b in zip(ids.tolist(), old.tolist(), strict=True)]
+        )
         assert 0 < flipped.sum() < look.pick(flipped).numel(), "all flipped tokens must have room"
         assert values["router/tear"][layer].item() == pytest.approx(share.mean().item(), rel=1e-3)
-        assert values["router/tear_flipped"][layer].item() == pytest.approx(share[flipped].mean().item(), rel=1e-3)
+        assert values["router/tear_flipped"][layer].item() == pytest.approx(
+            share[flipped].mean().item(), rel=1e-3
+        )
         yesterday = subject.block(layer, x, old, weights) - today
         twin = (yesterday.norm(dim=-1) / today.norm(dim=-1)).mean().item()
         assert values["router/tear"][layer].item() != pytest.approx(twin, rel=2e-3), (
@@ -146,15 +179,28 @@ def test_curvature_follows_its_definition_by_layer_and_by_expert(twice: tuple) -
         at = torch.linspace(0, len(x) - 1, look.CURVED_TOKENS).long()
         x, ids, weights = x[at], ids[at], weights[at]
         expected = slow_curvature(
-            subject.name, subject.moes[layer], x, ids, weights, directions(len(x), x.shape[1], x.device)
+            subject.name,
+            subject.moes[layer],
+            x,
+            ids,
+            weights,
+            directions(len(x), x.shape[1], x.device),
         )
-        assert values["act/curvature"][layer].item() == pytest.approx(expected.mean().item(), rel=5e-2)
-        assert values["act/curvature_max"][layer].item() == pytest.approx(expected.max().item(), rel=5e-2)
+        assert values["act/curvature"][layer].item() == pytest.approx(
+            expected.mean().item(), rel=5e-2
+        )
+        assert values["act/curvature_max"][layer].item() == pytest.approx(
+            expected.max().item(), rel=5e-2
+        )
         for expert in range(values["expert/curvature"].shape[1]):
             chose = (ids == expert).any(-1)
             mean = expected[chose].mean().item() if chose.any() else float("nan")
-            assert values["expert/curvature"][layer, expert].item() == pytest.approx(mean, rel=5e-2, nan_ok=True)
-        assert expected.max() > 1.2 * expected.mean(), "mean and worst must differ, or one could stand for the other"
+            assert values["expert/curvature"][layer, expert].item() == pytest.approx(
+                mean, rel=5e-2, nan_ok=True
+            )
+        assert expected.max() > 1.2 * expected.mean(), (
+            "mean and worst must differ, or one could stand for the other"
+        )
 
 
 def streams_at(subject: Subject) -> list[Tensor]:
@@ -188,7 +234,9 @@ def test_traced_tokens_are_where_the_streams_say(twice: tuple) -> None:
     assert r1.norm().item() == pytest.approx(1, abs=1e-6) == r2.norm().item()
     for place, x in enumerate(streams):
         expected = torch.stack([x[at].norm(dim=1), x[at] @ r1, x[at] @ r2], 1)
-        torch.testing.assert_close(values["trace/streams"][place].double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            values["trace/streams"][place].double(), expected, rtol=1e-4, atol=1e-5
+        )
     before = torch.stack([streams[0][at] @ r1, streams[0][at] @ r2], 1)
     after = torch.stack([streams[-1][at] @ r1, streams[-1][at] @ r2], 1)
     assert (before - after).abs().max() > 1e-3, "the twin: sites must not be mixed up"
@@ -196,10 +244,15 @@ def test_traced_tokens_are_where_the_streams_say(twice: tuple) -> None:
         _, ids, weights = now[layer]
         heavy = ids[at].gather(1, weights[at].argsort(1, descending=True))
         assert values["trace/experts"][layer].tolist() == heavy.tolist()
-        share = [slow.flip_rate([a], [b]) for a, b in zip(ids[at].tolist(), then[layer][1][at].tolist(), strict=True)]
+        share = [
+            slow.flip_rate([a], [b])
+            for a, b in zip(ids[at].tolist(), then[layer][1][at].tolist(), strict=True)
+        ]
         assert values["trace/flipped"][layer].tolist() == pytest.approx(share)
     assert values["trace/margin"][0].isnan().all()
-    assert values["trace/flipped"].amax(0).gt(0).sum() >= TRACED - 1, "those that flipped come first"
+    assert values["trace/flipped"].amax(0).gt(0).sum() >= TRACED - 1, (
+        "those that flipped come first"
+    )
 
 
 def test_tokens_are_chosen_by_place_by_margin_or_by_flips() -> None:
@@ -219,7 +272,9 @@ def slow_growth(subject: Subject, layer: int) -> float:
     """Two forwards, the second with the layer's input moved; the first sequence only."""
     kept: dict[str, Tensor] = {}
     end = subject.model.read_out if subject.name == "reference" else subject.model.model.hc_head
-    handle = end.register_forward_pre_hook(lambda _m, args: kept.__setitem__("end", args[0][0].double()))
+    handle = end.register_forward_pre_hook(
+        lambda _m, args: kept.__setitem__("end", args[0][0].double())
+    )
 
     def move(_: Any, args: tuple, kwargs: dict) -> Any:
         x = args[0].clone()
@@ -251,10 +306,15 @@ def test_growth_is_that_of_two_forwards(name: str) -> None:
 def test_the_change_is_small_random_and_the_same_every_time() -> None:
     x = torch.randn(5, 4, 16)
     moved = growth._moved(x, 1) - x
-    torch.testing.assert_close(moved.flatten(1).norm(dim=1), growth.EPSILON * x.flatten(1).norm(dim=1))
+    torch.testing.assert_close(
+        moved.flatten(1).norm(dim=1), growth.EPSILON * x.flatten(1).norm(dim=1)
+    )
     assert torch.equal(growth._moved(x, 1), growth._moved(x, 1))
     assert not torch.equal(growth._moved(x, 1), growth._moved(x, 2))
-    assert abs(torch.nn.functional.cosine_similarity(moved[0].flatten(), moved[1].flatten(), dim=0)) < 0.6
+    assert (
+        abs(torch.nn.functional.cosine_similarity(moved[0].flatten(), moved[1].flatten(), dim=0))
+        < 0.6
+    )
 
 
 def test_the_largest_attention_logit_is_that_of_all_queries() -> None:
@@ -283,9 +343,13 @@ def test_the_largest_attention_logit_is_that_of_all_queries() -> None:
 
 
 def told_by_the_sinks(model: Any, ids: Tensor) -> list[Tensor]:
-    """Layer by layer, the largest logit of a key: its weight against that of its head's sink, whose logit is known."""
+    """Layer by layer, the largest logit of a key: its weight against that of its head's sink, whose
+    logit is known.
+    """
     told = []
-    for layer, weights_BHQK in zip(model.model.layers, model(ids, output_attentions=True).attentions, strict=True):
+    for layer, weights_BHQK in zip(
+        model.model.layers, model(ids, output_attentions=True).attentions, strict=True
+    ):
         of_sink = 1 - weights_BHQK.sum(-1)
         sinks_H = layer.self_attn.sinks.view(1, -1, 1)
         told.append((sinks_H + (weights_BHQK.amax(-1) / of_sink).log()).amax())
@@ -376,7 +440,9 @@ def test_what_is_not_due_is_not_measured() -> None:
     subject.model.register_forward_hook(lambda *_: runs.append(1))
     subject.model.embed.register_forward_hook(lambda *_: runs.append(2))
     assert subject.probes.run(frozenset()) == {}
-    assert set(subject.probes.run(frozenset({"layers.spectral_norm_up"}))) >= {"act/spectral_norm_up"}
+    assert set(subject.probes.run(frozenset({"layers.spectral_norm_up"}))) >= {
+        "act/spectral_norm_up"
+    }
     assert runs == []
     assert set(subject.probes.run(frozenset({"layers.curvature"}))) == {
         "act/curvature",
@@ -410,18 +476,27 @@ def test_curvature_alone_does_not_make_yesterdays_choice_todays() -> None:
     subject.train()
     got = subject.probes.run(frozenset({"layers.flip_rate"}))["router/flip_rate"]
     now = subject.choices()
-    expected = [slow.flip_rate(n[1].tolist(), t[1].tolist()) for n, t in zip(now, then, strict=True)]
+    expected = [
+        slow.flip_rate(n[1].tolist(), t[1].tolist()) for n, t in zip(now, then, strict=True)
+    ]
     assert got.tolist() == pytest.approx(expected)
     subject.probes.forget()
     assert "router/flip_rate" not in subject.probes.run(frozenset({"layers.flip_rate"}))
 
 
-def test_a_place_that_cannot_be_watched_is_said_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_cannot_be_watched_is_said_and_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     said: list[str] = []
     subject = Subject("reference")
     subject.probes.remove()
     monkeypatch.setattr("geodiag.hooks.adapters.reference.rotate", lambda *_: 1 / 0)
-    probes = Probes(subject.model, find_layout(subject.model), lambda what, _e: said.append(what), batch=subject.batch)
+    probes = Probes(
+        subject.model,
+        find_layout(subject.model),
+        lambda what, _e: said.append(what),
+        batch=subject.batch,
+    )
     monkeypatch.undo()
     monkeypatch.setattr("geodiag.hooks.adapters.reference.rotate", lambda *_: 1 / 0)
     for _ in range(2):

@@ -1,4 +1,6 @@
-"""The cascade behind a spike as an event: told once for each, while nobody waits, and never in a training's way."""
+"""The cascade behind a spike as an event: told once for each, while nobody waits, and never in a
+training's way.
+"""
 
 import subprocess
 import sys
@@ -20,7 +22,9 @@ RISEN = range(94, 104)
 
 
 def train(folder: Path, steps: int, **watched: Any) -> list[float]:
-    """An expert breaks at step 90, and the loss as it is reported rises for a while; the training's own losses."""
+    """An expert breaks at step 90, and the loss as it is reported rises for a while; the training's
+    own losses.
+    """
     t, losses = small.trainer(), []
     with small.watch(t, folder, **watched) as monitor:
         faults = plant(t.model, "expert-scale@90:1=30")
@@ -47,7 +51,11 @@ def test_each_spike_leaves_the_cascade_that_the_record_gives(tmp_path: Path) -> 
     assert event["step"] == spike["step"] + AFTER
     found = geodiag.explain(tmp_path / "run", 0)
     assert (found.stage, found.layer) == (1, 1)
-    assert (event["layer"], event["site"], event["expert"]) == (found.layer, found.site, found.expert)
+    assert (event["layer"], event["site"], event["expert"]) == (
+        found.layer,
+        found.site,
+        found.expert,
+    )
     assert event["message"] == found.words
     said = event["data"]
     assert said["attempt"] == 0
@@ -60,7 +68,9 @@ def test_each_spike_leaves_the_cascade_that_the_record_gives(tmp_path: Path) -> 
 def test_a_calm_training_leaves_none(tmp_path: Path) -> None:
     with small.watch(small.trainer(), tmp_path / "run") as monitor:
         for step in range(120):
-            monitor.step(3.0 + 0.01 * (step % 2) + (2.0 if step == 90 else 0.0))  # an outlier is no spike
+            monitor.step(
+                3.0 + 0.01 * (step % 2) + (2.0 if step == 90 else 0.0)
+            )  # an outlier is no spike
     kinds = [r["kind"] for r in geodiag.open_run(tmp_path / "run").read_arrow("events").to_pylist()]
     assert "outlier" in kinds
     assert told(tmp_path / "run") == []
@@ -123,12 +133,18 @@ def test_a_failure_is_said_once_and_training_goes_on(
     assert train(tmp_path / "run", 125) == plain
     run = geodiag.open_run(tmp_path / "run")
     assert run.status() == "finished"
-    problems = [r["message"] for r in run.read_arrow("events").to_pylist() if r["kind"] == "problem"]
-    assert problems == ["could not record the cascade behind a spike: ZeroDivisionError: no such window"]
+    problems = [
+        r["message"] for r in run.read_arrow("events").to_pylist() if r["kind"] == "problem"
+    ]
+    assert problems == [
+        "could not record the cascade behind a spike: ZeroDivisionError: no such window"
+    ]
     assert capsys.readouterr().err.count("no such window") == 1
 
 
-def test_an_interpreter_that_ends_without_close_tells_the_last_spike_and_closes_the_run(tmp_path: Path) -> None:
+def test_an_interpreter_that_ends_without_close_tells_the_last_spike_and_closes_the_run(
+    tmp_path: Path,
+) -> None:
     script = f"""
 import atexit, threading
 from pathlib import Path

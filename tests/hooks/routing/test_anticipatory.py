@@ -1,4 +1,6 @@
-"""Anticipatory routing: the ids of θ_{t−Δ} for the same batch, today's gate weights, and no trace of looking ahead."""
+"""Anticipatory routing: the ids of θ_{t−Δ} for the same batch, today's gate weights, and no trace
+of looking ahead.
+"""
 
 import io
 import random
@@ -27,7 +29,9 @@ Plan = dict[int, Callable[[AnticipatoryRouting], None]]
 
 
 class Jittery(nn.Module):
-    """Randomness of three kinds and a buffer that moves: what a forward that leaves no trace must put back."""
+    """Randomness of three kinds and a buffer that moves: what a forward that leaves no trace must
+    put back.
+    """
 
     def __init__(self, replaced: bool = False) -> None:
         super().__init__()
@@ -44,7 +48,9 @@ class Jittery(nn.Module):
         return torch.nn.functional.dropout(x, 0.2, self.training) * noise
 
 
-def trainer(residual: str = "mhc", micro_batches: int = 1, jitter: bool = False, **changes: Any) -> Trainer:
+def trainer(
+    residual: str = "mhc", micro_batches: int = 1, jitter: bool = False, **changes: Any
+) -> Trainer:
     t = small.trainer(residual, micro_batches, **changes)
     if jitter:
         for i, block in enumerate(t.model.blocks):
@@ -70,7 +76,9 @@ def source(t: Trainer, start: int = 0, steps: int | None = None) -> Iterator[Ten
 class Seen:
     """One training under a plan, and all that can be told from outside."""
 
-    def __init__(self, t: Trainer, routing: AnticipatoryRouting, monitor: Monitor | None = None) -> None:
+    def __init__(
+        self, t: Trainer, routing: AnticipatoryRouting, monitor: Monitor | None = None
+    ) -> None:
         self.t, self.routing, self.monitor = t, routing, monitor
         self.losses: list[float] = []
         self.modes: list[str] = []
@@ -81,13 +89,17 @@ class Seen:
         self.models: list[dict[str, Tensor]] = []
         self._now: Ids = {}
         for i, block in enumerate(t.model.blocks):
-            block.moe.experts.register_forward_pre_hook(lambda _m, args, i=i: self._keep(i, args[1]))
+            block.moe.experts.register_forward_pre_hook(
+                lambda _m, args, i=i: self._keep(i, args[1])
+            )
 
     def _keep(self, layer: int, routing: Any) -> None:
         if torch.is_grad_enabled():
             self._now[layer] = routing.expert_ids_TK.clone()
 
-    def run(self, data: Iterator[Tensor], steps: int, plan: Plan | None = None, start: int = 0) -> "Seen":
+    def run(
+        self, data: Iterator[Tensor], steps: int, plan: Plan | None = None, start: int = 0
+    ) -> "Seen":
         from geodiag.reference_models.data import Batch
 
         plan, t, step = plan or {}, self.t, start
@@ -126,7 +138,9 @@ def off(routing: AnticipatoryRouting) -> None:
     routing.disable()
 
 
-def watched(residual: str, delay: int, steps: int, plan: Plan, micro_batches: int = 1, **changes: Any) -> Seen:
+def watched(
+    residual: str, delay: int, steps: int, plan: Plan, micro_batches: int = 1, **changes: Any
+) -> Seen:
     t = trainer(residual, micro_batches, **changes)
     return Seen(t, routing_of(t, delay)).run(source(t), steps, plan)
 
@@ -137,13 +151,18 @@ def watched(residual: str, delay: int, steps: int, plan: Plan, micro_batches: in
 @pytest.mark.parametrize("residual", ["plain", "hc", "mhc"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("jitter", [False, True])
-def test_delay_zero_gives_bitwise_the_plain_losses(residual: str, micro_batches: int, jitter: bool) -> None:
+def test_delay_zero_gives_bitwise_the_plain_losses(
+    residual: str, micro_batches: int, jitter: bool
+) -> None:
     plain = watched(residual, 0, 6, {}, micro_batches, jitter=jitter)
     routed = watched(residual, 0, 6, {0: on}, micro_batches, jitter=jitter)
     assert routed.modes == ["on"] * 6
     assert plain.modes == ["off"] * 6
     assert routed.losses == plain.losses
-    assert all(torch.equal(a, b) for a, b in zip(routed.models[-1].values(), plain.models[-1].values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(routed.models[-1].values(), plain.models[-1].values(), strict=True)
+    )
 
 
 def test_a_delay_is_seen_in_the_losses() -> None:
@@ -153,7 +172,9 @@ def test_a_delay_is_seen_in_the_losses() -> None:
 
 @pytest.mark.parametrize("around", ["the step", "the whole loop"])
 def test_delay_zero_is_bitwise_under_autocast(around: str) -> None:
-    """Captured in the precision that is trained in; and casts made without gradient never reach the training step."""
+    """Captured in the precision that is trained in; and casts made without gradient never reach the
+    training step.
+    """
 
     def losses(delay: int | None) -> list[tuple[float, float]]:
         t = trainer()
@@ -207,11 +228,18 @@ def wrong(seen: Seen, delay: int, steps: range) -> int:
 @pytest.mark.parametrize("delay", [1, 3])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("recompute", ["none", "layers"])
-def test_ids_are_those_of_the_weights_delay_steps_ago(delay: int, micro_batches: int, recompute: str) -> None:
+def test_ids_are_those_of_the_weights_delay_steps_ago(
+    delay: int, micro_batches: int, recompute: str
+) -> None:
     begin, end = 2, 9
-    seen = watched("mhc", delay, end + delay + 2, {begin: on, end: off}, micro_batches, recompute=recompute)
+    seen = watched(
+        "mhc", delay, end + delay + 2, {begin: on, end: off}, micro_batches, recompute=recompute
+    )
     replayed = range(begin + delay, end + delay)
-    assert seen.modes == ["off"] * 2 + ["warmup"] * delay + ["on"] * (7 - delay) + ["drain"] * delay + ["off"] * 2
+    assert (
+        seen.modes
+        == ["off"] * 2 + ["warmup"] * delay + ["on"] * (7 - delay) + ["drain"] * delay + ["off"] * 2
+    )
     assert seen.lags == [delay if step in replayed else 0 for step in range(len(seen.modes))]
     assert wrong(seen, delay, replayed) == 0
     live = [s for s in range(len(seen.modes)) if s not in replayed]
@@ -257,7 +285,9 @@ def replayed_gradients(detached: bool) -> tuple[list[Any], list[Tensor]]:
         output = t.model(ids[:, :-1])
         t.model.loss(output, ids[:, 1:]).total.backward()
         if step == 3:
-            return list(output.routings), [t.model.blocks[i].moe.router.weight.grad for i in learned(t)]
+            return list(output.routings), [
+                t.model.blocks[i].moe.router.weight.grad for i in learned(t)
+            ]
         for p in t.model.parameters():
             p.data -= 0.5 * p.grad
             p.grad = None
@@ -270,7 +300,9 @@ def test_gate_weights_are_todays_scores_at_the_old_ids() -> None:
         chosen = r.scores_TE.gather(1, r.expert_ids_TK)
         expected = chosen / chosen.sum(-1, keepdim=True) * 1.5
         torch.testing.assert_close(r.weights_TK, expected, rtol=1e-6, atol=0)
-        assert not torch.equal(chosen, r.scores_TE.topk(2).values), "some ids must not be today's choice"
+        assert not torch.equal(chosen, r.scores_TE.topk(2).values), (
+            "some ids must not be today's choice"
+        )
 
 
 def test_gradients_reach_the_router_through_the_gate_weights() -> None:
@@ -278,7 +310,9 @@ def test_gradients_reach_the_router_through_the_gate_weights() -> None:
     _, detached = replayed_gradients(True)
     for a, d in zip(attached, detached, strict=True):
         assert a.norm() > 0
-        assert (a - d).norm() > 0.1 * a.norm(), "the balance loss alone must not explain the gradient"
+        assert (a - d).norm() > 0.1 * a.norm(), (
+            "the balance loss alone must not explain the gradient"
+        )
 
 
 def test_recomputation_replays_the_same_ids() -> None:
@@ -291,14 +325,18 @@ def test_recomputation_replays_the_same_ids() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_both_kinds_of_checkpoint_replay(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reentrant kind runs its first forward without gradient; it is the training step all the same."""
+    """The reentrant kind runs its first forward without gradient; it is the training step all the
+    same.
+    """
     from torch.utils._pytree import tree_flatten, tree_unflatten
     from torch.utils.checkpoint import checkpoint
 
     from geodiag.reference_models import transformer
 
     def either(layer: Any, *args: Any, use_reentrant: bool) -> Any:
-        """Flat on the way out: the reentrant kind differentiates no tensor that lies inside another tuple."""
+        """Flat on the way out: the reentrant kind differentiates no tensor that lies inside another
+        tuple.
+        """
         spec = None
 
         def flat(*args: Any) -> tuple:
@@ -313,7 +351,9 @@ def test_both_kinds_of_checkpoint_replay(reentrant: bool, monkeypatch: pytest.Mo
     t = trainer(recompute="layers")
     routing = routing_of(t, 2)
     seen: list[Tensor] = []
-    t.model.blocks[2].moe.experts.register_forward_pre_hook(lambda _m, args: seen.append(args[1].expert_ids_TK))
+    t.model.blocks[2].moe.experts.register_forward_pre_hook(
+        lambda _m, args: seen.append(args[1].expert_ids_TK)
+    )
     routing.enable()
     for ids in islice(routing.batches(source(t)), 4):
         seen.clear()  # what the capture showed
@@ -331,7 +371,15 @@ PLANS: dict[str, tuple[Plan, int, list[str]]] = {
     "on and off and on again": (
         {1: on, 6: off, 10: on},
         14,
-        ["off", *["warmup"] * 2, *["on"] * 3, *["drain"] * 2, *["off"] * 2, *["warmup"] * 2, *["on"] * 2],
+        [
+            "off",
+            *["warmup"] * 2,
+            *["on"] * 3,
+            *["drain"] * 2,
+            *["off"] * 2,
+            *["warmup"] * 2,
+            *["on"] * 2,
+        ],
     ),
     "disabled during warm-up": (
         {1: on, 2: off},
@@ -343,7 +391,11 @@ PLANS: dict[str, tuple[Plan, int, list[str]]] = {
         10,
         [*["warmup"] * 2, *["on"] * 3, "drain", "on", "warmup", "on", "on"],
     ),
-    "changed its mind within a step": ({0: on, 3: lambda r: (off(r), on(r))[0]}, 5, [*["warmup"] * 2, *["on"] * 3]),
+    "changed its mind within a step": (
+        {0: on, 3: lambda r: (off(r), on(r))[0]},
+        5,
+        [*["warmup"] * 2, *["on"] * 3],
+    ),
 }
 
 
@@ -363,7 +415,9 @@ def test_states_last_exactly_and_batches_keep_their_order(name: str, micro_batch
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize(("length", "tail"), [(8, 2), (3, 2), (2, 2), (1, 1), (0, 0)])
-def test_the_queue_is_used_up_when_the_data_ends(length: int, tail: int, micro_batches: int) -> None:
+def test_the_queue_is_used_up_when_the_data_ends(
+    length: int, tail: int, micro_batches: int
+) -> None:
     t = trainer("plain", micro_batches)
     seen = Seen(t, routing_of(t, 2)).run(source(t, steps=length), 99, {0: on})
     expected = [part for s in range(length) for part in small.tokens(s).chunk(micro_batches)]
@@ -439,7 +493,11 @@ def test_looking_leaves_no_trace_in_the_model_or_the_random_states(what: str) ->
     moved = [x.clone() if isinstance(x, Tensor) else x for x in _leaves(before)]
     with torch.no_grad():
         t.model(ids[:, :-1])
-    changed = [i for i, (a, b) in enumerate(zip(moved, _leaves(state()), strict=True)) if not np.array_equal(a, b)]
+    changed = [
+        i
+        for i, (a, b) in enumerate(zip(moved, _leaves(state()), strict=True))
+        if not np.array_equal(a, b)
+    ]
     assert changed, "a forward that does leave traces must be seen"
 
 
@@ -464,18 +522,24 @@ def test_an_exception_inside_leaves_no_trace_either() -> None:
 
 
 def test_rows_are_those_of_a_run_that_did_not_capture(tmp_path: Path) -> None:
-    """Δ = 0 captures at every step; of its rows only the routing mode and the flips against the cache are its own."""
+    """Δ = 0 captures at every step; of its rows only the routing mode and the flips against the
+    cache are its own.
+    """
 
     def rows(name: str, plan: Plan) -> geodiag.Run:
         t = trainer("mhc", 2)
         routing = routing_of(t, 0)
-        with small.watch(t, tmp_path / name, routing=routing, probe_every=2, micro_batches=2) as monitor:
+        with small.watch(
+            t, tmp_path / name, routing=routing, probe_every=2, micro_batches=2
+        ) as monitor:
             Seen(t, routing, monitor).run(source(t), 5, plan)
         return geodiag.open_run(tmp_path / name)
 
     plain, ahead = rows("a", {}), rows("b", {0: on})
     layers, experts = ahead.read("layers"), ahead.read("experts")
-    assert (layers[(layers.site == "ffn") & (layers.layer > 0)]["flip_rate_anticipatory"] == 0).all()
+    assert (
+        layers[(layers.site == "ffn") & (layers.layer > 0)]["flip_rate_anticipatory"] == 0
+    ).all()
     layers["flip_rate_anticipatory"] = np.float32("nan")
     layers_equal(plain.read("layers"), layers, 0)
     layers_equal(plain.read("experts"), experts, 0)
@@ -580,7 +644,9 @@ def test_a_failed_capture_goes_back_to_todays_choice_and_training_goes_on(
     assert seen.lags == [0] * 8
     events = geodiag.open_run(tmp_path / "run").read("events")
     problems = events[events.kind == "problem"]["message"].tolist()
-    assert problems == ["anticipatory routing went back to today's choice: RuntimeError: out of memory"]
+    assert problems == [
+        "anticipatory routing went back to today's choice: RuntimeError: out of memory"
+    ]
     assert "out of memory" in capsys.readouterr().err
 
 
@@ -599,7 +665,9 @@ def test_a_batch_that_was_changed_after_its_capture_is_refused_with_the_fix() ->
     routing.enable()
     batches = routing.batches(source(t))
     batch = next(batches)
-    with pytest.raises(ValueError, match="chosen for 48 tokens and the batch has 24; train on each batch as"):
+    with pytest.raises(
+        ValueError, match="chosen for 48 tokens and the batch has 24; train on each batch as"
+    ):
         t.model(batch[:2, :-1])
 
 
@@ -610,7 +678,9 @@ def test_the_last_forward_of_a_router_is_what_counts_as_its_choice() -> None:
     with torch.no_grad(), choices.kept() as seen:
         t.model(small.tokens(0)[:, :-1])
         last = t.model(small.tokens(1)[:, :-1])
-    assert [c.expert_ids_TK.tolist() for c in seen] == [r.expert_ids_TK.tolist() for r in last.routings[1:]]
+    assert [c.expert_ids_TK.tolist() for c in seen] == [
+        r.expert_ids_TK.tolist() for r in last.routings[1:]
+    ]
     assert isinstance(t.model.blocks[1].moe.router, Router)
 
 
@@ -619,11 +689,19 @@ def test_the_last_forward_of_a_router_is_what_counts_as_its_choice() -> None:
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("save_at", [2, 5, 9, 10, 13])
-def test_a_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path: Path, save_at: int, micro_batches: int) -> None:
+def test_a_resumed_training_is_bitwise_the_uninterrupted_one(
+    tmp_path: Path, save_at: int, micro_batches: int
+) -> None:
     """Saved in warm-up (2), on (5), drain (9, 10) and off again (13)."""
     delay, steps, plan = 3, 15, {1: on, 8: off}
     whole = watched("mhc", delay, steps, plan, micro_batches, jitter=True)
-    assert [whole.modes[s - 1] for s in (2, 5, 9, 10, 13)] == ["warmup", "on", "drain", "drain", "off"]
+    assert [whole.modes[s - 1] for s in (2, 5, 9, 10, 13)] == [
+        "warmup",
+        "on",
+        "drain",
+        "drain",
+        "off",
+    ]
 
     t = trainer("mhc", micro_batches, jitter=True)
     routing, fetched = routing_of(t, delay), [0]
@@ -657,10 +735,15 @@ def test_a_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path: Path, sav
         np.random.set_state(state["random"][1])  # noqa: NPY002
         torch.set_rng_state(state["random"][2])
         later = {k: v for k, v in plan.items() if k > save_at}
-        second = Seen(t, routing, monitor).run(counted(state["fetched"]), steps - save_at, later, start=save_at)
+        second = Seen(t, routing, monitor).run(
+            counted(state["fetched"]), steps - save_at, later, start=save_at
+        )
     assert first.losses + second.losses == whole.losses
     assert first.modes + second.modes == whole.modes
-    assert all(torch.equal(a, b) for a, b in zip(second.models[-1].values(), whole.models[-1].values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(second.models[-1].values(), whole.models[-1].values(), strict=True)
+    )
     assert geodiag.open_run(tmp_path / "run").read("steps")["routing_mode"].tolist() == whole.modes
 
 

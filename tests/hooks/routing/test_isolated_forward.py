@@ -82,7 +82,9 @@ def test_a_router_that_chose_nothing_is_a_failed_capture() -> None:
         list(routing.batches(source(t, steps=3)))
 
 
-def test_of_sharded_weights_only_a_forward_that_breaks_off_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_sharded_weights_only_a_forward_that_breaks_off_ends_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sharded, "sharded", lambda _: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     failures: list[Exception] = []
@@ -110,7 +112,9 @@ def alone_in_a_group() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fully_shard"])
 def test_delay_zero_is_bitwise_inside_a_wrapper(alone_in_a_group: None, wrapper: str) -> None:
-    """DDP's forward may be left halfway. What `fully_shard` has begun it must end, or gradients are not reduced."""
+    """DDP's forward may be left halfway. What `fully_shard` has begun it must end, or gradients are
+    not reduced.
+    """
 
     def losses(delay: int | None, tokens: list[int] | None = None) -> list[float]:
         from torch.distributed.fsdp import fully_shard
@@ -178,7 +182,9 @@ def test_of_a_model_compiled_as_a_whole_the_head_sees_one_token_a_sequence() -> 
 # -- where training is not in float32, not in one piece, not kept ------------------------------
 
 
-def mixed(delay: int | None, recompute: str, dtype: torch.dtype, micro_batches: int = 2) -> list[float]:
+def mixed(
+    delay: int | None, recompute: str, dtype: torch.dtype, micro_batches: int = 2
+) -> list[float]:
     """Autocast, a gradient scaler, accumulation and perhaps activation checkpointing at once."""
     t = trainer("mhc", micro_batches, recompute=recompute)
     routing = routing_of(t, delay or 0)
@@ -201,7 +207,9 @@ def mixed(delay: int | None, recompute: str, dtype: torch.dtype, micro_batches: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("recompute", ["none", "layers"])
-def test_delay_zero_is_bitwise_in_mixed_precision_with_everything_at_once(dtype: torch.dtype, recompute: str) -> None:
+def test_delay_zero_is_bitwise_in_mixed_precision_with_everything_at_once(
+    dtype: torch.dtype, recompute: str
+) -> None:
     plain = mixed(None, recompute, dtype)
     assert mixed(0, recompute, dtype) == plain
     assert mixed(2, recompute, dtype) != plain, "the twin: a delay is seen"
@@ -229,18 +237,26 @@ def test_after_a_rewind_the_queue_is_empty_and_the_same_batches_come_again() -> 
     assert (routing.mode, routing.queued) == ("off", 0)
     seen.run(source(t, 2), 4)
     assert seen.modes[5:] == ["warmup"] * 3 + ["on"]
-    assert all(torch.equal(a, small.tokens(s)) for s, a in zip([2, 3, 4, 5], seen.batches[5:], strict=True))
+    assert all(
+        torch.equal(a, small.tokens(s)) for s, a in zip([2, 3, 4, 5], seen.batches[5:], strict=True)
+    )
 
 
 # -- aside ----------------------------------------------------------------------------------
 
 
 def test_what_is_put_aside_comes_back_as_it_was() -> None:
-    tensors = [torch.randint(100, (5, 2)).short(), torch.randint(100, (7,)).short(), torch.zeros(0, 3).short()]
+    tensors = [
+        torch.randint(100, (5, 2)).short(),
+        torch.randint(100, (7,)).short(),
+        torch.zeros(0, 3).short(),
+    ]
     for room in (0, 1 << 20):
         kept = Aside.put(tensors, room)
         for got in (kept.take(), kept.on_host()):
-            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, tensors, strict=True))
+            assert all(
+                torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, tensors, strict=True)
+            )
     tensors[0] += 1
     assert not torch.equal(kept.take()[0], tensors[0]), "a copy, not the tensor itself"
 

@@ -1,4 +1,6 @@
-"""router-lag: the routers' weights of Δ steps ago choose for today's hidden states; today's scores weigh."""
+"""router-lag: the routers' weights of Δ steps ago choose for today's hidden states; today's scores
+weigh.
+"""
 
 import io
 from collections.abc import Iterator
@@ -36,8 +38,13 @@ def test_delay_zero_gives_bitwise_the_plain_losses(micro_batches: int, jitter: b
     lagged = watched(0, 6, {0: on}, micro_batches, jitter=jitter)
     assert lagged.modes == ["on"] * 6
     assert lagged.losses == plain.losses
-    assert all(torch.equal(a, b) for a, b in zip(lagged.models[-1].values(), plain.models[-1].values(), strict=True))
-    assert watched(3, 6, {0: on}, micro_batches, jitter=jitter).losses != plain.losses, "the twin: a delay is seen"
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(lagged.models[-1].values(), plain.models[-1].values(), strict=True)
+    )
+    assert watched(3, 6, {0: on}, micro_batches, jitter=jitter).losses != plain.losses, (
+        "the twin: a delay is seen"
+    )
 
 
 def test_off_is_bitwise_the_training_without_it() -> None:
@@ -47,12 +54,16 @@ def test_off_is_bitwise_the_training_without_it() -> None:
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_the_choice_is_that_of_the_old_router_on_todays_hidden_states(micro_batches: int) -> None:
-    """Against weights that a test wrote down itself; with the weights of any other step it must fail."""
+    """Against weights that a test wrote down itself; with the weights of any other step it must
+    fail.
+    """
     delay, t = 3, trainer("mhc", micro_batches)
     hidden: list[dict[int, Tensor]] = []
     for i, block in enumerate(t.model.blocks):
         block.moe.router.register_forward_pre_hook(
-            lambda _m, args, i=i: hidden.append({}) if i == 0 else hidden[-1].__setitem__(i, args[0].detach().clone())
+            lambda _m, args, i=i: (
+                hidden.append({}) if i == 0 else hidden[-1].__setitem__(i, args[0].detach().clone())
+            )
         )
     seen = Seen(t, lag_of(t, delay)).run(source(t), 9, {0: on})
     assert seen.modes == ["warmup"] * delay + ["on"] * (9 - delay)
@@ -64,7 +75,9 @@ def test_the_choice_is_that_of_the_old_router_on_todays_hidden_states(micro_batc
                 for shift in wrong:
                     then = seen.models[step - delay + shift]
                     router = f"layers.{layer}.moe.router"
-                    logits = hidden[step * micro_batches + micro][layer] @ then[f"{router}.weight"].T
+                    logits = (
+                        hidden[step * micro_batches + micro][layer] @ then[f"{router}.weight"].T
+                    )
                     scores = nn.functional.softplus(logits).sqrt() + then[f"{router}.balance"]
                     ids = scores.topk(2).indices
                     wrong[shift] += int((ids != seen.used[step][micro][layer]).sum())
@@ -93,7 +106,11 @@ def test_gate_weights_are_todays_and_their_gradient_reaches_the_router() -> None
 
 PLANS: dict[str, tuple[Plan, int, list[str]]] = {
     "on from the start": ({0: on}, 5, [*["warmup"] * 2, *["on"] * 3]),
-    "switched on late it begins at once": ({4: on, 6: off}, 8, [*["off"] * 4, *["on"] * 2, *["off"] * 2]),
+    "switched on late it begins at once": (
+        {4: on, 6: off},
+        8,
+        [*["off"] * 4, *["on"] * 2, *["off"] * 2],
+    ),
     "disabled during warm-up": ({0: on, 1: off}, 3, ["warmup", "off", "off"]),
 }
 
@@ -215,7 +232,9 @@ def test_a_resumed_training_is_bitwise_the_uninterrupted_one(save_at: int) -> No
     import numpy as np
 
     randoms = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
-    torch.save({"trainer": t.state_dict(), "routing": routing.state_dict(), "random": randoms}, saved)
+    torch.save(
+        {"trainer": t.state_dict(), "routing": routing.state_dict(), "random": randoms}, saved
+    )
     saved.seek(0)
     state = torch.load(saved, weights_only=False)
     t = trainer("mhc", jitter=True, seed=1)
@@ -247,7 +266,11 @@ def test_a_failure_goes_back_to_todays_choice_and_training_goes_on() -> None:
 
 def test_a_variant_is_made_by_its_name() -> None:
     model = small.trainer().model
-    assert isinstance(rerouting("anticipatory", model, 4, forward=lambda m, b: m(b)), AnticipatoryRouting)
+    assert isinstance(
+        rerouting("anticipatory", model, 4, forward=lambda m, b: m(b)), AnticipatoryRouting
+    )
     assert isinstance(rerouting("router-lag", model, 4, forward=lambda m, b: m(b)), RouterLag)
-    with pytest.raises(GeodiagError, match="no routing variant 'lag'; one of anticipatory, router-lag"):
+    with pytest.raises(
+        GeodiagError, match="no routing variant 'lag'; one of anticipatory, router-lag"
+    ):
         rerouting("lag", model, 4)

@@ -34,14 +34,19 @@ def made() -> tuple[Trainer, list[Batch]]:
     t = Trainer(model, TrainConfig(steps=50, sequences=4, warmup=4, lr=1e-2))
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(256, (10, 4, 65), generator=generator).cuda()
-    return t, [Batch(s, x[:, :-1].contiguous(), x[:, 1:].contiguous(), ("x",) * 4) for s, x in enumerate(ids)]
+    return t, [
+        Batch(s, x[:, :-1].contiguous(), x[:, 1:].contiguous(), ("x",) * 4)
+        for s, x in enumerate(ids)
+    ]
 
 
 def losses(variant: str | None, delay: int = 0, device_bytes: int = 1 << 28) -> Tensor:
     t, batches = made()
     routing: Rerouting | None = None
     if variant == "anticipatory":
-        routing = AnticipatoryRouting(t.model, delay, forward=lambda m, b: m(b.token_ids_BS), device_bytes=device_bytes)
+        routing = AnticipatoryRouting(
+            t.model, delay, forward=lambda m, b: m(b.token_ids_BS), device_bytes=device_bytes
+        )
     elif variant == "router-lag":
         routing = RouterLag(t.model, delay, device_bytes=device_bytes)
     if routing is None:

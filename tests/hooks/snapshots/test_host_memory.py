@@ -1,4 +1,6 @@
-"""How much memory there is: of the machine or of the container, whichever has less, shared among its ranks."""
+"""How much memory there is: of the machine or of the container, whichever has less, shared among
+its ranks.
+"""
 
 from pathlib import Path
 
@@ -17,7 +19,9 @@ def machine(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "meminfo", tmp_path
 
 
-def test_the_smaller_of_machine_and_container_counts(machine: tuple[Path, Path], monkeypatch) -> None:
+def test_the_smaller_of_machine_and_container_counts(
+    machine: tuple[Path, Path], monkeypatch
+) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     meminfo, group = machine
     assert free_memory(meminfo, group) == 16 << 20
@@ -25,7 +29,9 @@ def test_the_smaller_of_machine_and_container_counts(machine: tuple[Path, Path],
     assert free_memory(meminfo, group) == 64 << 20
     (group / "memory.max").unlink()
     assert free_memory(meminfo, group) == 64 << 20
-    assert free_memory(meminfo / "absent", group) > 1 << 20, "a system without /proc says how much there is in all"
+    assert free_memory(meminfo / "absent", group) > 1 << 20, (
+        "a system without /proc says how much there is in all"
+    )
 
 
 def test_ranks_of_one_machine_share(machine: tuple[Path, Path], monkeypatch) -> None:

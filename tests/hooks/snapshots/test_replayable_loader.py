@@ -124,5 +124,7 @@ def test_a_tape_marked_while_it_repeats_resumes_from_the_mark_before() -> None:
 def test_data_that_end_before_the_place_to_resume_from_are_refused() -> None:
     tape = Tape(iter(range(100)))
     take(tape, 9)
-    with pytest.raises(ValueError, match="the data ends after 4 batches; pass the loader of the run"):
+    with pytest.raises(
+        ValueError, match="the data ends after 4 batches; pass the loader of the run"
+    ):
         Tape.resumed(iter(range(4)), tape.state_dict(0))

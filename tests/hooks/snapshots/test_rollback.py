@@ -57,7 +57,9 @@ class Live:
         for position in range(1000):
             yield position, small.tokens(position)
 
-    def train(self, steps: int, spoil: Callable[[int, float], float] = lambda _, loss: loss) -> "Live":
+    def train(
+        self, steps: int, spoil: Callable[[int, float], float] = lambda _, loss: loss
+    ) -> "Live":
         for position, ids in self.monitor.batches(self.data()):
             step = self.monitor.next_step
             if step in self.faults:
@@ -94,7 +96,9 @@ ROLLBACK = geodiag.Policy(mode="auto", actions="rollback")
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
-def test_a_training_that_went_back_equals_one_that_never_saw_the_fault_bit_for_bit(tmp_path: Path, where: str) -> None:
+def test_a_training_that_went_back_equals_one_that_never_saw_the_fault_bit_for_bit(
+    tmp_path: Path, where: str
+) -> None:
     live = Live(tmp_path / "run", policy=ROLLBACK, where=where).train(STEPS)
     live.monitor.close()
     (back,) = live.events("rollback")
@@ -115,7 +119,9 @@ def test_without_rollback_the_fault_is_felt_to_the_end(tmp_path: Path) -> None:
     assert live.events("rollback") == []
 
 
-def test_the_repeated_steps_are_another_attempt_and_the_first_ones_stay_readable(tmp_path: Path) -> None:
+def test_the_repeated_steps_are_another_attempt_and_the_first_ones_stay_readable(
+    tmp_path: Path,
+) -> None:
     live = Live(tmp_path / "run", policy=ROLLBACK).train(STEPS)
     live.monitor.close()
     detected = live.events("rollback")[0]["data"]["from"]
@@ -124,7 +130,9 @@ def test_the_repeated_steps_are_another_attempt_and_the_first_ones_stay_readable
     assert newest["step"].tolist() == list(range(STEPS))
     assert newest["attempt"].tolist() == [0] * 40 + [1] * (STEPS - 40)
     assert both[both["attempt"] == 0]["step"].tolist() == list(range(detected + 1))
-    assert newest["loss"].tolist() == pytest.approx([live.losses[s] for s in range(STEPS)], rel=1e-6)
+    assert newest["loss"].tolist() == pytest.approx(
+        [live.losses[s] for s in range(STEPS)], rel=1e-6
+    )
     assert [(e["step"], e["attempt"]) for e in live.events("attempt")] == [(0, 0), (40, 1)]
     (spike,) = live.events("spike")
     assert spike["attempt"] == 0
@@ -151,14 +159,20 @@ def test_with_routing_it_goes_back_far_enough_to_be_on_at_the_onset(tmp_path: Pa
     live.monitor.close()
     (back,) = live.events("rollback")
     (spike,) = live.events("spike")
-    assert back["step"] == 30, "40 is before the onset too, but warming up from there ends behind it"
+    assert back["step"] == 30, (
+        "40 is before the onset too, but warming up from there ends behind it"
+    )
     modes = geodiag.open_run(live.path).read("steps")["routing_mode"].tolist()
     assert modes[30:] == ["warmup"] * 6 + ["on"] * 12 + ["drain"] * 6 + ["off"] * (STEPS - 54)
     assert modes[spike["data"]["onset"]] == "on"
     assert [b for _, b in live.seen[-40:]] == list(range(30, STEPS)), "looking ahead loses no batch"
     expected = clean()
-    assert [live.losses[s] for s in range(36)] == expected[:36], "up to the routing it is the clean run"
-    assert max(live.losses[s] for s in range(36, STEPS)) < 1.05 * max(expected), "and behind it, as if nothing had been"
+    assert [live.losses[s] for s in range(36)] == expected[:36], (
+        "up to the routing it is the clean run"
+    )
+    assert max(live.losses[s] for s in range(36, STEPS)) < 1.05 * max(expected), (
+        "and behind it, as if nothing had been"
+    )
 
 
 def test_delay_0_and_rollback_together_are_still_the_clean_run(tmp_path: Path) -> None:
@@ -174,7 +188,9 @@ def test_delay_0_and_rollback_together_are_still_the_clean_run(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("variant", ["anticipatory", "router-lag"])
-def test_a_snapshot_taken_while_routing_is_on_brings_its_past_back(tmp_path: Path, variant: str) -> None:
+def test_a_snapshot_taken_while_routing_is_on_brings_its_past_back(
+    tmp_path: Path, variant: str
+) -> None:
     """Routing on from the start: going back gives the very steps that were there before the fault."""
 
     def make(model: Any) -> Any:
@@ -204,7 +220,10 @@ def test_skipped_batches_are_never_trained_on_again(tmp_path: Path) -> None:
     skipped = set(range(onset - 1, detected + 1))
     again = [b for _, b in live.seen[detected + 1 :]]
     assert again == [b for b in range(40, 40 + len(again) + len(skipped)) if b not in skipped]
-    assert f"without the batches of steps {onset - 1} to {detected}" in live.events("decision")[0]["message"]
+    assert (
+        f"without the batches of steps {onset - 1} to {detected}"
+        in live.events("decision")[0]["message"]
+    )
 
 
 def test_micro_batches_come_again_too(tmp_path: Path) -> None:
@@ -219,7 +238,8 @@ def test_a_loss_that_is_not_finite_goes_back(tmp_path: Path) -> None:
     (back,) = live.events("rollback")
     assert back["step"] == 40
     assert (
-        "the loss is not finite since step 43: back to the snapshot of step 40" in live.events("decision")[0]["message"]
+        "the loss is not finite since step 43: back to the snapshot of step 40"
+        in live.events("decision")[0]["message"]
     )
     assert [live.losses[s] for s in range(STEPS)] == clean()
 
@@ -248,7 +268,9 @@ def test_nothing_is_kept_while_the_routing_warms_up_or_drains(tmp_path: Path) ->
         return AnticipatoryRouting(model, 4, forward=lambda m, item: m(item[1][:, :-1]))
 
     policy = geodiag.Policy(mode="auto", on="schedule:10-20", actions="route")
-    live = Live(tmp_path / "run", policy=policy, routing=ahead, every=1, keep=100, faults=()).train(40)
+    live = Live(tmp_path / "run", policy=policy, routing=ahead, every=1, keep=100, faults=()).train(
+        40
+    )
     snapshots = live.monitor._rollback.snapshots
     assert snapshots is not None
     modes = ["off", *geodiag.open_run(live.path).read("steps")["routing_mode"].tolist()]
@@ -257,7 +279,9 @@ def test_nothing_is_kept_while_the_routing_warms_up_or_drains(tmp_path: Path) ->
     live.monitor.close()
 
 
-def test_a_loop_that_keeps_no_batches_is_told_and_not_taken_back(tmp_path: Path, capsys: Any) -> None:
+def test_a_loop_that_keeps_no_batches_is_told_and_not_taken_back(
+    tmp_path: Path, capsys: Any
+) -> None:
     t = small.trainer("plain")
     snapshots = geodiag.Snapshots(t.model, t.optimizers, t.progress, every=5)
     run = small.watch(t, tmp_path / "run", snapshots=snapshots, policy=ROLLBACK)
@@ -300,7 +324,9 @@ def test_a_clamp_for_a_period_is_the_clamped_model_and_ends(tmp_path: Path) -> N
 
 def test_what_a_policy_needs_is_asked_for_at_once(tmp_path: Path) -> None:
     t = small.trainer("plain")
-    with pytest.raises(geodiag.GeodiagError, match="rollback needs something to go back to; pass attach"):
+    with pytest.raises(
+        geodiag.GeodiagError, match="rollback needs something to go back to; pass attach"
+    ):
         small.watch(t, tmp_path / "a", policy=ROLLBACK)
     model = small.Blocks()
     optimizer = torch.optim.SGD(model.parameters())
@@ -309,7 +335,9 @@ def test_what_a_policy_needs_is_asked_for_at_once(tmp_path: Path) -> None:
         geodiag.attach(model, optimizer, tmp_path / "b", quiet=True, policy=clamp)
 
 
-def test_in_another_epoch_it_goes_back_to_nothing_that_the_data_cannot_follow(tmp_path: Path) -> None:
+def test_in_another_epoch_it_goes_back_to_nothing_that_the_data_cannot_follow(
+    tmp_path: Path,
+) -> None:
     """A fault right after the second call of `batches`: the snapshots are of the first one's data."""
     live = Live(tmp_path / "run", policy=ROLLBACK).train(42)
     live.train(STEPS)
@@ -321,7 +349,9 @@ def test_in_another_epoch_it_goes_back_to_nothing_that_the_data_cannot_follow(tm
     later.monitor.close()
     (back,) = later.events("rollback")
     assert back["step"] == 60
-    assert [b for s, b in later.seen if s >= 60][-30:] == list(range(18, 48)), "its own data come again"
+    assert [b for s, b in later.seen if s >= 60][-30:] == list(range(18, 48)), (
+        "its own data come again"
+    )
 
 
 def test_a_warning_turns_routing_on_at_the_next_step(tmp_path: Path) -> None:
@@ -333,7 +363,9 @@ def test_a_warning_turns_routing_on_at_the_next_step(tmp_path: Path) -> None:
     observe = live.monitor._recorder.observer.observe
 
     def warned(step: int, *args: Any) -> Any:
-        warning = Warning(step=step, since=8, stage=2, layer=1, site="ffn", part="router", score=20.0)
+        warning = Warning(
+            step=step, since=8, stage=2, layer=1, site="ffn", part="router", score=20.0
+        )
         return replace(observe(step, *args), warning=warning if step == 12 else None)  # type: ignore[type-var]
 
     live.monitor._recorder.observer.observe = warned  # type: ignore[method-assign]
@@ -389,23 +421,37 @@ def test_a_resumed_training_equals_one_that_was_never_stopped(tmp_path: Path, ro
     assert second.monitor.next_step == 20
     second.train(40)
     second.monitor.close()
-    assert {s: second.losses[s] for s in range(20, 40)} == {s: whole.losses[s] for s in range(20, 40)}
+    assert {s: second.losses[s] for s in range(20, 40)} == {
+        s: whole.losses[s] for s in range(20, 40)
+    }
     assert second.seen[0] == (20, 20)
     for name, table in (("data_shift", "steps"), ("attn_logit_max", "layers")):
         seen, expected = (
-            geodiag.open_run(tmp_path / run).read(table, ["step", name], steps=(21, 39))[name].to_numpy()
+            geodiag.open_run(tmp_path / run)
+            .read(table, ["step", name], steps=(21, 39))[name]
+            .to_numpy()
             for run in ("run", "whole")
         )
         assert np.isfinite(expected).any()
-        assert np.array_equal(seen, expected, equal_nan=True), f"{name}: of the same batches, against the same past"
+        assert np.array_equal(seen, expected, equal_nan=True), (
+            f"{name}: of the same batches, against the same past"
+        )
     rows = geodiag.open_run(tmp_path / "run").read("steps")
     assert rows["attempt"].tolist() == [0] * 20 + [1] * 20
-    assert rows["stage1_score"][21:].notna().all(), "what was learned of every layer is not learned anew"
-    assert "resumed from the snapshot of step 20: attempt 1" in [e["message"] for e in second.events("attempt")]
+    assert rows["stage1_score"][21:].notna().all(), (
+        "what was learned of every layer is not learned anew"
+    )
+    assert "resumed from the snapshot of step 20: attempt 1" in [
+        e["message"] for e in second.events("attempt")
+    ]
 
 
-def test_a_training_whose_batches_no_disk_can_keep_has_snapshots_and_resumes(tmp_path: Path) -> None:
-    """A mask that is a function, as flexible attention has them: probed with, and met anew after a resume."""
+def test_a_training_whose_batches_no_disk_can_keep_has_snapshots_and_resumes(
+    tmp_path: Path,
+) -> None:
+    """A mask that is a function, as flexible attention has them: probed with, and met anew after a
+    resume.
+    """
 
     class Masked(torch.nn.Module):
         def __init__(self) -> None:
@@ -437,7 +483,9 @@ def test_a_training_whose_batches_no_disk_can_keep_has_snapshots_and_resumes(tmp
 
 
 def test_a_resumed_training_remembers_what_was_decided(tmp_path: Path) -> None:
-    """Resumed inside a rollback's cooldown, it is still resting, and still has one intervention fewer."""
+    """Resumed inside a rollback's cooldown, it is still resting, and still has one intervention
+    fewer.
+    """
     policy = geodiag.Policy(mode="auto", actions="rollback", cooldown=100)
     first = Live(tmp_path / "run", policy=policy, where="disk").train(65)
     first.monitor._rollback.snapshots.wait()  # type: ignore[union-attr]
@@ -456,7 +504,9 @@ def test_snapshots_of_an_earlier_training_are_not_overwritten_by_mistake(tmp_pat
     options: dict[str, Any] = {"policy": geodiag.Policy(), "where": "disk", "faults": ()}
     first = Live(tmp_path / "run", **options).train(15)
     first.monitor.close()
-    with pytest.raises(geodiag.GeodiagError, match="pass resume=True to go on from step 15, or another path"):
+    with pytest.raises(
+        geodiag.GeodiagError, match="pass resume=True to go on from step 15, or another path"
+    ):
         Live(tmp_path / "run", **options)
     with pytest.raises(geodiag.GeodiagError, match="only snapshots on disk can be resumed from"):
         Live(tmp_path / "run", **(options | {"where": "memory"}), resume=True)
@@ -464,11 +514,15 @@ def test_snapshots_of_an_earlier_training_are_not_overwritten_by_mistake(tmp_pat
 
 def test_a_resume_that_does_not_fit_is_refused_with_the_fix(tmp_path: Path) -> None:
     def ahead(delay: int) -> Callable[[Any], AnticipatoryRouting]:
-        return lambda model: AnticipatoryRouting(model, delay, forward=lambda m, item: m(item[1][:, :-1]))
+        return lambda model: AnticipatoryRouting(
+            model, delay, forward=lambda m, item: m(item[1][:, :-1])
+        )
 
     options: dict[str, Any] = {"policy": geodiag.Policy(mode="on"), "where": "disk", "faults": ()}
     Live(tmp_path / "run", **options, routing=ahead(3)).train(15).monitor.close()
-    with pytest.raises(geodiag.GeodiagError, match="routing with a delay of 3 was on; resume with the same"):
+    with pytest.raises(
+        geodiag.GeodiagError, match="routing with a delay of 3 was on; resume with the same"
+    ):
         Live(tmp_path / "run", **options, routing=ahead(4), resume=True)
     with pytest.raises(geodiag.GeodiagError, match="resume with that routing"):
         Live(tmp_path / "run", **(options | {"policy": geodiag.Policy()}), resume=True)
@@ -477,4 +531,6 @@ def test_a_resume_that_does_not_fit_is_refused_with_the_fix(tmp_path: Path) -> N
     with pytest.raises(geodiag.GeodiagError, match=r"cannot resume from step 15: .* is unreadable"):
         Live(tmp_path / "run", **options, routing=ahead(3), resume=True)
     assert geodiag.open_run(tmp_path / "run").status() == "failed"
-    assert not [t for t in threading.enumerate() if t.name.startswith("geodiag")], "no thread is left"
+    assert not [t for t in threading.enumerate() if t.name.startswith("geodiag")], (
+        "no thread is left"
+    )

@@ -22,12 +22,16 @@ def everything(t: Any) -> list[Tensor]:
     """Weights, buffers and optimizer state, each a copy."""
     tensors = [*t.model.parameters(), *t.model.buffers()]
     for optimizer in t.optimizers:
-        tensors += [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        tensors += [
+            v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)
+        ]
     return [x.detach().clone() for x in tensors]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True)
+    )
 
 
 def draws() -> tuple[float, float, float]:
@@ -59,7 +63,9 @@ def test_everything_comes_back_to_the_bit(tmp_path: Path, where: str) -> None:
     assert same(everything(t), before)
     assert (t.steps_done, scheduler.last_epoch) == (steps, epoch)
     assert draws() == drawn
-    assert [p.data_ptr() for p in everything_live(t)] == places, "compiled models hold on to their tensors"
+    assert [p.data_ptr() for p in everything_live(t)] == places, (
+        "compiled models hold on to their tensors"
+    )
     assert small.train(t, 3, start=4) == losses
     snapshots.close()
 
@@ -81,14 +87,18 @@ def test_a_snapshot_can_be_used_more_than_once() -> None:
 
 
 def test_optimizer_state_keeps_its_type_where_torch_would_cast_it() -> None:
-    """An optimizer may keep float32 state for bfloat16 weights; its own load_state_dict makes that bfloat16."""
+    """An optimizer may keep float32 state for bfloat16 weights; its own load_state_dict makes that
+    bfloat16.
+    """
     weight = nn.Parameter(torch.randn(4, 4).bfloat16())
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
     optimizer.state[weight]["momentum_buffer"] = torch.randn(4, 4)
     saved = copy.deepcopy(state_of(optimizer))
     fresh = torch.optim.SGD([weight], lr=0.5, momentum=0.9)
     put_back(fresh, saved)
-    assert torch.equal(fresh.state[weight]["momentum_buffer"], optimizer.state[weight]["momentum_buffer"])
+    assert torch.equal(
+        fresh.state[weight]["momentum_buffer"], optimizer.state[weight]["momentum_buffer"]
+    )
     assert fresh.state[weight]["momentum_buffer"].dtype == torch.float32
     assert fresh.param_groups[0]["lr"] == 0.1
     cast = torch.optim.SGD([weight], lr=0.5, momentum=0.9)
@@ -139,9 +149,13 @@ def test_of_a_large_budget_only_as_many_as_asked_for_are_kept() -> None:
     assert snapshots.steps == [2, 3]
 
 
-def test_a_model_that_exceeds_the_budget_is_refused_at_once_and_one_with_its_optimizer_in_time() -> None:
+def test_a_model_that_exceeds_the_budget_is_refused_at_once_and_one_with_its_optimizer_in_time() -> (
+    None
+):
     model = nn.Linear(100, 100)
-    with pytest.raises(geodiag.GeodiagError, match=r"takes 0.0404 MB and the budget in memory is 0.03 MB; raise"):
+    with pytest.raises(
+        geodiag.GeodiagError, match=r"takes 0.0404 MB and the budget in memory is 0.03 MB; raise"
+    ):
         Snapshots(model, max_bytes=30_000)
     optimizer = torch.optim.AdamW(model.parameters())
     snapshots = Snapshots(model, optimizer, max_bytes=60_000)
@@ -176,7 +190,12 @@ def test_another_model_or_optimizer_is_refused_and_left_as_it_is() -> None:
 
 
 def test_a_tree_is_put_together_as_it_was_taken_apart() -> None:
-    tree = {"a": {"b": torch.ones(2)}, "a.b": torch.zeros(1), 3: [1, (torch.ones(1), {"x"})], "n": None}
+    tree = {
+        "a": {"b": torch.ones(2)},
+        "a.b": torch.zeros(1),
+        3: [1, (torch.ones(1), {"x"})],
+        "n": None,
+    }
     apart, tensors = take_apart(tree)
     assert list(tensors) == ["a.b", "a.b'", "3.1.0"]
     again = put_together(apart, list(tensors.values()))
@@ -216,7 +235,9 @@ def test_sharded_weights_and_their_optimizer_state_come_back(tmp_path: Path) -> 
         fresh = torch.optim.AdamW(again.parameters(), lr=0.5)
         resumed = shots("disk", tmp_path, again, fresh)
         resumed.restore(1)
-        assert all(hasattr(s["exp_avg"], "to_local") for s in fresh.state.values()), "sharded like its weight"
+        assert all(hasattr(s["exp_avg"], "to_local") for s in fresh.state.values()), (
+            "sharded like its weight"
+        )
         model, optimizer = again, fresh
         assert [step(), step()] == losses
         resumed.close()
@@ -227,7 +248,9 @@ def test_sharded_weights_and_their_optimizer_state_come_back(tmp_path: Path) -> 
 # -- on disk -------------------------------------------------------------------------------
 
 
-def test_a_snapshot_on_disk_is_a_torch_distributed_checkpoint_that_anybody_reads(tmp_path: Path) -> None:
+def test_a_snapshot_on_disk_is_a_torch_distributed_checkpoint_that_anybody_reads(
+    tmp_path: Path,
+) -> None:
     import torch.distributed.checkpoint as dcp
 
     model = nn.Linear(3, 2)
@@ -239,7 +262,9 @@ def test_a_snapshot_on_disk_is_a_torch_distributed_checkpoint_that_anybody_reads
     assert torch.equal(state["0-Linear.tensors.weight"], model.weight)
 
 
-def test_another_process_finds_what_was_written_and_nothing_that_was_cut_off(tmp_path: Path) -> None:
+def test_another_process_finds_what_was_written_and_nothing_that_was_cut_off(
+    tmp_path: Path,
+) -> None:
     t = small.trainer()
     snapshots = shots("disk", tmp_path, t.model, t.optimizers, t.progress)
     small.train(t, 3)
@@ -257,7 +282,9 @@ def test_another_process_finds_what_was_written_and_nothing_that_was_cut_off(tmp
     again.close()
 
 
-def test_a_full_disk_is_said_once_and_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_once_and_leaves_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     snapshots = shots("disk", tmp_path, nn.Linear(2, 2))
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -297,7 +324,9 @@ def test_a_disk_that_is_full_for_one_of_torchs_threads_is_full_and_the_snapshot_
     snapshots.take(2, {})
     snapshots.wait()
     assert snapshots.steps == [1]
-    with pytest.raises(OSError, match=r"\d of the snapshot's \d pieces were not written; free some disk"):
+    with pytest.raises(
+        OSError, match=r"\d of the snapshot's \d pieces were not written; free some disk"
+    ):
         snapshots.take(3, {})
     snapshots.close()
 
@@ -335,6 +364,8 @@ def test_a_snapshot_that_was_damaged_says_what_to_do(tmp_path: Path, harm: str) 
         else:
             data.unlink()
     again = shots("disk", tmp_path, model)
-    with pytest.raises(OSError, match=r"step-00000001 is unreadable \(.*\); remove it to use an earlier one"):
+    with pytest.raises(
+        OSError, match=r"step-00000001 is unreadable \(.*\); remove it to use an earlier one"
+    ):
         again.restore(1)
     again.close()

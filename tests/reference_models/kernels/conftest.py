@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 if not torch.cuda.is_available():
-    # As in the conftest above, which is not read where this folder is run by itself on a GPU machine.
+    # As in the conftest above, which is not read where this folder is run by itself on a GPU
+    # machine.
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Largest relative error (Frobenius, against float64) of any output or gradient, by the stream's type.
-# bfloat16 itself rounds by 2e-3; the interpreter truncates, which doubles that, and gradients add two roundings.
+# Largest relative error (Frobenius, against float64) of any output or gradient, by the stream's
+# type. bfloat16 itself rounds by 2e-3; the interpreter truncates, which doubles that, and gradients
+# add two roundings.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -23,7 +25,9 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def error() -> Callable[[Tensor, Tensor], float]:
-    """‖a − b‖ / ‖b‖ in float64; NaN in either is no agreement, and nor is anything with a zero reference."""
+    """‖a − b‖ / ‖b‖ in float64; NaN in either is no agreement, and nor is anything with a zero
+    reference.
+    """
 
     def relative(a: Tensor, b: Tensor) -> float:
         a, b = a.detach().double().cpu(), b.detach().double().cpu()

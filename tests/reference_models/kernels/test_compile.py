@@ -35,15 +35,21 @@ def gradients(function, inputs, up):
 def test_compiles_whole_and_gives_the_eager_numbers(device, error):
     inputs = leaves(device)
     up = torch.randn(9, 4, 16, device=device), torch.randn(9, 4, 4, device=device)
-    compiled = torch.compile(block, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
-    for ours, eager in zip(gradients(compiled, inputs, up), gradients(block, inputs, up), strict=True):
+    compiled = torch.compile(
+        block, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"
+    )
+    for ours, eager in zip(
+        gradients(compiled, inputs, up), gradients(block, inputs, up), strict=True
+    ):
         assert error(ours, eager) < 1e-5
 
 
 def test_torch_s_own_checks_of_the_operators_pass(device):
     logits = torch.randn(3, 4, 4, device=device, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.geodiag.sinkhorn.default, (logits, 5, 0.0, "columns-first"), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.geodiag.sinkhorn.default, (logits, 5, 0.0, "columns-first"), test_utils=checks
+    )
     x, phi, alpha, bias, _ = leaves(device)
     arguments = (x, phi, alpha, bias, 5, 1e-6, 1e-6, "columns-first", None, None)
     torch.library.opcheck(torch.ops.geodiag.mhc_before.default, arguments, test_utils=checks)

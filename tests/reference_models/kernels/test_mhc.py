@@ -54,7 +54,9 @@ def double(leaves):
 @pytest.mark.parametrize("site", [apart, linked])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "c", "tokens"), [(1, 24, 5), (2, 40, 19), (4, 72, 21), (8, 24, 6)])
-def test_every_output_and_gradient_is_the_definition_s(device, error, tolerance, site, dtype, n, c, tokens):
+def test_every_output_and_gradient_is_the_definition_s(
+    device, error, tolerance, site, dtype, n, c, tokens
+):
     leaves = inputs(device, dtype, n, c, tokens)
     ours, truth = run(site, leaves), run(reference_site, double(leaves))
     for name in NAMES:
@@ -71,7 +73,9 @@ def test_exact_at_any_logit_scale(device, error, tolerance, scale):
         assert error(ours[name], truth[name]) < tolerance[torch.float32], name
 
 
-@pytest.mark.parametrize("options", [{"order": "rows-first"}, {"iterations": 3, "eps": 1e-4}, {"norm_eps": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"order": "rows-first"}, {"iterations": 3, "eps": 1e-4}, {"norm_eps": 0.1}]
+)
 def test_options_mean_what_they_mean_in_the_reference(device, error, tolerance, options):
     leaves = inputs(device, torch.float32, 4, 32, 9)
     ours, truth = run(linked, leaves, **options), run(reference_site, double(leaves), **options)
@@ -79,7 +83,9 @@ def test_options_mean_what_they_mean_in_the_reference(device, error, tolerance, 
         assert error(ours[name], truth[name]) < tolerance[torch.float32], name
 
 
-@pytest.mark.parametrize("twin", ["transposed res", "zero gradients", "no norm gradient", "stale coefficients"])
+@pytest.mark.parametrize(
+    "twin", ["transposed res", "zero gradients", "no norm gradient", "stale coefficients"]
+)
 def test_what_must_fail_does(device, error, tolerance, twin):
     leaves = inputs(device, torch.bfloat16, 4, 72, 21)
     truth = run(reference_site, double(leaves))
@@ -95,7 +101,11 @@ def test_what_must_fail_does(device, error, tolerance, twin):
     elif twin == "no norm gradient":
         # As if the RMS were a constant: the part of dx along x is left out.
         x64 = double(leaves)[0]
-        along = (truth["dx"] * x64).sum((1, 2), keepdim=True) / x64.square().sum((1, 2), keepdim=True) * x64
+        along = (
+            (truth["dx"] * x64).sum((1, 2), keepdim=True)
+            / x64.square().sum((1, 2), keepdim=True)
+            * x64
+        )
         assert error(truth["dx"] - along, truth["dx"]) > least
     else:
         assert error(truth["res"].roll(1, 0), truth["res"]) > least
@@ -109,7 +119,9 @@ def test_linked_and_apart_agree_and_differ_only_in_rounding(device, error):
 
 
 def test_a_map_changed_between_the_halves_has_its_own_gradient(device, error, tolerance):
-    """As a planted fault does: the halves stay linked, and the stream's gradient is mixed by the map that was used."""
+    """As a planted fault does: the halves stay linked, and the stream's gradient is mixed by the
+    map that was used.
+    """
 
     def changed(before, after):
         def site(x, phi, alpha, bias, f):
@@ -127,9 +139,13 @@ def test_a_map_changed_between_the_halves_has_its_own_gradient(device, error, to
 
 
 def test_the_same_bits_every_time(device):
-    """On a GPU many times and beside other work: only so does a tile show that is read while it is being replaced."""
+    """On a GPU many times and beside other work: only so does a tile show that is read while it is
+    being replaced.
+    """
     on_gpu = device == "cuda"
-    beside, busy = (torch.cuda.Stream(), torch.randn(4096, 4096, device=device)) if on_gpu else (None, None)
+    beside, busy = (
+        (torch.cuda.Stream(), torch.randn(4096, 4096, device=device)) if on_gpu else (None, None)
+    )
     for _ in range(12 if on_gpu else 1):
         leaves = inputs(device, torch.bfloat16, 4, *((1000, 2000) if on_gpu else (32, 9)))
         first = run(linked, leaves)
@@ -170,8 +186,19 @@ def test_an_output_that_nobody_used_costs_no_gradient(device, error, tolerance):
 def test_leading_shape_is_kept_and_no_tokens_are_no_trouble(device):
     x, phi, alpha, bias, f = inputs(device, torch.float32, 4, 16, 6)
     mix = mhc_before(x.view(2, 3, 4, 16), phi, alpha, bias)
-    assert [tuple(m.shape) for m in mix[:5]] == [(2, 3, 16), (2, 3, 4), (2, 3, 4), (2, 3, 4, 4), (2, 3, 4, 4)]
-    assert mhc_after(x.view(2, 3, 4, 16), f.view(2, 3, 16), mix.post_TN, mix.res_TNN).shape == (2, 3, 4, 16)
+    assert [tuple(m.shape) for m in mix[:5]] == [
+        (2, 3, 16),
+        (2, 3, 4),
+        (2, 3, 4),
+        (2, 3, 4, 4),
+        (2, 3, 4, 4),
+    ]
+    assert mhc_after(x.view(2, 3, 4, 16), f.view(2, 3, 16), mix.post_TN, mix.res_TNN).shape == (
+        2,
+        3,
+        4,
+        16,
+    )
     none = run(linked, (x[:0], phi, alpha, bias, f[:0]))
     assert none["streams"].shape == (0, 4, 16)
     assert none["dphi"].abs().max() == 0
@@ -197,7 +224,10 @@ class TestOnTheGPU:
         for tokens in (64, 65, 1, 1000):
             run(linked, inputs("cuda", torch.bfloat16, 4, 256, tokens))
             # The first run fills the cache; the later ones must find it full.
-            caches = [len(next(iter(k.device_caches.values()))[0]) for k in (module.project_streams, module.mix)]
+            caches = [
+                len(next(iter(k.device_caches.values()))[0])
+                for k in (module.project_streams, module.mix)
+            ]
             if tokens == 64:
                 first = caches
             assert caches == first
@@ -208,7 +238,9 @@ class TestOnTheGPU:
         x[-1] = torch.randn_like(x[-1])
         with torch.no_grad():
             mix = mhc_before(x, phi, alpha, bias)
-            last = reference.mhc_before(x[-1:].double(), phi.double(), alpha.double(), bias.double())
+            last = reference.mhc_before(
+                x[-1:].double(), phi.double(), alpha.double(), bias.double()
+            )
             out = mhc_after(x, f.expand(210_000, -1).contiguous(), mix.post_TN, mix.res_TNN)
             want = reference.mhc_after(x[-1:].double(), f.double(), last.post_TN, last.res_TNN)
         assert error(mix.inner_TC[-1:], last.inner_TC) < 1e-2
@@ -220,7 +252,9 @@ class TestOnTheGPU:
         leaves = inputs("cuda", torch.bfloat16, n, 128, tokens)
         ours, truth = run(linked, leaves), run(reference_site, double(leaves))
         for name in NAMES:
-            limit = tolerance[torch.bfloat16] * (20 if n == 1 and name in ("dalpha", "dbias", "dphi") else 1)
+            limit = tolerance[torch.bfloat16] * (
+                20 if n == 1 and name in ("dalpha", "dbias", "dphi") else 1
+            )
             assert error(ours[name], truth[name]) < limit, name
 
     def test_the_real_width(self, error, tolerance):

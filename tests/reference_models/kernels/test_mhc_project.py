@@ -30,9 +30,13 @@ def inputs(device, dtype, n, c, tokens):
 def fused(x, phi, alpha, bias, f, next_phi, flag=None):
     """Two sites, each around a block; the second one's maps are made of the fused projection."""
     first, link, _ = mhc_before_linked(x, phi, alpha, bias)
-    x, _, sums = mhc_after_project(x, f + first.inner_TC, first.post_TN, first.res_TNN, link, next_phi, flag)
+    x, _, sums = mhc_after_project(
+        x, f + first.inner_TC, first.post_TN, first.res_TNN, link, next_phi, flag
+    )
     second, link, _ = mhc_before_linked(x, next_phi, alpha, bias, projected=sums)
-    return second.inner_TC, mhc_after_linked(x, second.inner_TC, second.post_TN, second.res_TNN, link)[0]
+    return second.inner_TC, mhc_after_linked(
+        x, second.inner_TC, second.post_TN, second.res_TNN, link
+    )[0]
 
 
 def truth(x, phi, alpha, bias, f, next_phi):
@@ -47,11 +51,19 @@ def run(sites, leaves):
     out = sites(*leaves)
     generator = torch.Generator().manual_seed(1)
     ups = [torch.randn(o.shape, generator=generator).to(o) for o in out]
-    return dict(zip(NAMES, [*(o.detach() for o in out), *torch.autograd.grad(out, leaves, ups)], strict=True))
+    return dict(
+        zip(
+            NAMES, [*(o.detach() for o in out), *torch.autograd.grad(out, leaves, ups)], strict=True
+        )
+    )
 
 
 def shape(device):
-    return ("cuda", torch.bfloat16, 4, 256, 777) if device == "cuda" else ("cpu", torch.float32, 4, 72, 21)
+    return (
+        ("cuda", torch.bfloat16, 4, 256, 777)
+        if device == "cuda"
+        else ("cpu", torch.float32, 4, 72, 21)
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
@@ -86,7 +98,10 @@ def test_the_fused_kernel_measures_what_the_single_one_does(device):
     _, ours, _ = mhc_after_project(*arguments, next_phi, on)
     _, theirs = mhc_after_linked(*arguments, on)
     elements = x.shape[1] * x.shape[2]
-    a, b = mhc_stats.summarise_streams(ours, elements), mhc_stats.summarise_streams(theirs, elements)
+    a, b = (
+        mhc_stats.summarise_streams(ours, elements),
+        mhc_stats.summarise_streams(theirs, elements),
+    )
     assert a["stream_amax"] == b["stream_amax"]
     for name in b:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=0)
@@ -97,13 +112,19 @@ def test_the_fused_kernel_measures_what_the_single_one_does(device):
 def test_it_serves_what_it_is_made_for_and_says_so(device):
     assert fuses(torch.empty(1, 4, 2560, dtype=torch.bfloat16, device=device))
     if device == "cuda":
-        for odd in (torch.empty(1, 2, 2560), torch.empty(1, 4, 2560), torch.empty(1, 4, 2500).bfloat16()):
+        for odd in (
+            torch.empty(1, 2, 2560),
+            torch.empty(1, 4, 2560),
+            torch.empty(1, 4, 2500).bfloat16(),
+        ):
             assert not fuses(odd.cuda())
 
 
 def test_compiles_whole_and_gives_the_eager_numbers(device, error, tolerance):
     leaves = inputs(*shape(device))
-    compiled = torch.compile(fused, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    compiled = torch.compile(
+        fused, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"
+    )
     ours, eager = run(compiled, leaves), run(fused, leaves)
     for name in NAMES:
         assert error(ours[name], eager[name]) < tolerance[leaves[0].dtype], name

@@ -1,4 +1,6 @@
-"""The reference model with Triton kernels is the reference model: same losses, same gradients, same choices."""
+"""The reference model with Triton kernels is the reference model: same losses, same gradients, same
+choices.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -22,7 +24,9 @@ def made(kernels: str, residual: str, **changes: Any) -> Transformer:
     return Transformer(replace(config, **changes)).to(DEVICE)
 
 
-def run(kernels: str, residual: str, scale: float = 1.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run(
+    kernels: str, residual: str, scale: float = 1.0
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model = made(kernels, residual)
     ids = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     for p in model.parameters():
@@ -47,13 +51,17 @@ def test_streams_are_projected_by_the_kernel_that_wrote_them_unless_somebody_cha
 ) -> None:
     projected = []
     project = mhc_before.project
-    monkeypatch.setattr(mhc_before, "project", lambda x, phi: projected.append(phi.shape[1]) or project(x, phi))
+    monkeypatch.setattr(
+        mhc_before, "project", lambda x, phi: projected.append(phi.shape[1]) or project(x, phi)
+    )
     # What the fused kernel serves on a GPU; the interpreter takes everything, bfloat16 excepted.
     served = {"channels": 128, "dtype": "bfloat16"} if DEVICE == "cuda" else {}
     model, ids = made("triton", "mhc", **served), torch.zeros(1, 8, dtype=torch.long, device=DEVICE)
     with torch.no_grad():
         model(ids)
-        assert len(projected) == 2, "the first site and the read-out have no site before them that could"
+        assert len(projected) == 2, (
+            "the first site and the read-out have no site before them that could"
+        )
         handle = model.blocks[1].register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
         changed, _ = model(ids)
         assert len(projected) == 2 + 3, "streams that a hook made anew are projected anew"

@@ -24,7 +24,8 @@ def test_value_and_gradients_are_the_reference_s(device, error, tolerance, n, dt
     assert error(out.float().flip(-1), want) > 10 * tolerance[dtype]
     dx, dphi, *ours = torch.autograd.grad(out, leaves, up)
     *truth, dalpha, dbias = torch.autograd.grad(want, wide, up.double())
-    # α's gradient is one number, a sum that may cancel: held against the bias's, which has the same parts.
+    # α's gradient is one number, a sum that may cancel: held against the bias's, which has the same
+    # parts.
     for a, b in zip((dx, dphi, torch.cat(ours)), (*truth, torch.cat([dalpha, dbias])), strict=True):
         assert error(a, b) < 3 * tolerance[dtype]
     exact = reference.read_out(*(v.detach().float() for v in leaves), 1e-6, 1e-6)

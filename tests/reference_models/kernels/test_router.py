@@ -1,4 +1,6 @@
-"""The router's kernel: the same choice, weights and gradients as the reference, and its diagnostics."""
+"""The router's kernel: the same choice, weights and gradients as the reference, and its
+diagnostics.
+"""
 
 import pytest
 import torch
@@ -33,8 +35,12 @@ def test_choice_weights_and_gradients_are_the_reference_s(device, error, experts
 
 
 def test_logits_of_any_size_have_the_reference_s_finite_gradient(device, error):
-    """softplus of -110 is 0, and so is its root's argument: a router that grows sure of itself must not end in NaN."""
-    logits = torch.tensor([[-110.0, 1.0, 0.5, -3e4], [200.0, -90.0, 0.0, 3e4]], device=device, requires_grad=True)
+    """softplus of -110 is 0, and so is its root's argument: a router that grows sure of itself must
+    not end in NaN.
+    """
+    logits = torch.tensor(
+        [[-110.0, 1.0, 0.5, -3e4], [200.0, -90.0, 0.0, 3e4]], device=device, requires_grad=True
+    )
     bias = torch.zeros(4, device=device)
 
     def scores_and_gradient(routed):
@@ -42,7 +48,9 @@ def test_logits_of_any_size_have_the_reference_s_finite_gradient(device, error):
             torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2, device=device),
             torch.tensor([[3.0, 2.0, 1.0]] * 2, device=device),
         )
-        return routed.scores_TE, torch.autograd.grad((routed.scores_TE, routed.weights_TK), logits, ups)[0]
+        return routed.scores_TE, torch.autograd.grad(
+            (routed.scores_TE, routed.weights_TK), logits, ups
+        )[0]
 
     ours, want = (
         scores_and_gradient(route(logits, bias, 3, 1.5)),
@@ -52,7 +60,9 @@ def test_logits_of_any_size_have_the_reference_s_finite_gradient(device, error):
         assert a.isfinite().all()
         assert error(a, b) < 1e-6
     naive = F.softplus(logits).sqrt()
-    assert torch.autograd.grad(naive.sum(), logits)[0].isnan().any(), "the twin: a root that nobody holds"
+    assert torch.autograd.grad(naive.sum(), logits)[0].isnan().any(), (
+        "the twin: a root that nobody holds"
+    )
 
 
 @pytest.mark.parametrize("ids_type", [torch.int64, torch.int16])
@@ -65,7 +75,9 @@ def test_a_given_choice_is_weighed_as_the_kernel_s_own_bit_for_bit(device, error
     ups = torch.randn_like(own.scores_TE), torch.randn_like(own.weights_TK)
 
     def gradient(routed):
-        return torch.autograd.grad((routed.scores_TE, routed.weights_TK), logits, ups, retain_graph=True)[0]
+        return torch.autograd.grad(
+            (routed.scores_TE, routed.weights_TK), logits, ups, retain_graph=True
+        )[0]
 
     for a, b in zip([*own, gradient(own)], [*given, gradient(given)], strict=True):
         assert torch.equal(a, b)

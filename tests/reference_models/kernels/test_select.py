@@ -17,5 +17,7 @@ def test_auto_is_the_reference_without_a_gpu_and_triton_with_one():
 
 @pytest.mark.parametrize("name", REFERENCE._fields)
 def test_both_implementations_have_one_signature(name):
-    triton, reference = (getattr(ops, name) for ops in (select("triton", torch.device("cuda")), REFERENCE))
+    triton, reference = (
+        getattr(ops, name) for ops in (select("triton", torch.device("cuda")), REFERENCE)
+    )
     assert str(inspect.signature(triton)) == str(inspect.signature(reference))

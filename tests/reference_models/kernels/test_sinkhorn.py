@@ -18,7 +18,9 @@ def run(project, logits, upstream, **options):
 def both(device, n, tokens=21, scale=1.0, **options):
     logits = scale * torch.randn(tokens, n, n, device=device)
     upstream = torch.randn(tokens, n, n, device=device)
-    return run(sinkhorn, logits, upstream, **options), run(reference.sinkhorn, logits.double(), upstream, **options)
+    return run(sinkhorn, logits, upstream, **options), run(
+        reference.sinkhorn, logits.double(), upstream, **options
+    )
 
 
 @pytest.mark.parametrize("order", ["columns-first", "rows-first"])
@@ -38,12 +40,16 @@ def test_any_number_of_iterations_and_any_eps(device, error, iterations, eps):
 
 
 def test_of_one_stream_the_map_is_one_and_has_no_gradient(device):
-    out, grad = run(sinkhorn, torch.randn(5, 1, 1, device=device), torch.randn(5, 1, 1, device=device))
+    out, grad = run(
+        sinkhorn, torch.randn(5, 1, 1, device=device), torch.randn(5, 1, 1, device=device)
+    )
     assert torch.equal(out, torch.ones_like(out))
     assert grad.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("twin", ["zero gradient", "transposed", "gradient of the last iteration only"])
+@pytest.mark.parametrize(
+    "twin", ["zero gradient", "transposed", "gradient of the last iteration only"]
+)
 def test_what_must_fail_does(device, error, twin):
     logits = 3 * torch.randn(21, 4, 4, device=device)
     upstream = torch.randn(21, 4, 4, device=device)
@@ -53,7 +59,8 @@ def test_what_must_fail_does(device, error, twin):
     elif twin == "transposed":
         assert error(sinkhorn(logits).mT, value) > 100 * TOLERANCE
     else:
-        # A popular shortcut: backward through the final matrix as if it had come from one pair of half steps.
+        # A popular shortcut: backward through the final matrix as if it had come from one pair of
+        # half steps.
         wrong = run(lambda v: reference.sinkhorn(v, iterations=1), value.log(), upstream)[1]
         assert error(wrong, grad) > 100 * TOLERANCE
 

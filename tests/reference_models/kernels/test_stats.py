@@ -18,7 +18,9 @@ def site(device, n=4, iterations=3, scale=2.0, on=1, x=None):
     flag = torch.tensor(on, dtype=torch.int32, device=device)
     before = mhc_before_linked(x, phi, alpha, bias, iterations, flag=flag)
     branch = torch.randn(TOKENS, CHANNELS, device=device)
-    out, rows = mhc_after_linked(x, branch, before.mix.post_TN, before.mix.res_TNN, before.link, flag)
+    out, rows = mhc_after_linked(
+        x, branch, before.mix.post_TN, before.mix.res_TNN, before.link, flag
+    )
     return x, branch, before, out, rows
 
 
@@ -26,7 +28,9 @@ def site(device, n=4, iterations=3, scale=2.0, on=1, x=None):
 def test_the_maps_metrics_are_their_definitions(device, n):
     _, _, before, _, _ = site(device, n)
     got = mhc_stats.summarise_maps(before.stats_PW, TOKENS)
-    res, post, logits = (v.double() for v in (before.mix.res_TNN, before.mix.post_TN, before.mix.logits_TNN))
+    res, post, logits = (
+        v.double() for v in (before.mix.res_TNN, before.mix.post_TN, before.mix.logits_TNN)
+    )
     rows, columns = res.sum(-1), res.sum(-2)
     sigma = torch.linalg.matrix_norm(res, 2)
     want = {
@@ -44,8 +48,12 @@ def test_the_maps_metrics_are_their_definitions(device, n):
         "post_concentration": (post.amax(-1) / post.mean(-1)).mean(),
     }
     for name, value in want.items():
-        assert float(got[name]) == pytest.approx(float(value), rel=2e-3 if "spectral" in name else 1e-5), name
-    assert int(got["worst_token"]) == int(torch.maximum(rows.abs().amax(-1), columns.abs().amax(-1)).argmax())
+        assert float(got[name]) == pytest.approx(
+            float(value), rel=2e-3 if "spectral" in name else 1e-5
+        ), name
+    assert int(got["worst_token"]) == int(
+        torch.maximum(rows.abs().amax(-1), columns.abs().amax(-1)).argmax()
+    )
     # Three iterations leave the columns visibly off: a transposed reading would not pass.
     assert abs(float(want["amax_gain_bwd_max"] - want["amax_gain_fwd_max"])) > 1e-2
 

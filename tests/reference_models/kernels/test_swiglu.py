@@ -40,7 +40,10 @@ def test_value_and_gradient_are_the_reference_s(device, error, tolerance, dtype,
     wide = x.detach().double().requires_grad_()
     out, want = clamped_swiglu(x, limit), reference.clamped_swiglu(wide, limit)
     assert error(out, want) < tolerance[dtype]
-    (grad,), (truth,) = torch.autograd.grad(out, x, up), torch.autograd.grad(want, wide, up.double())
+    (grad,), (truth,) = (
+        torch.autograd.grad(out, x, up),
+        torch.autograd.grad(want, wide, up.double()),
+    )
     assert error(grad, truth) < tolerance[dtype]
     assert error(torch.zeros_like(grad), truth) > 10 * tolerance[dtype]
     if limit is not None:
@@ -57,9 +60,14 @@ def test_every_model_s_variant_with_exact_counts(device, error, activation):
     want, masks = definition(wide, activation)
     up = torch.randn(70, 24, device=device)
     assert error(counted.out_AF, want) < 5e-6
-    grads = torch.autograd.grad(counted.out_AF, x, up)[0], torch.autograd.grad(want, wide, up.double())[0]
+    grads = (
+        torch.autograd.grad(counted.out_AF, x, up)[0],
+        torch.autograd.grad(want, wide, up.double())[0],
+    )
     assert error(*grads) < 5e-6
-    gate, linear = (wide[..., ::2], wide[..., 1::2]) if activation.interleaved else wide.chunk(2, -1)
+    gate, linear = (
+        (wide[..., ::2], wide[..., 1::2]) if activation.interleaved else wide.chunk(2, -1)
+    )
     for e in range(6):
         rows = expert == e
         assert counted.hits_E3[e].tolist() == [int(m[rows].sum()) for m in masks]
@@ -67,7 +75,9 @@ def test_every_model_s_variant_with_exact_counts(device, error, activation):
             largest = float(values[rows].abs().max()) if rows.any() else 0.0
             assert float(counted.extrema_E3[e, i]) == pytest.approx(largest, rel=1e-5)
         assert int(counted.elements_E[e]) == int(rows.sum()) * 24
-        assert float(counted.squares_E[e]) == pytest.approx(float(want[rows].square().sum()), rel=1e-4)
+        assert float(counted.squares_E[e]) == pytest.approx(
+            float(want[rows].square().sum()), rel=1e-4
+        )
     assert (counted.hits_E3.sum() > 0) == (activation is not FREE)
 
 
@@ -112,7 +122,9 @@ def test_no_rows_are_no_trouble(device):
 
 
 def test_experts_of_every_length_are_counted_apart(device):
-    """Long enough to fill blocks, short enough to share one, empty at the start, inside and at the end."""
+    """Long enough to fill blocks, short enough to share one, empty at the start, inside and at the
+    end.
+    """
     lengths = torch.tensor([0, 3, 1, 0, 0, 200, 40, 2, 1, 1, 1, 65, 0], device=device)
     expert = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
     x = 6 * torch.randn(len(expert), 2 * 24, device=device)
@@ -120,7 +132,9 @@ def test_experts_of_every_length_are_counted_apart(device):
     want, masks = definition(x.double(), Activation())
     for e in range(len(lengths)):
         assert counted.hits_E3[e].tolist() == [int(m[expert == e].sum()) for m in masks]
-        assert float(counted.squares_E[e]) == pytest.approx(float(want[expert == e].square().sum()), rel=1e-4)
+        assert float(counted.squares_E[e]) == pytest.approx(
+            float(want[expert == e].square().sum()), rel=1e-4
+        )
     assert counted.elements_E.tolist() == (24 * lengths).tolist()
     assert counted.extrema_E3[0].tolist() == [0, 0, 0]
 

@@ -1,4 +1,6 @@
-"""Diagnostics that the kernels measure on the way are those of the torch path: same rows, through the whole monitor."""
+"""Diagnostics that the kernels measure on the way are those of the torch path: same rows, through
+the whole monitor.
+"""
 
 from pathlib import Path
 
@@ -16,11 +18,14 @@ from geodiag.reference_models.transformer import Transformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDENTITY = ("rank", "attempt", "step", "layer", "site", "expert")
-# Power iteration in the kernel, repeated squaring outside; a choice between near-ties may differ once in a while.
+# Power iteration in the kernel, repeated squaring outside; a choice between near-ties may differ
+# once in a while.
 LOOSE = {"spectral_norm_res": 2e-3, "spectral_norm_res_max": 2e-3}
 
 
-def recorded(path: Path, kernels: str, residual: str = "mhc", sample: int = 1024, **options) -> geodiag.Run:
+def recorded(
+    path: Path, kernels: str, residual: str = "mhc", sample: int = 1024, **options
+) -> geodiag.Run:
     torch.manual_seed(0)
     config = ModelConfig(
         vocab=32, layers=2, channels=16, heads=2, head_dim=8, sequence=8, experts=4, expert_dim=8, alpha_init=0.5,
@@ -30,7 +35,9 @@ def recorded(path: Path, kernels: str, residual: str = "mhc", sample: int = 1024
         model = Transformer(config)
     trainer = Trainer(model, TrainConfig(steps=50, sequences=2, warmup=0, lr=1e-4))
     generator = torch.Generator().manual_seed(1)
-    with geodiag.attach(model, trainer.optimizers, path, quiet=True, probe_every=1 << 30, sample=sample) as monitor:
+    with geodiag.attach(
+        model, trainer.optimizers, path, quiet=True, probe_every=1 << 30, sample=sample
+    ) as monitor:
         for step in range(1):
             ids = torch.randint(32, (2, 9), generator=generator).to(DEVICE)
             done = trainer.step(Batch(step, ids[:, :-1], ids[:, 1:], ("x", "x")))
@@ -39,7 +46,9 @@ def recorded(path: Path, kernels: str, residual: str = "mhc", sample: int = 1024
 
 
 def furthest(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, float]:
-    """Largest relative difference of each column; infinity where one has a value and the other has none."""
+    """Largest relative difference of each column; infinity where one has a value and the other has
+    none.
+    """
     found = {}
     for name in a.select_dtypes("number").columns.difference(IDENTITY):
         x, y = a[name].to_numpy(float), b[name].to_numpy(float)
@@ -51,19 +60,32 @@ def furthest(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("residual", "sample"), [("mhc", 1024), ("mhc", 5), ("hc", 1024)])
-def test_what_kernels_measure_is_what_torch_measures(tmp_path: Path, residual: str, sample: int) -> None:
+def test_what_kernels_measure_is_what_torch_measures(
+    tmp_path: Path, residual: str, sample: int
+) -> None:
     ours, reference = (recorded(tmp_path / k, k, residual, sample) for k in ("triton", "reference"))
     for table in ("layers", "experts", "matrices"):
         for name, error in furthest(ours.read(table), reference.read(table)).items():
             assert error < LOOSE.get(name, 1e-3), (table, name, error)
 
 
-def test_the_kernels_numbers_are_the_ones_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_numbers_are_the_ones_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without this, the torch path alone could pass the test above."""
     for fallback in ("_geometry", "stream", "counts"):
-        monkeypatch.setattr(measure, fallback, lambda *_: pytest.fail("the kernels have measured it already"))
+        monkeypatch.setattr(
+            measure, fallback, lambda *_: pytest.fail("the kernels have measured it already")
+        )
     rows = recorded(tmp_path / "a", "triton").read("layers")
-    for name in ("amax_gain_fwd", "sinkhorn_residual", "branch_share", "stream_amax", "clamp_gate_rate", "act_amax"):
+    for name in (
+        "amax_gain_fwd",
+        "sinkhorn_residual",
+        "branch_share",
+        "stream_amax",
+        "clamp_gate_rate",
+        "act_amax",
+    ):
         assert rows[name][rows["site"] == "ffn"].notna().all(), name
 
 
@@ -76,7 +98,9 @@ def test_recomputation_records_the_same(tmp_path: Path, recompute: str) -> None:
 
 @pytest.mark.slow
 def test_one_compiled_graph_serves_sampled_steps_and_others(tmp_path: Path) -> None:
-    """Kernels look at a flag on the device; nothing that a graph is guarded by changes with the cadence."""
+    """Kernels look at a flag on the device; nothing that a graph is guarded by changes with the
+    cadence.
+    """
     torch._dynamo.reset()
     torch.manual_seed(0)
     config = ModelConfig(
