@@ -224,8 +224,11 @@ def _plan(options: Options, device: "torch.device") -> tuple[Any, Any, Any]:
     try:
         corpus = open_corpus(options.data)
         config = sized(
-            options.size, options.residual, swiglu_limit=options.clamp, kernels=options.kernels
-        )  # type: ignore[arg-type]
+            options.size,
+            options.residual,  # type: ignore[arg-type]
+            swiglu_limit=options.clamp,
+            kernels=options.kernels,
+        )
         config = replace(
             config,
             vocab=max(config.vocab, corpus.vocab),

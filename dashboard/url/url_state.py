@@ -71,8 +71,8 @@ def zoomed(view: View, relayout: dict | None) -> View:
         both = (
             value
             if key.endswith(".range")
-            else [relayout.get(f"{axis}.range[{i}]") for i in (0, 1)]
-        )  # type: ignore[union-attr]
+            else [relayout.get(f"{axis}.range[{i}]") for i in (0, 1)]  # type: ignore[union-attr]
+        )
         if ".range" in key and isinstance(both, list) and None not in both:
             low, high = sorted((max(0, round(float(both[0]))), max(0, round(float(both[1])))))
             return view.but(steps=(low, max(high, low + 1)))
