@@ -38,6 +38,7 @@ fmt: .venv/.installed-test
 docs: .venv/.installed
 	$(BIN)/python -m geodiag.metrics.catalogue > docs/metrics.md
 	$(BIN)/python -m geodiag.cli.reference > docs/cli.md
+	$(BIN)/python -m geodiag.hooks.faults > docs/faults.md
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -18,8 +18,9 @@ from geodiag.events import details
 from geodiag.hooks.adapters import find_layout
 from geodiag.hooks.attach import attach
 from geodiag.hooks.control.policy import Policy
-from geodiag.hooks.faults.faults import Fault, Faults
-from geodiag.hooks.routing.base import Rerouting, rerouting
+from geodiag.hooks.faults import Fault, Faults
+from geodiag.hooks.routing.base import Rerouting
+from geodiag.hooks.routing.factory import create_routing
 from geodiag.hooks.snapshots.snapshots import Snapshots
 from geodiag.reference_models.config import sized
 from geodiag.reference_models.data import Batch, Loader
@@ -247,7 +248,7 @@ def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[
 def _routing(arm: Arm, model: Transformer) -> Rerouting:
     if arm.variant == Unchanged.variant:
         return Unchanged(model, arm.delay, micro_batches=1)
-    return rerouting(arm.variant, model, arm.delay, forward=lambda m, b: m(b.token_ids_BS))
+    return create_routing(arm.variant, model, arm.delay, forward=lambda m, b: m(b.token_ids_BS))
 
 
 def _recorded(path: Path) -> dict[str, Any]:

@@ -37,10 +37,10 @@ class Training:
 
         from geodiag.hooks.adapters import find_layout
         from geodiag.hooks.attach import attach
-        from geodiag.hooks.faults.faults import Fault, Faults
+        from geodiag.hooks.faults import Fault, Faults
         from geodiag.hooks.probes.batch import PROBE_TOKENS
         from geodiag.hooks.probes.token_trace import parse_trace
-        from geodiag.hooks.routing.base import rerouting
+        from geodiag.hooks.routing.factory import create_routing
         from geodiag.metrics.cadence import parse_every
         from geodiag.reference_models.train import Trainer
         from geodiag.run import looks_like_a_run
@@ -83,7 +83,7 @@ class Training:
         self.loader = _loader(corpus, options, model_config.sequence)
         # Before the run directory is made: a fault that cannot be planted leaves nothing behind.
         self.faults = Faults(planned, find_layout(self.model), self._tell)
-        self.routing = rerouting(
+        self.routing = create_routing(
             options.routing_mode,
             self.model,
             options.delay,

@@ -11,9 +11,9 @@ from geodiag.errors import GeodiagError
 
 if TYPE_CHECKING:
     from geodiag.cascade.explain import explain
+    from geodiag.hooks import faults
     from geodiag.hooks.attach import attach
     from geodiag.hooks.control.policy import Policy
-    from geodiag.hooks.faults import faults
     from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
     from geodiag.hooks.routing.router_lag import RouterLag
     from geodiag.hooks.snapshots.snapshots import Snapshots
@@ -50,7 +50,7 @@ _HOMES = {
 }
 
 
-_MODULES = {"faults": "geodiag.hooks.faults.faults"}
+_MODULES = {"faults": "geodiag.hooks.faults"}
 """Public modules that live in another room."""
 
 

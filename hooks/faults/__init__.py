@@ -1,1 +1,7 @@
-"""Faults that are planted on purpose, to test what geodiag finds."""
+"""Faults planted on purpose in a running training, to test what geodiag finds (`geodiag.faults`)."""
+
+from geodiag.hooks.faults.catalogue import page
+from geodiag.hooks.faults.injector import Faults, plant
+from geodiag.hooks.faults.spec import FORM, KINDS, LASTING, Fault, Kind
+
+__all__ = ["FORM", "KINDS", "LASTING", "Fault", "Faults", "Kind", "page", "plant"]

@@ -1,6 +1,4 @@
-"""What a planted fault does to the weights of experts and routers: once, in place, the same for the
-same step.
-"""
+"""Damage to the weights of experts and routers: once, in place, reproducible from the step."""
 
 import torch
 from torch import Tensor
@@ -9,51 +7,62 @@ from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters.base import ExpertSite, RouterSite
 from geodiag.hooks.distributed.sharded_weights import edit
 
+# E experts, R × C the shape of one expert's weight, C channels of a router's row
 
-def bit_of(place: float, dtype: torch.dtype) -> int:
-    """Which bit of a weight is meant, counted from its lowest. GeodiagError where the type is not
-    that wide.
+
+def bit_of(index: float, dtype: torch.dtype) -> int:
+    """Return the bit of a weight counted from its lowest; a negative `index` counts from the top.
+
+    GeodiagError where `dtype` has no such bit.
     """
-    bits, bit = 8 * dtype.itemsize, int(place)
+    bits = 8 * dtype.itemsize
+    bit = int(index)
     if not -bits <= bit < bits:
+        allowed = f"{-bits} to {bits - 1}"
         raise GeodiagError(
-            f"bit-flip={bit} flips nothing: the weights have {bits} bits; pass {-bits} to {bits - 1}"
+            f"bit-flip={bit} flips nothing: the weights have {bits} bits; pass {allowed}"
         )
     return bit % bits
 
 
 @torch.no_grad()
 def to_expert(kind: str, site: ExpertSite, step: int, magnitude: float) -> int:
-    """Hurts one expert, which is returned."""
-    expert, weights = step % site.experts, site.weights()
+    """Damage the weights of one expert and return its index."""
+    expert = step % site.experts
+    weights = site.weights()
 
     def scale(weight_ERC: Tensor) -> None:
         weight_ERC[expert].mul_(magnitude)
 
     def flip(weight_ERC: Tensor) -> None:
         weight = weight_ERC[expert]
-        at = torch.unravel_index(weight.abs().argmax(), weight.shape)
-        weight[at] = _flipped(weight[at], bit_of(magnitude, weight.dtype))
+        largest = torch.unravel_index(weight.abs().argmax(), weight.shape)
+        weight[largest] = _flipped(weight[largest], bit_of(magnitude, weight.dtype))
 
-    for name in ("gate", "up") if kind == "expert-scale" else ("gate",):
-        edit(weights[name], scale if kind == "expert-scale" else flip)
+    if kind == "expert-scale":
+        for name in ("gate", "up"):
+            edit(weights[name], scale)
+    else:
+        edit(weights["gate"], flip)
     return expert
 
 
 def _flipped(value: Tensor, bit: int) -> Tensor:
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.dtype.itemsize]
-    mask = torch.ones(1, dtype=whole, device=value.device) << bit
-    return (value.reshape(1).contiguous().view(whole) ^ mask).view(value.dtype)[0]
+    """Return `value` with one bit of its floating-point representation flipped."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.dtype.itemsize]
+    mask = torch.ones(1, dtype=integer, device=value.device) << bit
+    return (value.reshape(1).contiguous().view(integer) ^ mask).view(value.dtype)[0]
 
 
 @torch.no_grad()
 def to_router(kind: str, site: RouterSite, step: int, magnitude: float) -> int | None:
-    """Hurts a router; the expert is returned where it is one expert's place in it that is hurt."""
+    """Damage a router; return the expert if the damage concerns one expert, else None."""
     expert = step % site.experts
     generator = torch.Generator().manual_seed(step)
+
     if kind == "bias-kick":
         bias = site.bias()
-        assert bias is not None, "the fault was placed where there is one"
+        assert bias is not None, "the fault was placed at a router that has a bias"
         bias.detach()[expert] += magnitude
         return expert
 
@@ -65,7 +74,7 @@ def to_router(kind: str, site: RouterSite, step: int, magnitude: float) -> int |
         weight_EC.add_(noise * weight_EC.std(), alpha=magnitude)
 
     def permute(weight_EC: Tensor) -> None:
-        # A cycle through a random order: no row stays where it was.
+        # A cycle through the experts in random order, so that no row keeps its place.
         order = torch.randperm(len(weight_EC), generator=generator).to(weight_EC.device)
         weight_EC[order] = weight_EC[order.roll(1)]
 

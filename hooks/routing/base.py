@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters import Layout, find_layout
 from geodiag.hooks.adapters.base import Removable, RouterSite
 
@@ -130,19 +129,6 @@ class Rerouting(ABC):
         if not 0 <= delay_steps <= MAX_DELAY:
             raise ValueError(f"delay_steps is 0 to {MAX_DELAY}, not {delay_steps}")
         return delay_steps
-
-
-def rerouting(variant: str, model: nn.Module, delay_steps: int, **options: Any) -> Rerouting:
-    """The variant of that name. GeodiagError for an unknown one."""
-    from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
-    from geodiag.hooks.routing.router_lag import RouterLag
-
-    variants: dict[str, type[Rerouting]] = {v.variant: v for v in (AnticipatoryRouting, RouterLag)}
-    if variant not in variants:
-        raise GeodiagError(f"no routing variant {variant!r}; one of {', '.join(variants)}")
-    if variant == RouterLag.variant:
-        options.pop("forward", None)  # it runs no forward of its own
-    return variants[variant](model, delay_steps, **options)
 
 
 def _raise(error: Exception) -> None:

@@ -21,7 +21,7 @@ from geodiag.benchmarks.cascade_trials import (
 )
 from geodiag.benchmarks.cascade_workers import in_order
 from geodiag.errors import GeodiagError
-from geodiag.hooks.faults.faults import KINDS, Fault
+from geodiag.hooks.faults import KINDS, Fault
 from geodiag.reference_models.config import TINY
 
 

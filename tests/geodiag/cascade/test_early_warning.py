@@ -128,7 +128,7 @@ def test_an_alarm_that_two_samples_reach_is_refused() -> None:
 def test_a_broken_expert_warns_in_a_real_training_before_anything_else_is_raised(
     tmp_path: Path,
 ) -> None:
-    from geodiag.hooks.faults.faults import plant
+    from geodiag.hooks.faults import plant
     from tests.hooks.small import one_step, tokens, trainer, watch
 
     t, warned = trainer(), []

@@ -361,7 +361,7 @@ def test_unsampled_steps_decide_nothing() -> None:
 
 
 def test_a_real_training_with_a_broken_expert_is_explained_while_it_goes_on(tmp_path: Path) -> None:
-    from geodiag.hooks.faults.faults import plant
+    from geodiag.hooks.faults import plant
     from tests.hooks.small import one_step, tokens, trainer, watch
 
     t = trainer()

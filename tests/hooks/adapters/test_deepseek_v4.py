@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import geodiag
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters import find_layout
-from geodiag.hooks.faults.faults import KINDS, Fault, Faults
+from geodiag.hooks.faults import KINDS, Fault, Faults
 from geodiag.hooks.monitor import Monitor
 from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
 from tests.hooks import slow

@@ -13,7 +13,7 @@ import pytest
 import geodiag
 from geodiag.cascade.explain import AFTER
 from geodiag.events import details
-from geodiag.hooks.faults.faults import plant
+from geodiag.hooks.faults import plant
 from geodiag.hooks.record import cascade_recorder as teller
 from tests.hooks import small
 from tests.paths import ROOT

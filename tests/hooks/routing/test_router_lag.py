@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import geodiag
 from geodiag.errors import GeodiagError
 from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
-from geodiag.hooks.routing.base import rerouting
+from geodiag.hooks.routing.factory import create_routing
 from geodiag.hooks.routing.router_lag import RouterLag
 from geodiag.reference_models.train import Trainer
 from tests.hooks import small
@@ -267,10 +267,10 @@ def test_a_failure_goes_back_to_todays_choice_and_training_goes_on() -> None:
 def test_a_variant_is_made_by_its_name() -> None:
     model = small.trainer().model
     assert isinstance(
-        rerouting("anticipatory", model, 4, forward=lambda m, b: m(b)), AnticipatoryRouting
+        create_routing("anticipatory", model, 4, forward=lambda m, b: m(b)), AnticipatoryRouting
     )
-    assert isinstance(rerouting("router-lag", model, 4, forward=lambda m, b: m(b)), RouterLag)
+    assert isinstance(create_routing("router-lag", model, 4, forward=lambda m, b: m(b)), RouterLag)
     with pytest.raises(
         GeodiagError, match="no routing variant 'lag'; one of anticipatory, router-lag"
     ):
-        rerouting("lag", model, 4)
+        create_routing("lag", model, 4)
