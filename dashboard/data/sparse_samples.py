@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from geodiag.dashboard.data.grid import row_name
 from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.figures.trajectory import Trajectory
+from geodiag.dashboard.data.trajectory import Trajectory
 from geodiag.metrics.schema import SITES
 
 _NEAR, _FAR = 64, 4096

@@ -3,31 +3,13 @@ flips ringed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
 
+from geodiag.dashboard.data.trajectory import Trajectory
 from geodiag.dashboard.figures.colours import hues
 from geodiag.dashboard.figures.style import Look, axis, base, empty, faded
-
-# P places: the sites that a token passes, in order.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trajectory:
-    """One token at one step: what it was at every site, in order."""
-
-    token: int
-    place_P: tuple[str, ...]
-    """`3.ffn`, in static order."""
-    projection_P2: np.ndarray
-    expert_P: np.ndarray
-    """The first expert that it was sent to; −1 where there is no choice."""
-    flipped_P: np.ndarray
-    """Share of its experts that changed since the sample before; NaN where there is no choice."""
-    text: str = ""
-
 
 _PANEL_PX, _TITLE_PX, _APART = 168, 22, 0.06
 

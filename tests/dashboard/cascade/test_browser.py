@@ -6,10 +6,10 @@ import shutil
 import time
 
 import pytest
-from test_page_browser import chart, drag, layout, until
 
 from geodiag.events import Event
 from tests.dashboard import synthetic
+from tests.dashboard.browser import chart, drag, layout, until
 
 pytestmark = pytest.mark.browser
 WHERE = "(document.getElementById('cascade-where')?.innerText ?? '')"

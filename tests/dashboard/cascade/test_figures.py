@@ -11,6 +11,7 @@ import pytest
 from geodiag.cascade.explain import Cascade, Evidence, Onset, StageMap
 from geodiag.dashboard.data.step_table import Undone
 from geodiag.dashboard.data.timeline_marks import Mark, Span
+from geodiag.dashboard.data.trajectory import Trajectory
 from geodiag.dashboard.figures.cascade import Scene, picture
 from geodiag.dashboard.figures.colour_scale import Z_MAX, Z_MIN, robust_z, z_shade
 from geodiag.dashboard.figures.colours import hues, oklab
@@ -18,7 +19,7 @@ from geodiag.dashboard.figures.maps import Tile, maps
 from geodiag.dashboard.figures.small_multiples import Strip, multiples
 from geodiag.dashboard.figures.style import DARK, LIGHT
 from geodiag.dashboard.figures.timeline import timeline
-from geodiag.dashboard.figures.trajectory import Trajectory, trajectories
+from geodiag.dashboard.figures.trajectory import trajectories
 
 STEPS = np.arange(100, 200)
 

@@ -1,0 +1,22 @@
+"""The path of one traced token through the residual sites of the model, at one step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# P places: the sites that a token passes, in static order.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """One token at one step: what it was at every site, in order."""
+
+    token: int
+    place_P: tuple[str, ...]
+    """`3.ffn`, in static order."""
+    projection_P2: np.ndarray
+    expert_P: np.ndarray
+    """The first expert that it was sent to; −1 where there is no choice."""
+    flipped_P: np.ndarray
+    """Share of its experts that changed since the sample before; NaN where there is no choice."""
+    text: str = ""
