@@ -92,7 +92,7 @@ class Training:
         )
         self.snapshots = _snapshots(options, self.model, self.trainer)
         if self.snapshots is not None:
-            self.snapshots.lasting["faults"] = self.faults
+            self.snapshots.resume_only["faults"] = self.faults
         probe = self._to_device(self.place.mine(self.loader.batch(PROBE_STEP)))
         self.monitor: Monitor = attach(
             self.model,

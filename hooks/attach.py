@@ -92,15 +92,15 @@ def attach(
     layout = replace(layout, watched=plan.cadence.layers)
     policy = as_policy(policy)
     ranks = Ranks.join()
-    ranks.same("cadence", plan.cadence.record())
-    ranks.same("model", {k: v for k, v in layout.summary().items() if k != "missing"})
-    if ranks.strangers and (policy.mode != "off" or resume):
+    ranks.check_same("cadence", plan.cadence.record())
+    ranks.check_same("model", {k: v for k, v in layout.summary().items() if k != "missing"})
+    if ranks.unreachable_ranks and (policy.mode != "off" or resume):
         raise GeodiagError(
             f"{'resume' if resume else f'routing {policy.mode}'} on {ranks.world} ranks needs them to agree; "
             "call torch.distributed.init_process_group before attach"
         )
-    ranks.all_can(lambda: _check_means(policy, routing, snapshots))
-    ranks.all_can(lambda: _check_folder(Path(path), ranks.rank, snapshots, resume))
+    ranks.run_on_all(lambda: _check_means(policy, routing, snapshots))
+    ranks.run_on_all(lambda: _check_folder(Path(path), ranks.rank, snapshots, resume))
     unclamped = any(e.gate_limit is None for e in layout.experts)
 
     def create(attempt: int | None) -> Run:
@@ -118,7 +118,7 @@ def attach(
             attempt=attempt,
         )
 
-    run = ranks.begin(
+    run = ranks.create_on_all(
         create, attempt_of=lambda made: made.attempt, undo=lambda made: made.close("failed")
     )
     if not quiet and ranks.rank == 0:

@@ -16,11 +16,11 @@ from geodiag.errors import GeodiagError
 from geodiag.events import Event
 from geodiag.hooks.adapters import Layout
 from geodiag.hooks.control.controller import Controller
-from geodiag.hooks.control.interventions import Dials
-from geodiag.hooks.control.rank_consensus import Concert
+from geodiag.hooks.control.interventions import Interventions
+from geodiag.hooks.control.rank_consensus import RankConsensus
 from geodiag.hooks.control.steering import Steering
 from geodiag.hooks.distributed.rank_exchange import Ranks
-from geodiag.hooks.distributed.sharded_weights import Halfway, whole
+from geodiag.hooks.distributed.sharded_weights import CollectiveAborted, full_value
 from geodiag.hooks.measure.step_buffers import Slots
 from geodiag.hooks.record.recorder import Facts, Recorder
 from geodiag.hooks.record.step_observer import Observation
@@ -53,10 +53,10 @@ class Monitor:
         self._ranks = ranks or Ranks()
         self.model, self.run, self.layout = model, run, layout
         self.next_step = first_step
-        dials = Dials(optimizers, layout, controller.policy)
+        interventions = Interventions(optimizers, layout, controller.policy)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._recorder = Recorder(run, layout, self._device, self._ranks)
-        together = 1 if self._ranks.alone else self._ranks.world
+        together = 1 if self._ranks.single_process else self._ranks.world
         self._measured = Measurement(
             model, optimizers, layout, plan, self._complain, ranks=together
         )
@@ -69,11 +69,11 @@ class Monitor:
             routing,
             controller,
             self.event,
-            dials,
-            snapshots=lambda: self._concert.common(self._rollback.steps),
+            interventions,
+            snapshots=lambda: self._consensus.common_snapshots(self._rollback.steps),
             go_back=self._go_back,
         )
-        self._concert = Concert(self._ranks, self.steering, RequestWatch(Path(run.url)))
+        self._consensus = RankConsensus(self._ranks, self.steering, RequestWatch(Path(run.url)))
         self._measured.replaying = lambda: self.steering.replaying
         atexit.register(self.close, "interrupted")
 
@@ -116,7 +116,7 @@ class Monitor:
             return
         began = time.perf_counter()
         step, self.next_step = self.next_step, self.next_step + 1
-        loss, grad_norm = whole(loss), whole(grad_norm)
+        loss, grad_norm = full_value(loss), full_value(grad_norm)
         probed, halfway = self._probed()
         try:
             try:
@@ -138,19 +138,19 @@ class Monitor:
             self._steer()
         except Exception as e:  # nor must steering
             self._complain("steering", e)
-        if self._concert.torn is not None:
-            self._complain("what the other ranks saw", RuntimeError(self._concert.torn))
-            self._concert.end_if_torn(f"steps up to {step} are on record in {self.run.url}")
+        if self._consensus.desync_reason is not None:
+            self._complain("what the other ranks saw", RuntimeError(self._consensus.desync_reason))
+            self._consensus.raise_if_desynced(f"steps up to {step} are on record in {self.run.url}")
         self._ended_at = time.perf_counter()
         self._record_seconds = self._ended_at - began
 
-    def _probed(self) -> tuple[dict[str, Tensor], Halfway | None]:
+    def _probed(self) -> tuple[dict[str, Tensor], CollectiveAborted | None]:
         """What the probes say. Where they left the other ranks alone, nothing more is heard of
         those.
         """
         try:
             return self._measured.probed(), None
-        except Halfway as e:
+        except CollectiveAborted as e:
             self._recorder.wait()
             self._ranks.leave()
             return {}, e
@@ -158,10 +158,10 @@ class Monitor:
     def _steer(self) -> None:
         """What the steps that are through call for."""
         for seen in self._recorder.observed():
-            self._concert.follow(seen.heard, self.next_step)
-            if self.steering.judge(seen):
+            self._consensus.apply(seen.heard, self.next_step)
+            if self.steering.act_on(seen):
                 break  # whatever else is known is of a past that was given up
-        self._concert.ask_around(self.next_step)
+        self._consensus.poll_requests(self.next_step)
         self._try("a snapshot", self._keep)
 
     def _record(
@@ -186,7 +186,7 @@ class Monitor:
         lr = lr if lr is not None else (float(groups[0]["lr"]) if groups else None)
         facts = Facts(
             step=step,
-            lr=None if lr is None else lr * self.steering.dials.lr_scale,
+            lr=None if lr is None else lr * self.steering.interventions.lr_scale,
             routing_mode=self.steering.mode,
             routing_lag=self.steering.lag,
             step_seconds=began - self._ended_at if self._ended_at is not None else None,
@@ -195,7 +195,7 @@ class Monitor:
             probe_seconds=self._measured.probe_seconds,
             domains=tuple(domains) if domains is not None else None,
             probe_domains=self._plan.probe_domains,
-            said=self._concert.said(self._rollback.steps),
+            said=self._consensus.message(self._rollback.steps),
         )
         self._recorder.push(values, facts)
 
@@ -268,7 +268,7 @@ class Monitor:
         controller = self.steering.controller
         policy = controller.policy
         controller.load_state_dict(state["controller"])
-        self.steering.was, controller.policy = controller.policy.mode, policy
+        self.steering.saved_mode, controller.policy = controller.policy.mode, policy
 
     @property
     def routing(self) -> Rerouting | None:

@@ -120,7 +120,7 @@ class Measurement:
 
     def turn_over(self, next_step: int) -> None:
         """Between two steps."""
-        self._probes.met()
+        self._probes.finish_adoption()
         self._past.remember(self._taps)
         self._prepare(next_step)
 

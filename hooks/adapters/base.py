@@ -240,12 +240,14 @@ def scaling(module: nn.Module, scaled: Callable[[Any, float], Any]) -> Callable[
     """A forward hook, first in line, that replaces the module's output by `scaled(output, factor)`."""
 
     def plant(factor: float) -> Removable:
-        return first_in_line(module, lambda _m, _a, output: scaled(output, factor))
+        return register_first_hook(module, lambda _m, _a, output: scaled(output, factor))
 
     return plant
 
 
-def first_in_line(module: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any]) -> Removable:
+def register_first_hook(
+    module: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any]
+) -> Removable:
     """A forward hook before all that are there.
 
     torch's own `prepend` leaves the hooks in one order for who calls them and in another for who

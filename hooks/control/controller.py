@@ -30,7 +30,7 @@ class Decision:
     """Back to the snapshot of this step, first of all."""
     skip: range | None = None
     """Steps whose batches are left out when training comes by again."""
-    possible: int | None = None
+    next_possible: int | None = None
     """The first step at which a spike could start another period; None where none can."""
 
 
@@ -41,26 +41,28 @@ class Controller:
     policy: Policy = field(default_factory=Policy)
     delay_steps: int = 8
     activations: int = 0
-    until: int | None = None
+    period_end: int | None = None
     """The step at which the period under way ends; also kept for periods that were only on record.
     """
-    resting_until: int = -1
-    went_back: bool = False
+    cooldown_end: int = -1
+    rolled_back: bool = False
     """Whether the period under way began, or was continued, with a rollback."""
-    lingering: bool = False
+    awaiting_recovery: bool = False
     """The period is over and the loss is not back yet."""
-    restored: int = -1
+    restored_step: int = -1
     """The snapshot that training last went back to."""
-    reached: int = -1
+    rolled_back_from: int = -1
     """The last step before it did."""
 
     # -- what people ask for -----------------------------------------------------------------
 
     def begin(self, step: int) -> Decision | None:
         """What is to be done before the first step."""
-        return self.ask("on", step) if self.policy.mode == "on" else self._on_schedule(step - 1)
+        return (
+            self.set_mode("on", step) if self.policy.mode == "on" else self._on_schedule(step - 1)
+        )
 
-    def ask(self, mode: str, step: int) -> Decision:
+    def set_mode(self, mode: str, step: int) -> Decision:
         """Somebody set the mode by hand: takes effect at once, with no period, no cooldown and a
         whole budget.
 
@@ -72,8 +74,8 @@ class Controller:
         if asked == before == "auto":
             return self._decision("none", f"{reason}, as it was", acted=True)
         self.policy = replace(self.policy, mode=asked)
-        self.until, self.resting_until, self.activations = None, -1, 0
-        self.went_back = self.lingering = False
+        self.period_end, self.cooldown_end, self.activations = None, -1, 0
+        self.rolled_back = self.awaiting_recovery = False
         if asked == "on":
             return self._decision("enable", reason, acted=True, actions=("route",))
         if asked == "off" or before == "on":
@@ -111,18 +113,19 @@ class Controller:
         what = f"{spike.kind} raised at step {step} (onset {spike.onset}, {spike.score:.1f} σ)"
         if fatal:
             what = f"the loss is not finite since step {spike.onset}"
-        running = self.until is not None
-        if not fatal and running and (back is None or self.went_back):
+        running = self.period_end is not None
+        if not fatal and running and (back is None or self.rolled_back):
             # The warm-up is paid already, or still to come as planned: a whole period follows the
             # spike either way.
             self._last_until(step + policy.period)
             return self._decision(
-                "none", f"{what} while the period was running: it lasts until step {self.until}"
+                "none",
+                f"{what} while the period was running: it lasts until step {self.period_end}",
             )
-        if not fatal and not running and step < self.resting_until:
+        if not fatal and not running and step < self.cooldown_end:
             resting = "routing rests" if policy.actions == "route" else "the controller rests"
             return self._decision(
-                "none", f"{what}, but {resting} until step {self.resting_until} (cooldown)"
+                "none", f"{what}, but {resting} until step {self.cooldown_end} (cooldown)"
             )
         if self.activations >= policy.budget:
             return self._decision(
@@ -132,14 +135,15 @@ class Controller:
 
     def _on_warning(self, step: int, warning: str) -> Decision:
         what, policy = f"early warning at step {step} ({warning})", self.policy
-        if self.until is not None:
+        if self.period_end is not None:
             self._last_until(step + policy.period)
             return self._decision(
-                "none", f"{what} while the period was running: it lasts until step {self.until}"
+                "none",
+                f"{what} while the period was running: it lasts until step {self.period_end}",
             )
-        if step < self.resting_until:
+        if step < self.cooldown_end:
             return self._decision(
-                "none", f"{what}, but the controller rests until step {self.resting_until}"
+                "none", f"{what}, but the controller rests until step {self.cooldown_end}"
             )
         if self.activations >= policy.budget or not policy.lasting:
             why = (
@@ -152,8 +156,10 @@ class Controller:
 
     def _on_schedule(self, step: int) -> Decision | None:
         for first, after in self.policy.schedules if self.policy.mode != "on" else ():
-            if first - 1 <= step < after - 1 and (self.until is None or self.until < after - 1):
-                fresh = self.until is None
+            if first - 1 <= step < after - 1 and (
+                self.period_end is None or self.period_end < after - 1
+            ):
+                fresh = self.period_end is None
                 self._last_until(after - 1)
                 said = f"schedule: from step {first} until step {after}"
                 return self._decision(
@@ -165,20 +171,20 @@ class Controller:
 
     def _at_the_end(self, step: int, active: bool) -> Decision | None:
         policy = self.policy
-        back = self.lingering and not active
-        if self.until is None or (step < self.until and not back):
+        back = self.awaiting_recovery and not active
+        if self.period_end is None or (step < self.period_end and not back):
             return None
-        if active and not self.lingering:
+        if active and not self.awaiting_recovery:
             over = f"the period of {policy.period} steps is over, but the loss is not back in its range"
-            self.lingering, self.until = True, step + policy.period
+            self.awaiting_recovery, self.period_end = True, step + policy.period
             return self._decision(
-                "none", f"{over}: on until it is, at most until step {self.until}"
+                "none", f"{over}: on until it is, at most until step {self.period_end}"
             )
         return self._end(step)
 
     def _end(self, step: int) -> Decision:
-        self.until, self.resting_until = None, step + self.policy.cooldown
-        self.went_back = self.lingering = False
+        self.period_end, self.cooldown_end = None, step + self.policy.cooldown
+        self.rolled_back = self.awaiting_recovery = False
         return self._decision(
             "disable",
             f"the period of {self.policy.period} steps is over",
@@ -194,14 +200,14 @@ class Controller:
         self.activations += 1
         base = step
         if restore is not None and policy.mode != "off":
-            base, self.restored, self.reached = restore - 1, restore, step
-        self.went_back = restore is not None
-        self.lingering = False
+            base, self.restored_step, self.rolled_back_from = restore - 1, restore, step
+        self.rolled_back = restore is not None
+        self.awaiting_recovery = False
         warm_up = self.delay_steps if "route" in policy.lasting else 0
         if policy.lasting:
-            self.until = base + warm_up + policy.period
+            self.period_end = base + warm_up + policy.period
         else:
-            self.until, self.resting_until = None, base + policy.cooldown
+            self.period_end, self.cooldown_end = None, base + policy.cooldown
         plan = self._in_words(restore, skip, warm_up, going_back)
         action: Action = "enable" if policy.lasting else "none"
         return self._decision(
@@ -239,8 +245,8 @@ class Controller:
         before = [s for s in snapshots if s < spike.onset]
         if not before:
             return None
-        if spike.onset <= self.reached and any(s < self.restored for s in before):
-            return max(s for s in before if s < self.restored)
+        if spike.onset <= self.rolled_back_from and any(s < self.restored_step for s in before):
+            return max(s for s in before if s < self.restored_step)
         warm = (
             [s for s in before if s + self.delay_steps <= spike.onset]
             if self.policy.does("route")
@@ -255,11 +261,11 @@ class Controller:
         reason = f"the loss is not finite since step {spike.onset}: {why}; restart from a checkpoint before that step"
         return self._decision("none", reason, acted=False)
 
-    def stay(self, step: int) -> None:
+    def rollback_failed(self, step: int) -> None:
         """The rollback that was decided on failed: the period counts from here."""
-        if self.until is not None:
-            self.until += step + 1 - self.restored
-        self.went_back = False
+        if self.period_end is not None:
+            self.period_end += step + 1 - self.restored_step
+        self.rolled_back = False
 
     # -- odds and ends -----------------------------------------------------------------------
 
@@ -267,7 +273,7 @@ class Controller:
         return any(self.policy.does(a) for a in ("rollback", "lower-lr", "clamp"))
 
     def _last_until(self, step: int) -> None:
-        self.until, self.lingering = max(self.until or step, step), False
+        self.period_end, self.awaiting_recovery = max(self.period_end or step, step), False
 
     def _decision(
         self,
@@ -281,15 +287,15 @@ class Controller:
         possible = None
         if self.policy.mode != "on" and self.activations < self.policy.budget:
             possible = (
-                max(self.resting_until, 0)
-                if self.until is None
-                else self.until + 1 + self.policy.cooldown
+                max(self.cooldown_end, 0)
+                if self.period_end is None
+                else self.period_end + 1 + self.policy.cooldown
             )
         return Decision(
             action=action,
             reason=f"would have acted: {reason}" if would else reason,
             acted=not would if acted is None else acted,
-            possible=possible,
+            next_possible=possible,
             **more,
         )
 

@@ -12,7 +12,7 @@ from geodiag.hooks.adapters.base import Layout, Removable
 from geodiag.hooks.control.policy import Policy
 
 
-class Dials:
+class Interventions:
     """Turns what a policy wants turned, and back. Turning twice is turning once.
 
     GeodiagError where the policy is to act and its actions cannot be carried out.
@@ -35,7 +35,7 @@ class Dials:
                 f"a {layout.family} model has no SwiGLU clamp to switch on; leave the action clamp out"
             )
 
-    def turn(self, action: str, policy: Policy) -> None:
+    def apply(self, action: str, policy: Policy) -> None:
         """`lower-lr` or `clamp`, as the policy says."""
         if action == "lower-lr" and not self._handles:
             self.lr_scale = policy.value("lower-lr")
@@ -54,7 +54,7 @@ class Dials:
                         limit if site.gate_limit is None else min(limit, site.gate_limit)
                     )
 
-    def turn_back(self, action: str) -> None:
+    def revert(self, action: str) -> None:
         """As it was before `turn`."""
         if action == "lower-lr":
             self.lr_scale = 1.0

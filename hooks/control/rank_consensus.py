@@ -15,10 +15,15 @@ import numpy as np
 from geodiag.control import Request, RequestWatch
 from geodiag.errors import GeodiagError
 from geodiag.hooks.control.steering import Steering
-from geodiag.hooks.distributed.rank_exchange import KEPT, Heard, Ranks, Said
+from geodiag.hooks.distributed.rank_exchange import (
+    SNAPSHOT_FIELDS,
+    RankMessage,
+    RankMessages,
+    Ranks,
+)
 
 
-class Concert:
+class RankConsensus:
     """Joins this rank's steering to the others'. In a training of one process only the requests are
     left of it.
     """
@@ -28,55 +33,63 @@ class Concert:
         self._apart: str | None = None
         self._kept: set[int] = set()
 
-    def said(self, snapshots: list[int]) -> Said:
+    def message(self, snapshots: list[int]) -> RankMessage:
         """What this rank has to say with the coming exchange, beside the step's values."""
-        if self._ranks.alone:
-            return Said()
+        if self._ranks.single_process:
+            return RankMessage()
         request = self._watch.poll() if self._ranks.rank == 0 else None
-        gave_up, self._steering.gave_up = self._steering.gave_up, False
-        numbers = {"gave_up": float(gave_up), "mind": float(_fingerprint(self._steering))}
-        numbers |= {
-            name: float(step) for name, step in zip(KEPT, reversed(snapshots), strict=False)
+        routing_failed, self._steering.routing_failed = self._steering.routing_failed, False
+        numbers = {
+            "routing_failed": float(routing_failed),
+            "controller_checksum": float(_fingerprint(self._steering)),
         }
-        return Said(numbers=numbers, note={"request": asdict(request)} if request else {})
+        numbers |= {
+            name: float(step)
+            for name, step in zip(SNAPSHOT_FIELDS, reversed(snapshots), strict=False)
+        }
+        return RankMessage(numbers=numbers, note={"request": asdict(request)} if request else {})
 
-    def common(self, snapshots: list[int]) -> list[int]:
+    def common_snapshots(self, snapshots: list[int]) -> list[int]:
         """Of this rank's snapshots those that every rank has."""
-        return snapshots if self._ranks.alone else sorted(self._kept)
+        return snapshots if self._ranks.single_process else sorted(self._kept)
 
-    def follow(self, heard: Heard | None, step: int) -> None:
+    def apply(self, heard: RankMessages | None, step: int) -> None:
         """Obeys what was asked, and falls back to today's choice where one rank had to."""
-        self._steering.strangers = self._ranks.strangers
-        if self._ranks.alone or heard is None:
+        self._steering.unreachable_ranks = self._ranks.unreachable_ranks
+        if self._ranks.single_process or heard is None:
             return
-        self._kept = _in_all(np.stack([heard.by_rank[name] for name in KEPT], 1)[heard.spoke])
-        if heard.largest("gave_up") > 0:
-            rank = int(np.nanargmax(heard.by_rank["gave_up"]))
+        self._kept = _in_all(
+            np.stack([heard.by_rank[name] for name in SNAPSHOT_FIELDS], 1)[heard.present]
+        )
+        if heard.largest("routing_failed") > 0:
+            rank = int(np.nanargmax(heard.by_rank["routing_failed"]))
             self._steering.fall_back(f"rank {rank} could not look ahead, so no rank does")
-        minds = heard.by_rank["mind"][~np.isnan(heard.by_rank["mind"])]
+        minds = heard.by_rank["controller_checksum"][
+            ~np.isnan(heard.by_rank["controller_checksum"])
+        ]
         if len(set(minds.tolist())) > 1:
             self._apart = "the ranks' controllers went apart; load the same state on every rank"
         if "request" in heard.note:
-            self._steering.obey(Request(**heard.note["request"]), step)
+            self._steering.handle_request(Request(**heard.note["request"]), step)
 
-    def ask_around(self, step: int) -> None:
-        """A training of one process, or rank 0 of strangers, looks for requests by itself."""
-        if self._ranks.alone and self._ranks.rank == 0:
+    def poll_requests(self, step: int) -> None:
+        """A training of one process, or rank 0 of unreachable_ranks, looks for requests by itself."""
+        if self._ranks.single_process and self._ranks.rank == 0:
             request = self._watch.poll()
             if request is not None:
-                self._steering.obey(request, step)
+                self._steering.handle_request(request, step)
 
     @property
-    def torn(self) -> str | None:
+    def desync_reason(self) -> str | None:
         """Why the ranks no longer go together, if so."""
-        return self._ranks.lost or self._apart
+        return self._ranks.connection_error or self._apart
 
-    def end_if_torn(self, where: str) -> None:
+    def raise_if_desynced(self, where: str) -> None:
         """GeodiagError where the ranks are steered and no longer go together; ranks that only
         record can go on.
         """
-        if self.torn is not None and self._steering.acts:
-            raise GeodiagError(f"{self.torn}; {where}")
+        if self.desync_reason is not None and self._steering.must_agree:
+            raise GeodiagError(f"{self.desync_reason}; {where}")
 
 
 def _in_all(kept_RK: np.ndarray) -> set[int]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from geodiag.control import Request
 from geodiag.hooks.control.controller import Controller, Decision
-from geodiag.hooks.control.interventions import Dials
+from geodiag.hooks.control.interventions import Interventions
 from geodiag.hooks.control.policy import Mode as PolicyMode
 from geodiag.hooks.record.step_observer import Observation
 from geodiag.hooks.routing.base import Mode, Rerouting
@@ -27,7 +27,7 @@ class Steering:
     the new attempt.
     """
 
-    strangers = False
+    unreachable_ranks = False
     """Whether there are ranks that nothing can be agreed with."""
 
     def __init__(
@@ -35,16 +35,21 @@ class Steering:
         routing: Rerouting | None,
         controller: Controller,
         tell: Tell,
-        dials: Dials,
+        interventions: Interventions,
         *,
         snapshots: Callable[[], list[int]] = list,
         go_back: Callable[[int, range | None], int] | None = None,
     ) -> None:
-        self.routing, self.controller, self.dials, self._tell = routing, controller, dials, tell
+        self.routing, self.controller, self.interventions, self._tell = (
+            routing,
+            controller,
+            interventions,
+            tell,
+        )
         self._snapshots, self._go_back = snapshots, go_back
-        self.was: PolicyMode | None = None
+        self.saved_mode: PolicyMode | None = None
         """The mode of the policy that a resumed training was saved with."""
-        self.gave_up = False
+        self.routing_failed = False
         """Whether looking ahead failed lately: the other ranks must hear of it."""
         if routing is not None:
             routing.on_change, routing.on_failure = self._changed, self._failed
@@ -71,23 +76,23 @@ class Steering:
             f"resumed from the snapshot of step {step}: attempt {attempt}" if resumed else began,
         )
         wanted = self.controller.policy
-        if resumed and self.was is not None and self.was != wanted.mode:
+        if resumed and self.saved_mode is not None and self.saved_mode != wanted.mode:
             # Another mode than it was saved with is as if somebody had asked for it now.
-            self.controller.policy = replace(wanted, mode=self.was)
-            self._carry_out(self.controller.ask(wanted.mode, step), step)
-        policy, under_way = self.controller.policy, self.controller.until is not None
+            self.controller.policy = replace(wanted, mode=self.saved_mode)
+            self._carry_out(self.controller.set_mode(wanted.mode, step), step)
+        policy, under_way = self.controller.policy, self.controller.period_end is not None
         if not resumed:
             self._carry_out(self.controller.begin(step), step)
         elif under_way and policy.mode != "off":
             for action in policy.lasting:
-                self.dials.turn(action, policy)
+                self.interventions.apply(action, policy)
 
     def _tell_attempt(self, attempt: int, message: str) -> None:
         self._tell(
             "attempt", message, data={"attempt": attempt, "policy": self.controller.policy.mode}
         )
 
-    def judge(self, seen: Observation) -> bool:
+    def act_on(self, seen: Observation) -> bool:
         """One step's observation to the controller, and what follows from it; whether training went
         back.
         """
@@ -103,7 +108,7 @@ class Steering:
         return self.controller.decide(seen.step, seen.verdict, warning, self._snapshots())
 
     @property
-    def acts(self) -> bool:
+    def must_agree(self) -> bool:
         """Whether what the ranks do must be the same on all of them."""
         return self.controller.policy.mode != "off" or self.mode != "off"
 
@@ -113,7 +118,7 @@ class Steering:
             self.routing.disable()
             self._tell("problem", f"anticipatory routing ends: {why}")
 
-    def obey(self, request: Request, step: int) -> None:
+    def handle_request(self, request: Request, step: int) -> None:
         """Carries out what somebody asked for, or refuses with the reason; either is acknowledged."""
         asked = f"{request.routing} (by {request.by})"
         data: dict[str, Any] = {"request": request.id, "routing": request.routing}
@@ -125,10 +130,10 @@ class Steering:
         if request.delay_steps is not None and self.routing is not None:
             self.routing.delay_steps = request.delay_steps
         self._tell("acknowledge", f"obeyed: routing {asked}", data=data | {"obeyed": True})
-        decision = self.controller.ask(request.routing, step)
+        decision = self.controller.set_mode(request.routing, step)
         if decision.action != "none":
-            self.dials.turn_back("lower-lr")
-            self.dials.turn_back("clamp")
+            self.interventions.revert("lower-lr")
+            self.interventions.revert("clamp")
         self._carry_out(decision, step)
 
     # -- doing it ----------------------------------------------------------------------------
@@ -143,22 +148,22 @@ class Steering:
             "policy": policy.mode,
             "actions": decision.actions,
             "restore": decision.restore,
-            "until": self.controller.until,
-            "possible": decision.possible,
+            "until": self.controller.period_end,
+            "possible": decision.next_possible,
             "budget_left": policy.budget - self.controller.activations,
         }
         self._tell("decision", decision.reason, data=data)
         if not decision.acted:
             return False
-        went_back = decision.restore is not None and self._back(decision, step)
+        rolled_back = decision.restore is not None and self._back(decision, step)
         for action in decision.actions:
             if action == "route" and self.routing is not None:
                 (self.routing.enable if decision.action == "enable" else self.routing.disable)()
             elif decision.action == "enable":
-                self.dials.turn(action, policy)
+                self.interventions.apply(action, policy)
             else:
-                self.dials.turn_back(action)
-        return went_back
+                self.interventions.revert(action)
+        return rolled_back
 
     def _back(self, decision: Decision, step: int) -> bool:
         """Whether training stands before the snapshot's step now. A failure is on record, and
@@ -173,7 +178,7 @@ class Steering:
         except (
             Exception
         ) as e:  # a disk that refuses, a loop that keeps no batches: training goes on where it is
-            self.controller.stay(step)
+            self.controller.rollback_failed(step)
             line = f"could not go back to step {restore}: {type(e).__name__}: {e}".splitlines()[0]
             print(f"geodiag: {line}; training goes on", file=sys.stderr, flush=True)
             self._tell("problem", line)
@@ -194,7 +199,7 @@ class Steering:
                 "this training gave attach no AnticipatoryRouting, so there is nothing to switch"
             )
             return None if request.routing == "off" else nothing
-        if self.strangers and request.routing != "off":
+        if self.unreachable_ranks and request.routing != "off":
             return "other ranks cannot be told; call torch.distributed.init_process_group before geodiag.attach"
         delay = request.delay_steps
         if delay is not None and delay != self.routing.delay_steps and self.routing.mode != "off":
@@ -210,7 +215,7 @@ class Steering:
         )
 
     def _failed(self, error: Exception) -> None:
-        self.gave_up = True
+        self.routing_failed = True
         line = f"anticipatory routing went back to today's choice: {type(error).__name__}: {error}".splitlines()[
             0
         ]

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from geodiag.errors import GeodiagError
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=10)
 """So long a rank may take for one step more than the others before they go on without it."""
 NOTE_BYTES = 1024
-KEPT = tuple(f"kept{i}" for i in range(8))
+SNAPSHOT_FIELDS = tuple(f"snapshot{i}" for i in range(8))
 """The newest snapshots."""
 FIELDS = (
     "here",
@@ -33,15 +33,15 @@ FIELDS = (
     "stage1",
     "stage2",
     "stage3",
-    "gave_up",
-    "mind",
-    *KEPT,
+    "routing_failed",
+    "controller_checksum",
+    *SNAPSHOT_FIELDS,
 )
 """What each rank says of a step: numbers, NaN where it has nothing to say."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
+class RankMessage:
     """One rank's part of the exchange."""
 
     numbers: dict[str, float] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Said:
     """Plain data that only rank 0's is heard of; a request, an early warning."""
 
 
-class Heard(NamedTuple):
+class RankMessages(NamedTuple):
     """What all ranks said of one step."""
 
     by_rank: dict[str, np.ndarray]
@@ -65,7 +65,7 @@ class Heard(NamedTuple):
         return float("nan") if np.isnan(values).all() else float(np.nanmax(values))
 
     @property
-    def spoke(self) -> np.ndarray:
+    def present(self) -> np.ndarray:
         """Which ranks had a step to tell of."""
         return ~np.isnan(self.by_rank["here"])
 
@@ -74,7 +74,7 @@ class Heard(NamedTuple):
         """Mean over ranks, weighted by their tokens where they were counted. One rank's NaN is
         everybody's.
         """
-        losses, tokens = self.by_rank["loss"][self.spoke], self.by_rank["tokens"][self.spoke]
+        losses, tokens = self.by_rank["loss"][self.present], self.by_rank["tokens"][self.present]
         return float(np.average(losses, weights=tokens if (tokens > 0).all() else None))
 
 
@@ -85,9 +85,9 @@ class Ranks:
 
     def __init__(self, rank: int = 0, world: int = 1, group: Any = None) -> None:
         self.rank, self.world, self._group = rank, world, group
-        self.sums = 0
+        self.sum_count = 0
         """How many sums a message carries."""
-        self.lost: str | None = None
+        self.connection_error: str | None = None
         """Why the others are no longer heard, once they are not."""
 
     @classmethod
@@ -104,15 +104,15 @@ class Ranks:
             raise GeodiagError(
                 "ranks talk over gloo, which this torch was built without; install one that has it"
             )
-        return cls(rank, world, dist.new_group(backend="gloo", timeout=PATIENCE))
+        return cls(rank, world, dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @property
-    def alone(self) -> bool:
+    def single_process(self) -> bool:
         """Whether nobody else is heard."""
         return self._group is None
 
     @property
-    def strangers(self) -> bool:
+    def unreachable_ranks(self) -> bool:
         """Whether there are other ranks that cannot be talked to: lost, or no process group was
         there at `attach`.
         """
@@ -126,22 +126,22 @@ class Ranks:
 
     # -- once a step, in the writer's thread ---------------------------------------------------
 
-    def exchange(self, said: Said) -> Heard:
+    def exchange(self, said: RankMessage) -> RankMessages:
         """What all ranks said, once all have said it; this rank's own words where it is alone."""
         heard = None if self._group is None else self._exchanged(said)
         if heard is not None:
             return heard
         own = {name: np.array([said.numbers.get(name, np.nan)]) for name in FIELDS}
-        return Heard(own, self._own_sums(said), said.note)
+        return RankMessages(own, self._own_sums(said), said.note)
 
-    def _own_sums(self, said: Said) -> np.ndarray:
-        return np.full(self.sums, np.nan) if said.sums is None else said.sums
+    def _own_sums(self, said: RankMessage) -> np.ndarray:
+        return np.full(self.sum_count, np.nan) if said.sums is None else said.sums
 
-    def _exchanged(self, said: Said) -> Heard | None:
+    def _exchanged(self, said: RankMessage) -> RankMessages | None:
         # Each rank adds to zeros: a sum of zeros and one number is that number, to the bit, on
         # every rank.
         columns, n = self.world * len(FIELDS), len(FIELDS)
-        message = np.zeros(columns + NOTE_BYTES + self.sums)
+        message = np.zeros(columns + NOTE_BYTES + self.sum_count)
         mine = [said.numbers.get(name, np.nan) for name in FIELDS]
         message[self.rank * n : (self.rank + 1) * n] = mine
         if self.rank == 0:
@@ -158,7 +158,7 @@ class Ranks:
         by_rank = message[:columns].reshape(self.world, n)
         text = message[columns : columns + NOTE_BYTES].astype(np.uint8).tobytes().rstrip(b"\0")
         note = json.loads(text) if text else {}
-        return Heard(
+        return RankMessages(
             dict(zip(FIELDS, by_rank.T, strict=True)), message[columns + NOTE_BYTES :], note
         )
 
@@ -174,11 +174,11 @@ class Ranks:
             .partition(". ")[0]
         )
         others = "the other rank" if self.world == 2 else f"the other {self.world - 1} ranks"
-        self.lost = f"rank {self.rank} no longer hears {others} ({why})"
+        self.connection_error = f"rank {self.rank} no longer hears {others} ({why})"
 
     # -- before the first step, on the training thread -----------------------------------------
 
-    def begin(
+    def create_on_all(
         self,
         make: Callable[[int | None], T],
         attempt_of: Callable[[T], int],
@@ -199,11 +199,11 @@ class Ranks:
         attempt, failure = word[0]
         if failure is None and self.rank != 0:
             made, failure = _try(lambda: make(attempt))
-        self.all_fine(failure, undo=None if made is None else lambda: undo(made))
+        self.raise_on_all(failure, undo=None if made is None else lambda: undo(made))
         assert made is not None, "nobody failed"
         return made
 
-    def of_all(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's `value`, in their order. Collective."""
         if self._group is None:
             return [value]
@@ -211,25 +211,25 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def all_fine(self, failure: str | None, undo: Callable[[], Any] | None = None) -> None:
+    def raise_on_all(self, failure: str | None, undo: Callable[[], Any] | None = None) -> None:
         """Raises on every rank what one rank failed at. Collective."""
-        first = next((f for f in self.of_all(failure) if f is not None), None)
+        first = next((f for f in self.gather(failure) if f is not None), None)
         if first is None:
             return
         if undo is not None:
             undo()
         raise GeodiagError(first)
 
-    def all_can(self, work: Callable[[], Any]) -> None:
+    def run_on_all(self, work: Callable[[], Any]) -> None:
         """Does `work` on this rank as on all. GeodiagError of the first that could not, on every
         rank. Collective.
         """
         _, failure = _try(work)
-        self.all_fine(failure)
+        self.raise_on_all(failure)
 
-    def same(self, what: str, value: Any) -> None:
+    def check_same(self, what: str, value: Any) -> None:
         """GeodiagError on every rank where `value` is not the same on all. Collective."""
-        values = self.of_all(value)
+        values = self.gather(value)
         odd = next((r for r, v in enumerate(values) if v != values[0]), None)
         if odd is not None:
             raise GeodiagError(

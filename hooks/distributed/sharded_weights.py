@@ -17,7 +17,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Halfway(BaseException):
+class CollectiveAborted(BaseException):
     """This rank has left the other ranks alone in collectives that it cannot make up for.
 
     No Exception: who swallowed it would let the training's next collective meet the one that was
@@ -25,38 +25,38 @@ class Halfway(BaseException):
     """
 
 
-def is_spread(value: Any) -> bool:
+def is_dtensor(value: Any) -> bool:
     return hasattr(value, "placements") and hasattr(value, "to_local")
 
 
 def local(value: Any) -> Tensor:
     """What of `value` lies on this rank; all of it where it is not spread."""
-    return value.to_local() if is_spread(value) else value
+    return value.to_local() if is_dtensor(value) else value
 
 
-def copies(value: Any, ranks: int) -> float:
+def replica_count(value: Any, ranks: int) -> float:
     """On how many of the `ranks` each element of `value` lies. A plain tensor is taken to be alike
     on all of them.
     """
-    if not is_spread(value):
+    if not is_dtensor(value):
         return ranks
     mesh = value.device_mesh
     replicas = math.prod(mesh.size(i) for i, p in enumerate(value.placements) if not p.is_shard())
     return replicas * max(ranks // mesh.size(), 1)
 
 
-def whole(value: Any) -> Any:
+def full_value(value: Any) -> Any:
     """A number that may be spread over ranks (a norm, a loss) as a plain tensor. Collective where
     it is spread.
     """
-    return value.full_tensor() if is_spread(value) else value
+    return value.full_tensor() if is_dtensor(value) else value
 
 
-def from_part(part: Tensor, like: Any) -> Tensor:
+def full_from_local(part: Tensor, like: Any) -> Tensor:
     """The whole of what `part` is this rank's part of, spread as `like` is. Collective where that
     is spread.
     """
-    if not is_spread(like):
+    if not is_dtensor(like):
         return part
     spread = type(like).from_local(
         part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
@@ -64,7 +64,7 @@ def from_part(part: Tensor, like: Any) -> Tensor:
     return spread.full_tensor()
 
 
-def sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` or FSDP manages the weights: a forward that it began it must also end."""
     return any(
         c.__name__ in ("FSDPModule", "FullyShardedDataParallel")
@@ -74,31 +74,31 @@ def sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def to_its_end(model: nn.Module) -> Iterator[None]:
-    """Inside, all ranks are in the same collectives of a sharded `model`; Halfway where this one
+def complete_on_all_ranks(model: nn.Module) -> Iterator[None]:
+    """Inside, all ranks are in the same collectives of a sharded `model`; CollectiveAborted where this one
     cannot go on.
     """
     try:
         yield
     except Exception as e:
-        if not sharded(model) or torch.distributed.get_world_size() == 1:
+        if not is_sharded(model) or torch.distributed.get_world_size() == 1:
             raise
         line = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise Halfway(
+        raise CollectiveAborted(
             f"what geodiag runs on sharded weights, all ranks together, failed here ({line})"
         ) from e
 
 
-def managed(module: nn.Module) -> list[Any]:
+def fsdp_modules(module: nn.Module) -> list[Any]:
     """The modules in `module`, itself included, that `fully_shard` gathers and frees."""
     return [m for m in module.modules() if any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
 
 
-def edit(weight: Any, change: Callable[[Tensor], Any]) -> None:
+def edit_full(weight: Any, change: Callable[[Tensor], Any]) -> None:
     """`change`s the whole of `weight` in place, wherever it lies. Collective where it is spread
     over ranks.
     """
-    if not is_spread(weight):
+    if not is_dtensor(weight):
         change(weight)
         return
     from torch.distributed.tensor import distribute_tensor
@@ -113,8 +113,8 @@ def edit(weight: Any, change: Callable[[Tensor], Any]) -> None:
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """Inside, the weights of `module` are whole on every rank. Collective where they are spread."""
-    parts = managed(module)
-    with to_its_end(module):
+    parts = fsdp_modules(module)
+    with complete_on_all_ranks(module):
         for part in parts:
             part.unshard()
     try:
@@ -124,7 +124,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-def each_gathered(
+def for_each_gathered(
     modules: Iterable[tuple[K, nn.Module]], work: Callable[[K], V | None]
 ) -> dict[K, V]:
     """What `work` makes of each key while its module's weights are whole; None is left out.
@@ -148,7 +148,7 @@ def each_gathered(
     return found
 
 
-def free(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
     """Frees what a forward without a backward left gathered; between steps everything is spread."""
-    for part in managed(module):
+    for part in fsdp_modules(module):
         part.reshard()

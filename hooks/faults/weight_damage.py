@@ -5,7 +5,7 @@ from torch import Tensor
 
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters.base import ExpertSite, RouterSite
-from geodiag.hooks.distributed.sharded_weights import edit
+from geodiag.hooks.distributed.sharded_weights import edit_full
 
 # E experts, R × C the shape of one expert's weight, C channels of a router's row
 
@@ -41,9 +41,9 @@ def to_expert(kind: str, site: ExpertSite, step: int, magnitude: float) -> int:
 
     if kind == "expert-scale":
         for name in ("gate", "up"):
-            edit(weights[name], scale)
+            edit_full(weights[name], scale)
     else:
-        edit(weights["gate"], flip)
+        edit_full(weights["gate"], flip)
     return expert
 
 
@@ -79,5 +79,5 @@ def to_router(kind: str, site: RouterSite, step: int, magnitude: float) -> int |
         weight_EC[order] = weight_EC[order.roll(1)]
 
     change = {"gate-column": scale, "router-shift": shift, "router-permute": permute}[kind]
-    edit(site.weight().detach(), change)
+    edit_full(site.weight().detach(), change)
     return expert if kind == "gate-column" else None

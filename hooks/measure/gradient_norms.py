@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from geodiag.hooks.adapters.base import Layout, Removable
-from geodiag.hooks.distributed.sharded_weights import copies, local
+from geodiag.hooks.distributed.sharded_weights import local, replica_count
 from geodiag.hooks.measure.forward_hooks import Report
 
 _SETS = 64
@@ -94,7 +94,7 @@ class GradientNorms:
             if len(self._places) >= _SETS:
                 self._places.clear()
             layers = [self._layer.get(i, self._outside) for i in key]
-            shares = [1 / copies(p, self._ranks) for p in params]
+            shares = [1 / replica_count(p, self._ranks) for p in params]
             self._places[key] = (
                 torch.tensor(layers, device=self._device),
                 torch.tensor(shares, device=self._device),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from geodiag.hooks.adapters.base import Layout, Removable, RouterSite
-from geodiag.hooks.distributed.sharded_weights import is_spread
+from geodiag.hooks.distributed.sharded_weights import is_dtensor
 from geodiag.hooks.measure.forward_hooks import Taps
 
 Snapshot = list[tuple[Tensor | None, Tensor | None]]
@@ -24,7 +24,7 @@ class RouterPast:
         self._ring: deque[Snapshot] = deque()
         self.ready = False
         """Whether the step that just ended had weights of Δ steps ago to compare with."""
-        self._spread = [is_spread(r.weight()) for r in layout.routers]
+        self._spread = [is_dtensor(r.weight()) for r in layout.routers]
         self._used: dict[int, Tensor] = {}
         """What is spread over ranks between the steps is whole in a forward: taken there, nobody
         need be asked.

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geodiag.hooks.distributed.sharded_weights import sharded, to_its_end
-from geodiag.hooks.routing.isolated_forward import traceless
+from geodiag.hooks.distributed.sharded_weights import complete_on_all_ranks, is_sharded
+from geodiag.hooks.routing.isolated_forward import isolated
 
 PROBE_TOKENS = 2048
 
 Arguments = tuple[tuple, dict[str, Any]]
 
 
-class Enough(BaseException):
+class StopForward(BaseException):
     """Ends a probe's forward where nothing more is wanted of it. No Exception: a model may catch
     those.
     """
@@ -28,7 +28,7 @@ class ProbeBatch:
 
     def __init__(self, model: nn.Module, given: tuple | Mapping[str, Any] | None) -> None:
         self.model = model
-        self._whole = sharded(model)
+        self._whole = is_sharded(model)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._args: tuple = () if isinstance(given, Mapping) else tuple(given or ())
         self._kwargs: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {}
@@ -58,7 +58,7 @@ class ProbeBatch:
                 state["args"], state["kwargs"], lambda t: t.to(self._device)
             )
 
-    def meet(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def adopt_batch(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward of the training: its autocast is the probe's too, and without a batch this one
         is taken, at most `PROBE_TOKENS` tokens of it.
         """
@@ -97,7 +97,7 @@ class ProbeBatch:
         with self._as_in_training():
             self.model(*self._args, **self._kwargs)
 
-    def forward_copies(self, copies: int, positions: int) -> None:
+    def run_copies(self, copies: int, positions: int) -> None:
         """The same with the first sequence's first `positions` tokens, `copies` times over."""
         shape = self.shape
 
@@ -113,18 +113,18 @@ class ProbeBatch:
         with self._as_in_training():
             self.model(*args, **kwargs)
 
-    def enough(self) -> None:
+    def stop_forward(self) -> None:
         """Ends the forward under way, where it may be ended: a sharded model runs to its end."""
         if not self._whole:
-            raise Enough
+            raise StopForward
 
     @contextmanager
     def _as_in_training(self) -> Iterator[None]:
         with (
-            to_its_end(self.model),
+            complete_on_all_ranks(self.model),
             _eager(self.model),
-            traceless(self.model, evaluate=True),
-            suppress(Enough),
+            isolated(self.model, evaluate=True),
+            suppress(StopForward),
         ):
             if self._autocast is None:
                 yield

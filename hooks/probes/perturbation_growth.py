@@ -23,7 +23,7 @@ EPSILON = 2e-2
 _SEED = 23
 
 
-class Growth:
+class PerturbationGrowth:
     """Hooks on the layers that are recorded; at work only inside `run`."""
 
     def __init__(self, batch: ProbeBatch, layout: Layout) -> None:
@@ -54,7 +54,7 @@ class Growth:
         copies = 1 + len(self._layers)
         self._on, self._changes, self._end = True, [], None
         try:
-            self._batch.forward_copies(copies, max(16, PROBE_TOKENS // copies))
+            self._batch.run_copies(copies, max(16, PROBE_TOKENS // copies))
             if self._failure is not None:
                 raise self._failure
             assert self._end is not None, "the end is watched"
@@ -100,7 +100,7 @@ class Growth:
     def _ended(self, view: Callable[[], Tensor]) -> None:
         if self._on:
             self._end = self._guarded(lambda: view().detach().float())
-            self._batch.enough()
+            self._batch.stop_forward()
 
     def remove(self) -> None:
         """Takes the hooks off."""

@@ -30,7 +30,7 @@ from geodiag.hooks.measure import formulas as metrics
 from geodiag.hooks.measure.forward_hooks import COUNTERFACTUAL_LIMIT, Report
 from geodiag.hooks.probes.batch import ProbeBatch
 from geodiag.hooks.probes.expert_block import gates
-from geodiag.hooks.probes.tear import Torn, pick
+from geodiag.hooks.probes.tear import FlippedTokens, pick_flipped
 from geodiag.hooks.probes.token_trace import Projection
 
 # T tokens, B sequences, C channels, E experts, K experts per token, F expert dim
@@ -40,13 +40,13 @@ CURVED_TOKENS = 32
 
 
 @dataclass
-class Seen:
+class ProbeResult:
     """What one look found, by layer; `streams` by place, after site 0, 1, …"""
 
     choices: dict[int, Choice] = field(default_factory=dict)
     margins: dict[int, Tensor] = field(default_factory=dict)
     flips: dict[int, Tensor] = field(default_factory=dict)
-    torn: dict[int, Torn] = field(default_factory=dict)
+    flipped_tokens: dict[int, FlippedTokens] = field(default_factory=dict)
     curved: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     streams: dict[int, Tensor] = field(default_factory=dict)
     logits: dict[int, Tensor] = field(default_factory=dict)
@@ -54,12 +54,12 @@ class Seen:
     """Gate hits of each sequence (B), and how many elements a sequence has."""
 
 
-class Look:
+class ProbeForward:
     """Watches the layers that are recorded."""
 
     def __init__(self, batch: ProbeBatch, layout: Layout, report: Report) -> None:
         self.batch, self._report = batch, report
-        self.seen = Seen()
+        self.seen = ProbeResult()
         self._wanted: frozenset[str] = frozenset()
         self._then: dict[int, Choice] = {}
         self._view: RouterView | None = None
@@ -94,20 +94,20 @@ class Look:
             sink = self._sink("last stream", partial(self._stream, len(layout.sites) - 1), "tokens")
             self._handles += layout.watch_end(sink)
             self._handles += layout.watch_end(
-                lambda _view: self.batch.enough() if self._wanted else None
+                lambda _view: self.batch.stop_forward() if self._wanted else None
             )
 
     @contextmanager
-    def taken(self, wanted: frozenset[str], then: dict[int, Choice]) -> Iterator[Seen]:
+    def run(self, wanted: frozenset[str], then: dict[int, Choice]) -> Iterator[ProbeResult]:
         """One forward of the batch; what it showed of the wanted groups, compared with the choices
         of `then`.
         """
-        self.seen, self._wanted, self._then = Seen(), wanted | {"router"}, then
+        self.seen, self._wanted, self._then = ProbeResult(), wanted | {"router"}, then
         try:
             self.batch.forward()
             yield self.seen
         finally:
-            self.seen, self._wanted, self._then, self._view = Seen(), frozenset(), {}, None
+            self.seen, self._wanted, self._then, self._view = ProbeResult(), frozenset(), {}, None
 
     def remove(self) -> None:
         """Takes the hooks off."""
@@ -153,13 +153,13 @@ class Look:
             flips = seen.flips[layer] = metrics.flips(now.expert_ids_TK, then.expert_ids_TK)
             if "tear" in self._wanted and view is not None:
                 flipped = flips > 0
-                where = pick(flipped)
+                where = pick_flipped(flipped)
                 again = site.chosen(site.replay(output, then.expert_ids_TK))
                 live, past = (
                     gates(c.expert_ids_TK[where], c.weights_TK[where], site.experts)
                     for c in (now, again)
                 )
-                seen.torn[layer] = Torn(
+                seen.flipped_tokens[layer] = FlippedTokens(
                     view.hidden_TC[where], live, past, flipped[where], flipped.float().mean()
                 )
         if "curvature" in self._wanted and view is not None:

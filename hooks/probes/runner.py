@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from geodiag.hooks.adapters.base import Choice, ExpertSite, Layout, RouterSite
-from geodiag.hooks.distributed.sharded_weights import each_gathered
+from geodiag.hooks.distributed.sharded_weights import for_each_gathered
 from geodiag.hooks.measure import formulas as metrics
 from geodiag.hooks.measure.forward_hooks import Report
 from geodiag.hooks.measure.metric_groups import COMPARED, PROBED, needed
 from geodiag.hooks.probes.batch import ProbeBatch
 from geodiag.hooks.probes.curvature import curvature, directions
-from geodiag.hooks.probes.perturbation_growth import Growth
-from geodiag.hooks.probes.probe_forward import Look, Seen
+from geodiag.hooks.probes.perturbation_growth import PerturbationGrowth
+from geodiag.hooks.probes.probe_forward import ProbeForward, ProbeResult
 from geodiag.hooks.probes.tear import tear
 from geodiag.hooks.probes.token_trace import Trace, choose
 from geodiag.hooks.probes.weight_spectra import WeightSpectra
@@ -45,22 +45,22 @@ class Probes:
         self.layout, self.trace, self._report = layout, trace, report
         self._by_domain = by_domain
         self.batch = ProbeBatch(model, batch)
-        self._look = Look(self.batch, layout, report)
-        self._growth = Growth(self.batch, layout)
+        self._forward = ProbeForward(self.batch, layout, report)
+        self._growth = PerturbationGrowth(self.batch, layout)
         self._spectra = WeightSpectra(layout)
         self._then: dict[int, Choice] = {}
-        self._meeting = model.register_forward_pre_hook(self._meet, with_kwargs=True)
+        self._adoption = model.register_forward_pre_hook(self._adopt, with_kwargs=True)
 
-    def _meet(self, _: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+    def _adopt(self, _: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
         # Torch leaves the kwargs out for a hook that an earlier hook of the same call took off.
         if torch.is_grad_enabled() and kwargs is not None:
-            self.batch.meet(args, kwargs)
+            self.batch.adopt_batch(args, kwargs)
 
-    def met(self) -> None:
+    def finish_adoption(self) -> None:
         """The first step is over: the training was met. Here, because a compiled forward cannot
         take its hooks off.
         """
-        self._meeting.remove()
+        self._adoption.remove()
 
     def run(self, due: frozenset[str]) -> Values:
         """Values of the metrics that are due, one a place; of the first probe those that need no
@@ -84,8 +84,8 @@ class Probes:
 
     def remove(self) -> None:
         """Takes the hooks off."""
-        self._meeting.remove()
-        self._look.remove()
+        self._adoption.remove()
+        self._forward.remove()
         self._growth.remove()
 
     def _try(self, what: str, measure: Callable[[], Values]) -> Values:
@@ -109,14 +109,14 @@ class Probes:
             "domains": self._domains,
         }
         values: Values = {}
-        with self._look.taken(groups, self._then) as seen:
+        with self._forward.run(groups, self._then) as seen:
             for group in (g for g in parts if g in groups):
                 values |= self._try(f"probe of {group}", partial(parts[group], seen))
             if groups & COMPARED:
                 self._then = seen.choices
         return values
 
-    def _flips(self, seen: Seen) -> Values:
+    def _flips(self, seen: ProbeResult) -> Values:
         found: dict[str, dict[int, Tensor]] = {"flip_rate": {}, "flip_any": {}, "flip_top1": {}}
         for site in self.layout.routers:
             if (flips := seen.flips.get(site.layer)) is None:
@@ -129,9 +129,13 @@ class Probes:
             )
         return self._by_router(found)
 
-    def _tear(self, seen: Seen) -> Values:
+    def _tear(self, seen: ProbeResult) -> Values:
         def torn(site: ExpertSite) -> tuple[Tensor, Tensor] | None:
-            return tear(site, seen.torn[site.layer]) if site.layer in seen.torn else None
+            return (
+                tear(site, seen.flipped_tokens[site.layer])
+                if site.layer in seen.flipped_tokens
+                else None
+            )
 
         found = self._of_experts(torn)
         parts = ({i: pair[n] for i, pair in found.items()} for n in (0, 1))
@@ -140,7 +144,9 @@ class Probes:
     def _of_experts(self, work: Callable[[ExpertSite], V | None]) -> dict[int, V]:
         """By layer, with its weights whole."""
         sites = {e.layer: e for e in self.layout.experts if self.layout.watches(e.layer)}
-        return each_gathered(((i, self.layout.layers[i]) for i in sites), lambda i: work(sites[i]))
+        return for_each_gathered(
+            ((i, self.layout.layers[i]) for i in sites), lambda i: work(sites[i])
+        )
 
     def _by_router(self, found: dict[str, dict[int, Tensor]]) -> Values:
         layers = [r.layer for r in self.layout.routers]
@@ -150,7 +156,7 @@ class Probes:
             if values
         }
 
-    def _curvature(self, seen: Seen) -> Values:
+    def _curvature(self, seen: ProbeResult) -> Values:
         def bent(site: ExpertSite) -> tuple[Tensor, Tensor, Tensor] | None:
             if site.layer not in seen.curved:
                 return None
@@ -176,11 +182,11 @@ class Probes:
             for n, name in enumerate(names)
         }
 
-    def _attention(self, seen: Seen) -> Values:
+    def _attention(self, seen: ProbeResult) -> Values:
         layers = [a.layer for a in self.layout.attention]
         return {"attn/attn_logit_max": metrics.in_order(layers, seen.logits)} if seen.logits else {}
 
-    def _tokens(self, seen: Seen) -> Values:
+    def _tokens(self, seen: ProbeResult) -> Values:
         sequences, positions = self.batch.shape
         sites = range(len(self.layout.sites))
         streams = next(iter(seen.streams.values()))
@@ -208,7 +214,7 @@ class Probes:
                 )
         return values
 
-    def _domains(self, seen: Seen) -> Values:
+    def _domains(self, seen: ProbeResult) -> Values:
         """By sequence of the probe batch; whose domain that is, the host knows."""
         values: Values = {}
         learned = {r.layer for r in self.layout.routers if not r.hashed}

@@ -15,7 +15,7 @@ TOKENS = 64
 _SEED = 11
 
 
-class Torn(NamedTuple):
+class FlippedTokens(NamedTuple):
     """What is kept of one router's flipped tokens until the forward is over."""
 
     hidden_MC: Tensor
@@ -27,7 +27,7 @@ class Torn(NamedTuple):
     """Of all tokens, those that flipped."""
 
 
-def pick(flipped_T: Tensor) -> Tensor:
+def pick_flipped(flipped_T: Tensor) -> Tensor:
     """`TOKENS` tokens, flipped ones first, a fixed random choice among them; nothing is read on the
     host.
     """
@@ -37,7 +37,7 @@ def pick(flipped_T: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def tear(site: ExpertSite, torn: Torn) -> tuple[Tensor, Tensor]:
+def tear(site: ExpertSite, torn: FlippedTokens) -> tuple[Tensor, Tensor]:
     """Mean of ‖F(x; A) − F(x; A_then)‖ / ‖F(x; A)‖ over all tokens (0 where A stayed), and over the
     flipped ones.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from geodiag.hooks.adapters.base import Layout
-from geodiag.hooks.distributed.sharded_weights import each_gathered
+from geodiag.hooks.distributed.sharded_weights import for_each_gathered
 from geodiag.hooks.measure import formulas as metrics
 
 _ROUTER = "router/spectral_norm_router"
@@ -29,7 +29,7 @@ class WeightSpectra:
         """
         lay = self.layout
         watched = [(i, layer) for i, layer in enumerate(lay.layers) if lay.watches(i)]
-        found = each_gathered(watched, self._norms)
+        found = for_each_gathered(watched, self._norms)
         owners = {_ROUTER: [r.layer for r in lay.routers]} | {
             f"act/{n}": [e.layer for e in lay.experts] for n in _NAMES
         }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from geodiag.events import Event
 from geodiag.hooks.adapters.base import Layout
-from geodiag.hooks.distributed.rank_exchange import Ranks, Said
+from geodiag.hooks.distributed.rank_exchange import RankMessage, Ranks
 from geodiag.hooks.record import probe_table_rows as probe_rows
 from geodiag.hooks.record import table_rows as rows
 from geodiag.hooks.record.cascade_recorder import Teller
@@ -50,7 +50,7 @@ class Facts:
     domains: tuple[str, ...] | None = None
     """The domain of each of the step's sequences."""
     probe_domains: tuple[str, ...] | None = None
-    said: Said = field(default_factory=Said)
+    said: RankMessage = field(default_factory=RankMessage)
     """What this rank has to say to the others, beside the step's values."""
 
 
@@ -72,8 +72,8 @@ class Recorder:
     ) -> None:
         self.run, self.layout, self.places = run, layout, Places.of(layout)
         self.ranks, self._sums = ranks or Ranks(), Sums(layout)
-        self.ranks.sums = self._sums.size
-        self._world = 1 if self.ranks.alone else self.ranks.world
+        self.ranks.sum_count = self._sums.size
+        self._world = 1 if self.ranks.single_process else self.ranks.world
         self.observer = Observer(
             self.places, frozenset(r.layer for r in layout.routers if r.hashed)
         )
@@ -162,7 +162,7 @@ class Recorder:
 
     @property
     def _speaks(self) -> bool:
-        return self.ranks.rank == 0 or self.ranks.alone
+        return self.ranks.rank == 0 or self.ranks.single_process
 
     def complain(self, what: str, error: BaseException, step: int) -> None:
         """Says once that geodiag itself failed at something; training goes on."""
@@ -216,9 +216,11 @@ class Recorder:
         say = partial(self.observer.say, facts.step, host, facts.absent)
         numbers, note = self._guarded("stage scores", say) or ({}, {})
         # Outside of any guard: whatever failed on this rank, the others wait for its word.
-        said = Said(numbers=numbers | facts.said.numbers, sums=sums, note=facts.said.note | note)
+        said = RankMessage(
+            numbers=numbers | facts.said.numbers, sums=sums, note=facts.said.note | note
+        )
         heard = self.ranks.exchange(said)
-        ranks = 0 if self.ranks.lost else self._world
+        ranks = 0 if self.ranks.connection_error else self._world
         self._guarded("sums over ranks", lambda: self._sums.into(host, heard.sums, ranks))
         seen = self._guarded("the detector", lambda: self.observer.observe(facts.step, host, heard))
         if "loss" in host:

@@ -13,7 +13,7 @@ import numpy as np
 from geodiag import __version__
 from geodiag.anomaly.stage_scores import Scores
 from geodiag.cascade.early_warning import EarlyWarning, Held, Warning
-from geodiag.hooks.distributed.rank_exchange import Heard
+from geodiag.hooks.distributed.rank_exchange import RankMessages
 from geodiag.hooks.record.table_rows import Host, Places, series_of
 from geodiag.spikes.detector import SpikeDetector, Verdict
 
@@ -36,10 +36,10 @@ class Observation:
     verdict: Verdict
     stages: dict[int, float]
     warning: Warning | None = None
-    """Said at this step: a place is out of range and the loss not yet."""
+    """RankMessage at this step: a place is out of range and the loss not yet."""
     worst: dict[str, float] = field(default_factory=dict)
     """Largest value over places of the metrics people watch while training, on this rank."""
-    heard: Heard | None = None
+    heard: RankMessages | None = None
     """What all ranks said of the step."""
 
 
@@ -74,11 +74,11 @@ class Observer:
         warning = self.early.update(step, self.scores.places, at_place)
         return said, {"warning": asdict(warning)} if warning else {}
 
-    def observe(self, step: int, host: Host, heard: Heard) -> Observation | None:
+    def observe(self, step: int, host: Host, heard: RankMessages) -> Observation | None:
         """What all ranks together saw; the same on every rank, but for `worst`. None where none saw
         anything.
         """
-        if not heard.spoke.any():
+        if not heard.present.any():
             return None
         grad_norm = _number(heard.largest("grad_norm"))
         if (

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from geodiag.errors import GeodiagError
-from geodiag.hooks.adapters.base import RouterSite, first_in_line
-from geodiag.hooks.distributed.sharded_weights import Halfway, to_its_end
+from geodiag.hooks.adapters.base import RouterSite, register_first_hook
+from geodiag.hooks.distributed.sharded_weights import CollectiveAborted, complete_on_all_ranks
 from geodiag.hooks.routing.base import Mode, Rerouting
-from geodiag.hooks.routing.isolated_forward import Choices, traceless
-from geodiag.hooks.routing.tensor_stash import Aside
+from geodiag.hooks.routing.isolated_forward import RouterChoices, isolated
+from geodiag.hooks.routing.tensor_stash import TensorStash
 
 Forward = Callable[[nn.Module, Any], Any]
 DEVICE_BYTES = 256 << 20
@@ -33,7 +33,7 @@ class _Waiting:
     """A fetched batch; `ids` once they were captured, one (T, K) int16 tensor a learned router."""
 
     batch: Any
-    ids: Aside | None = None
+    ids: TensorStash | None = None
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -75,11 +75,16 @@ class AnticipatoryRouting(Rerouting):
         self._data_ended = False
         self._autocast: tuple[bool, torch.dtype] | None = None
         self._device = self._where()
-        self._choices = Choices(self.routers, model, self._layout.watch_end, self._layout.tail)
+        self._choices = RouterChoices(
+            self.routers, model, self._layout.watch_end, self._layout.tail
+        )
         # First in line, so that whoever watches the router sees the choice that is used.
         self._handles += [
             self._choices,
-            *(first_in_line(r.module, self._replay(i, r)) for i, r in enumerate(self.routers)),
+            *(
+                register_first_hook(r.module, self._replay(i, r))
+                for i, r in enumerate(self.routers)
+            ),
         ]
 
     @property
@@ -149,17 +154,17 @@ class AnticipatoryRouting(Rerouting):
 
     # -- capture and replay ------------------------------------------------------------------
 
-    def _capture(self, batch: Any) -> Aside | None:
+    def _capture(self, batch: Any) -> TensorStash | None:
         try:
             with (
-                self._choices.kept() as choices,  # around the rest: what it misses, a forward at its end has left out
-                to_its_end(self.model),
+                self._choices.recording() as choices,  # around the rest: what it misses, a forward at its end has left out
+                complete_on_all_ranks(self.model),
                 self._as_in_training(),
-                traceless(self.model, evaluate=False),
+                isolated(self.model, evaluate=False),
             ):
                 self._forward(self.model, batch)
             return self._put([c.expert_ids_TK.to(torch.int16) for c in choices])
-        except Halfway as e:
+        except CollectiveAborted as e:
             raise GeodiagError(
                 f"{e}; the training ends, because the other ranks are in it still"
             ) from e
@@ -169,8 +174,8 @@ class AnticipatoryRouting(Rerouting):
             self._give_up(e)
             return None
 
-    def _put(self, ids: list[Tensor]) -> Aside:
-        return Aside.put(
+    def _put(self, ids: list[Tensor]) -> TensorStash:
+        return TensorStash.put(
             ids, room=self._device_bytes // (self.delay_steps * self.micro_batches + 1)
         )
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from geodiag.hooks.adapters.base import Choice, Removable, RouterSite, Watch
-from geodiag.hooks.distributed.sharded_weights import free, sharded
+from geodiag.hooks.distributed.sharded_weights import is_sharded, reshard
 
 
 @contextmanager
-def traceless(model: nn.Module, evaluate: bool) -> Iterator[None]:
+def isolated(model: nn.Module, evaluate: bool) -> Iterator[None]:
     """Inside, `model` can run without gradient; outside, nothing of it can be told.
 
     Random states (Python's, numpy's, torch's, every GPU's), buffers and train/eval modes are as
@@ -45,16 +45,16 @@ def traceless(model: nn.Module, evaluate: bool) -> Iterator[None]:
                 module._buffers[name] = buffer  # some modules put a new tensor in its place
                 if buffer._version != version:
                     buffer.copy_(saved)
-            free(model)
+            reshard(model)
 
 
-class _Enough(BaseException):
+class _AllChosen(BaseException):
     """Every router has chosen. Not an Exception: a forward's own `except Exception` must not
     swallow it.
     """
 
 
-class Choices:
+class RouterChoices:
     """Every router's choice in the forwards inside `kept`.
 
     The hooks go on once and stay: a compiled model never notices a hook that comes later. With
@@ -84,12 +84,12 @@ class Choices:
             self._handles.append(tail.register_forward_pre_hook(self._shorten))
 
     @contextmanager
-    def kept(self) -> Iterator[list[Choice]]:
+    def recording(self) -> Iterator[list[Choice]]:
         """The yielded list is filled when the block ends: one choice a router, of its last forward."""
         out: list[Choice] = []
-        self._on, self._stops = True, self._model is not None and not sharded(self._model)
+        self._on, self._stops = True, self._model is not None and not is_sharded(self._model)
         try:
-            with suppress(_Enough):
+            with suppress(_AllChosen):
                 yield out
             missing = sum(c is None for c in self._seen)
             if missing:
@@ -120,7 +120,7 @@ class Choices:
         if torch.compiler.is_compiling():  # compiled code cannot be left halfway
             return
         if self._on and self._stops and all(c is not None for c in self._seen):
-            raise _Enough
+            raise _AllChosen
 
     def remove(self) -> None:
         """Takes the hooks off."""

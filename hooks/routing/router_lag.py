@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters.base import RouterSite, RouterView
-from geodiag.hooks.distributed.sharded_weights import from_part, is_spread, local
+from geodiag.hooks.distributed.sharded_weights import full_from_local, is_dtensor, local
 from geodiag.hooks.routing.base import Rerouting
-from geodiag.hooks.routing.tensor_stash import Aside
+from geodiag.hooks.routing.tensor_stash import TensorStash
 
 DEVICE_BYTES = 256 << 20
 
@@ -44,7 +44,7 @@ class RouterLag(Rerouting):
     ) -> None:
         super().__init__(model, delay_steps, micro_batches)
         self._device_bytes = device_bytes
-        self._past: deque[Aside] = deque()
+        self._past: deque[TensorStash] = deque()
         """Weights and biases of every router, one entry a step, today's last."""
         self._lagged: list[Tensor] = []
         """The ones that choose now, always in the same place: a compiled model does not look
@@ -99,7 +99,7 @@ class RouterLag(Rerouting):
             if self._on:
                 self._make_lagged()
         except Exception as e:  # a training must not end because its routing cannot look back
-            if any(is_spread(t) for t in self._today):
+            if any(is_dtensor(t) for t in self._today):
                 raise GeodiagError(
                     f"router-lag failed on this rank, and the others wait for its weights: {e}"
                 ) from e
@@ -112,7 +112,7 @@ class RouterLag(Rerouting):
     def _remember(self) -> None:
         self._today = [t for r in self.routers for t in (r.weight(), r.bias()) if t is not None]
         room = self._device_bytes // (self.delay_steps + 1)
-        self._past.append(Aside.put([local(t) for t in self._today], room))
+        self._past.append(TensorStash.put([local(t) for t in self._today], room))
         while len(self._past) > self.delay_steps + 1:
             self._past.popleft()
 
@@ -120,7 +120,8 @@ class RouterLag(Rerouting):
     def _make_lagged(self) -> None:
         """Brings the weights of Δ steps ago to the place where the routers look for them."""
         then = [
-            from_part(t, like) for t, like in zip(self._past[0].take(), self._today, strict=True)
+            full_from_local(t, like)
+            for t, like in zip(self._past[0].take(), self._today, strict=True)
         ]
         if [(t.shape, t.device) for t in self._lagged] != [(t.shape, t.device) for t in then]:
             self._lagged = [
@@ -175,6 +176,6 @@ class RouterLag(Rerouting):
         self.mode, self._wanted = state["mode"], state["wanted"]
         room = self._device_bytes // (self.delay_steps + 1)
         self._past = deque(
-            Aside.put([t.to(device) for t in entry], room) for entry in state["past"]
+            TensorStash.put([t.to(device) for t in entry], room) for entry in state["past"]
         )
         self._on = False

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Aside:
+class TensorStash:
     """Several tensors as one flat one, so that each way is a single copy, and nobody waits for it."""
 
     flat: Tensor
@@ -18,7 +18,7 @@ class Aside:
     device: torch.device
 
     @classmethod
-    def put(cls, tensors: Sequence[Tensor], room: int) -> "Aside":
+    def put(cls, tensors: Sequence[Tensor], room: int) -> "TensorStash":
         """Keeps copies of `tensors`; up to `room` bytes stay where they are. Smaller types become
         the widest.
         """

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from geodiag.hooks.record.serial_worker import Worker
-from geodiag.hooks.snapshots.host_buffer import Arena
+from geodiag.hooks.snapshots.host_buffer import HostBuffer
 from geodiag.store.files import first_line
 
 _REST = "geodiag"
@@ -64,7 +64,7 @@ def _refusal(error: BaseException) -> BaseException:
     )
 
 
-class Shelf:
+class DiskSnapshots:
     """One rank's folder of snapshots: `step-00000250/`, whole or not there."""
 
     def __init__(self, folder: Path) -> None:
@@ -103,7 +103,7 @@ class Shelf:
         tree: Any,
         aside: dict[str, Any],
         tensors: dict[str, Tensor],
-        arena: Arena,
+        arena: HostBuffer,
         most: int,
     ) -> None:
         """Writes in a thread, and then keeps at most so many. The tensors' arena is left alone

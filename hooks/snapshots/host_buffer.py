@@ -20,7 +20,7 @@ def _padded(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
 
-class Arena:
+class HostBuffer:
     """Copies tensors in, all at once; `tensors` are the copies.
 
     On a GPU the copy runs on a stream of its own, beside the forward and backward of the next step,
@@ -76,7 +76,7 @@ class Arena:
             self._copied.synchronize()
 
 
-def _page_lock(owner: Arena, block: Tensor) -> None:
+def _page_lock(owner: HostBuffer, block: Tensor) -> None:
     """Exactly these bytes, unlike torch's own pinned memory, which comes in powers of two."""
     block.zero_()  # touched by many threads first: locking untouched pages is slow
     cuda = torch.cuda.cudart()

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
-class Tape:
+class ReplayableLoader:
     """An iterator of batches that can be rewound. Positions count what the loader gave, from 0.
 
     A loader that has `state_dict` is asked for it at every mark, so that a resume need not count
@@ -46,7 +46,7 @@ class Tape:
             self._head += 1
         return self._kept[position - self._head]
 
-    def consumed(self, queued: int) -> int:
+    def next_to_train(self, queued: int) -> int:
         """The position of the next batch to train on, while `queued` of those handed out still
         wait.
         """
@@ -66,7 +66,7 @@ class Tape:
         self.position = position
         self._given = deque(waiting, maxlen=self._given.maxlen)
 
-    def forget(self, before: int) -> None:
+    def discard(self, before: int) -> None:
         """Nobody will come back to positions below `before`."""
         while self._kept and self._head - len(self._kept) < before:
             self._kept.popleft()
@@ -74,7 +74,7 @@ class Tape:
         self._marks = {p: s for p, s in self._marks.items() if newest is None or p >= newest}
         self._left_out = [r for r in self._left_out if r.stop > before]
 
-    def leave_out(self, positions: range) -> None:
+    def skip(self, positions: range) -> None:
         """From now on these positions are passed over."""
         self._left_out.append(positions)
 
@@ -94,7 +94,7 @@ class Tape:
         }
 
     @classmethod
-    def resumed(cls, source: Any, state: dict[str, Any]) -> "Tape":
+    def resumed(cls, source: Any, state: dict[str, Any]) -> "ReplayableLoader":
         """A tape over a new `source`, at the place where `state` was taken. ValueError where the
         data ends before.
         """
@@ -106,7 +106,7 @@ class Tape:
             while tape.position < state["position"]:
                 tape._read(tape.position)
                 tape.position += 1
-                tape.forget(tape.position)
+                tape.discard(tape.position)
         except StopIteration:
             raise ValueError(
                 f"the data ends after {tape.position} batches; pass the loader of the run"

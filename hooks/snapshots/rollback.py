@@ -7,7 +7,7 @@ from typing import Any
 from geodiag.errors import GeodiagError
 from geodiag.hooks.distributed.rank_exchange import Ranks
 from geodiag.hooks.routing.base import Rerouting
-from geodiag.hooks.snapshots.replayable_loader import Tape
+from geodiag.hooks.snapshots.replayable_loader import ReplayableLoader
 from geodiag.hooks.snapshots.snapshots import Snapshots
 from geodiag.hooks.snapshots.state_tree import Stateful
 from geodiag.store.files import first_line
@@ -25,7 +25,7 @@ class Rollback:
 
     def __init__(self, snapshots: Snapshots | None, routing: Rerouting | None) -> None:
         self.snapshots, self._routing = snapshots, routing
-        self._tape: Tape | None = None
+        self._tape: ReplayableLoader | None = None
         self._turn = 0
         self._first: dict[int, int] = {}
         """Step → position of its first batch, of the steps that could still come again."""
@@ -45,9 +45,13 @@ class Rollback:
         tape: Iterable[Any] = source
         if self.snapshots is not None:
             resumed, self._resumed = self._resumed, None
-            self._tape = tape = Tape(source) if resumed is None else Tape.resumed(source, resumed)
+            self._tape = tape = (
+                ReplayableLoader(source)
+                if resumed is None
+                else ReplayableLoader.resumed(source, resumed)
+            )
             self._first, self._positions = {}, {}
-            self._first[step] = self._tape.consumed(self._queued)
+            self._first[step] = self._tape.next_to_train(self._queued)
             if step in self.snapshots.steps:
                 self._note_position(step)
         while True:
@@ -76,7 +80,7 @@ class Rollback:
         if self.snapshots is None:
             return
         if self._tape is not None:
-            self._first[next_step] = self._tape.consumed(self._queued)
+            self._first[next_step] = self._tape.next_to_train(self._queued)
         try:
             if calm and self._at_rest and self.snapshots.due(next_step):
                 self.take(next_step)
@@ -86,7 +90,7 @@ class Rollback:
                     next_step - _OLD * self.snapshots.every * self.snapshots.keep, self._tape
                 )
 
-    def _forget(self, oldest: int, tape: Tape) -> None:
+    def _forget(self, oldest: int, tape: ReplayableLoader) -> None:
         """Batches that no snapshot needs any more; and where none is taken any more, the snapshots
         before `oldest`.
         """
@@ -94,7 +98,7 @@ class Rollback:
             del self._positions[step]
         back_to = min(self.steps, default=None)
         kept = tape.position if back_to is None else self._positions[back_to][0]
-        tape.forget(min(kept, tape.position))
+        tape.discard(min(kept, tape.position))
         while (
             self._first
             and (step := next(iter(self._first))) < (oldest if back_to is None else back_to) - 1
@@ -114,7 +118,9 @@ class Rollback:
             "data": self._tape.state_dict(self._queued),
             "routing": self._routing.state_dict() if self._routing else None,
             "variant": self._routing.variant if self._routing else None,
-            "lasting": {name: thing.state_dict() for name, thing in self.snapshots.lasting.items()},
+            "resume_only": {
+                name: thing.state_dict() for name, thing in self.snapshots.resume_only.items()
+            },
         }
         if self.snapshots.take(step, aside):
             self._note_position(step)
@@ -145,28 +151,28 @@ class Rollback:
             raise ValueError("nothing is kept to go back to")
         aside = self.snapshots.restore(step)
         if skip is not None and skip.start in self._first:
-            after = self._first.get(skip.stop, self._tape.consumed(self._queued))
-            self._tape.leave_out(range(self._first[skip.start], after))
+            after = self._first.get(skip.stop, self._tape.next_to_train(self._queued))
+            self._tape.skip(range(self._first[skip.start], after))
         self._tape.rewind(*self._positions[step])
         self._turn += 1
         if self._routing is not None:
             self._routing.rewind()
             self._put_back_routing(self._routing, aside)
 
-    def resume(self, lasting: dict[str, Stateful], wanted: bool, ranks: Ranks) -> int | None:
+    def resume(self, resume_only: dict[str, Stateful], wanted: bool, ranks: Ranks) -> int | None:
         """The step of the newest snapshot on disk, before which the training now stands; None where
         there is none.
 
         Of several ranks all go to the newest that every one of them has. Where one has none of
-        those, or cannot read its own, none goes on: GeodiagError on every rank. `lasting` goes into
+        those, or cannot read its own, none goes on: GeodiagError on every rank. `resume_only` goes into
         every snapshot from here on, and comes back with this one.
         """
         if self.snapshots is None:
             return None
-        self.snapshots.lasting |= lasting
-        step = _newest(ranks.of_all(self.snapshots.steps)) if wanted else None
+        self.snapshots.resume_only |= resume_only
+        step = _newest(ranks.gather(self.snapshots.steps)) if wanted else None
         if step is not None:
-            ranks.all_can(partial(self._begin_at, step, self.snapshots))
+            ranks.run_on_all(partial(self._begin_at, step, self.snapshots))
         return step
 
     def _begin_at(self, step: int, snapshots: Snapshots) -> None:
@@ -176,9 +182,9 @@ class Rollback:
         except (OSError, ValueError) as e:
             raise GeodiagError(f"cannot resume from step {step}: {first_line(e, 300)}") from None
         self._resumed = aside["data"]
-        for name, thing in snapshots.lasting.items():
-            if name in aside["lasting"]:
-                thing.load_state_dict(aside["lasting"][name])
+        for name, thing in snapshots.resume_only.items():
+            if name in aside["resume_only"]:
+                thing.load_state_dict(aside["resume_only"][name])
         if self._routing is not None:
             self._put_back_routing(self._routing, aside)
         elif aside["routing"] and aside["routing"]["mode"] != "off":

@@ -13,17 +13,17 @@ from torch.optim import Optimizer
 
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters.base import Removable
-from geodiag.hooks.snapshots.disk_store import Shelf, folder_of
-from geodiag.hooks.snapshots.host_buffer import Arena, bytes_of
+from geodiag.hooks.snapshots.disk_store import DiskSnapshots, folder_of
+from geodiag.hooks.snapshots.host_buffer import HostBuffer, bytes_of
 from geodiag.hooks.snapshots.host_memory import free_memory
 from geodiag.hooks.snapshots.state_tree import (
     RandomState,
     Stateful,
+    capture_state,
+    join_tensors,
     local,
-    put_back,
-    put_together,
-    state_of,
-    take_apart,
+    restore_state,
+    split_tensors,
 )
 
 Where = Literal["memory", "disk"]
@@ -37,7 +37,7 @@ class _Snapshot:
 
     step: int
     tree: Any
-    arena: Arena
+    arena: HostBuffer
     aside: dict[str, Any]
 
 
@@ -72,7 +72,7 @@ class Snapshots:
         if where not in ("memory", "disk"):
             raise ValueError(f"snapshots are kept in memory or on disk, not in {where!r}")
         self.every, self.where, self.keep = every, where, keep
-        self.lasting: dict[str, Stateful] = {}
+        self.resume_only: dict[str, Stateful] = {}
         """What a rollback leaves as it is and a resume brings back: the detector, the controller,
         faults.
         """
@@ -93,8 +93,8 @@ class Snapshots:
         self._things: dict[str, Any] = {f"{i}-{type(t).__name__}": t for i, t in enumerate(flat)}
         self._things["random"] = RandomState(gpus)
         self._taken: list[_Snapshot] = []
-        self._spare: list[Arena] = []
-        self._shelf: Shelf | None = None
+        self._spare: list[HostBuffer] = []
+        self._shelf: DiskSnapshots | None = None
         self._handles: list[Removable] = [
             t.register_step_pre_hook(lambda *_: self.settle())
             for t in flat
@@ -107,7 +107,7 @@ class Snapshots:
     def keep_in(self, run: Path, rank: int) -> None:
         """Where a training's snapshots go if they go to disk."""
         if self.where == "disk":
-            self._shelf = Shelf(folder_of(run, rank))
+            self._shelf = DiskSnapshots(folder_of(run, rank))
 
     # -- taking ------------------------------------------------------------------------------
 
@@ -128,7 +128,9 @@ class Snapshots:
         """
         if self._shelf is not None and not self._shelf.free():
             return False
-        tree, tensors = take_apart({name: state_of(thing) for name, thing in self._things.items()})
+        tree, tensors = split_tensors(
+            {name: capture_state(thing) for name, thing in self._things.items()}
+        )
         size = bytes_of(tensors.values())
         budget = self._check_budget(size)
         most = min(self.keep, max(budget // size, 1))
@@ -156,10 +158,10 @@ class Snapshots:
         modules = {n: t for n, t in self._things.items() if isinstance(t, nn.Module)}
         return {f"{n}.tensors.{b}" for n, m in modules.items() for b, _ in m.named_buffers()}
 
-    def _arena(self, size: int) -> Arena:
+    def _arena(self, size: int) -> HostBuffer:
         fitting = next((a for a in self._spare if a.size >= size), None)
         self._spare = []
-        return fitting or Arena(size, self.device)
+        return fitting or HostBuffer(size, self.device)
 
     def _recycle(self, left: int) -> None:
         """Only the newest `left` stay; an arena that this frees is used again."""
@@ -208,13 +210,13 @@ class Snapshots:
             raise KeyError(
                 f"no snapshot of step {step}; there are {', '.join(map(str, self.steps)) or 'none'}"
             )
-        saved = put_together(tree, tensors)
+        saved = join_tensors(tree, tensors)
         if saved.keys() != self._things.keys():
             raise ValueError(
                 f"the snapshot holds {', '.join(saved)}, not {', '.join(self._things)}"
             )
         for name, thing in self._things.items():
-            put_back(thing, saved[name])
+            restore_state(thing, saved[name])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the arena may be filled again from here on
         self._taken = [s for s in self._taken if s.step <= step]

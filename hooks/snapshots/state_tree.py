@@ -49,7 +49,7 @@ class RandomState:
             torch.cuda.set_rng_state(saved, device)
 
 
-def state_of(thing: Any) -> Any:
+def capture_state(thing: Any) -> Any:
     """Everything that `thing` would need to be as it is now. Tensors of modules and optimizers are
     the live ones.
     """
@@ -67,8 +67,8 @@ def state_of(thing: Any) -> Any:
 
 
 @torch.no_grad()
-def put_back(thing: Any, saved: Any) -> None:
-    """Makes `thing` as it was when `state_of` gave `saved`. ValueError where it is another model or
+def restore_state(thing: Any, saved: Any) -> None:
+    """Makes `thing` as it was when `capture_state` gave `saved`. ValueError where it is another model or
     optimizer.
     """
     if isinstance(thing, nn.Module):
@@ -155,15 +155,15 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 # -- trees -----------------------------------------------------------------------------------
 
 
-class Place:
+class TreeSlot:
     """Stands in a tree where tensor number `index` was."""
 
     def __init__(self, index: int) -> None:
         self.index = index
 
 
-def take_apart(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """The tree with a `Place` for every tensor, everything else copied; and the tensors by their
+def split_tensors(tree: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The tree with a `TreeSlot` for every tensor, everything else copied; and the tensors by their
     path.
     """
     tensors: dict[str, Tensor] = {}
@@ -175,7 +175,7 @@ def _apart(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         while path in tensors:  # {"a": {"b": …}, "a.b": …}
             path += "'"
         tensors[path] = local(node.detach())
-        return Place(len(tensors) - 1)
+        return TreeSlot(len(tensors) - 1)
     if isinstance(node, dict):
         return {k: _apart(v, f"{path}.{k}" if path else str(k), tensors) for k, v in node.items()}
     if type(node) in (list, tuple):
@@ -194,12 +194,12 @@ def _owned(node: Any) -> Any:
     return copy.deepcopy(node)
 
 
-def put_together(tree: Any, tensors: Sequence[Tensor]) -> Any:
-    """`take_apart` undone."""
-    if isinstance(tree, Place):
+def join_tensors(tree: Any, tensors: Sequence[Tensor]) -> Any:
+    """`split_tensors` undone."""
+    if isinstance(tree, TreeSlot):
         return tensors[tree.index]
     if isinstance(tree, dict):
-        return {k: put_together(v, tensors) for k, v in tree.items()}
+        return {k: join_tensors(v, tensors) for k, v in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(put_together(v, tensors) for v in tree)
+        return type(tree)(join_tensors(v, tensors) for v in tree)
     return tree

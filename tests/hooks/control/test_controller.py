@@ -133,7 +133,7 @@ def test_on_decides_nothing() -> None:
 )
 def test_asking_takes_effect_at_once(before: str, asked: str, action: str) -> None:
     controller = auto(before)
-    decision = controller.ask(asked, 7)
+    decision = controller.set_mode(asked, 7)
     assert (decision.action, decision.acted, controller.policy.mode) == (action, True, asked)
     assert decision.reason.startswith(f"asked for: {asked}")
 
@@ -141,21 +141,21 @@ def test_asking_takes_effect_at_once(before: str, asked: str, action: str) -> No
 def test_asking_for_auto_during_a_period_does_not_keep_routing_on_for_ever() -> None:
     controller = auto()
     drive(controller, 10, {5: raised(5)})
-    controller.ask("auto", 10)
+    controller.set_mode("auto", 10)
     assert short(drive(controller, 60, {}, start=10)) == {18: "disable"}
 
 
 def test_what_was_only_on_record_uses_up_neither_budget_nor_cooldown() -> None:
     controller = auto("off", budget=1)
     drive(controller, 20, {5: raised(5)})
-    controller.ask("auto", 20)
+    controller.set_mode("auto", 20)
     assert short(drive(controller, 30, {21: raised(21)}, start=20)) == {21: "enable"}
 
 
 def test_a_period_on_record_does_not_end_one_that_was_asked_for() -> None:
     controller = auto("off")
     drive(controller, 10, {5: raised(5)})
-    controller.ask("on", 10)
+    controller.set_mode("on", 10)
     assert drive(controller, 60, {}, start=10) == {}
 
 
@@ -253,7 +253,7 @@ def test_an_outlier_never_goes_back() -> None:
 
 def test_a_loss_that_is_not_finite_goes_back_even_while_resting() -> None:
     controller = back()
-    controller.resting_until = 1000
+    controller.cooldown_end = 1000
     decision = at(controller, 50, raised(50, "nonfinite"), 40)
     assert decision.restore == 40
     assert decision.reason.startswith(
@@ -296,7 +296,7 @@ def test_one_period_goes_back_once_unless_it_began_otherwise() -> None:
 def test_a_rollback_that_failed_leaves_a_whole_period() -> None:
     controller = back()
     at(controller, 50, raised(50), 40)
-    controller.stay(50)
+    controller.rollback_failed(50)
     assert short(drive(controller, 90, {}, start=51)) == {63: "disable"}
 
 
@@ -351,7 +351,7 @@ def test_a_period_goes_on_while_the_loss_is_not_back_but_not_for_ever() -> None:
 def test_a_decision_says_when_the_next_is_possible() -> None:
     controller = auto(budget=2)
     first = at(controller, 5, raised(5))
-    assert first.possible == 18 + 1 + 20
+    assert first.next_possible == 18 + 1 + 20
     said = drive(controller, 60, {}, start=6)
-    assert said[18].possible == 38
-    assert at(controller, 60, raised(60)).possible is None, "the budget is used up"
+    assert said[18].next_possible == 38
+    assert at(controller, 60, raised(60)).next_possible is None, "the budget is used up"

@@ -17,7 +17,7 @@ import torch
 
 import geodiag
 from geodiag.cli.torchrun import Place
-from geodiag.hooks.distributed.rank_exchange import Heard, Ranks, Said
+from geodiag.hooks.distributed.rank_exchange import RankMessage, RankMessages, Ranks
 from geodiag.run import Run
 from tests.hooks.distributed import scenarios
 from tests.hooks.distributed.launch import Rank, ranks
@@ -358,7 +358,7 @@ def test_a_note_that_is_too_long_is_left_out_and_not_cut(
 ) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda _wire, group: None)
     first = Ranks(0, 2, group=object())
-    note = first.exchange(Said(numbers={"here": 1.0}, note={"request": "x" * length})).note
+    note = first.exchange(RankMessage(numbers={"here": 1.0}, note={"request": "x" * length})).note
     assert note == ({"request": "x" * length} if heard else {})
 
 
@@ -367,7 +367,7 @@ def test_a_rank_that_has_nothing_to_say_leaves_the_mean_alone_and_a_nan_does_not
         losses: list[float], tokens: list[float], here: Sequence[float] = (1.0, 1.0)
     ) -> float:
         said = {"here": np.array(here), "loss": np.array(losses), "tokens": np.array(tokens)}
-        return Heard(said, np.zeros(0), {}).loss
+        return RankMessages(said, np.zeros(0), {}).loss
 
     nan = float("nan")
     assert heard([2.0, nan], [100.0, nan], [1.0, nan]) == 2.0

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import geodiag
 from geodiag.errors import GeodiagError
-from geodiag.hooks.adapters.base import first_in_line
+from geodiag.hooks.adapters.base import register_first_hook
 from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
 from tests.hooks import small
 from tests.hooks.test_monitor import layers_equal
@@ -172,7 +172,7 @@ def test_who_comes_first_in_line_is_called_first_and_counted_first() -> None:
         if prepend:
             module.register_forward_hook(lambda *_: called.append("c"), prepend=True)
         else:
-            first_in_line(module, lambda *_: called.append("c"))
+            register_first_hook(module, lambda *_: called.append("c"))
         module(torch.ones(1))
         by_count = [module._forward_hooks[key] for key in dict.keys(module._forward_hooks)]
         seen = called.copy()

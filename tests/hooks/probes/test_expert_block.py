@@ -12,7 +12,7 @@ from geodiag.hooks.adapters import find_layout
 from geodiag.hooks.probes import expert_block as block
 from geodiag.hooks.probes.curvature import EPSILON, curvature, directions
 from geodiag.hooks.probes.expert_block import expert_block, full_precision, gates
-from geodiag.hooks.probes.tear import TOKENS, Torn, pick, tear
+from geodiag.hooks.probes.tear import TOKENS, FlippedTokens, pick_flipped, tear
 from tests.hooks import small
 from tests.hooks.adapters import tiny_v4
 
@@ -173,10 +173,10 @@ def test_tear_is_the_relative_jump_over_all_tokens_and_over_the_flipped(name: st
         [next(e for e in range(site.experts) if e not in row) for row in ids[2:6].tolist()]
     )
     flipped = (then != ids).any(-1)
-    where = pick(flipped)
+    where = pick_flipped(flipped)
     got = tear(
         site,
-        Torn(
+        FlippedTokens(
             x[where],
             gates(ids, weights, site.experts)[where],
             gates(then, weights, site.experts)[where],
@@ -199,7 +199,7 @@ def test_without_a_flip_the_tear_is_exactly_0_and_the_flipped_have_none() -> Non
     dense = torch.rand(len(x), 4)
     got = tear(
         layout.experts[1],
-        Torn(x, dense, dense, torch.zeros(len(x), dtype=torch.bool), torch.zeros(())),
+        FlippedTokens(x, dense, dense, torch.zeros(len(x), dtype=torch.bool), torch.zeros(())),
     )
     assert got[0].item() == 0
     assert got[1].isnan()
@@ -208,7 +208,7 @@ def test_without_a_flip_the_tear_is_exactly_0_and_the_flipped_have_none() -> Non
 def test_flipped_tokens_are_picked_first() -> None:
     flipped = torch.zeros(500, dtype=torch.bool)
     flipped[torch.randperm(500, generator=torch.Generator().manual_seed(0))[: TOKENS - 10]] = True
-    assert flipped[pick(flipped)].sum() == TOKENS - 10
-    assert flipped[pick(torch.ones(500, dtype=torch.bool))].sum() < TOKENS - 10, (
+    assert flipped[pick_flipped(flipped)].sum() == TOKENS - 10
+    assert flipped[pick_flipped(torch.ones(500, dtype=torch.bool))].sum() < TOKENS - 10, (
         "the twin: picked blindly"
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import geodiag
 from geodiag.hooks.monitor import Monitor
 from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
-from geodiag.hooks.routing.isolated_forward import Choices, traceless
+from geodiag.hooks.routing.isolated_forward import RouterChoices, isolated
 from geodiag.reference_models.moe import HashRouter, Router
 from geodiag.reference_models.train import Trainer
 from tests.hooks import small
@@ -486,7 +486,7 @@ def test_looking_leaves_no_trace_in_the_model_or_the_random_states(what: str) ->
     if what == "capture":
         assert routing._capture(ids) is not None
     else:
-        with traceless(t.model, evaluate=True):
+        with isolated(t.model, evaluate=True):
             t.model(ids[:, :-1])
     for a, b in zip(_leaves(before), _leaves(state()), strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else np.array_equal(a, b)
@@ -513,7 +513,7 @@ def test_an_exception_inside_leaves_no_trace_either() -> None:
     t = trainer(jitter=True)
     before, buffers = torch.get_rng_state(), [b.clone() for b in t.model.buffers()]
     t.model.head.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), traceless(t.model, evaluate=True):
+    with pytest.raises(ZeroDivisionError), isolated(t.model, evaluate=True):
         t.model(small.tokens(0)[:, :-1])
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(t.model.buffers(), buffers, strict=True))
@@ -674,8 +674,8 @@ def test_a_batch_that_was_changed_after_its_capture_is_refused_with_the_fix() ->
 def test_the_last_forward_of_a_router_is_what_counts_as_its_choice() -> None:
     t = trainer()
     routing = routing_of(t, 0)
-    choices = Choices(routing.routers)
-    with torch.no_grad(), choices.kept() as seen:
+    choices = RouterChoices(routing.routers)
+    with torch.no_grad(), choices.recording() as seen:
         t.model(small.tokens(0)[:, :-1])
         last = t.model(small.tokens(1)[:, :-1])
     assert [c.expert_ids_TK.tolist() for c in seen] == [

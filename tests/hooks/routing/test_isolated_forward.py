@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import geodiag
 from geodiag.hooks.distributed import sharded_weights as sharded
 from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
-from geodiag.hooks.routing.isolated_forward import Choices, traceless
-from geodiag.hooks.routing.tensor_stash import Aside
+from geodiag.hooks.routing.isolated_forward import RouterChoices, isolated
+from geodiag.hooks.routing.tensor_stash import TensorStash
 from geodiag.reference_models.train import Trainer
 from tests.hooks import small
 from tests.hooks.routing.test_anticipatory import Seen, on, routing_of, source, trainer, watched
@@ -27,8 +27,8 @@ def calls(model: nn.Module) -> list[str]:
 
 
 def whole_forward(t: Trainer, ids: Tensor) -> list[Tensor]:
-    choices = Choices(routing_of(t, 0).routers)
-    with traceless(t.model, evaluate=False), choices.kept() as seen:
+    choices = RouterChoices(routing_of(t, 0).routers)
+    with isolated(t.model, evaluate=False), choices.recording() as seen:
         t.model(ids[:, :-1])
     return [c.expert_ids_TK for c in seen]
 
@@ -252,7 +252,7 @@ def test_what_is_put_aside_comes_back_as_it_was() -> None:
         torch.zeros(0, 3).short(),
     ]
     for room in (0, 1 << 20):
-        kept = Aside.put(tensors, room)
+        kept = TensorStash.put(tensors, room)
         for got in (kept.take(), kept.on_host()):
             assert all(
                 torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, tensors, strict=True)
@@ -263,6 +263,6 @@ def test_what_is_put_aside_comes_back_as_it_was() -> None:
 
 def test_a_smaller_type_becomes_the_widest_without_loss() -> None:
     half, full = torch.randn(9).bfloat16(), torch.randn(4, 2)
-    got = Aside.put([half, full], 0).take()
+    got = TensorStash.put([half, full], 0).take()
     assert torch.equal(got[0].bfloat16(), half)
     assert torch.equal(got[1], full)

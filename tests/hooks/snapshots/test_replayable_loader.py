@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from geodiag.hooks.snapshots.replayable_loader import Tape
+from geodiag.hooks.snapshots.replayable_loader import ReplayableLoader
 
 
 class Counting:
@@ -27,12 +27,12 @@ class Counting:
         self.at = state["at"]
 
 
-def take(tape: Tape, n: int) -> list[int]:
+def take(tape: ReplayableLoader, n: int) -> list[int]:
     return [next(tape) for _ in range(n)]
 
 
 def test_a_rewound_tape_gives_the_same_batches_and_then_new_ones() -> None:
-    tape = Tape(iter(range(100)))
+    tape = ReplayableLoader(iter(range(100)))
     assert take(tape, 8) == list(range(8))
     tape.rewind(3)
     assert take(tape, 8) == list(range(3, 11))
@@ -40,7 +40,7 @@ def test_a_rewound_tape_gives_the_same_batches_and_then_new_ones() -> None:
 
 def test_a_loader_makes_each_batch_once_however_often_it_comes() -> None:
     loader = Counting()
-    tape = Tape(loader)
+    tape = ReplayableLoader(loader)
     for _ in range(3):
         tape.rewind(0)
         take(tape, 10)
@@ -48,9 +48,9 @@ def test_a_loader_makes_each_batch_once_however_often_it_comes() -> None:
 
 
 def test_what_nobody_comes_back_to_is_not_kept() -> None:
-    tape = Tape(iter(range(100)))
+    tape = ReplayableLoader(iter(range(100)))
     take(tape, 10)
-    tape.forget(6)
+    tape.discard(6)
     with pytest.raises(ValueError, match="from 5 on are no longer kept"):
         tape.rewind(5)
     tape.rewind(6)
@@ -58,10 +58,10 @@ def test_what_nobody_comes_back_to_is_not_kept() -> None:
 
 
 def test_positions_that_are_left_out_are_passed_over_but_counted() -> None:
-    tape = Tape(iter(range(100)))
+    tape = ReplayableLoader(iter(range(100)))
     take(tape, 10)
     tape.rewind(4)
-    tape.leave_out(range(6, 9))
+    tape.skip(range(6, 9))
     assert take(tape, 4) == [4, 5, 9, 10]
     assert tape.position == 11
     tape.rewind(4)
@@ -69,20 +69,20 @@ def test_positions_that_are_left_out_are_passed_over_but_counted() -> None:
 
 
 def test_a_tape_at_its_end_goes_on_after_it_is_rewound() -> None:
-    tape = Tape(range(5))
+    tape = ReplayableLoader(range(5))
     assert list(tape) == [0, 1, 2, 3, 4]
     tape.rewind(2)
     assert list(tape) == [2, 3, 4]
 
 
 def test_what_is_handed_out_and_still_waits_is_not_yet_consumed() -> None:
-    tape = Tape(iter(range(100)))
+    tape = ReplayableLoader(iter(range(100)))
     take(tape, 10)
-    assert (tape.consumed(0), tape.consumed(3)) == (10, 7)
+    assert (tape.next_to_train(0), tape.next_to_train(3)) == (10, 7)
     tape.rewind(2)
-    tape.leave_out(range(4, 6))
+    tape.skip(range(4, 6))
     take(tape, 4)  # 2, 3, 6, 7
-    assert (tape.consumed(0), tape.consumed(2), tape.consumed(3)) == (8, 6, 3)
+    assert (tape.next_to_train(0), tape.next_to_train(2), tape.next_to_train(3)) == (8, 6, 3)
 
 
 @pytest.mark.parametrize("knows", [True, False])
@@ -93,38 +93,38 @@ def test_a_resumed_tape_goes_on_where_it_stood(knows: bool, marked: int) -> None
     def source() -> Any:
         return Counting() if knows else iter(range(100))
 
-    tape = Tape(source())
+    tape = ReplayableLoader(source())
     for position in range(7):
         if position == marked:
             tape.mark()
         next(tape)
     if marked == 7:
         tape.mark()
-    tape.leave_out(range(8, 10))
+    tape.skip(range(8, 10))
     state = tape.state_dict(0)
     assert state["mark"] == marked
     fresh = source()
-    again = Tape.resumed(fresh, state)
+    again = ReplayableLoader.resumed(fresh, state)
     assert take(again, 3) == [7, 10, 11] == take(tape, 3)
     if knows:
         assert fresh.made == 12 - marked
 
 
 def test_a_tape_marked_while_it_repeats_resumes_from_the_mark_before() -> None:
-    tape = Tape(Counting())
+    tape = ReplayableLoader(Counting())
     tape.mark()
     take(tape, 9)
     tape.rewind(5)
     tape.mark()  # the loader stands at 9, so this is no mark
     state = tape.state_dict(0)
     assert (state["position"], state["mark"]) == (5, 0)
-    assert take(Tape.resumed(Counting(), state), 2) == [5, 6]
+    assert take(ReplayableLoader.resumed(Counting(), state), 2) == [5, 6]
 
 
 def test_data_that_end_before_the_place_to_resume_from_are_refused() -> None:
-    tape = Tape(iter(range(100)))
+    tape = ReplayableLoader(iter(range(100)))
     take(tape, 9)
     with pytest.raises(
         ValueError, match="the data ends after 4 batches; pass the loader of the run"
     ):
-        Tape.resumed(iter(range(4)), tape.state_dict(0))
+        ReplayableLoader.resumed(iter(range(4)), tape.state_dict(0))

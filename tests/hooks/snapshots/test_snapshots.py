@@ -14,7 +14,12 @@ from torch.distributed.checkpoint import FileSystemWriter, filesystem
 
 import geodiag
 from geodiag.hooks.snapshots.snapshots import Snapshots
-from geodiag.hooks.snapshots.state_tree import put_back, put_together, state_of, take_apart
+from geodiag.hooks.snapshots.state_tree import (
+    capture_state,
+    join_tensors,
+    restore_state,
+    split_tensors,
+)
 from tests.hooks import small
 
 
@@ -93,9 +98,9 @@ def test_optimizer_state_keeps_its_type_where_torch_would_cast_it() -> None:
     weight = nn.Parameter(torch.randn(4, 4).bfloat16())
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
     optimizer.state[weight]["momentum_buffer"] = torch.randn(4, 4)
-    saved = copy.deepcopy(state_of(optimizer))
+    saved = copy.deepcopy(capture_state(optimizer))
     fresh = torch.optim.SGD([weight], lr=0.5, momentum=0.9)
-    put_back(fresh, saved)
+    restore_state(fresh, saved)
     assert torch.equal(
         fresh.state[weight]["momentum_buffer"], optimizer.state[weight]["momentum_buffer"]
     )
@@ -181,12 +186,12 @@ def test_another_model_or_optimizer_is_refused_and_left_as_it_is() -> None:
     a, b = nn.Linear(2, 2), nn.Linear(2, 3)
     before = b.weight.detach().clone()
     with pytest.raises(ValueError, match="another model: weight has another shape"):
-        put_back(b, state_of(a))
+        restore_state(b, capture_state(a))
     assert torch.equal(b.weight, before)
     with pytest.raises(ValueError, match="is in only one of them"):
-        put_back(nn.Linear(2, 2, bias=False), state_of(a))
+        restore_state(nn.Linear(2, 2, bias=False), capture_state(a))
     with pytest.raises(ValueError, match="it has other parameters"):
-        put_back(torch.optim.SGD([a.weight]), state_of(torch.optim.SGD(a.parameters())))
+        restore_state(torch.optim.SGD([a.weight]), capture_state(torch.optim.SGD(a.parameters())))
 
 
 def test_a_tree_is_put_together_as_it_was_taken_apart() -> None:
@@ -196,9 +201,9 @@ def test_a_tree_is_put_together_as_it_was_taken_apart() -> None:
         3: [1, (torch.ones(1), {"x"})],
         "n": None,
     }
-    apart, tensors = take_apart(tree)
+    apart, tensors = split_tensors(tree)
     assert list(tensors) == ["a.b", "a.b'", "3.1.0"]
-    again = put_together(apart, list(tensors.values()))
+    again = join_tensors(apart, list(tensors.values()))
     assert torch.equal(again["a"]["b"], tree["a"]["b"])  # type: ignore[index]
     assert torch.equal(again["a.b"], tree["a.b"])  # type: ignore[arg-type]
     assert again[3][1][1] == {"x"}
