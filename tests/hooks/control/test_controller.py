@@ -180,7 +180,7 @@ def test_wrong_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=r"policy is off, auto or on|at least"):
         Policy(**wrong)
     with pytest.raises(ValueError, match="not 'maybe'"):
-        Controller().ask("maybe", 0)
+        Controller().set_mode("maybe", 0)
 
 
 # -- going back ----------------------------------------------------------------------------

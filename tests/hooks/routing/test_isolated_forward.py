@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import geodiag
-from geodiag.hooks.distributed import sharded_weights as sharded
+from geodiag.hooks.distributed import sharded_weights
 from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
 from geodiag.hooks.routing.isolated_forward import RouterChoices, isolated
 from geodiag.hooks.routing.tensor_stash import TensorStash
@@ -85,7 +85,7 @@ def test_a_router_that_chose_nothing_is_a_failed_capture() -> None:
 def test_of_sharded_weights_only_a_forward_that_breaks_off_ends_the_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sharded, "sharded", lambda _: True)
+    monkeypatch.setattr(sharded_weights, "is_sharded", lambda _: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     failures: list[Exception] = []
 
