@@ -51,7 +51,7 @@ def compare(
 
 def _name(told: "Comparison") -> str:
     """`compare-a-b`, `compare-a-b-and-3-more`."""
-    names = [s.label for s in told.sides]
+    names = [s.label for s in told.runs]
     return "-".join(
         ["compare", *names[:2], *([f"and-{len(names) - 2}-more"] if len(names) > 2 else [])]
     )
@@ -67,7 +67,7 @@ def _say(told: "Comparison", path: Path) -> None:
     )  # fmt: skip
     for column in table.columns[2:]:
         column.justify = "right"
-    for s, loss in zip(told.sides, shared["loss"], strict=True):
+    for s, loss in zip(told.runs, shared["loss"], strict=True):
         h, worst = s.health, s.health.composite.worst
         status = f"[{STATUS_STYLE[h.status]}]{h.status}[/]"
         step = "–" if h.last_step is None else f"{h.last_step:,}"
@@ -86,7 +86,7 @@ def _say(told: "Comparison", path: Path) -> None:
     screen().print(
         f"{len(differences)} settings differ" + (f": {escape(settings)}" if settings else "")
     )
-    for s in told.sides:
-        for piece, why in s.record.problems().items():
+    for s in told.runs:
+        for piece, why in s.cache.problems().items():
             screen().print(f"{s.label}: not read: {piece}: {why}", style="yellow", markup=False)
     screen().print(f"wrote {escape(str(path))} ({size_of(path)})")

@@ -40,7 +40,7 @@ def report(
     path = None
     if out is not None or open_browser or not json:
         path = write_page(
-            told.html(time.time()), out, f"report-{told.record.run.name}", then_open=open_browser
+            told.html(time.time()), out, f"report-{told.cache.run.name}", then_open=open_browser
         )
     if json:
         print_json(told.as_json())
@@ -55,12 +55,12 @@ def _say(told: "Report", path: Path) -> None:
     step = "no step yet" if h.last_step is None else f"last step {h.last_step:,}"
     status = f"[{STATUS_STYLE[h.status]}]{h.status}[/]"
     screen().print(
-        f"[bold]{escape(told.record.run.name)}[/]  {status}  {step}  loss {number(h.last_loss)}"
+        f"[bold]{escape(told.cache.run.name)}[/]  {status}  {step}  loss {number(h.last_loss)}"
     )
     for c in told.cascades:
         screen().print(prose(f"step {c.spike_onset:,}: {c.words}", indent=2))
     if told.untold:
         screen().print(f"  and {told.untold:,} more: geodiag cascade RUN tells of all")
-    for piece, why in told.record.problems().items():
+    for piece, why in told.cache.problems().items():
         screen().print(f"not read: {piece}: {why}", style="yellow", markup=False)
     screen().print(f"wrote {escape(str(path))} ({size_of(path)})")

@@ -21,13 +21,12 @@ from dash import ClientsideFunction, Dash, Input, Output, State, html, no_update
 from flask import redirect
 from flask import request as http
 
-from geodiag.dashboard.components import control_panel
-from geodiag.dashboard.components import frame as shell
+from geodiag.dashboard.components import control_panel, frame
 from geodiag.dashboard.components.components import notice
 from geodiag.dashboard.pages import activations, cascade, events, gain, overview, routing, runs
 from geodiag.dashboard.server.access import guard, new_token
 from geodiag.dashboard.server.compression import compress, preload
-from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.server.run_library import RunLibrary
 from geodiag.dashboard.url.url_state import View
 
 PAGES: dict[str, ModuleType] = {
@@ -46,7 +45,7 @@ def create_app(
     `only_loopback` also refuses requests under other host names than this machine's own.
     GeodiagError where there is no run.
     """
-    library = Library(path)
+    library = RunLibrary(path)
     app = Dash(
         "geodiag",
         title="geodiag",
@@ -54,7 +53,7 @@ def create_app(
         assets_folder=_assets(),
         suppress_callback_exceptions=True,
     )
-    app.layout = shell.shell
+    app.layout = frame.page_frame
     app.server.config["GEODIAG_TOKEN"] = token = token or new_token()
     guard(app.server, token, only_loopback)
     compress(app.server)
@@ -63,7 +62,7 @@ def create_app(
     if library.single is not None:
 
         @app.server.before_request
-        def straight_to_the_run():
+        def redirect_to_single_run():
             return (
                 redirect(f"/run/{quote(library.single or '')}/overview")
                 if http.path == "/"
@@ -77,44 +76,44 @@ def create_app(
     return app
 
 
-def content(library: Library, pathname: str | None, search: str | None) -> html.Div:
+def page_at(library: RunLibrary, pathname: str | None, search: str | None) -> html.Div:
     """The page at an address."""
     parts = (pathname or "/").strip("/").split("/")
     if parts == [""]:
         return runs.layout(library)
-    record = library.at(pathname)
+    cache = library.at(pathname)
     page = PAGES.get(parts[2] if len(parts) > 2 else "overview")
-    if record is None or page is None:
-        what = "There is no such run here." if record is None else "There is no such page."
+    if cache is None or page is None:
+        what = "There is no such run here." if cache is None else "There is no such page."
         return notice([what, " ", html.A("All runs", href="/")])
-    return page.layout(record, View.parse(search))
+    return page.layout(cache, View.parse(search))
 
 
-def beat(library: Library, pathname: str | None, old: dict | None) -> tuple:
+def live_state(library: RunLibrary, pathname: str | None, old: dict | None) -> tuple:
     """pulse, whether the interval rests, standing, problems, legend; `no_update` for a pulse that
     has not changed.
     """
     if (pathname or "/").strip("/") == "":
         return no_update, False, [], [], []
-    record = library.at(pathname)
-    if record is None:
+    cache = library.at(pathname)
+    if cache is None:
         return no_update, True, [], [], []
-    status = record.run.status()
-    new = {"run": record.run.name, "version": record.refresh(), "status": status}
+    status = cache.run.status()
+    new = {"run": cache.run.name, "version": cache.refresh(), "status": status}
     same = new == old
-    around = shell.standing(record), shell.problems(record), shell.legend(record, pathname or "/")
+    around = frame.run_status(cache), frame.problems(cache), frame.legend(cache, pathname or "/")
     return no_update if same else new, status != "running", *around
 
 
-def _register_frame(app: Dash, library: Library) -> None:
+def _register_frame(app: Dash, library: RunLibrary) -> None:
     @app.callback(Output("page", "children"), Input("url", "pathname"), State("url", "search"))
     def route(pathname, search):
-        return content(library, pathname, search)
+        return page_at(library, pathname, search)
 
     @app.callback(Output("nav", "children"), Input("url", "pathname"), Input("url", "search"))
     def tabs(pathname, search):
         single = library.single is not None
-        return shell.nav(library.at(pathname), TABS, pathname or "/", View.parse(search), single)
+        return frame.nav(library.at(pathname), TABS, pathname or "/", View.parse(search), single)
 
     @app.callback(
         Output("pulse", "data"),
@@ -127,7 +126,7 @@ def _register_frame(app: Dash, library: Library) -> None:
         State("pulse", "data"),
     )
     def follow(tick, pathname, old):
-        return beat(library, pathname, old)
+        return live_state(library, pathname, old)
 
     for name, outputs, inputs in (
         ("tick", Output("tick", "data"), [Input("interval", "n_intervals")]),

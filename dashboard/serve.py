@@ -18,7 +18,7 @@ from geodiag.dashboard.server.access import LOOPBACK, new_token
 from geodiag.errors import GeodiagError
 
 
-class Served:
+class DashboardServer:
     """A page that is ready to be served: its address, and the loop that answers."""
 
     def __init__(self, path: str | os.PathLike, host: str, port: int, token: str | None) -> None:
@@ -31,7 +31,7 @@ class Served:
             self.port,
             app.server,
             threaded=True,
-            request_handler=_Quiet,
+            request_handler=_QuietHandler,
             fd=listening.fileno(),
         )
         listening.close()  # the server holds its own copy
@@ -77,7 +77,7 @@ def serve(
 
     GeodiagError where there is no run, or where the port is taken.
     """
-    page = Served(path, host, port, token)
+    page = DashboardServer(path, host, port, token)
     say(page.url)
     if open_browser:
         webbrowser.open(page.url)
@@ -117,7 +117,7 @@ def _free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-class _Quiet(WSGIRequestHandler):
+class _QuietHandler(WSGIRequestHandler):
     """No line a request, and connections that stay open."""
 
     protocol_version = "HTTP/1.1"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-from geodiag.dashboard.serve import Served
+from geodiag.dashboard.serve import DashboardServer
 
 PAGES = ("runs", "overview", "cascade", "gain", "routing", "activations", "events")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the whole page, not the window")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    served = Served(args.runs, "127.0.0.1", 0, None)
+    served = DashboardServer(args.runs, "127.0.0.1", 0, None)
     threading.Thread(target=served.run, daemon=True).start()
     width, height = map(int, args.size.split("x"))
     chromium = (

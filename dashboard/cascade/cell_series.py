@@ -9,14 +9,14 @@ from typing import NamedTuple
 import numpy as np
 
 from geodiag.anomaly.metric_roles import SIGNALS, STAGE_OF
-from geodiag.dashboard.cascade.selection import Cell
+from geodiag.dashboard.cascade.selection import StageCell
 from geodiag.dashboard.data.grid import Grid
-from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.metrics.schema import SITES, Metric
 
 _BEFORE = 96
 """Samples before the cell, or before its cascade, that say what is usual."""
-_LEAST = 8
+_MIN_BYTES = 8
 _NEAR = 8
 
 
@@ -33,9 +33,9 @@ class Series(NamedTuple):
     """How far outside it went near the cell, in widths of that range."""
 
 
-def series_of(
-    record: Record,
-    cell: Cell,
+def cell_series(
+    cache: RunCache,
+    cell: StageCell,
     window: tuple[int, int],
     before: int,
     told: Sequence[str] = (),
@@ -53,7 +53,7 @@ def series_of(
     ]
     first = min(window[0], before - _BEFORE)
     key = ("stretch", cell.stage, first, window[1])
-    grids = record.memo(key, lambda: record.stretch("layers", names, first, window[1]))
+    grids = cache.memo(key, lambda: cache.read_steps("layers", names, first, window[1]))
     found = []
     for grid in grids:
         mine = grid.of_layer(cell.layer).measured()
@@ -62,12 +62,12 @@ def series_of(
     return _one_a_metric(found)[:most]
 
 
-def _series(grid: Grid, row: int, cell: Cell, before: int) -> Series:
+def _series(grid: Grid, row: int, cell: StageCell, before: int) -> Series:
     known = ~np.isnan(grid.values_RS[row])
     step_S, value_S = grid.steps_S[known], grid.values_RS[row][known]
     past = value_S[(step_S < before) & np.isfinite(value_S)][-_BEFORE:]
     usual, score = None, -math.inf
-    if len(past) >= _LEAST:
+    if len(past) >= _MIN_BYTES:
         low, middle, high = (float(np.quantile(past, q)) for q in (0.02, 0.5, 0.98))
         usual = (low, high)
         cadence = int(np.median(np.diff(step_S))) if len(step_S) > 1 else 1

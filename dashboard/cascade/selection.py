@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 from geodiag.cascade.explain import Cascade, StageMap, explain, stage_map
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.data.step_table import Undone
-from geodiag.dashboard.data.timeline_marks import spans
-from geodiag.dashboard.figures.cascade import STAGES, Scene
-from geodiag.dashboard.url.live_figures import happened
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.data.step_table import SupersededSteps
+from geodiag.dashboard.data.timeline_marks import routing_spans
+from geodiag.dashboard.figures.cascade import STAGES, CascadeScene
+from geodiag.dashboard.url.live_figures import event_marks
 from geodiag.dashboard.url.url_state import View
 from geodiag.errors import GeodiagError
 from geodiag.spikes.recorded import Seen, spikes_of
@@ -24,7 +24,7 @@ _STEPS_A_REFRESH = 60
 """A living run's map is worked out anew when it has grown by one so-many-th of the window."""
 
 
-class Choice(NamedTuple):
+class SpikeOrWarning(NamedTuple):
     """Something whose cascade can be shown."""
 
     step: int
@@ -33,7 +33,7 @@ class Choice(NamedTuple):
     """The attempt that lived it; None for the newest."""
 
 
-class Cell(NamedTuple):
+class StageCell(NamedTuple):
     """One place of the stage map."""
 
     stage: int
@@ -41,43 +41,47 @@ class Cell(NamedTuple):
     step: int
 
 
-def choices(record: Record) -> list[Choice]:
+def spikes_and_warnings(cache: RunCache) -> list[SpikeOrWarning]:
     """Spikes and early warnings, in time."""
     found = [
-        Choice(s.onset, s.spike.kind, s.attempt) for s in _spikes(record) if s.spike is not None
+        SpikeOrWarning(s.onset, s.spike.kind, s.attempt)
+        for s in _spikes(cache)
+        if s.spike is not None
     ]
-    warned = [Choice(m.step, m.kind) for m in happened(record) if m.kind == "early_warning"]
+    warned = [
+        SpikeOrWarning(m.step, m.kind) for m in event_marks(cache) if m.kind == "early_warning"
+    ]
     return sorted([*found, *warned], key=lambda c: (c.step, c.kind))
 
 
-def chosen(record: Record, view: View) -> int | None:
+def chosen_step(cache: RunCache, view: View) -> int | None:
     """The step whose cascade is shown: the reader's, else the newest spike's, else the newest
     warning's.
     """
     if view.spike is not None:
         return view.spike
-    there = choices(record)
+    there = spikes_and_warnings(cache)
     return next(
         (c.step for c in reversed(there) if c.kind != "early_warning"),
         there[-1].step if there else None,
     )
 
 
-def as_lived(record: Record, step: int | None) -> Record:
+def cache_of_spike(cache: RunCache, step: int | None) -> RunCache:
     """The run as the attempt lived it in which the loss spiked at `step`."""
-    attempts = [s.attempt for s in _spikes(record) if s.onset == step]
-    return record.lived(attempts[-1] if attempts else None)
+    attempts = [s.attempt for s in _spikes(cache) if s.onset == step]
+    return cache.as_of_attempt(attempts[-1] if attempts else None)
 
 
-def _spikes(record: Record) -> list[Seen]:
-    return record.memo("known spikes", lambda: spikes_of(record.run))
+def _spikes(cache: RunCache) -> list[Seen]:
+    return cache.memo("known spikes", lambda: spikes_of(cache.run))
 
 
-def most_unusual(record: Record) -> tuple[int, int, float] | None:
+def most_unusual_step(cache: RunCache) -> tuple[int, int, float] | None:
     """(step, stage, score) of the highest stage score on record: where to look in a run without a
     spike.
     """
-    steps, best = record.steps(), None
+    steps, best = cache.steps(), None
     for stage in STAGES:
         score_S = steps[f"stage{stage}_score"]
         if len(score_S) and not np.isnan(score_S).all():
@@ -87,24 +91,24 @@ def most_unusual(record: Record) -> tuple[int, int, float] | None:
     return best
 
 
-def cascade_of(record: Record, step: int | None) -> Cascade | str | None:
+def cascade_of(cache: RunCache, step: int | None) -> Cascade | str | None:
     """The cascade behind a step, or one line that says why there is none."""
-    if step is None or not len(record.steps()["step"]):
+    if step is None or not len(cache.steps()["step"]):
         return None
-    known = _spikes(record)
+    known = _spikes(cache)
     mine = [i for i, seen in enumerate(known) if seen.onset == step]
-    newest = int(record.steps()["step"][-1])
+    newest = int(cache.steps()["step"][-1])
     said = known[mine[-1]] if mine else step
-    key = ("cascade", said, min(newest, step + _AFTER), len(record.said_attempts()))
+    key = ("cascade", said, min(newest, step + _AFTER), len(cache.attempt_starts()))
     try:
-        return record.kept(key, lambda: explain(record.run, mine[-1] if mine else step))
+        return cache.kept(key, lambda: explain(cache.run, mine[-1] if mine else step))
     except GeodiagError as e:
         return str(e)
 
 
-def window_of(record: Record, view: View, cascade: Cascade | None) -> tuple[int, int]:
+def window_of(cache: RunCache, view: View, cascade: Cascade | None) -> tuple[int, int]:
     """The steps to show: the reader's, else from well before the origin to where the loss is back."""
-    step_S = record.steps()["step"]
+    step_S = cache.steps()["step"]
     first, last = (int(step_S[0]), int(step_S[-1])) if len(step_S) else (0, 0)
     if view.steps is not None:
         low, high = view.steps
@@ -131,37 +135,39 @@ def window_of(record: Record, view: View, cascade: Cascade | None) -> tuple[int,
     return max(first, low), max(first + 1, min(last, high))
 
 
-def scene_of(record: Record, window: tuple[int, int], newest: Record) -> Scene:
+def scene_in(cache: RunCache, window: tuple[int, int], newest: RunCache) -> CascadeScene:
     """What was recorded in the window, as `record` lived it; `newest` is the run as it stands now."""
-    steps, stages, now = record.steps(), stages_of(record, window), newest.steps()
+    steps, stages, now = cache.steps(), stages_of(cache, window), newest.steps()
     later = [
-        Undone(max(newest.said_attempts(), default=0), now["step"], now["loss"], now["grad_norm"])
+        SupersededSteps(
+            max(newest.attempt_starts(), default=0), now["step"], now["loss"], now["grad_norm"]
+        )
     ]
-    return Scene(
+    return CascadeScene(
         window=window,
         steps=steps,
         stages=stages,
-        marks=happened(record),
-        spans=spans(steps["step"], steps["routing_mode"]),
-        undone=record.undone() if record is newest else later,
-        missing=_missing(record, stages),
+        marks=event_marks(cache),
+        spans=routing_spans(steps["step"], steps["routing_mode"]),
+        superseded=cache.superseded() if cache is newest else later,
+        missing=_missing(cache, stages),
     )
 
 
-def stages_of(record: Record, window: tuple[int, int]) -> StageMap:
+def stages_of(cache: RunCache, window: tuple[int, int]) -> StageMap:
     """The stage map of a window; of a window that still grows, not more often than can be seen."""
-    newest = int(record.steps()["step"][-1])
+    newest = int(cache.steps()["step"][-1])
     stride = max(1, (window[1] - window[0]) // _STEPS_A_REFRESH)
     first = window[0] - window[0] % stride
     reached = window[1] if newest > window[1] else newest - newest % stride
-    key = ("stages", first, reached, len(record.said_attempts()))
-    return record.kept(key, lambda: stage_map(record.run, first, window[1]))
+    key = ("stages", first, reached, len(cache.attempt_starts()))
+    return cache.kept(key, lambda: stage_map(cache.run, first, window[1]))
 
 
-def cell_of(view: View, cascade: Cascade | None, stages: StageMap) -> Cell | None:
+def cell_of(view: View, cascade: Cascade | None, stages: StageMap) -> StageCell | None:
     """The reader's cell, else the origin, else the worst there is in the map."""
     if view.stage is not None and view.layer is not None and view.step is not None:
-        return Cell(view.stage, view.layer, view.step)
+        return StageCell(view.stage, view.layer, view.step)
     if cascade is not None and cascade.onset is not None:
         for knot in cascade.path:
             if (
@@ -169,20 +175,20 @@ def cell_of(view: View, cascade: Cascade | None, stages: StageMap) -> Cell | Non
                 and knot.layer is not None
                 and cascade.stage in (None, "data", knot.stage)
             ):
-                return Cell(int(knot.stage), knot.layer, knot.step)
+                return StageCell(int(knot.stage), knot.layer, knot.step)
     if np.isfinite(stages.scores).any():
         stage, layer, step = np.unravel_index(int(np.nanargmax(stages.scores)), stages.scores.shape)
-        return Cell(int(stage) + 1, int(stages.layers[layer]), int(stages.steps[step]))
+        return StageCell(int(stage) + 1, int(stages.layers[layer]), int(stages.steps[step]))
     return None
 
 
-def _missing(record: Record, stages: StageMap) -> dict[int, str]:
+def _missing(cache: RunCache, stages: StageMap) -> dict[int, str]:
     if not len(stages.layers):
         nothing = "The table layers has no rows here: call geodiag.attach before the first step."
         return dict.fromkeys(STAGES, nothing)
     if not np.isfinite(stages.scores).any():
         return dict.fromkeys(STAGES, "Too few samples so far to know what is usual.")
-    found = record.said("found")
+    found = cache.said("found")
     out = {}
     if "experts" in found and not found["experts"]:
         out[1] = "This model has no experts: nothing is measured here."

@@ -9,10 +9,15 @@ from dash import dcc, html
 
 from geodiag.cascade.explain import Cascade
 from geodiag.cascade.words import where
-from geodiag.dashboard.cascade.selection import Choice, choices, chosen, most_unusual
+from geodiag.dashboard.cascade.selection import (
+    SpikeOrWarning,
+    chosen_step,
+    most_unusual_step,
+    spikes_and_warnings,
+)
 from geodiag.dashboard.components.components import aria, notice, tip
-from geodiag.dashboard.components.text import METRICS, number, percent, whole
-from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.components.text import METRICS, integer, number, percent
+from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.figures.cascade import STAGES
 from geodiag.dashboard.url.url_state import View
 
@@ -33,15 +38,15 @@ COLUMNS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def strip(record: Record, view: View) -> Any:
+def spike_links(cache: RunCache, view: View) -> Any:
     """The spikes and warnings of the run as links, the chosen one marked."""
-    there, now = choices(record), chosen(record, view)
-    links = [_link(record, c.step, _name(record, c), c.kind, c.step == now) for c in there]
+    there, now = spikes_and_warnings(cache), chosen_step(cache, view)
+    links = [_link(cache, c.step, _name(cache, c), c.kind, c.step == now) for c in there]
     if now is not None and now not in [c.step for c in there]:
-        links.append(_link(record, now, f"step {whole(now)}", "step", True))
-    odd = most_unusual(record) if not there else None
+        links.append(_link(cache, now, f"step {integer(now)}", "step", True))
+    odd = most_unusual_step(cache) if not there else None
     if odd is not None and odd[0] != now:
-        links.append(_link(record, odd[0], f"most unusual step {whole(odd[0])}", "step", False))
+        links.append(_link(cache, odd[0], f"most unusual step {integer(odd[0])}", "step", False))
     return (
         html.Nav(links, className="choices", **aria("spikes and warnings of this run"))
         if links
@@ -49,18 +54,20 @@ def strip(record: Record, view: View) -> Any:
     )
 
 
-def card_of(record: Record, view: View, found: Cascade | str | None) -> Any:
+def verdict_card(cache: RunCache, view: View, found: Cascade | str | None) -> Any:
     """The answer in words, with what would have stopped it."""
     if found is None:
         return html.Section(
-            html.Div([html.H1("No spike so far"), html.P(_calm(record))]), className="card verdict"
+            html.Div([html.H1("No spike so far"), html.P(_calm(cache))]), className="card verdict"
         )
     if isinstance(found, str):
         return html.Section(
             html.Div([html.H1("Nothing to explain"), notice(found)]), className="card verdict"
         )
     caveats = [notice(c, "warn") for c in found.caveats]
-    warned = (found.spike_onset, "early_warning") in [(c.step, c.kind) for c in choices(record)]
+    warned = (found.spike_onset, "early_warning") in [
+        (c.step, c.kind) for c in spikes_and_warnings(cache)
+    ]
     return html.Section(
         [
             html.Div(
@@ -80,11 +87,11 @@ def headline(found: Cascade, warned: bool = False) -> str:
     """`Spike at step 1,251: an expert outlier`."""
     kind = (found.spike or {}).get("kind") or ("early_warning" if warned else None)
     what = _KINDS.get(str(kind))
-    step = f"step {whole(found.spike_onset)}"
+    step = f"step {integer(found.spike_onset)}"
     return f"{what} at {step}: {_cause(found)}" if what else f"{step.capitalize()}: {_cause(found)}"
 
 
-def rows(found: Cascade) -> list[dict[str, Any]]:
+def evidence_rows(found: Cascade) -> list[dict[str, Any]]:
     """The evidence as the table takes it."""
     out = []
     for i, e in enumerate(found.evidence):
@@ -130,7 +137,10 @@ def _facts(found: Cascade) -> list:
     )
     share = round(100 * found.confidence)
     bar = html.Span(
-        html.Span(style={"width": f"{share}%"}), className="meter", role="img", **aria(f"{share} %")
+        html.Span(style={"width": f"{share}%"}),
+        className="meter",
+        role="img",
+        **aria(f"{share} %"),
     )
     return [
         _fact(
@@ -158,7 +168,10 @@ def _without_defence(found: Cascade) -> str:
 
 
 def _fact(label: str, value: Any, text: str) -> Any:
-    inside = [html.Span(label, className="tile-label"), html.Span(value, className="fact-value")]
+    inside = [
+        html.Span(label, className="tile-label"),
+        html.Span(value, className="fact-value"),
+    ]
     return tip(html.Div(inside, className="fact", tabIndex=0), text)
 
 
@@ -170,23 +183,23 @@ def _others(view: View, found: Cascade) -> list:
         place = " · ".join(where(a.layer, a.site, a.expert).split(", ")) or str(a.stage)
         said: list[Any] = [
             html.B(f"{a.confidence:.2f}"),
-            f" {place}, stage {a.stage}, from step {whole(a.onset)}: {a.why}",
+            f" {place}, stage {a.stage}, from step {integer(a.onset)}: {a.why}",
         ]
         there = a.layer is not None and a.stage in STAGES
-        cell = view.but(stage=a.stage, layer=a.layer, step=a.onset, spike=found.spike_onset)
-        items.append(html.Li(dcc.Link(said, href=cell.search()) if there else said))
+        cell = view.replaced(stage=a.stage, layer=a.layer, step=a.onset, spike=found.spike_onset)
+        items.append(html.Li(dcc.Link(said, href=cell.query_string()) if there else said))
     count = f"{len(items)} other origin{'s' * (len(items) != 1)} that the record allows"
     return [html.Details([html.Summary(count), html.Ul(items)], className="others")]
 
 
-def _name(record: Record, choice: Choice) -> str:
-    name = f"{_KINDS.get(choice.kind, choice.kind).lower()} {whole(choice.step)}"
-    rolled_back = choice.attempt is not None and record.lived(choice.attempt) is not record
+def _name(cache: RunCache, choice: SpikeOrWarning) -> str:
+    name = f"{_KINDS.get(choice.kind, choice.kind).lower()} {integer(choice.step)}"
+    rolled_back = choice.attempt is not None and cache.as_of_attempt(choice.attempt) is not cache
     return f"{name} · attempt {choice.attempt}" if rolled_back else name
 
 
-def _link(record: Record, step: int, label: str, kind: str, here: bool) -> Any:
-    target = f"/run/{quote(record.run.name)}/cascade{View(spike=step).search()}"
+def _link(cache: RunCache, step: int, label: str, kind: str, here: bool) -> Any:
+    target = f"/run/{quote(cache.run.name)}/cascade{View(spike=step).query_string()}"
     mark: Any = {"aria-current": "true"} if here else {}
     inside: list[Any] = [html.Span(className=f"dot choice-{kind}"), label]
     return html.Span(
@@ -194,8 +207,8 @@ def _link(record: Record, step: int, label: str, kind: str, here: bool) -> Any:
     )
 
 
-def _calm(record: Record) -> str:
-    if not len(record.steps()["step"]):
+def _calm(cache: RunCache) -> str:
+    if not len(cache.steps()["step"]):
         return "The cascade behind the first one will be shown here."
     return "The loss never left its trend. The maps show how far each layer stands from its own past; click any cell."
 

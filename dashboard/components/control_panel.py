@@ -9,9 +9,9 @@ from dash import Dash, Input, Output, State, ctx, html, no_update
 
 from geodiag.control import MODES
 from geodiag.dashboard.components.components import aria, card, notice, tip
-from geodiag.dashboard.components.text import POLICY, ROUTING, whole
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.components.text import POLICY, ROUTING, integer
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.server.run_library import RunLibrary
 from geodiag.errors import GeodiagError
 from geodiag.events import details
 
@@ -20,9 +20,9 @@ _DELAY, _MOST_DELAY = 8, 64
 _WHY_NOT = "The training is not running, so nobody would answer. It was last seen at step {step}."
 
 
-def panel(record: Record) -> html.Section:
+def panel(cache: RunCache) -> html.Section:
     """The buttons; `state` fills in what is going on."""
-    now = _show(record, None)
+    now = _show(cache, None)
     looks = dict(zip(MODES, now["variants"], strict=True))
     idle = now["disabled"][0]
     buttons = [
@@ -30,7 +30,7 @@ def panel(record: Record) -> html.Section:
         for m in MODES
     ]
     steps = dmc.NumberInput(
-        id="ask-delay", value=delay(record), disabled=idle, min=0, max=_MOST_DELAY, allowDecimal=False,
+        id="ask-delay", value=delay(cache), disabled=idle, min=0, max=_MOST_DELAY, allowDecimal=False,
         size="xs", w=86,
         **aria("delay in steps"),
     )  # fmt: skip
@@ -46,10 +46,10 @@ def panel(record: Record) -> html.Section:
     )
 
 
-def state(record: Record, error: str | None = None) -> list:
+def state(cache: RunCache, error: str | None = None) -> list:
     """*Asked* or not, what holds now, and why it was last decided."""
-    steps, events, request = record.steps(), record.events(), record.run.pending()
-    mode = record.mode()
+    steps, events, request = cache.steps(), cache.events(), cache.run.pending()
+    mode = cache.mode()
     since = _since(steps) if len(steps["step"]) else None
     lines: list[Any] = []
     if error:
@@ -65,26 +65,29 @@ def state(record: Record, error: str | None = None) -> list:
     answer = next((e for e in reversed(events) if e["kind"] == "acknowledge"), None)
     if answer is not None:
         obeyed = details(answer["data"]).get("obeyed", True)
-        said = [html.B(f"answered at step {whole(answer['step'])}"), f" {answer['message'] or ''}"]
+        said = [
+            html.B(f"answered at step {integer(answer['step'])}"),
+            f" {answer['message'] or ''}",
+        ]
         lines.append(_line("answered" if obeyed else "refused", said))
-    now = [html.B(f"now: {mode}"), f" since step {whole(since)}" if since is not None else ""]
+    now = [html.B(f"now: {mode}"), f" since step {integer(since)}" if since is not None else ""]
     lines.append(tip(html.Div(_line(mode, now), tabIndex=0), ROUTING[mode]))
     why = next((e for e in reversed(events) if e["kind"] == "decision"), None) or next(
         (e for e in reversed(events) if e["kind"] == "routing"), None
     )
     if why is not None:
         lines.append(
-            _line("why", [html.B("why"), f" (step {whole(why['step'])}) {why['message'] or ''}"])
+            _line("why", [html.B("why"), f" (step {integer(why['step'])}) {why['message'] or ''}"])
         )
-    if record.run.status() != "running":
+    if cache.run.status() != "running":
         last = int(steps["step"][-1]) if len(steps["step"]) else None
-        lines.append(notice(_WHY_NOT.format(step=whole(last))))
+        lines.append(notice(_WHY_NOT.format(step=integer(last))))
     return lines
 
 
-def policy(record: Record) -> str | None:
+def policy(cache: RunCache) -> str | None:
     """What the training was last told to do, as far as it said."""
-    for event in reversed(record.events()):
+    for event in reversed(cache.events()):
         said = details(event["data"])
         if (
             event["kind"] == "acknowledge"
@@ -92,22 +95,22 @@ def policy(record: Record) -> str | None:
             and said.get("routing") in MODES
         ):
             return said["routing"]
-    routing = record.said("config").get("routing")
-    began = routing.get("policy") if isinstance(routing, dict) else record.option("routing")
+    routing = cache.said("config").get("routing")
+    began = routing.get("policy") if isinstance(routing, dict) else cache.option("routing")
     return began if began in MODES else None
 
 
-def delay(record: Record) -> int:
+def delay(cache: RunCache) -> int:
     """The delay that the training uses, or the one that it was started with."""
-    lag = record.steps()["routing_lag"]
+    lag = cache.steps()["routing_lag"]
     if len(lag) and np.isfinite(lag[-1]) and lag[-1] > 0:
         return int(lag[-1])
-    routing = record.said("config").get("routing")
-    said = routing.get("delay_steps") if isinstance(routing, dict) else record.option("delay")
+    routing = cache.said("config").get("routing")
+    said = routing.get("delay_steps") if isinstance(routing, dict) else cache.option("delay")
     return said if isinstance(said, int) and 0 <= said <= _MOST_DELAY else _DELAY
 
 
-def register(app: Dash, library: Library) -> None:
+def register(app: Dash, library: RunLibrary) -> None:
     """asked → state; pulse → state and buttons."""
 
     @app.callback(
@@ -140,30 +143,30 @@ def register(app: Dash, library: Library) -> None:
         return _show(library.at(pathname), (asked or {}).get("error"))
 
 
-def _show(record: Record | None, error: str | None) -> dict:
-    if record is None:
+def _show(cache: RunCache | None, error: str | None) -> dict:
+    if cache is None:
         return {
             "state": no_update,
             "disabled": [no_update] * len(_CONTROLS),
             "variants": [no_update] * len(MODES),
         }
-    idle, held = record.run.status() != "running", policy(record)
+    idle, held = cache.run.status() != "running", policy(cache)
     variants = ["filled" if m == held else "default" for m in MODES]
     return {
-        "state": state(record, error),
+        "state": state(cache, error),
         "disabled": [idle] * len(_CONTROLS),
         "variants": variants,
     }
 
 
-def _ask(library: Library, pathname: str, mode: str, steps: Any) -> dict:
-    record = library.at(pathname)
-    if record is None:
+def _ask(library: RunLibrary, pathname: str, mode: str, steps: Any) -> dict:
+    cache = library.at(pathname)
+    if cache is None:
         return {"error": "This run is gone."}
-    if record.run.status() != "running":
-        return {"error": _WHY_NOT.format(step=whole(record.run.manifest.get("last_step")))}
+    if cache.run.status() != "running":
+        return {"error": _WHY_NOT.format(step=integer(cache.run.manifest.get("last_step")))}
     try:
-        request = record.run.request(
+        request = cache.run.request(
             mode, int(steps) if isinstance(steps, int | float) else None, by="dashboard"
         )
     except GeodiagError as e:
@@ -180,5 +183,6 @@ def _since(steps: dict) -> int:
 
 def _line(kind: str, children: list) -> html.Div:
     return html.Div(
-        [html.Span(className=f"dot dot-{kind}"), html.Span(children)], className=f"said said-{kind}"
+        [html.Span(className=f"dot dot-{kind}"), html.Span(children)],
+        className=f"said said-{kind}",
     )

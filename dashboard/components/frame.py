@@ -9,10 +9,10 @@ from dash import dcc, html
 from flask import has_request_context, request
 
 from geodiag.dashboard.components.components import aria, badge, notice, tip
-from geodiag.dashboard.components.text import ROUTING, STATUS, whole
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.data.timeline_marks import KINDS
-from geodiag.dashboard.url.live_figures import happened
+from geodiag.dashboard.components.text import ROUTING, STATUS, integer
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.data.timeline_marks import MARK_HELP
+from geodiag.dashboard.url.live_figures import event_marks
 from geodiag.dashboard.url.url_state import View
 from geodiag.metrics.schema import ROUTING_MODES
 
@@ -33,12 +33,14 @@ _FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-ser
 THEME_COOKIE = "geodiag-theme"
 MODES = {"warmup": "warm-up", "on": "anticipatory", "drain": "drain"}
 """Routing modes that are drawn as bands, and what they are called beside their colour."""
-LEGEND = {kind: (kind.replace("_", " "), f"{said.capitalize()}.") for kind, said in KINDS.items()}
+LEGEND = {
+    kind: (kind.replace("_", " "), f"{said.capitalize()}.") for kind, said in MARK_HELP.items()
+}
 LEGEND |= {mode: (f"routing: {name}", ROUTING[mode]) for mode, name in MODES.items()}
-LEGEND["undone"] = ("undone", "Steps that were rolled back: a later attempt took their place.")
+LEGEND["superseded"] = ("rolled-back steps", "Steps that were rolled back: a later attempt took their place.")
 
 
-def shell() -> dmc.MantineProvider:
+def page_frame() -> dmc.MantineProvider:
     """The page without its content. The colour scheme comes from a cookie, so the first paint is
     the right one.
     """
@@ -73,22 +75,22 @@ def shell() -> dmc.MantineProvider:
 
 
 def nav(
-    record: Record | None, tabs: list[tuple[str, str]], pathname: str, view: View, single: bool
+    cache: RunCache | None, tabs: list[tuple[str, str]], pathname: str, view: View, single: bool
 ) -> list:
     """Brand, run and tabs; a tab keeps the range of steps and the site that the reader looks at."""
     brand: Any = [html.Img(src="/assets/mark.svg", alt="", width=22, height=22), "geodiag"]
     out: list[Any] = [dcc.Link(brand, href="/", className="brand", title="all runs")]
-    if record is None:
+    if cache is None:
         return out
     if not single:
         out.append(dcc.Link("runs", href="/", className="crumb"))
-    out.append(html.Span(record.run.name, className="crumb here", title=record.run.url))
-    kept = View(steps=view.steps, step=view.step, site=view.site, layer=view.layer).search()
+    out.append(html.Span(cache.run.name, className="crumb here", title=cache.run.url))
+    kept = View(steps=view.steps, step=view.step, site=view.site, layer=view.layer).query_string()
     links = []
     for name, title in tabs:
         here = pathname.rstrip("/").endswith(f"/{name}")
         mark: Any = {"aria-current": "page"} if here else {}
-        target = f"/run/{quote(record.run.name)}/{name}{kept}"
+        target = f"/run/{quote(cache.run.name)}/{name}{kept}"
         links.append(
             html.Div(
                 dcc.Link(title, href=target), className="g-tab here" if here else "g-tab", **mark
@@ -96,8 +98,8 @@ def nav(
         )
     said: list[Any] = [html.Nav(links, className="tabs", **aria("pages of this run"))]
     if view.steps:
-        low, high = map(whole, view.steps)
-        back = f"{pathname}{view.but(steps=None).search()}"
+        low, high = map(integer, view.steps)
+        back = f"{pathname}{view.replaced(steps=None).query_string()}"
         said.append(
             dcc.Link(
                 f"steps {low} – {high}  ×", href=back, className="zoom", title="show all steps"
@@ -106,27 +108,27 @@ def nav(
     return out + said
 
 
-def standing(record: Record | None) -> list:
+def run_status(cache: RunCache | None) -> list:
     """Status and newest step, at the top right of every page of a run."""
-    if record is None:
+    if cache is None:
         return []
-    steps, status = record.steps()["step"], record.run.status()
-    step = f"step {whole(int(steps[-1]))}" if len(steps) else "no step yet"
+    steps, status = cache.steps()["step"], cache.run.status()
+    step = f"step {integer(int(steps[-1]))}" if len(steps) else "no step yet"
     return [
         tip(html.Span(badge(status), tabIndex=0), STATUS[status]),
         html.Span(step, className="standing-step"),
     ]
 
 
-def legend(record: Record | None, pathname: str) -> list:
+def legend(cache: RunCache | None, pathname: str) -> list:
     """What the lines across the charts of a page of this run mean; nothing where there are none."""
-    if record is None or pathname.rstrip("/").endswith("/events"):
+    if cache is None or pathname.rstrip("/").endswith("/events"):
         return []
-    kinds = {m.kind for m in happened(record)}
-    if record.undone():
-        kinds.add("undone")
+    kinds = {m.kind for m in event_marks(cache)}
+    if cache.superseded():
+        kinds.add("superseded")
     if pathname.rstrip("/").endswith(("/overview", "/cascade")):
-        kinds |= {ROUTING_MODES[m] for m in np.unique(record.steps()["routing_mode"]) if m > 0}
+        kinds |= {ROUTING_MODES[m] for m in np.unique(cache.steps()["routing_mode"]) if m > 0}
     said = {k: v for k, v in LEGEND.items() if k in kinds}
     return [
         tip(html.Span([html.I(className=f"key key-{k}"), name], tabIndex=0), why)
@@ -134,9 +136,9 @@ def legend(record: Record | None, pathname: str) -> list:
     ]
 
 
-def problems(record: Record | None) -> list:
+def problems(cache: RunCache | None) -> list:
     """What could not be read, by name; everything else is shown."""
-    found = record.problems() if record else {}
+    found = cache.problems() if cache else {}
     if not found:
         return []
     lines = [html.Li([html.Code(name), f" {why}"]) for name, why in sorted(found.items())[:12]]

@@ -17,41 +17,52 @@ from geodiag.dashboard.components.layer_select import (
     series,
 )
 from geodiag.dashboard.components.text import metric
-from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.figures.heat import Panel, heat_map, height_of
 from geodiag.dashboard.figures.lines import Strip, over_steps
-from geodiag.dashboard.figures.style import Look
-from geodiag.dashboard.server.run_library import Library
-from geodiag.dashboard.url.live_figures import Drawing, draws, extent, happened
+from geodiag.dashboard.figures.style import Theme
+from geodiag.dashboard.server.run_library import RunLibrary
+from geodiag.dashboard.url.live_figures import (
+    DrawFunction,
+    event_marks,
+    register_drawing,
+    step_extent,
+)
 from geodiag.dashboard.url.url_state import View
-from geodiag.dashboard.url.url_sync import Control, steer
+from geodiag.dashboard.url.url_sync import Control, sync_url
 
 Lines = Sequence[tuple[str, Mapping[str, str]]]
 """Strips from top to bottom: title, and metric → label."""
 
 
 def one_layer(
-    page: str, record: Record, view: View, over: Mapping[str, str], first: str, label: str, tip: str
+    page: str,
+    cache: RunCache,
+    view: View,
+    over: Mapping[str, str],
+    first: str,
+    label: str,
+    tip: str,
 ) -> html.Section:
     """The card of one layer: its experts by one of `over`, `first` at first, and lines below."""
     shown = view.over if view.over is not None and view.over in over else first
     return card(
         "One layer",
-        graph(f"{page}-experts", height_of([experts_of(record, layer_of(record, view))])),
+        graph(f"{page}-experts", height_of([experts_of(cache, layer_of(cache, view))])),
         graph(f"{page}-lines", 460),
         tip=tip,
         controls=[
             segments(f"{page}-over", shown, options(over), label),
-            select(f"{page}-layer", str(layer_of(record, view)), layer_options(record), "layer", 120),
+            select(f"{page}-layer", str(layer_of(cache, view)), layer_options(cache), "layer", 120),
         ],
     )  # fmt: skip
 
 
 def register(
     app: Dash,
-    library: Library,
+    library: RunLibrary,
     page: str,
-    charts: Mapping[str, Drawing],
+    charts: Mapping[str, DrawFunction],
     metric_first: str,
     over_first: str,
 ) -> None:
@@ -59,7 +70,7 @@ def register(
     row of layers.
     """
     for chart, make in charts.items():
-        draws(app, library, f"{page}-{chart}", "figure", make)
+        register_drawing(app, library, f"{page}-{chart}", "figure", make)
     controls = {
         f"{page}-metric": Control("metric", metric_first),
         f"{page}-over": Control("over", over_first),
@@ -67,35 +78,37 @@ def register(
             "layer", lambda pathname, view: layer_shown(library, pathname, view)
         ),
     }
-    steer(app, controls, [f"{page}-{chart}" for chart in charts], pick_layer)
+    sync_url(app, controls, [f"{page}-{chart}" for chart in charts], pick_layer)
 
 
 def all_layers(
-    record: Record, view: View, look: Look, name: str, title: str, nothing: str
+    cache: RunCache, view: View, theme: Theme, name: str, title: str, nothing: str
 ) -> go.Figure:
     """One metric of every layer; the chosen layer has a frame."""
-    (grid,) = record.grids("layers", name)
+    (grid,) = cache.grids("layers", name)
     return heat_map(
         [Panel(grid, title)],
-        look,
+        theme,
         view.steps,
-        marks=happened(record),
-        extent=extent(record),
-        row=f"{layer_of(record, view)}.ffn",
+        marks=event_marks(cache),
+        step_extent=step_extent(cache),
+        row=f"{layer_of(cache, view)}.ffn",
         nothing=nothing,
     )
 
 
-def experts(record: Record, view: View, look: Look, name: str, shares: bool = False) -> go.Figure:
+def experts(
+    cache: RunCache, view: View, theme: Theme, name: str, shares: bool = False
+) -> go.Figure:
     """One metric of every expert of the chosen layer; `shares` are drawn around an even share."""
-    layer, (grid,) = layer_of(record, view), record.grids("experts", name)
+    layer, (grid,) = layer_of(cache, view), cache.grids("experts", name)
     mine = grid.of_layer(layer)
     return heat_map(
         [Panel(mine, f"<b>layer {layer}</b>  {metric('experts', name).help}")],
-        look,
+        theme,
         view.steps,
-        marks=happened(record),
-        extent=extent(record),
+        marks=event_marks(cache),
+        step_extent=step_extent(cache),
         experts=True,
         centre=1 / max(1, len(mine.rows)) if shares else None,
         title="",
@@ -103,21 +116,21 @@ def experts(record: Record, view: View, look: Look, name: str, shares: bool = Fa
     )
 
 
-def lines(record: Record, view: View, look: Look, strips: Lines, lacks: str) -> go.Figure:
+def lines(cache: RunCache, view: View, theme: Theme, strips: Lines, lacks: str) -> go.Figure:
     """Series of the chosen layer; `lacks` says what a layer without any has not."""
-    layer = layer_of(record, view)
-    record.grids(
+    layer = layer_of(cache, view)
+    cache.grids(
         "layers", *(name for _, names in strips for name in names)
     )  # one reading instead of one a strip
     shown = [
-        Strip(title, series(record, layer, names), metric("layers", next(iter(names))).unit)
+        Strip(title, series(cache, layer, names), metric("layers", next(iter(names))).unit)
         for title, names in strips
     ]
     return over_steps(
         shown,
-        look,
+        theme,
         view.steps,
-        marks=happened(record),
-        extent=extent(record),
+        marks=event_marks(cache),
+        step_extent=step_extent(cache),
         nothing=f"Layer {layer} has no {lacks}.",
     )

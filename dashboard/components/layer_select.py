@@ -4,48 +4,48 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.figures.lines import Line
-from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.server.run_library import RunLibrary
 from geodiag.dashboard.url.url_state import View
 
 
-def layers_of(record: Record) -> list[int]:
+def layers_of(cache: RunCache) -> list[int]:
     """The layers that have experts; where none has, every layer on record."""
 
-    def look() -> list[int]:
-        for grid in record.recent("layers", "max_vio", "stream_rms", back=20):
+    def read() -> list[int]:
+        for grid in cache.recent("layers", "max_vio", "stream_rms", back=20):
             if rows := grid.measured().rows:
                 return sorted({layer for layer, _ in rows})
         return []
 
-    return record.memo("layers", look)
+    return cache.memo("layers", read)
 
 
-def sites_of(record: Record) -> list[tuple[int, int]]:
+def sites_of(cache: RunCache) -> list[tuple[int, int]]:
     """Every residual site on record, in static order."""
 
-    def look() -> list[tuple[int, int]]:
-        (grid,) = record.recent("layers", "stream_rms", back=20)
+    def read() -> list[tuple[int, int]]:
+        (grid,) = cache.recent("layers", "stream_rms", back=20)
         return list(grid.rows)
 
-    return record.memo("sites", look)
+    return cache.memo("sites", read)
 
 
-def experts_of(record: Record, layer: int) -> int:
+def experts_of(cache: RunCache, layer: int) -> int:
     """How many experts a layer has on record."""
-    (grid,) = record.memo("experts", lambda: record.recent("experts", "load", back=20))
+    (grid,) = cache.memo("experts", lambda: cache.recent("experts", "load", back=20))
     return len(grid.of_layer(layer).rows)
 
 
-def layer_of(record: Record, view: View) -> int:
+def layer_of(cache: RunCache, view: View) -> int:
     """The chosen layer; else that of the chosen site, of the latest spike's first suspect, or the
     deepest one.
     """
-    there = layers_of(record)
+    there = layers_of(cache)
     named = [
         e["layer"]
-        for e in reversed(record.events())
+        for e in reversed(cache.events())
         if e["layer"] is not None and e["kind"] != "problem"
     ]
     for layer in (view.layer, view.site[0] if view.site else None, *named[:1]):
@@ -54,26 +54,26 @@ def layer_of(record: Record, view: View) -> int:
     return there[-1] if there else 0
 
 
-def layer_shown(library: Library, pathname: str, view: View) -> str | None:
+def layer_shown(library: RunLibrary, pathname: str, view: View) -> str | None:
     """What the choice of layers shows at an address."""
-    record = library.at(pathname)
-    return str(layer_of(record, view)) if record else None
+    cache = library.at(pathname)
+    return str(layer_of(cache, view)) if cache else None
 
 
-def layer_options(record: Record) -> list[dict]:
-    return [{"value": str(n), "label": f"layer {n}"} for n in layers_of(record) or [0]]
+def layer_options(cache: RunCache) -> list[dict]:
+    return [{"value": str(n), "label": f"layer {n}"} for n in layers_of(cache) or [0]]
 
 
 def pick_layer(pathname: str, view: View, name: str, point: dict) -> View:
     """A click on a row of layers chooses the layer; a click elsewhere on a chart, nothing."""
     site = View.parse(f"?site={point.get('y')}").site
-    return view.but(layer=site[0], site=site) if site else view
+    return view.replaced(layer=site[0], site=site) if site else view
 
 
-def series(record: Record, layer: int, names: Mapping[str, str]) -> list[Line]:
+def series(cache: RunCache, layer: int, names: Mapping[str, str]) -> list[Line]:
     """One line a metric: the layer's worst site, which for most metrics is its only one."""
     lines = []
-    for grid in record.grids("layers", *names):
+    for grid in cache.grids("layers", *names):
         value_RS = grid.of_layer(layer).values_RS
         worst = np.fmin if grid.metric.worse == "low" else np.fmax
         value_S = worst.reduce(value_RS, 0) if len(value_RS) else np.full(len(grid.steps_S), np.nan)

@@ -71,12 +71,12 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
-def times(value: float | None) -> str:
+def factor(value: float | None) -> str:
     """A gain, as the command line writes it too: `×1.019`."""
     return number(value) if value is None or not math.isfinite(value) else f"×{value:.4g}"
 
 
-def whole(value: int | None) -> str:
+def integer(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 

@@ -5,10 +5,18 @@ from typing import Any
 import numpy as np
 
 from geodiag.dashboard.components.components import tile
-from geodiag.dashboard.components.text import ROUTING, about, metric, number, percent, times, whole
+from geodiag.dashboard.components.text import (
+    ROUTING,
+    about,
+    factor,
+    integer,
+    metric,
+    number,
+    percent,
+)
 from geodiag.dashboard.data.grid import Grid, row_name
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.url.live_figures import raised
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.url.live_figures import detected_spikes
 from geodiag.events import KINDS
 from geodiag.health import SPIKES
 
@@ -18,21 +26,21 @@ _HIGH_GAIN = 2.0
 """
 
 
-def tiles(record: Record) -> list:
+def tiles(cache: RunCache) -> list:
     """Step, loss, composite gain, flip rate, routing, spikes. How the training stands is at the top
     of every page.
     """
-    steps, mode = record.steps(), record.mode()
+    steps, mode = cache.steps(), cache.mode()
     some = len(steps["step"]) > 0
     last = int(steps["step"][-1]) if some else None
     loss = float(steps["loss"][-1]) if some else None
     lag = float(steps["routing_lag"][-1]) if some else 0.0
     seconds = steps["step_seconds"][-50:]
     pace = f"{1 / np.nanmean(seconds):.2g} a second" if some and np.isfinite(seconds).any() else ""
-    gain, flip = worst_now(record, *COMPOSITES), worst_now(record, "flip_rate")
-    found = [s for s in raised(record) if s.kind in SPIKES]
+    gain, flip = worst_now(cache, *COMPOSITES), worst_now(cache, "flip_rate")
+    found = [s for s in detected_spikes(cache) if s.kind in SPIKES]
     return [
-        tile("step", whole(last), pace, "The newest step on record."),
+        tile("step", integer(last), pace, "The newest step on record."),
         tile(
             "loss",
             number(loss),
@@ -51,18 +59,18 @@ def tiles(record: Record) -> list:
         tile(
             "spikes",
             str(len(found)),
-            f"last at {whole(found[-1].onset)}" if found else "",
+            f"last at {integer(found[-1].onset)}" if found else "",
             f"{KINDS['spike'].capitalize()}.",
         ),
     ]
 
 
-def worst_now(record: Record, *names: str) -> Grid | None:
+def worst_now(cache: RunCache, *names: str) -> Grid | None:
     """The named metric whose newest values hold the worst; one column, or None where none was
     measured.
     """
     best: tuple[float, Grid] | None = None
-    for grid in record.recent("layers", *names):
+    for grid in cache.recent("layers", *names):
         if not grid.rows or not len(grid.steps_S):
             continue
         value_R = grid.at(int(grid.steps_S[-1]))
@@ -83,7 +91,7 @@ def _gain_tile(grid: Grid | None) -> Any:
     way = "backward" if grid.metric.name.endswith("bwd") else "forward"
     return tile(
         label,
-        times(value),
+        factor(value),
         f"{way}, at {row_name(row)}",
         about(grid.metric),
         _tone(value, _HIGH_GAIN),

@@ -85,7 +85,7 @@ def to_grids(table: str, rows: pa.Table, names: list[str]) -> dict[str, Grid]:
         _second(table, rows),
     )
     rank_n = rows["rank"].to_numpy()
-    width = _period(step_n, layer_n, second_n, rank_n)
+    width = _rows_per_step(step_n, layer_n, second_n, rank_n)
     if width:
         keys = tuple(zip(layer_n[:width].tolist(), second_n[:width].tolist(), strict=True))
         values = {n: values_of(rows[n], METRICS[table, n]).reshape(-1, width).T for n in names}
@@ -120,7 +120,7 @@ def _second(table: str, rows: pa.Table) -> np.ndarray:
     return place_of[np.concatenate(codes)] if codes else np.array([], np.int16)
 
 
-def _period(
+def _rows_per_step(
     step_n: np.ndarray, layer_n: np.ndarray, second_n: np.ndarray, rank_n: np.ndarray
 ) -> int:
     """R, where every step is the same R rows in static order, of one rank: then a grid is a
@@ -170,7 +170,7 @@ def merge_ranks(parts: list[np.ndarray], metric: Metric, shape: tuple[int, ...])
     return np.where(count > 0, merged, np.nan).astype(np.float32)
 
 
-def joined(head: Grid, tail: Grid) -> Grid | None:
+def extend(head: Grid, tail: Grid) -> Grid | None:
     """`head` continued by `tail`, which wins where they overlap; None where `tail` has rows that
     `head` has not.
     """
@@ -187,7 +187,7 @@ def joined(head: Grid, tail: Grid) -> Grid | None:
     )
 
 
-def stacked(parts: Sequence[Grid]) -> Grid | None:
+def concatenate(parts: Sequence[Grid]) -> Grid | None:
     """Grids of one metric, of one stretch of steps after another, as one; None where their rows
     differ.
     """

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from geodiag.dashboard.data.attempt_view import PastRun
-from geodiag.dashboard.data.grid import SECOND_KEY, Grid, joined, stacked, to_grids
-from geodiag.dashboard.data.step_table import Undone, steps_of, undone_of
+from geodiag.dashboard.data.grid import SECOND_KEY, Grid, concatenate, extend, to_grids
+from geodiag.dashboard.data.step_table import SupersededSteps, merge_step_rows, superseded_of
 from geodiag.errors import GeodiagError
 from geodiag.metrics.schema import ROUTING_MODES
 from geodiag.run import Run
@@ -27,7 +27,7 @@ _REREAD = 64
 _WATCHED = ("run.json", "control.json", "heartbeat.json")
 
 
-class Record:
+class RunCache:
     """A run's tables, cached. Safe to use from several threads."""
 
     def __init__(self, run: Run) -> None:
@@ -45,7 +45,7 @@ class Record:
         version.
         """
         with self._lock:
-            stamp = self._look()
+            stamp = self._files_stamp()
             if stamp != self._stamp:
                 known, self.run = self.run.manifest.get("attempts"), _reopened(self.run)
                 if self.run.manifest.get("attempts") != known:
@@ -61,7 +61,7 @@ class Record:
         """
         with self._lock:
             if self._steps is None:
-                self._steps = steps_of(self.run.read_arrow("steps"))
+                self._steps = merge_step_rows(self.run.read_arrow("steps"))
             return self._steps
 
     def mode(self) -> str:
@@ -69,25 +69,27 @@ class Record:
         mode_S = self.steps()["routing_mode"]
         return ROUTING_MODES[mode_S[-1]] if len(mode_S) and mode_S[-1] >= 0 else "off"
 
-    def undone(self) -> list[Undone]:
+    def superseded(self) -> list[SupersededSteps]:
         """What was rolled back, or lost to a resume: one entry an attempt, oldest first."""
-        return self.memo("undone", lambda: undone_of(self.run))
+        return self.memo("superseded", lambda: superseded_of(self.run))
 
-    def lived(self, attempt: int | None) -> "Record":
+    def as_of_attempt(self, attempt: int | None) -> "RunCache":
         """The run as it stood when `attempt` was its newest; itself for None and for the newest
         attempt.
         """
-        starts = self.said_attempts()
+        starts = self.attempt_starts()
         if attempt is None or attempt not in starts or attempt == max(starts):
             return self
-        return self.kept(("lived", attempt), lambda: Record(PastRun.of(self.run, attempt)))
+        return self.kept(("lived", attempt), lambda: RunCache(PastRun.of(self.run, attempt)))
 
     def grids(self, table: str, *names: str) -> list[Grid]:
         """The named metrics of `layers` or `experts`, in the order asked for."""
         with self._lock:
             missing = [n for n in names if (table, n) not in self._grids]
             if missing:
-                self._grids |= {(table, n): g for n, g in self._whole(table, missing).items()}
+                self._grids |= {
+                    (table, n): g for n, g in self._read_all_steps(table, missing).items()
+                }
             return [self._grids[table, n] for n in names]
 
     def events(self) -> list[dict[str, Any]]:
@@ -105,7 +107,7 @@ class Record:
             first = int(steps_S[-1]) - back + 1 if len(steps_S) else 0
             if all((table, n) in self._grids for n in names):
                 return [self._grids[table, n].window(first, None) for n in names]
-            made = self._made(table, list(names), (first, None))
+            made = self._read_grids(table, list(names), (first, None))
             return [made[n] for n in names]
 
     def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -126,11 +128,11 @@ class Record:
                 self._kept[key] = make()
             return self._kept[key]
 
-    def stretch(self, table: str, names: Sequence[str], first: int, last: int) -> list[Grid]:
+    def read_steps(self, table: str, names: Sequence[str], first: int, last: int) -> list[Grid]:
         """The named metrics of `layers` or `experts` from step `first` to `last`, without reading
         the rest.
         """
-        made = self._made(table, list(names), (max(0, first), last + 1))
+        made = self._read_grids(table, list(names), (max(0, first), last + 1))
         return [made[n] for n in names]
 
     def said(self, key: str) -> dict[str, Any]:
@@ -138,7 +140,7 @@ class Record:
         found = self.run.manifest.get(key)
         return found if isinstance(found, dict) else {}
 
-    def said_attempts(self) -> dict[int, int]:
+    def attempt_starts(self) -> dict[int, int]:
         """Attempt → its first step, as the manifest knows them."""
         return known_starts(self.run.manifest)
 
@@ -159,21 +161,23 @@ class Record:
         """What could not be read, file → why."""
         return dict(self.run.problems)
 
-    def _whole(self, table: str, names: list[str]) -> dict[str, Grid]:
+    def _read_all_steps(self, table: str, names: list[str]) -> dict[str, Grid]:
         """The named metrics of every step, a stretch at a time: rows take several times the room of
         their grid.
         """
         steps_S = self.steps()["step"]
         first, last = (int(steps_S[0]), int(steps_S[-1])) if len(steps_S) else (0, 0)
         parts = [
-            self._made(table, names, stretch)
-            for stretch in stretches(self.run, table, len(_keys(table)) + len(names), first, last)
+            self._read_grids(table, names, read_steps)
+            for read_steps in stretches(
+                self.run, table, len(_keys(table)) + len(names), first, last
+            )
         ]
-        whole = {n: stacked([p[n] for p in parts]) for n in names}
-        known = {n: g for n, g in whole.items() if g is not None}
-        return known if len(known) == len(names) else self._made(table, names, None)
+        grids = {n: concatenate([p[n] for p in parts]) for n in names}
+        known = {n: g for n, g in grids.items() if g is not None}
+        return known if len(known) == len(names) else self._read_grids(table, names, None)
 
-    def _made(self, table: str, names: list[str], steps: Steps | None) -> dict[str, Grid]:
+    def _read_grids(self, table: str, names: list[str], steps: Steps | None) -> dict[str, Grid]:
         rows = self.run.read_arrow(table, [*_keys(table), *names], steps)
         return to_grids(table, rows, names)
 
@@ -186,16 +190,16 @@ class Record:
                 continue
             last = [s[-1] for n in names if len(s := self._grids[table, n].steps_S)]
             first = int(min(last)) - _REREAD if len(last) == len(names) else None
-            for name, tail in self._made(table, names, (first, None)).items():
-                whole = joined(self._grids[table, name], tail)
-                if whole is None:
+            for name, tail in self._read_grids(table, names, (first, None)).items():
+                grids = extend(self._grids[table, name], tail)
+                if grids is None:
                     del self._grids[
                         table, name
                     ]  # other rows than before: read it anew when it is asked for
                 else:
-                    self._grids[table, name] = whole
+                    self._grids[table, name] = grids
 
-    def _look(self) -> tuple:
+    def _files_stamp(self) -> tuple:
         store = Folder.of(self.run.url)
         seen = []
         for folder in (store.root, store.path("journal")):

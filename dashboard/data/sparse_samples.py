@@ -7,7 +7,7 @@ import pandas as pd
 import pyarrow as pa
 
 from geodiag.dashboard.data.grid import row_name
-from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.data.trajectory import Trajectory
 from geodiag.metrics.schema import SITES
 
@@ -17,10 +17,10 @@ apart.
 """
 
 
-def sampled_at(record: Record, table: str, step: int) -> int | None:
+def newest_sample(cache: RunCache, table: str, step: int) -> int | None:
     """The newest step up to `step` at which the table has rows."""
     for back in (_NEAR, _FAR, step + 1):
-        known = record.run.read_arrow(table, ["step"], steps=(max(0, step + 1 - back), step + 1))[
+        known = cache.run.read_arrow(table, ["step"], steps=(max(0, step + 1 - back), step + 1))[
             "step"
         ]
         if len(known):
@@ -28,31 +28,31 @@ def sampled_at(record: Record, table: str, step: int) -> int | None:
     return None
 
 
-def sampled_near(record: Record, table: str, step: int) -> int | None:
+def nearest_sample(cache: RunCache, table: str, step: int) -> int | None:
     """The first step from `step` on at which the table has rows, so that what happened at it shows;
     else the newest.
     """
-    after = record.run.read_arrow(table, ["step"], steps=(step, step + _NEAR))["step"]
-    return int(after[0].as_py()) if len(after) else sampled_at(record, table, step)
+    after = cache.run.read_arrow(table, ["step"], steps=(step, step + _NEAR))["step"]
+    return int(after[0].as_py()) if len(after) else newest_sample(cache, table, step)
 
 
-def matrices(
-    record: Record, layer: int, site: str, step: int
+def site_matrices(
+    cache: RunCache, layer: int, site: str, step: int
 ) -> tuple[int, dict[str, np.ndarray]] | None:
     """(step, map → token-mean matrix) of one site."""
-    at = record.memo(("matrices at", step), lambda: sampled_at(record, "matrices", step))
+    at = cache.memo(("matrices at", step), lambda: newest_sample(cache, "matrices", step))
     if at is None:
         return None
-    maps = _maps_at(record, at)
+    maps = _maps_at(cache, at)
     mine = {name: m for (where, name), m in maps.items() if where == (layer, SITES.index(site))}
     return (at, mine) if mine else None
 
 
-def composites(record: Record, layer: int, at: int) -> list[tuple[str, np.ndarray]]:
+def composite_maps(cache: RunCache, layer: int, at: int) -> list[tuple[str, np.ndarray]]:
     """(name, N×N) at a sampled step: the maps of a layer's sites, and the product of all from the
     first site to it.
     """
-    maps = _maps_at(record, at)
+    maps = _maps_at(cache, at)
     sites = sorted(where for where, name in maps if name == "res" and where[0] <= layer)
     own = [(row_name(s), maps[s, "res"]) for s in sites if s[0] == layer]
     if not own:
@@ -61,9 +61,9 @@ def composites(record: Record, layer: int, at: int) -> list[tuple[str, np.ndarra
     return [*own, (f"{row_name(sites[0])} → {row_name(sites[-1])}", product)]
 
 
-def traced(record: Record, at: int) -> list[Trajectory]:
+def token_trajectories(cache: RunCache, at: int) -> list[Trajectory]:
     """The traced tokens at a sampled step, each with its way through the sites in static order."""
-    rows = record.memo(("tokens", at), lambda: record.run.read_arrow("tokens", steps=(at, at + 1)))
+    rows = cache.memo(("tokens", at), lambda: cache.run.read_arrow("tokens", steps=(at, at + 1)))
     return _trajectories(rows)
 
 
@@ -90,26 +90,26 @@ def _trajectories(rows: pa.Table) -> list[Trajectory]:
     return out
 
 
-def before_and_near(record: Record, table: str, before: int, step: int) -> list[tuple[str, int]]:
+def samples_around(cache: RunCache, table: str, before: int, step: int) -> list[tuple[str, int]]:
     """(what to call it, sampled step): the newest sample before `before`, where there is one, and
     one near `step`.
     """
     key = ("around", table, before, step)
-    near = record.memo((*key, "near"), lambda: sampled_near(record, table, step))
-    past = record.memo(
-        (*key, "past"), lambda: sampled_at(record, table, before - 1) if before > 0 else None
+    near = cache.memo((*key, "near"), lambda: nearest_sample(cache, table, step))
+    past = cache.memo(
+        (*key, "past"), lambda: newest_sample(cache, table, before - 1) if before > 0 else None
     )
     out = [("before", past)] if past is not None and near is not None and past < near else []
     return [*out, ("at the cell", near)] if near is not None else []
 
 
-def _maps_at(record: Record, at: int) -> dict[tuple[tuple[int, int], str], np.ndarray]:
+def _maps_at(cache: RunCache, at: int) -> dict[tuple[tuple[int, int], str], np.ndarray]:
     """((layer, site index), map) → matrix at a sampled step, ranks averaged."""
-    return record.memo(("maps", at), lambda: _all_maps(record, at))
+    return cache.memo(("maps", at), lambda: _all_maps(cache, at))
 
 
-def _all_maps(record: Record, at: int) -> dict[tuple[tuple[int, int], str], np.ndarray]:
-    rows = record.run.read_arrow("matrices", steps=(at, at + 1)).to_pandas()
+def _all_maps(cache: RunCache, at: int) -> dict[tuple[tuple[int, int], str], np.ndarray]:
+    rows = cache.run.read_arrow("matrices", steps=(at, at + 1)).to_pandas()
     return {
         ((int(layer), SITES.index(site)), str(name)): _matrix(cells)
         for (layer, site, name), cells in rows.groupby(["layer", "site", "map"], observed=True)

@@ -17,7 +17,7 @@ from geodiag.store.manifest import known_starts
 # S steps, n table rows.
 
 
-class Undone(NamedTuple):
+class SupersededSteps(NamedTuple):
     """Steps that a later attempt took the place of."""
 
     attempt: int
@@ -26,7 +26,7 @@ class Undone(NamedTuple):
     grad_norm_S: np.ndarray
 
 
-def steps_of(rows: pa.Table, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+def merge_step_rows(rows: pa.Table, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Columns of `steps`, ranks merged; all metrics and the routing mode, or the named metrics
     alone.
     """
@@ -49,7 +49,7 @@ def steps_of(rows: pa.Table, names: Sequence[str] | None = None) -> dict[str, np
     return out
 
 
-def undone_of(run: Run) -> list[Undone]:
+def superseded_of(run: Run) -> list[SupersededSteps]:
     """What was rolled back, or lost to a resume: one entry an attempt, oldest first."""
     starts = known_starts(run.manifest)
     if len(starts) < 2:
@@ -64,6 +64,8 @@ def undone_of(run: Run) -> list[Undone]:
             pc.and_(pc.equal(rows["attempt"], attempt), pc.greater_equal(rows["step"], ends))
         )
         if len(gone):
-            merged = steps_of(gone, ("loss", "grad_norm"))
-            out.append(Undone(attempt, merged["step"], merged["loss"], merged["grad_norm"]))
+            merged = merge_step_rows(gone, ("loss", "grad_norm"))
+            out.append(
+                SupersededSteps(attempt, merged["step"], merged["loss"], merged["grad_norm"])
+            )
     return out

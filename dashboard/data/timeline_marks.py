@@ -14,7 +14,7 @@ from geodiag.metrics.schema import ROUTING_MODES
 
 _RAISED = (*SPIKES, "outlier")
 
-KINDS = {
+MARK_HELP = {
     "spike": "the loss left its trend here",
     "early_warning": "early warning: a stage left its range before a spike was raised",
     "rollback": "training went back to an earlier step",
@@ -25,7 +25,7 @@ KINDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spike:
+class SpikeMark:
     """One thing the detector raised, as far as it is known by now."""
 
     kind: str
@@ -40,7 +40,7 @@ class Spike:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
+class RoutingSpan:
     """Steps start ≤ step ≤ end in one routing mode."""
 
     mode: str
@@ -57,11 +57,11 @@ class Mark:
     message: str = ""
 
 
-def spikes(events: Iterable[dict[str, Any]]) -> list[Spike]:
+def spikes_from_events(events: Iterable[dict[str, Any]]) -> list[SpikeMark]:
     """The detector's events; what a later row says of the same onset (its peak, its end) is merged
     in.
     """
-    found: dict[int, Spike] = {}
+    found: dict[int, SpikeMark] = {}
     for event in events:
         data = details(event["data"])
         if event["kind"] in _RAISED:
@@ -72,7 +72,7 @@ def spikes(events: Iterable[dict[str, Any]]) -> list[Spike]:
                 "detected": event["step"],
                 "message": event["message"] or "",
             }
-            first = Spike(onset=onset, attempt=event.get("attempt") or 0, **said)
+            first = SpikeMark(onset=onset, attempt=event.get("attempt") or 0, **said)
             found[onset] = _told(old or first, data)
         elif event["kind"] == "recovered" and found:
             onset = _number(data, "onset", max(found))
@@ -83,30 +83,32 @@ def spikes(events: Iterable[dict[str, Any]]) -> list[Spike]:
     return [found[k] for k in sorted(found)]
 
 
-def marks(events: Iterable[dict[str, Any]], raised: Sequence[Spike]) -> list[Mark]:
+def marks_from_events(
+    events: Iterable[dict[str, Any]], detected_spikes: Sequence[SpikeMark]
+) -> list[Mark]:
     """Everything that gets a line, in time. The beginning of a run is none."""
-    out = [Mark(kind="spike", step=s.onset, message=s.message) for s in raised]
+    out = [Mark(kind="spike", step=s.onset, message=s.message) for s in detected_spikes]
     for event in events:
         kind, begins = event["kind"], event["kind"] == "attempt" and not event["attempt"]
-        if kind in KINDS and kind != "spike" and not begins:
+        if kind in MARK_HELP and kind != "spike" and not begins:
             out.append(Mark(kind=kind, step=event["step"], message=event["message"] or ""))
     return sorted(out, key=lambda m: m.step)
 
 
-def spans(step_S: np.ndarray, mode_S: np.ndarray) -> list[Span]:
+def routing_spans(step_S: np.ndarray, mode_S: np.ndarray) -> list[RoutingSpan]:
     """Runs of steps in which routing was not off."""
     if not len(step_S):
         return []
     begins = np.flatnonzero(np.diff(mode_S, prepend=mode_S[0] - 1))
     ends = np.append(begins[1:], len(mode_S)) - 1
     return [
-        Span(mode=ROUTING_MODES[mode_S[a]], start=int(step_S[a]), end=int(step_S[b]))
+        RoutingSpan(mode=ROUTING_MODES[mode_S[a]], start=int(step_S[a]), end=int(step_S[b]))
         for a, b in zip(begins, ends, strict=True)
         if mode_S[a] > 0
     ]
 
 
-def _told(spike: Spike, data: dict[str, Any]) -> Spike:
+def _told(spike: SpikeMark, data: dict[str, Any]) -> SpikeMark:
     told = {k: data[k] for k in ("peak", "end", "score") if isinstance(data.get(k), int | float)}
     if told.get("end", spike.onset) < spike.onset:
         del told["end"]  # it was rolled back: it has no end of its own

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from geodiag.cascade.explain import Cascade, Onset
 from geodiag.cascade.words import layers_in_words, measured, where
-from geodiag.dashboard.figures.style import Look, faded, upright
+from geodiag.dashboard.figures.style import Theme, faded, upright
 
 
 @dataclass
@@ -45,7 +45,7 @@ def draw_path(
     cascade: Cascade,
     place: Place,
     reach: tuple[float, float],
-    look: Look,
+    theme: Theme,
     loss: float | None,
     asked: str,
 ) -> None:
@@ -62,19 +62,19 @@ def draw_path(
         points = [(float(cascade.onset or 0), place.domains[0][0]), *points]
     for x in sorted({p[0] for p in [*points, end]}):
         for domain in place.domains:
-            fig.add_shape(upright(x, look.spike, "dash", domain))
-    _line(fig, [*points, end], look)
-    _dots(fig, knots, heads, place, look)
+            fig.add_shape(upright(x, theme.spike, "dash", domain))
+    _line(fig, [*points, end], theme)
+    _dots(fig, knots, heads, place, theme)
     for head, point in zip(heads, points[outside:], strict=True):
-        _label(fig, point, _says(head, knots, cascade), place, int(head.stage or 1), reach, look)
+        _label(fig, point, _says(head, knots, cascade), place, int(head.stage or 1), reach, theme)
     if outside:
-        _label(fig, points[0], _outside(cascade, end_said), place, 0, reach, look)
+        _label(fig, points[0], _outside(cascade, end_said), place, 0, reach, theme)
     fig.add_scatter(
-        x=[end[0]], y=[loss], mode="markers", marker={"size": 11, "color": look.spike, "line": {"width": 0}},
+        x=[end[0]], y=[loss], mode="markers", marker={"size": 11, "color": theme.spike, "line": {"width": 0}},
         name="the loss", hovertemplate=f"{end_said}<extra></extra>",
     )  # fmt: skip
     if not outside:
-        _label(fig, end, end_said, place, 0, reach, look)
+        _label(fig, end, end_said, place, 0, reach, theme)
 
 
 def first_of_each_stage(knots: Sequence[Onset], cascade: Cascade) -> list[Onset]:
@@ -87,18 +87,18 @@ def first_of_each_stage(knots: Sequence[Onset], cascade: Cascade) -> list[Onset]
     return heads
 
 
-def _line(fig: go.Figure, points: Sequence[tuple[float, float]], look: Look) -> None:
+def _line(fig: go.Figure, points: Sequence[tuple[float, float]], theme: Theme) -> None:
     """One smooth line; its last piece, to the loss, runs across the maps between and is thinner."""
     for i, ((x0, y0), (x1, y1)) in enumerate(pairwise(points)):
         last, middle = i == len(points) - 2, (x0 + x1) / 2
         fig.add_shape(
             type="path", path=f"M {x0},{y0} C {middle},{y0} {middle},{y1} {x1},{y1}", xref="x", yref="paper",
-            line={"color": faded(look.spike, 0.65 if last else 0.95), "width": 1.4 if last else 2.4},
+            line={"color": faded(theme.spike, 0.65 if last else 0.95), "width": 1.4 if last else 2.4},
         )  # fmt: skip
 
 
 def _dots(
-    fig: go.Figure, knots: Sequence[Onset], heads: Sequence[Onset], place: Place, look: Look
+    fig: go.Figure, knots: Sequence[Onset], heads: Sequence[Onset], place: Place, theme: Theme
 ) -> None:
     for stage in (1, 2, 3):
         mine = [k for k in knots if k.stage == stage]
@@ -108,8 +108,8 @@ def _dots(
         fig.add_scatter(
             x=[k.step for k in mine], y=[str(k.layer) for k in mine], yaxis=f"y{stage + 1}", mode="markers",
             marker={
-                "symbol": "circle-open", "size": [14 if b else 6 for b in big], "color": look.spike,
-                "line": {"width": [2.6 if b else 1.3 for b in big], "color": look.spike},
+                "symbol": "circle-open", "size": [14 if b else 6 for b in big], "color": theme.spike,
+                "line": {"width": [2.6 if b else 1.3 for b in big], "color": theme.spike},
             },
             name=f"onsets of stage {stage}", customdata=[_hover(k) for k in mine],
             hovertemplate="%{customdata}<extra></extra>",
@@ -163,7 +163,7 @@ def _label(
     place: Place,
     panel: int,
     reach: tuple[float, float],
-    look: Look,
+    theme: Theme,
 ) -> None:
     """A framed note beside a ring: before it, where it is still quiet, and in the other half of its
     panel.
@@ -174,8 +174,8 @@ def _label(
     upper = y > (low + high) / 2
     target = low + 0.26 * (high - low) if upper else high - 0.26 * (high - low)
     fig.add_annotation(
-        x=x, y=y, xref="x", yref="paper", text=text, showarrow=True, arrowhead=0, arrowwidth=1.2, arrowcolor=look.spike,
+        x=x, y=y, xref="x", yref="paper", text=text, showarrow=True, arrowhead=0, arrowwidth=1.2, arrowcolor=theme.spike,
         ax=-46 if left else 46, ay=(y - target) * place.pixels, xanchor="right" if left else "left", yanchor="middle",
-        align="left", font={"size": 11.5, "color": look.ink}, bgcolor=faded(look.paper, 0.93),
-        bordercolor=faded(look.spike, 0.55), borderwidth=1, borderpad=4, standoff=8,
+        align="left", font={"size": 11.5, "color": theme.ink}, bgcolor=faded(theme.paper, 0.93),
+        bordercolor=faded(theme.spike, 0.55), borderwidth=1, borderpad=4, standoff=8,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from geodiag.dashboard.figures.style import Look, ticks_of
+from geodiag.dashboard.figures.style import Theme, ticks_of
 from geodiag.metrics.schema import Metric
 
 _LEAST_GAIN = 1.05
@@ -25,13 +25,13 @@ def is_gain(metric: Metric) -> bool:
     return "gain" in metric.name or metric.name.startswith("spectral_norm_res")
 
 
-def shade(metric: Metric, values: np.ndarray, look: Look, centre: float | None = None) -> Shade:
+def shade(metric: Metric, values: np.ndarray, theme: Theme, centre: float | None = None) -> Shade:
     """The colour axis for these values of `metric`; `centre` is the value that is drawn as neither
     high nor low.
     """
     finite = values[np.isfinite(values)]
     if not len(finite):
-        return Shade({"colorscale": look.heat, "cmin": 0, "cmax": 1, "showscale": False}, False)
+        return Shade({"colorscale": theme.heat, "cmin": 0, "cmax": 1, "showscale": False}, False)
     low, high = float(finite.min()), float(finite.max())
     if is_gain(metric) or centre is not None:
         middle, least = centre or 1.0, _LEAST_GAIN if centre is None else 2.0
@@ -42,9 +42,9 @@ def shade(metric: Metric, values: np.ndarray, look: Look, centre: float | None =
         reach = min(reach, max(least, 1e4 if centre is None else 4.0))
         a, b = np.log10(middle) - np.log10(reach), np.log10(middle) + np.log10(reach)
         return Shade(
-            _axis(look.gain, float(a), float(b), metric.unit, _ticks(float(a), float(b))), True
+            _axis(theme.gain, float(a), float(b), metric.unit, _ticks(float(a), float(b))), True
         )
-    scale = [(1 - p, c) for p, c in reversed(look.heat)] if metric.worse == "low" else look.heat
+    scale = [(1 - p, c) for p, c in reversed(theme.heat)] if metric.worse == "low" else theme.heat
     if low > 0 and high / low > 100:
         a, b = float(np.log10(low)), float(np.log10(high))
         return Shade(_axis(scale, a, b, metric.unit, _ticks(a, b)), True)
@@ -66,7 +66,7 @@ def z_shade(score: np.ndarray) -> np.ndarray:
     return np.log10(np.clip(np.where(np.isinf(score), Z_MAX, score), Z_MIN / 2, None))
 
 
-def robust_z(look: Look, length: float) -> dict[str, Any]:
+def robust_z(theme: Theme, length: float) -> dict[str, Any]:
     """The colour axis of stage scores; `length` is its bar's share of the height, from the bottom."""
     bar = {
         "len": length, "y": 0, "yanchor": "bottom", "thickness": 10, "outlinewidth": 0, "x": 1.01,
@@ -74,7 +74,7 @@ def robust_z(look: Look, length: float) -> dict[str, Any]:
         "tickvals": np.log10([3, 6, 12, 24, 48]).tolist(), "ticktext": ["≤ 3", "6", "12", "24", "48"],
     }  # fmt: skip
     return {
-        "colorscale": look.heat,
+        "colorscale": theme.heat,
         "cmin": float(np.log10(Z_MIN)),
         "cmax": float(np.log10(Z_MAX)),
         "colorbar": bar,
@@ -118,11 +118,11 @@ def _ticks(low: float, high: float) -> list[float]:
     """Round numbers between 10^low and 10^high, the rounder the likelier, none too close to
     another.
     """
-    chosen: list[float] = []
+    picked: list[float] = []
     decades = range(int(np.floor(low)) - 1, int(np.ceil(high)) + 1)
     for mantissas in _ROUND:
         for at in sorted(float(np.log10(m)) + e for m in mantissas for e in decades):
-            apart = min((abs(at - c) for c in chosen), default=high - low)
-            if low <= at <= high and apart > (high - low) / 14 and len(chosen) < _MOST_TICKS:
-                chosen.append(at)
-    return sorted(float(f"{10**at:.3g}") for at in chosen)
+            apart = min((abs(at - c) for c in picked), default=high - low)
+            if low <= at <= high and apart > (high - low) / 14 and len(picked) < _MOST_TICKS:
+                picked.append(at)
+    return sorted(float(f"{10**at:.3g}") for at in picked)

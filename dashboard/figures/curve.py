@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from geodiag.dashboard.figures.downsample import broken, thinned
-from geodiag.dashboard.figures.style import Look
+from geodiag.dashboard.figures.downsample import downsampled, nonfinite_steps
+from geodiag.dashboard.figures.style import Theme
 
 # S steps.
 
 
-def curve(
+def draw_curve(
     fig: go.Figure,
     step_S: np.ndarray,
     value_S: np.ndarray,
-    look: Look,
+    theme: Theme,
     *,
     name: str,
     y: str = "y",
@@ -31,19 +31,19 @@ def curve(
 
     `hover` says a value in other words than its own number, `extra` ends both hover texts.
     """
-    points = thinned(step_S, value_S)
+    points = downsampled(step_S, value_S)
     said = "%{y:.3p}" if unit == "share" else "%{y:.4g}"
-    line: dict[str, Any] = {"color": colour or look.ink, "width": 1.4}
+    line: dict[str, Any] = {"color": colour or theme.ink, "width": 1.4}
     fig.add_scatter(
         x=points.x, y=points.y, yaxis=y, mode="lines+markers" if len(points.x) < few else "lines", name=name,
         line=line, marker={"size": 4}, connectgaps=False, hovertemplate=(hover or said) + extra,
     )  # fmt: skip
-    lost = broken(step_S, value_S)
+    lost = nonfinite_steps(step_S, value_S)
     if not len(lost):
         return
     finite = points.y[np.isfinite(points.y)]
     fig.add_scatter(
         x=lost, y=np.full(len(lost), finite.max() if len(finite) else 1.0), yaxis=y, mode="markers",
-        name=f"{name} not finite", marker={"symbol": "x", "size": 8, "color": look.spike},
+        name=f"{name} not finite", marker={"symbol": "x", "size": 8, "color": theme.spike},
         hovertemplate="NaN or infinite" + extra,
     )  # fmt: skip

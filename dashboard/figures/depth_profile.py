@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from geodiag.dashboard.data.grid import Grid, row_name
 from geodiag.dashboard.figures.colour_scale import is_gain
-from geodiag.dashboard.figures.style import Look, axis, base, empty, titled
+from geodiag.dashboard.figures.style import Theme, axis, base, empty, titled
 
 
 class Curve(NamedTuple):
@@ -22,17 +22,17 @@ class Curve(NamedTuple):
 
 
 def profile(
-    curves: Sequence[Curve], look: Look, row: str | None = None, height: int = 310
+    curves: Sequence[Curve], theme: Theme, row: str | None = None, height: int = 310
 ) -> go.Figure:
     """Layer 0 on top, as in the heat maps beside it; a dotted line marks a gain of 1."""
     curves = [c for c in curves if np.isfinite(c.value_R).any()]
     if not curves:
-        return empty("No value at this step.", look, height)
+        return empty("No value at this step.", theme, height)
     names = [row_name(r) for r in curves[0].grid.rows]
     every = np.concatenate([c.value_R[np.isfinite(c.value_R)] for c in curves])
     wide = bool((every > 0).all()) and every.max() / every.min() > 20
     metric = curves[0].grid.metric
-    fig = base(look, height, hovermode="y unified")
+    fig = base(theme, height, hovermode="y unified")
     rows: Any = {
         "type": "category",
         "autorange": "reversed",
@@ -41,14 +41,14 @@ def profile(
     }
     ticks = names[:: max(1, -(-len(names) // 16))]
     fig.update_layout(
-        xaxis=axis(look, titled("", metric.unit).strip(", ") or "value", type="log" if wide else "linear", nticks=6),
-        yaxis=axis(look, tickvals=ticks, **rows),
+        xaxis=axis(theme, titled("", metric.unit).strip(", ") or "value", type="log" if wide else "linear", nticks=6),
+        yaxis=axis(theme, tickvals=ticks, **rows),
         margin={"l": 64, "r": 16, "t": 36, "b": 42},
         showlegend=True,
-        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 12, "color": look.ink}},
+        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 12, "color": theme.ink}},
     )  # fmt: skip
     for curve, colour, symbol in zip(
-        curves, (look.forward, look.backward), ("circle", "diamond"), strict=False
+        curves, (theme.forward, theme.backward), ("circle", "diamond"), strict=False
     ):
         fig.add_scatter(
             x=np.where(np.isfinite(curve.value_R), curve.value_R, np.nan), y=names, mode="lines+markers",
@@ -56,7 +56,7 @@ def profile(
             marker={"size": 6 if len(names) <= 24 else 4, "symbol": symbol}, hovertemplate="%{x:.5g}",
         )  # fmt: skip
     if is_gain(metric):
-        fig.add_vline(x=1, line={"color": look.cursor, "width": 1, "dash": "dot"})
+        fig.add_vline(x=1, line={"color": theme.cursor, "width": 1, "dash": "dot"})
         if not wide:
             low, high = min(1.0, float(every.min())), max(1.0, float(every.max()))
             pad = max(0.01, 0.08 * (high - low))
@@ -64,6 +64,6 @@ def profile(
     if row in names:
         at = names.index(row)
         fig.add_hrect(
-            y0=at - 0.5, y1=at + 0.5, fillcolor=look.line, opacity=0.6, line_width=0, layer="below"
+            y0=at - 0.5, y1=at + 0.5, fillcolor=theme.line, opacity=0.6, line_width=0, layer="below"
         )
     return fig

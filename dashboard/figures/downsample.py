@@ -18,7 +18,7 @@ class Points(NamedTuple):
     y: np.ndarray
 
 
-def thinned(step_S: np.ndarray, value_S: np.ndarray) -> Points:
+def downsampled(step_S: np.ndarray, value_S: np.ndarray) -> Points:
     """At most a few thousand points of a series: NaN is "no value" and breaks the line, ±inf is
     left to `broken`.
 
@@ -36,22 +36,22 @@ def thinned(step_S: np.ndarray, value_S: np.ndarray) -> Points:
     if len(x) > _SHAPE + _EXTREMES:
         shape = MinMaxLTTBDownsampler().downsample(x.astype(np.float64), y, n_out=_SHAPE)
         extremes = MinMaxDownsampler().downsample(x.astype(np.float64), y, n_out=_EXTREMES)
-        edges = _some(np.union1d(gap_after, gap_after + 1))
-        chosen = np.unique(np.concatenate([shape, extremes, edges]).astype(np.int64))
-        gap_after = np.flatnonzero(np.isin(chosen, gap_after))
-        x, y = x[chosen], y[chosen]
+        edges = _evenly(np.union1d(gap_after, gap_after + 1))
+        indices = np.unique(np.concatenate([shape, extremes, edges]).astype(np.int64))
+        gap_after = np.flatnonzero(np.isin(indices, gap_after))
+        x, y = x[indices], y[indices]
     hole = gap_after + 1
     return Points(
         np.insert(x.astype(float), hole, (x[hole - 1] + x[hole]) / 2), np.insert(y, hole, np.nan)
     )
 
 
-def broken(step_S: np.ndarray, value_S: np.ndarray, most: int = 400) -> np.ndarray:
+def nonfinite_steps(step_S: np.ndarray, value_S: np.ndarray, most: int = 400) -> np.ndarray:
     """Steps at which the value was measured and was not finite; evenly fewer where there are very
     many.
     """
-    return _some(step_S[np.isinf(value_S)], most)
+    return _evenly(step_S[np.isinf(value_S)], most)
 
 
-def _some(items: np.ndarray, most: int = 1200) -> np.ndarray:
+def _evenly(items: np.ndarray, most: int = 1200) -> np.ndarray:
     return items if len(items) <= most else items[np.linspace(0, len(items) - 1, most).astype(int)]

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from geodiag.dashboard.data.step_table import Undone
+from geodiag.dashboard.data.step_table import SupersededSteps
 from geodiag.dashboard.data.timeline_marks import Mark
-from geodiag.dashboard.figures.downsample import thinned
-from geodiag.dashboard.figures.style import Look, faded, upright
+from geodiag.dashboard.figures.downsample import downsampled
+from geodiag.dashboard.figures.style import Theme, faded, upright
 
 _MOST = 60
 _DASH = {"spike": "dash", "early_warning": "dot", "rollback": "solid", "attempt": "dashdot"}
 
 
-def colour_of(kind: str, look: Look) -> str:
-    return {"spike": look.spike, "early_warning": look.warn, "rollback": look.drain}.get(
-        kind, look.cursor
+def colour_of(kind: str, theme: Theme) -> str:
+    return {"spike": theme.spike, "early_warning": theme.warn, "rollback": theme.drain}.get(
+        kind, theme.cursor
     )
 
 
@@ -25,7 +25,7 @@ def draw_marks(
     fig: go.Figure,
     marks: Sequence[Mark],
     reach: tuple[float, float],
-    look: Look,
+    theme: Theme,
     domains: Sequence[tuple[float, float]] = ((0.0, 1.0),),
 ) -> None:
     """Lines at the marks within `reach`, over each of the vertical `domains`; the newest where
@@ -33,29 +33,29 @@ def draw_marks(
     """
     inside = [m for m in marks if reach[0] <= m.step <= reach[1]][-_MOST:]
     shapes = [
-        upright(m.step, colour_of(m.kind, look), _DASH.get(m.kind, "dot"), d)
+        upright(m.step, colour_of(m.kind, theme), _DASH.get(m.kind, "dot"), d)
         for m in inside
         for d in domains
     ]
     fig.update_layout(shapes=[*fig.layout.shapes, *shapes])
 
 
-def draw_undone(
+def draw_superseded(
     fig: go.Figure,
-    undone: Sequence[Undone],
+    superseded: Sequence[SupersededSteps],
     low: int,
     high: int,
-    look: Look,
+    theme: Theme,
     panels: dict[str, str],
 ) -> None:
     """Steps that were rolled back, as faint lines under what took their place; `panels`: metric →
     its y axis.
     """
-    for old in undone:
+    for old in superseded:
         inside = (old.step_S >= low - 1) & (old.step_S <= high + 1)
         for name, y in panels.items():
-            points = thinned(old.step_S[inside], getattr(old, f"{name}_S")[inside])
+            points = downsampled(old.step_S[inside], getattr(old, f"{name}_S")[inside])
             fig.add_scatter(
-                x=points.x, y=points.y, yaxis=y, mode="lines", line={"color": faded(look.soft, 0.45), "width": 1.2},
+                x=points.x, y=points.y, yaxis=y, mode="lines", line={"color": faded(theme.soft, 0.45), "width": 1.2},
                 name=f"{name.replace('_', ' ')}, attempt {old.attempt}", hovertemplate="%{y:.4g}",
             )  # fmt: skip

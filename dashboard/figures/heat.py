@@ -10,7 +10,7 @@ from geodiag.dashboard.data.grid import Grid, row_name
 from geodiag.dashboard.data.timeline_marks import Mark
 from geodiag.dashboard.figures.colour_scale import shade
 from geodiag.dashboard.figures.event_marks import draw_marks
-from geodiag.dashboard.figures.style import EMPTY_PX, Look, axis, base, empty, time_axis, upright
+from geodiag.dashboard.figures.style import EMPTY_PX, Theme, axis, base, empty, time_axis, upright
 from geodiag.dashboard.figures.time_bins import Binned, binned
 from geodiag.metrics.schema import SITES
 
@@ -29,7 +29,7 @@ _TITLE_PX, _AXIS_PX, _MOST_CROSSES = 30, 46, 300
 
 def heat_map(
     panels: Sequence[Panel],
-    look: Look,
+    theme: Theme,
     window: tuple[int, int] | None = None,
     *,
     marks: Sequence[Mark] = (),
@@ -37,7 +37,7 @@ def heat_map(
     row: str | None = None,
     experts: bool = False,
     centre: float | None = None,
-    extent: tuple[int, int] | None = None,
+    step_extent: tuple[int, int] | None = None,
     title: str = "step",
     nothing: str = "Not recorded in this run.",
 ) -> go.Figure:
@@ -51,13 +51,13 @@ def heat_map(
     shown = [(p, p.grid.window(low, high).measured()) for p in panels]
     shown = [(p, g) for p, g in shown if g.rows]
     if not shown:
-        return empty(nothing, look)
+        return empty(nothing, theme)
     columns = [binned(g) for _, g in shown]
     tall = _panel_pixels([len(g.rows) for _, g in shown])
     inner = sum(tall) + _TITLE_PX * len(tall)
-    fig = base(look, height_of([len(g.rows) for _, g in shown]))
+    fig = base(theme, height_of([len(g.rows) for _, g in shown]))
     every = np.concatenate([c.values_RB.ravel() for c in columns])
-    colours = shade(shown[0][1].metric, every, look, centre)
+    colours = shade(shown[0][1].metric, every, theme, centre)
     bar = colours.axis.get("colorbar", {}) | {
         "len": 1 - _TITLE_PX / inner,
         "y": 0,
@@ -68,11 +68,11 @@ def heat_map(
     for i, ((panel, grid), column, pixels) in enumerate(zip(shown, columns, tall, strict=True), 1):
         top -= _TITLE_PX / inner
         names = _names(grid, experts)
-        _panel(fig, column, names, i, colours.log, grid, look)
+        _panel(fig, column, names, i, colours.log, grid, theme)
         ticks = _ticks(grid, names, experts)
         fig.update_layout({
             f"yaxis{_n(i)}": axis(
-                look, "expert" if experts else "layer", domain=[max(0.0, top - pixels / inner), top],
+                theme, "expert" if experts else "layer", domain=[max(0.0, top - pixels / inner), top],
                 type="category", autorange="reversed",
                 tickvals=[t[0] for t in ticks], ticktext=[t[1] for t in ticks], showgrid=False, anchor="x", ticks="",
                 categoryorder="array", categoryarray=names,
@@ -80,25 +80,27 @@ def heat_map(
         })  # fmt: skip
         fig.add_annotation(
             text=panel.title, x=0, y=top, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
-            showarrow=False, font={"size": 12.5, "color": look.ink}, yshift=3, align="left",
+            showarrow=False, font={"size": 12.5, "color": theme.ink}, yshift=3, align="left",
         )  # fmt: skip
         if row in names:
             at = names.index(row)
             fig.add_shape(
                 type="rect", x0=0, x1=1, xref="x domain", y0=at - 0.5, y1=at + 0.5, yref=f"y{_n(i)}",
-                line={"color": look.cursor, "width": 1},
+                line={"color": theme.cursor, "width": 1},
             )  # fmt: skip
         domains.append((max(0.0, top - pixels / inner), top))
         top -= pixels / inner
     first, last = min(c.left_B[0] for c in columns), max(c.left_B[-1] + c.width for c in columns)
-    reach = window or ((extent[0] - 0.5, extent[1] + 0.5) if extent else (first - 0.5, last - 0.5))
-    fig.update_layout(
-        xaxis=time_axis(look, reach, title, anchor=f"y{_n(len(shown))}", showgrid=False)
+    reach = window or (
+        (step_extent[0] - 0.5, step_extent[1] + 0.5) if step_extent else (first - 0.5, last - 0.5)
     )
-    draw_marks(fig, marks, (first, last), look, domains)
+    fig.update_layout(
+        xaxis=time_axis(theme, reach, title, anchor=f"y{_n(len(shown))}", showgrid=False)
+    )
+    draw_marks(fig, marks, (first, last), theme, domains)
     if step is not None:
         fig.update_layout(
-            shapes=[*fig.layout.shapes, *(upright(step, look.ink, "dot", d) for d in domains)]
+            shapes=[*fig.layout.shapes, *(upright(step, theme.ink, "dot", d) for d in domains)]
         )
     return fig
 
@@ -116,7 +118,7 @@ def _panel_pixels(rows: Sequence[int]) -> list[float]:
 
 
 def _panel(
-    fig: go.Figure, column: Binned, names: list[str], i: int, log: bool, grid: Grid, look: Look
+    fig: go.Figure, column: Binned, names: list[str], i: int, log: bool, grid: Grid, theme: Theme
 ) -> None:
     value_RB = np.where(np.isinf(column.values_RB), np.nan, column.values_RB)
     when = (
@@ -137,7 +139,7 @@ def _panel(
         some = slice(None, None, max(1, len(r) // _MOST_CROSSES))
         fig.add_scatter(
             x=column.left_B[b[some]] + (column.width - 1) / 2, y=[names[k] for k in r[some]], yaxis=f"y{_n(i)}",
-            mode="markers", marker={"symbol": "x-thin", "size": 6, "line": {"width": 1.5, "color": look.spike}},
+            mode="markers", marker={"symbol": "x-thin", "size": 6, "line": {"width": 1.5, "color": theme.spike}},
             hovertemplate="<b>%{y}</b> · step %{x:,.0f}<br>NaN or infinite<extra></extra>",
         )  # fmt: skip
 

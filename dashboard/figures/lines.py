@@ -9,9 +9,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from geodiag.dashboard.data.timeline_marks import Mark
-from geodiag.dashboard.figures.curve import curve
+from geodiag.dashboard.figures.curve import draw_curve
 from geodiag.dashboard.figures.event_marks import draw_marks
-from geodiag.dashboard.figures.style import Look, axis, base, empty, ticks_of, time_axis, titled
+from geodiag.dashboard.figures.style import Theme, axis, base, empty, ticks_of, time_axis, titled
 
 
 class Line(NamedTuple):
@@ -37,11 +37,11 @@ _GAP_PX, _STRIP_PX = 18, 118
 
 def over_steps(
     strips: Sequence[Strip],
-    look: Look,
+    theme: Theme,
     window: tuple[int, int] | None = None,
     *,
     marks: Sequence[Mark] = (),
-    extent: tuple[int, int] | None = None,
+    step_extent: tuple[int, int] | None = None,
     nothing: str = "Not recorded in this run.",
 ) -> go.Figure:
     """Panels of lines; series without a single value are left out, and panels without series too.
@@ -52,9 +52,9 @@ def over_steps(
     shown = [s._replace(lines=[n for n in s.lines if not np.isnan(n.value_S).all()]) for s in shown]
     shown = [s for s in shown if s.lines]
     if not shown:
-        return empty(nothing, look, 160)
+        return empty(nothing, theme, 160)
     inner = _STRIP_PX * len(shown) + _GAP_PX * (len(shown) - 1)
-    fig = base(look, inner + 70, hovermode="x unified", hoversubplots="axis")
+    fig = base(theme, inner + 70, hovermode="x unified", hoversubplots="axis")
     top = 1.0
     for i, strip in enumerate(shown, 1):
         n = "" if i == 1 else str(i)
@@ -64,13 +64,13 @@ def over_steps(
         mode = "normal" if below else "nonnegative"
         kind = {"domain": domain, "anchor": "x", "nticks": 5, "rangemode": mode}
         kind |= {"tickformat": ticks_of(strip.unit)} if strip.unit == "share" else {}
-        fig.update_layout({f"yaxis{n}": axis(look, titled(strip.title, strip.unit), **kind)})
-        for line, colour in zip(strip.lines, look.series, strict=False):
-            curve(
+        fig.update_layout({f"yaxis{n}": axis(theme, titled(strip.title, strip.unit), **kind)})
+        for line, colour in zip(strip.lines, theme.series, strict=False):
+            draw_curve(
                 fig,
                 line.step_S,
                 line.value_S,
-                look,
+                theme,
                 name=line.label,
                 y=f"y{n}",
                 colour=colour,
@@ -78,19 +78,19 @@ def over_steps(
             )
         names = [
             f'<span style="color:{c}">━ {x.label}</span>'
-            for x, c in zip(strip.lines, look.series, strict=False)
+            for x, c in zip(strip.lines, theme.series, strict=False)
         ]
         fig.add_annotation(
             text="<br>".join(names), x=1.005, y=top, xref="paper", yref="paper", xanchor="left", yanchor="top",
             align="left", showarrow=False, font={"size": 11},
         )  # fmt: skip
         top -= (_STRIP_PX + _GAP_PX) / inner
-    reach = window or ((extent[0] - 0.5, extent[1] + 0.5) if extent else None)
+    reach = window or ((step_extent[0] - 0.5, step_extent[1] + 0.5) if step_extent else None)
     fig.update_layout(margin={"t": 22})  # where the buttons appear, above the names of the lines
     fig.update_layout(
-        xaxis=time_axis(look, reach, anchor=f"y{'' if len(shown) == 1 else len(shown)}")
+        xaxis=time_axis(theme, reach, anchor=f"y{'' if len(shown) == 1 else len(shown)}")
     )
-    draw_marks(fig, marks, window or (-np.inf, np.inf), look)
+    draw_marks(fig, marks, window or (-np.inf, np.inf), theme)
     return fig
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from geodiag.dashboard.figures.style import Look, axis, base, empty
+from geodiag.dashboard.figures.style import Theme, axis, base, empty
 
 # N streams.
 
@@ -28,45 +28,45 @@ class Tile(NamedTuple):
 _TITLE_PX, _GAP, _APART, _FEW = 19, 0.02, 0.05, 6
 
 
-def maps(
-    groups: Sequence[tuple[str, Sequence[Tile]]], look: Look, nothing: str, tile_px: int = 132
+def residual_maps(
+    groups: Sequence[tuple[str, Sequence[Tile]]], theme: Theme, nothing: str, tile_px: int = 132
 ) -> go.Figure:
     """Groups of (when, tiles), side by side. Rows of a matrix are streams out, columns streams in;
     0 has no colour.
     """
     groups = [(when, tiles) for when, tiles in groups if tiles]
     if not groups:
-        return empty(nothing, look, 120)
+        return empty(nothing, theme, 120)
     groups = [
         (when, tiles) for when, tiles in groups if all(np.isfinite(t.cell_NN).any() for t in tiles)
     ]
     if not groups:
-        return empty("The residual maps are not finite here.", look, 120)
+        return empty("The residual maps are not finite here.", theme, 120)
     inner = tile_px + 3 * _TITLE_PX
-    fig = base(look, inner + 10)
+    fig = base(theme, inner + 10)
     count = max(_FEW, sum(len(tiles) for _, tiles in groups))
     wide = (1 - _APART * (len(groups) - 1) - _GAP * (count - len(groups))) / count
     reach = max(1.0, *(float(np.nanmax(np.abs(t.cell_NN))) for _, tiles in groups for t in tiles))
     left, i, high = 0.0, 0, tile_px / inner
     for when, tiles in groups:
-        _say(fig, when, left, high + 2 * _TITLE_PX / inner, look.soft, 11.5)
+        _say(fig, when, left, high + 2 * _TITLE_PX / inner, theme.soft, 11.5)
         for tile in tiles:
             i += 1
-            _tile(fig, tile, i, (left, min(1.0, left + wide)), (0, high), look)
+            _tile(fig, tile, i, (left, min(1.0, left + wide)), (0, high), theme)
             left += wide + _GAP
         left += _APART - _GAP
     fig.update_layout(
-        coloraxis={"colorscale": look.gain, "cmin": -reach, "cmax": reach, "showscale": False},
+        coloraxis={"colorscale": theme.gain, "cmin": -reach, "cmax": reach, "showscale": False},
         margin={"l": 4, "r": 4, "t": 0, "b": 10},
     )
     return fig
 
 
 def _tile(
-    fig: go.Figure, tile: Tile, i: int, x: tuple[float, float], y: tuple[float, float], look: Look
+    fig: go.Figure, tile: Tile, i: int, x: tuple[float, float], y: tuple[float, float], theme: Theme
 ) -> None:
     n = "" if i == 1 else str(i)
-    hidden = axis(look, showgrid=False, showticklabels=False, ticks="")
+    hidden = axis(theme, showgrid=False, showticklabels=False, ticks="")
     fig.update_layout({
         f"xaxis{n}": hidden | {"domain": x, "anchor": f"y{n}"},
         f"yaxis{n}": hidden | {"domain": y, "anchor": f"x{n}", "autorange": "reversed"},
@@ -77,7 +77,7 @@ def _tile(
         texttemplate="%{text}" if len(tile.cell_NN) <= 4 else None, textfont={"size": 9.5},
         hovertemplate=f"{tile.title}<br>out %{{y}}, in %{{x}}: %{{z:.4f}}<extra></extra>",
     )  # fmt: skip
-    _say(fig, f"<b>{tile.title}</b><br>gain ×{tile.gain:.3g}", x[0], y[1], look.ink, 11)
+    _say(fig, f"<b>{tile.title}</b><br>gain ×{tile.gain:.3g}", x[0], y[1], theme.ink, 11)
 
 
 def _say(fig: go.Figure, text: str, x: float, y: float, colour: str, size: float) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import plotly.graph_objects as go
 
-from geodiag.dashboard.figures.style import Look, axis, base, empty
+from geodiag.dashboard.figures.style import Theme, axis, base, empty
 
 _NAMES = {"res": "H<sub>res</sub>", "pre": "H<sub>pre</sub>", "post": "H<sub>post</sub>"}
 _DOMAINS = {
@@ -14,15 +14,15 @@ _DOMAINS = {
 """Where each map stands: (x, y) in the figure."""
 
 
-def matrices(maps: dict[str, np.ndarray], look: Look, height: int = 250) -> go.Figure:
+def map_matrices(maps: dict[str, np.ndarray], theme: Theme, height: int = 250) -> go.Figure:
     """Rows are streams out, columns streams in. Colour runs from −1 to 1 at least, with 0 in the
     middle.
     """
     if not maps:
-        return empty("No token-mean maps on record for this site up to this step.", look, height)
+        return empty("No token-mean maps on record for this site up to this step.", theme, height)
     if not any(np.isfinite(m).any() for m in maps.values()):
-        return empty("The maps of this site are not finite here.", look, height)
-    fig = base(look, height)
+        return empty("The maps of this site are not finite here.", theme, height)
+    fig = base(theme, height)
     reach = max(1.0, *(float(np.nanmax(np.abs(m))) for m in maps.values()))
     rows = {
         k: m.reshape(1, -1) if 1 in m.shape else m for k, m in maps.items()
@@ -30,7 +30,7 @@ def matrices(maps: dict[str, np.ndarray], look: Look, height: int = 250) -> go.F
     for i, (name, cell_NN) in enumerate(((k, rows[k]) for k in _NAMES if k in rows), 1):
         x, y = _DOMAINS[name]
         n = "" if i == 1 else str(i)
-        hidden = axis(look, showgrid=False, showticklabels=False, ticks="")
+        hidden = axis(theme, showgrid=False, showticklabels=False, ticks="")
         fig.update_layout({
             f"xaxis{n}": hidden | {"domain": x, "anchor": f"y{n}", "constrain": "domain"},
             f"yaxis{n}": hidden | {"domain": y, "anchor": f"x{n}", "autorange": "reversed"},
@@ -42,10 +42,10 @@ def matrices(maps: dict[str, np.ndarray], look: Look, height: int = 250) -> go.F
         )  # fmt: skip
         fig.add_annotation(
             text=_NAMES[name], x=x[0], y=y[1], xref="paper", yref="paper", xanchor="left", yanchor="bottom",
-            showarrow=False, font={"size": 13, "color": look.ink},
+            showarrow=False, font={"size": 13, "color": theme.ink},
         )  # fmt: skip
     fig.update_layout(
-        coloraxis={"colorscale": look.gain, "cmin": -reach, "cmax": reach, "showscale": False},
+        coloraxis={"colorscale": theme.gain, "cmin": -reach, "cmax": reach, "showscale": False},
         margin={"l": 12, "r": 12, "t": 8, "b": 8},
     )
     return fig

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from geodiag.dashboard.figures.curve import curve
-from geodiag.dashboard.figures.style import Look, axis, base, empty, time_axis, titled
+from geodiag.dashboard.figures.curve import draw_curve
+from geodiag.dashboard.figures.style import Theme, axis, base, empty, time_axis, titled
 
 # S steps.
 
@@ -51,37 +51,37 @@ class Panel(NamedTuple):
     """A dotted line at the value from which it is not noise."""
 
 
-def stroke(i: int, look: Look) -> tuple[str, str]:
+def stroke(i: int, theme: Theme) -> tuple[str, str]:
     """Colour and dash of the run number `i`."""
-    return look.series[i % len(look.series)], DASHES[i // len(look.series) % len(DASHES)]
+    return theme.series[i % len(theme.series)], DASHES[i // len(theme.series) % len(DASHES)]
 
 
 def overlay(
-    tracks: Sequence[Track], panels: Sequence[Panel], look: Look, of: str = "step"
+    tracks: Sequence[Track], panels: Sequence[Panel], theme: Theme, of: str = "step"
 ) -> go.Figure:
     """Panels from top to bottom; the first has the rings. `of` is what the axis counts: `step`,
     `tokens`.
     """
     panels = [p for p in panels if any(np.isfinite(v).any() for v in p.values)]
     if not panels:
-        return empty("None of these runs has it on record.", look, 160)
+        return empty("None of these runs has it on record.", theme, 160)
     inner = sum(p.pixels for p in panels) + _GAP_PX * (len(panels) - 1)
     rows = -(-sum(_LETTER_PX * len(t.label) + 48 for t in tracks) // _LEGEND_PX)
     above = _TOP_PX + _LINE_PX * rows
-    fig = base(look, inner + above + _AXIS_PX, hovermode="x unified", hoversubplots="axis")
+    fig = base(theme, inner + above + _AXIS_PX, hovermode="x unified", hoversubplots="axis")
     top = 1.0
     for i, panel in enumerate(panels, 1):
         n = "" if i == 1 else str(i)
         domain = (max(0.0, top - panel.pixels / inner), top)
-        fig.update_layout({f"yaxis{n}": _height(panel, domain, look)})
+        fig.update_layout({f"yaxis{n}": _height(panel, domain, theme)})
         for k, (track, value_S) in enumerate(zip(tracks, panel.values, strict=True)):
-            _line(fig, track, panel, value_S, k, n, look)
+            _line(fig, track, panel, value_S, k, n, theme)
             if i == 1:
-                _rings(fig, track, k, look)
+                _rings(fig, track, k, theme)
         if panel.alert is not None:
             fig.add_shape(
                 type="line", x0=0, x1=1, xref="x domain", y0=panel.alert, y1=panel.alert, yref=f"y{n}",
-                line={"color": look.spike, "width": 1, "dash": "dot"},
+                line={"color": theme.spike, "width": 1, "dash": "dot"},
             )  # fmt: skip
         top = domain[0] - _GAP_PX / inner
     ends = [float(x) for t in tracks for x in (t.x_S[:1], t.x_S[-1:]) for x in x]
@@ -94,7 +94,7 @@ def overlay(
             "dtick": None,
         }
     fig.update_layout(
-        xaxis=time_axis(look, (min(ends) - pad, max(ends) + pad), of, **across),
+        xaxis=time_axis(theme, (min(ends) - pad, max(ends) + pad), of, **across),
         margin={"l": 70, "r": 20, "t": above, "b": 42},
         showlegend=True,
         legend={
@@ -102,40 +102,40 @@ def overlay(
             "x": 0,
             "y": 1,
             "yanchor": "bottom",
-            "font": {"size": 12, "color": look.ink},
+            "font": {"size": 12, "color": theme.ink},
         },
     )
     return fig
 
 
-def _height(panel: Panel, domain: tuple[float, float], look: Look) -> dict:
+def _height(panel: Panel, domain: tuple[float, float], theme: Theme) -> dict:
     kind: dict = {"domain": domain, "anchor": "x", "nticks": 5}
     if panel.floor is None:
-        return axis(look, titled(panel.title, panel.unit), **kind)
+        return axis(theme, titled(panel.title, panel.unit), **kind)
     finite = [float(v[np.isfinite(v)].max()) for v in panel.values if np.isfinite(v).any()]
     reach = max(*finite, 2 * (panel.alert or panel.floor), 2 * panel.floor)
     ticks = [3.0 * 2**i for i in range(20)]  # those of robust z elsewhere
     kind |= {"type": "log", "range": [float(np.log10(panel.floor)), float(np.log10(1.15 * reach))]}
     return axis(
-        look,
+        theme,
         titled(panel.title, panel.unit),
         **kind | {"tickvals": ticks[: int(np.log2(reach / 3)) + 1]},
     )
 
 
 def _line(
-    fig: go.Figure, track: Track, panel: Panel, value_S: np.ndarray, k: int, n: str, look: Look
+    fig: go.Figure, track: Track, panel: Panel, value_S: np.ndarray, k: int, n: str, theme: Theme
 ) -> None:
     """Thinned by steps, of which each knows its place on the axis: gaps are gaps in steps."""
-    colour, dash = stroke(k, look)
+    colour, dash = stroke(k, theme)
     before = len(fig.data)
     shown_S = value_S if panel.floor is None else np.maximum(value_S, panel.floor)  # NaN stays NaN
     hover = f"{panel.title} %{{y:.4g}}"
-    curve(
+    draw_curve(
         fig,
         track.step_S,
         shown_S,
-        look,
+        theme,
         name=escape(track.label),
         y=f"y{n}",
         colour=colour,
@@ -151,11 +151,11 @@ def _line(
             trace.update(x=np.interp(np.asarray(trace.x, float), track.step_S, track.x_S))
 
 
-def _rings(fig: go.Figure, track: Track, k: int, look: Look) -> None:
+def _rings(fig: go.Figure, track: Track, k: int, theme: Theme) -> None:
     known = [r for r in track.rings if r.value is not None]
     if not known:
         return
-    colour, _ = stroke(k, look)
+    colour, _ = stroke(k, theme)
     fig.add_scatter(
         x=np.interp([r.step for r in known], track.step_S, track.x_S), y=[r.value for r in known], mode="markers",
         marker={"symbol": "circle-open", "size": 13, "color": colour, "line": {"width": 2.4, "color": colour}},

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from geodiag.dashboard.figures.curve import curve
+from geodiag.dashboard.figures.curve import draw_curve
 from geodiag.dashboard.figures.style import (
-    Look,
+    Theme,
     axis,
     base,
     empty,
@@ -37,8 +37,8 @@ _FEW = 24
 """Fewer samples than this are seen as dots too: a line alone would hide how few they are."""
 
 
-def multiples(
-    strips: Sequence[Strip], look: Look, window: tuple[int, int], cursor: int | None, nothing: str
+def small_multiples(
+    strips: Sequence[Strip], theme: Theme, window: tuple[int, int], cursor: int | None, nothing: str
 ) -> go.Figure:
     """Strips from top to bottom; a dotted line at `cursor`."""
     low, high = window
@@ -46,9 +46,9 @@ def multiples(
         s for s in strips if ((s.step_S >= low) & (s.step_S <= high) & ~np.isnan(s.value_S)).any()
     ]
     if not shown:
-        return empty(nothing, look, 120)
+        return empty(nothing, theme, 120)
     inner = len(shown) * (_STRIP_PX + _TITLE_PX)
-    fig = base(look, inner + 34, hovermode="x unified", hoversubplots="axis")
+    fig = base(theme, inner + 34, hovermode="x unified", hoversubplots="axis")
     top = 1.0
     for i, strip in enumerate(shown, 1):
         n = "" if i == 1 else str(i)
@@ -57,29 +57,31 @@ def multiples(
         fig.update_layout(
             {
                 f"yaxis{n}": axis(
-                    look, domain=domain, anchor="x", nticks=3, tickformat=ticks_of(strip.unit)
+                    theme, domain=domain, anchor="x", nticks=3, tickformat=ticks_of(strip.unit)
                 )
             }
         )
         fig.add_annotation(
-            text=f'<b>{strip.name}</b>  <span style="color:{look.soft}">{strip.said}</span>', x=0, y=top, xref="paper",
+            text=f'<b>{strip.name}</b>  <span style="color:{theme.soft}">{strip.said}</span>', x=0, y=top, xref="paper",
             yref="paper", xanchor="left", yanchor="bottom", yshift=3, showarrow=False,
-            xshift=-40, font={"size": 11.5, "color": look.ink},
+            xshift=-40, font={"size": 11.5, "color": theme.ink},
         )  # fmt: skip
         if strip.usual is not None:
             fig.add_shape(
                 type="rect", x0=0, x1=1, xref="x domain", y0=strip.usual[0], y1=strip.usual[1], yref=f"y{n}",
-                fillcolor=faded(look.on, 0.16), line_width=0, layer="below",
+                fillcolor=faded(theme.on, 0.16), line_width=0, layer="below",
             )  # fmt: skip
         if cursor is not None:
-            fig.add_shape(upright(cursor, look.ink, "dot", domain))
+            fig.add_shape(upright(cursor, theme.ink, "dot", domain))
         inside = (strip.step_S >= low - 1) & (strip.step_S <= high + 1)
         step_S, value_S = strip.step_S[inside], strip.value_S[inside]
-        curve(fig, step_S, value_S, look, name=strip.name, y=f"y{n}", unit=strip.unit, few=_FEW)
+        draw_curve(
+            fig, step_S, value_S, theme, name=strip.name, y=f"y{n}", unit=strip.unit, few=_FEW
+        )
         top = domain[0]
     fig.update_layout(
         xaxis=time_axis(
-            look,
+            theme,
             (low - 0.5, high + 0.5),
             "",
             anchor=f"y{'' if len(shown) == 1 else len(shown)}",

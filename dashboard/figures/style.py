@@ -20,7 +20,7 @@ FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-seri
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class Theme:
     """One colour scheme."""
 
     name: str
@@ -48,7 +48,7 @@ class Look:
     """Lines of one chart, told apart by hue and by lightness."""
 
 
-LIGHT = Look(
+LIGHT = Theme(
     name="light",
     ink="#1d2433",
     soft="#667085",
@@ -66,7 +66,7 @@ LIGHT = Look(
     gain=diverging(["#faf9fb", "#8fbce0", "#0b3d77"], ["#faf9fb", "#f0a35f", "#6b1d0a"]),
     series=("#1d2433", "#7c53c3", "#0e8f9c", "#c2620a"),
 )
-DARK = Look(
+DARK = Theme(
     name="dark",
     ink="#e6e9f0",
     soft="#98a2b3",
@@ -84,46 +84,46 @@ DARK = Look(
     gain=diverging(["#1d212b", "#2f73ad", "#b8e2ff"], ["#1d212b", "#b5591c", "#ffdfae"]),
     series=("#ccd3df", "#b795ff", "#4cc9d6", "#f3a75c"),
 )
-LOOKS = {"light": LIGHT, "dark": DARK}
+THEMES = {"light": LIGHT, "dark": DARK}
 
 
-def base(look: Look, height: int, **layout: Any) -> go.Figure:
+def base(theme: Theme, height: int, **layout: Any) -> go.Figure:
     """An empty figure in this look."""
     fig = go.Figure()
     fig.update_layout(
         height=height,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": FONT, "size": 12, "color": look.soft},
+        font={"family": FONT, "size": 12, "color": theme.soft},
         margin={"l": 92, "r": 84, "t": 6, "b": 42},
         hoverlabel={
-            "bgcolor": look.paper,
-            "bordercolor": look.line,
-            "font": {"family": FONT, "color": look.ink},
+            "bgcolor": theme.paper,
+            "bordercolor": theme.line,
+            "font": {"family": FONT, "color": theme.ink},
         },
         dragmode="zoom",
         showlegend=False,
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": look.cursor, "activecolor": look.ink},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": theme.cursor, "activecolor": theme.ink},
         **layout,
     )
     return fig
 
 
-def axis(look: Look, title: str = "", **more: Any) -> dict:
+def axis(theme: Theme, title: str = "", **more: Any) -> dict:
     """An axis: a thin grid, no box, a title that says the unit."""
     return {
-        "title": {"text": title, "font": {"size": 12, "color": look.ink}, "standoff": 8},
-        "gridcolor": look.line,
+        "title": {"text": title, "font": {"size": 12, "color": theme.ink}, "standoff": 8},
+        "gridcolor": theme.line,
         "zeroline": False,
-        "linecolor": look.line,
-        "tickfont": {"size": 11, "color": look.soft},
+        "linecolor": theme.line,
+        "tickfont": {"size": 11, "color": theme.soft},
         "fixedrange": True,
         "automargin": False,
     } | more
 
 
 def time_axis(
-    look: Look, reach: tuple[float, float] | None, title: str = "step", **more: Any
+    theme: Theme, reach: tuple[float, float] | None, title: str = "step", **more: Any
 ) -> dict:
     """The step axis that all charts of a page share: a drag on it zooms. `reach` fixes its range."""
     given: dict[str, Any] = {"range": list(reach)} if reach else {}
@@ -137,7 +137,7 @@ def time_axis(
         "uirevision": str(reach),
     }
     usual["unifiedhovertitle"] = {"text": "step %{x:,d}"}
-    return axis(look, title, **usual | given | more)
+    return axis(theme, title, **usual | given | more)
 
 
 def upright(x: float, colour: str, dash: str, domain: tuple[float, float] = (0, 1)) -> dict:
@@ -165,9 +165,9 @@ def titled(name: str, unit: str) -> str:
     return name if unit in ("1", "", "share") else f"{name}, {unit}"
 
 
-def empty(text: str, look: Look, height: int = EMPTY_PX) -> go.Figure:
+def empty(text: str, theme: Theme, height: int = EMPTY_PX) -> go.Figure:
     """A calm sentence where a chart would be."""
-    fig = base(look, height)
+    fig = base(theme, height)
     fig.update_xaxes(visible=False)
     fig.update_yaxes(visible=False)
     lines = "<br>".join(wrap(text, _LINE))

@@ -9,14 +9,14 @@ import numpy as np
 import plotly.graph_objects as go
 
 from geodiag.dashboard.data.grid import Grid
-from geodiag.dashboard.data.step_table import Undone
-from geodiag.dashboard.data.timeline_marks import Mark, Span, Spike
+from geodiag.dashboard.data.step_table import SupersededSteps
+from geodiag.dashboard.data.timeline_marks import Mark, RoutingSpan, SpikeMark
 from geodiag.dashboard.figures.colour_scale import robust_z, z_shade
-from geodiag.dashboard.figures.curve import curve
-from geodiag.dashboard.figures.event_marks import draw_marks, draw_undone
+from geodiag.dashboard.figures.curve import draw_curve
+from geodiag.dashboard.figures.event_marks import draw_marks, draw_superseded
 from geodiag.dashboard.figures.style import (
     FEW_STEPS,
-    Look,
+    Theme,
     axis,
     base,
     empty,
@@ -38,14 +38,14 @@ _WORDS = {"warmup": "routing warms up", "on": "anticipatory routing on", "drain"
 
 def timeline(
     steps: dict[str, np.ndarray],
-    spikes: Sequence[Spike],
-    spans: Sequence[Span],
-    look: Look,
+    spikes: Sequence[SpikeMark],
+    spans: Sequence[RoutingSpan],
+    theme: Theme,
     window: tuple[int, int] | None = None,
     step: int | None = None,
     log: bool = False,
     marks: Sequence[Mark] = (),
-    undone: Sequence[Undone] = (),
+    superseded: Sequence[SupersededSteps] = (),
     height: int = 640,
 ) -> go.Figure:
     """`steps` is table `steps` by column; `window` the visible range of steps; `step` gets a
@@ -54,35 +54,35 @@ def timeline(
     `undone` is what was rolled back: it stays, faintly.
     """
     if not len(steps["step"]):
-        return empty("Waiting for the first step.", look, height)
+        return empty("Waiting for the first step.", theme, height)
     low, high = window or (int(steps["step"][0]), int(steps["step"][-1]))
     reach: tuple[float, float] | None = window or (
         (low - 0.5, high + 0.5) if high - low < FEW_STEPS else None
     )
     near = (steps["step"] >= low - 1) & (steps["step"] <= high + 1)
     seen = {k: v[near] for k, v in steps.items()}
-    fig = base(look, height, hovermode="x unified", hoversubplots="axis")
+    fig = base(theme, height, hovermode="x unified", hoversubplots="axis")
     fig.update_layout(
         xaxis=time_axis(
-            look, reach, anchor="y3", showspikes=True, spikemode="across", spikethickness=1
+            theme, reach, anchor="y3", showspikes=True, spikemode="across", spikethickness=1
         ),
-        yaxis=axis(look, _title("loss"), domain=_DOMAINS["loss"], type="log" if log else "linear"),
-        yaxis2=axis(look, _title("grad_norm"), domain=_DOMAINS["grad_norm"], rangemode="tozero"),
+        yaxis=axis(theme, _title("loss"), domain=_DOMAINS["loss"], type="log" if log else "linear"),
+        yaxis2=axis(theme, _title("grad_norm"), domain=_DOMAINS["grad_norm"], rangemode="tozero"),
         yaxis3=axis(
-            look, domain=_DOMAINS["stages"], autorange="reversed", showgrid=False, ticks=""
+            theme, domain=_DOMAINS["stages"], autorange="reversed", showgrid=False, ticks=""
         ),
     )
-    fig.update_layout(xaxis={"spikecolor": look.cursor, "spikedash": "dot"})
-    _bands(fig, [s for s in spans if s.end >= low and s.start <= high], low, high, look)
+    fig.update_layout(xaxis={"spikecolor": theme.cursor, "spikedash": "dot"})
+    _bands(fig, [s for s in spans if s.end >= low and s.start <= high], low, high, theme)
     inside = [s for s in spikes if s.onset <= high and (s.end or s.peak or s.detected) >= low]
-    draw_undone(fig, undone, low, high, look, {"loss": "y", "grad_norm": "y2"})
+    draw_superseded(fig, superseded, low, high, theme, {"loss": "y", "grad_norm": "y2"})
     for name, y in (("loss", "y"), ("grad_norm", "y2")):
-        curve(fig, seen["step"], seen[name], look, name=name.replace("_", " "), y=y)
-    _stages(fig, seen, look)
-    _spike_marks(fig, seen, inside, undone, look)
-    draw_marks(fig, marks, (low, high), look)
+        draw_curve(fig, seen["step"], seen[name], theme, name=name.replace("_", " "), y=y)
+    _stages(fig, seen, theme)
+    _spike_marks(fig, seen, inside, superseded, theme)
+    draw_marks(fig, marks, (low, high), theme)
     if step is not None:
-        fig.add_shape(upright(step, look.ink, "dot"))
+        fig.add_shape(upright(step, theme.ink, "dot"))
     return fig
 
 
@@ -91,14 +91,14 @@ def _title(name: str) -> str:
     return titled({"grad_norm": "grad norm"}.get(name, name), metric.unit)
 
 
-def _stages(fig: go.Figure, seen: dict[str, np.ndarray], look: Look) -> None:
+def _stages(fig: go.Figure, seen: dict[str, np.ndarray], theme: Theme) -> None:
     names = [f"stage{i}_score" for i in (1, 2, 3)]
     values = np.stack([seen[n] for n in names])
     columns = binned(
         Grid(METRICS["steps", names[0]], ((0, 0), (1, 0), (2, 0)), seen["step"], values)
     )
     fig.update_layout(
-        yaxis3={"tickvals": [0, 1, 2], "ticktext": list(STAGES)}, coloraxis=robust_z(look, 0.19)
+        yaxis3={"tickvals": [0, 1, 2], "ticktext": list(STAGES)}, coloraxis=robust_z(theme, 0.19)
     )
     if not len(columns.left_B):
         fig.add_scatter(
@@ -109,7 +109,7 @@ def _stages(fig: go.Figure, seen: dict[str, np.ndarray], look: Look) -> None:
         )
         fig.add_annotation(
             text="No stage scores here.", x=0.5, xref="paper", y=sum(_DOMAINS["stages"]) / 2, yref="paper",
-            showarrow=False, font={"size": 13, "color": look.soft},
+            showarrow=False, font={"size": 13, "color": theme.soft},
         )  # fmt: skip
         return
     fig.add_heatmap(
@@ -120,10 +120,10 @@ def _stages(fig: go.Figure, seen: dict[str, np.ndarray], look: Look) -> None:
     )  # fmt: skip
 
 
-def _bands(fig: go.Figure, spans: Sequence[Span], low: int, high: int, look: Look) -> None:
+def _bands(fig: go.Figure, spans: Sequence[RoutingSpan], low: int, high: int, theme: Theme) -> None:
     wide = max((high - low) / 14, 1)
     for span in spans[-_MOST_BANDS:]:
-        colour = {"warmup": look.warmup, "on": look.on, "drain": look.drain}[span.mode]
+        colour = {"warmup": theme.warmup, "on": theme.on, "drain": theme.drain}[span.mode]
         fig.add_shape(
             type="rect", x0=span.start - 0.5, x1=span.end + 0.5, y0=_DOMAINS["grad_norm"][0], y1=1, yref="paper",
             fillcolor=faded(colour, 0.14), line_width=0, layer="below",
@@ -132,23 +132,23 @@ def _bands(fig: go.Figure, spans: Sequence[Span], low: int, high: int, look: Loo
         if span.mode == "on" and b - a > wide:
             fig.add_annotation(
                 x=(a + b) / 2, y=0.982, yref="paper", yanchor="top", text=_WORDS["on"], showarrow=False,
-                font={"size": 11, "color": look.on},
+                font={"size": 11, "color": theme.on},
             )  # fmt: skip
 
 
 def _spike_marks(
     fig: go.Figure,
     seen: dict[str, np.ndarray],
-    spikes: Sequence[Spike],
-    undone: Sequence[Undone],
-    look: Look,
+    spikes: Sequence[SpikeMark],
+    superseded: Sequence[SupersededSteps],
+    theme: Theme,
 ) -> None:
     for spike in spikes[-_MOST_BANDS:]:
         end = spike.end or spike.peak
         if end:  # a bar at the top: a second tint over the routing bands would be mud
             fig.add_shape(
                 type="rect", x0=spike.onset, x1=end, y0=0.988, y1=1, yref="paper",
-                fillcolor=look.spike, opacity=0.75, line_width=0,
+                fillcolor=theme.spike, opacity=0.75, line_width=0,
             )  # fmt: skip
     texts = [_words(s) for s in spikes]
     told: dict[str, Any] = {"hovertemplate": "%{text}<extra></extra>"}
@@ -165,13 +165,13 @@ def _spike_marks(
         known = [(x, t, s) for x, t, s in zip(at, texts, spikes, strict=True) if x is not None]
         if known:
             fig.add_scatter(
-                x=[x for x, *_ in known], y=[loss_at(seen, undone, s.attempt, x) for x, _, s in known], mode="markers",
-                marker={"symbol": symbol, "size": size, "color": look.spike, "line": {"width": 2, "color": look.spike}},
+                x=[x for x, *_ in known], y=[loss_at(seen, superseded, s.attempt, x) for x, _, s in known], mode="markers",
+                marker={"symbol": symbol, "size": size, "color": theme.spike, "line": {"width": 2, "color": theme.spike}},
                 name=f"spike {name}", text=[t for _, t, _ in known], **hover,
             )  # fmt: skip
 
 
-def _words(spike: Spike) -> str:
+def _words(spike: SpikeMark) -> str:
     parts = [
         f"onset {spike.onset:,}",
         f"peak {spike.peak:,}" if spike.peak else "",
@@ -182,10 +182,13 @@ def _words(spike: Spike) -> str:
 
 
 def loss_at(
-    seen: dict[str, np.ndarray], undone: Sequence[Undone], attempt: int | None, step: int
+    seen: dict[str, np.ndarray],
+    superseded: Sequence[SupersededSteps],
+    attempt: int | None,
+    step: int,
 ) -> float | None:
     """The loss that an attempt, a spike's own, had at a step."""
-    for old in undone:
+    for old in superseded:
         if (
             old.attempt == attempt
             and (value := _value_at(old.step_S, old.loss_S, step)) is not None

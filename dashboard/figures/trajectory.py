@@ -9,24 +9,24 @@ import plotly.graph_objects as go
 
 from geodiag.dashboard.data.trajectory import Trajectory
 from geodiag.dashboard.figures.colours import hues
-from geodiag.dashboard.figures.style import Look, axis, base, empty, faded
+from geodiag.dashboard.figures.style import Theme, axis, base, empty, faded
 
 _PANEL_PX, _TITLE_PX, _APART = 168, 22, 0.06
 
 
 def trajectories(
-    now: Sequence[Trajectory], usual: Sequence[Trajectory], look: Look, nothing: str
+    now: Sequence[Trajectory], usual: Sequence[Trajectory], theme: Theme, nothing: str
 ) -> go.Figure:
     """One panel a projection; `usual` are the same tokens at a sample from before, drawn faintly."""
     if not now:
-        return empty(nothing, look, 120)
+        return empty(nothing, theme, 120)
     if not any(np.isfinite(t.projection_P2).any() for t in now):
-        return empty("The traced tokens are not finite here.", look, 120)
+        return empty("The traced tokens are not finite here.", theme, 120)
     names = max((list(t.place_P) for t in now), key=len)
     inner = _PANEL_PX + _TITLE_PX
-    fig = base(look, inner + 40, hovermode="closest")
+    fig = base(theme, inner + 40, hovermode="closest")
     count = 1 + max((int(t.expert_P.max()) for t in now if len(t.expert_P)), default=0)
-    palette = hues(max(count, 1), look.name == "dark")
+    palette = hues(max(count, 1), theme.name == "dark")
     ticks = names[:: max(1, -(-len(names) // 8))]
     depth = {
         "type": "category", "categoryorder": "array", "categoryarray": names, "tickvals": ticks,
@@ -35,16 +35,16 @@ def trajectories(
     for k, n in enumerate(("", "2")):
         left, right = ((1 + _APART) / 2, 1) if k else (0, (1 - _APART) / 2)
         fig.update_layout({
-            f"yaxis{n}": axis(look, domain=(0, _PANEL_PX / inner), anchor=f"x{n}", nticks=5, tickformat=".2~g"),
-            f"xaxis{n}": axis(look, "layer", domain=(left, right), anchor=f"y{n}", **depth),
+            f"yaxis{n}": axis(theme, domain=(0, _PANEL_PX / inner), anchor=f"x{n}", nticks=5, tickformat=".2~g"),
+            f"xaxis{n}": axis(theme, "layer", domain=(left, right), anchor=f"y{n}", **depth),
         })  # fmt: skip
         fig.add_annotation(
             text=f"<b>projection {k + 1}</b>", x=left, y=_PANEL_PX / inner, xref="paper", yref="paper", xanchor="left",
-            yanchor="bottom", showarrow=False, font={"size": 11.5, "color": look.ink}, yshift=3,
+            yanchor="bottom", showarrow=False, font={"size": 11.5, "color": theme.ink}, yshift=3,
         )  # fmt: skip
-        _threads(fig, usual, k, n, faded(look.soft, 0.35))
-        _threads(fig, now, k, n, faded(look.ink, 0.45))
-        _beads(fig, now, k, n, palette, look)
+        _threads(fig, usual, k, n, faded(theme.soft, 0.35))
+        _threads(fig, now, k, n, faded(theme.ink, 0.45))
+        _beads(fig, now, k, n, palette, theme)
     fig.update_layout(margin={"l": 42, "r": 10, "t": 0, "b": 38})
     return fig
 
@@ -62,7 +62,12 @@ def _threads(fig: go.Figure, tokens: Sequence[Trajectory], k: int, n: str, colou
 
 
 def _beads(
-    fig: go.Figure, tokens: Sequence[Trajectory], k: int, n: str, palette: Sequence[str], look: Look
+    fig: go.Figure,
+    tokens: Sequence[Trajectory],
+    k: int,
+    n: str,
+    palette: Sequence[str],
+    theme: Theme,
 ) -> None:
     beads = [
         (t, i, bool(np.nan_to_num(t.flipped_P[i]) > 0))
@@ -76,7 +81,7 @@ def _beads(
         marker={
             "size": [10 if flipped else 6 for *_, flipped in beads], "opacity": 1,
             "color": [palette[t.expert_P[i] % len(palette)] for t, i, _ in beads],
-            "line": {"width": [2.2 if flipped else 0 for *_, flipped in beads], "color": look.spike},
+            "line": {"width": [2.2 if flipped else 0 for *_, flipped in beads], "color": theme.spike},
         },
         text=[
             f"<b>token {t.token}</b>{t.text} · {t.place_P[i]}<br>expert {t.expert_P[i]}{', flipped' if flipped else ''}"

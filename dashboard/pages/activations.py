@@ -8,10 +8,10 @@ from geodiag.dashboard.components.components import card, graph, notice, options
 from geodiag.dashboard.components.layer_charts import Lines, all_layers, experts, lines, one_layer
 from geodiag.dashboard.components.layer_select import layers_of
 from geodiag.dashboard.components.text import about, counterfactual, metric
-from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.figures.heat import height_of
-from geodiag.dashboard.figures.style import Look
-from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.figures.style import Theme
+from geodiag.dashboard.server.run_library import RunLibrary
 from geodiag.dashboard.url.url_state import View
 
 NAME, TITLE = "activations", "Activations"
@@ -40,11 +40,11 @@ LINES: Lines = (
 )
 
 
-def layout(record: Record, view: View) -> html.Div:
+def layout(cache: RunCache, view: View) -> html.Div:
     overall = card(
         "Over layers and steps",
-        *_missing(record),
-        graph("activations-heat", height_of([len(layers_of(record))])),
+        *_missing(cache),
+        graph("activations-heat", height_of([len(layers_of(cache))])),
         tip=" ".join(about(metric("layers", n)) for n in list(OVERALL)[:8]),
         controls=select("activations-metric", _overall(view), options(OVERALL), "quantity", 230),
     )  # fmt: skip
@@ -53,12 +53,12 @@ def layout(record: Record, view: View) -> html.Div:
         + " A blank cell: no token reached the expert."
     )
     return html.Div(
-        [overall, one_layer(NAME, record, view, EXPERTS, "act_rms", "per expert", tip)],
+        [overall, one_layer(NAME, cache, view, EXPERTS, "act_rms", "per expert", tip)],
         className="column",
     )
 
 
-def register(app: Dash, library: Library) -> None:
+def register(app: Dash, library: RunLibrary) -> None:
     charts = {"heat": draw_heat, "experts": _experts, "lines": draw_lines}
     layer_charts.register(app, library, NAME, charts, "gate_amax", "act_rms")
 
@@ -67,32 +67,32 @@ def _overall(view: View) -> str:
     return view.metric if view.metric in OVERALL else "gate_amax"
 
 
-def draw_heat(record: Record, view: View, look: Look) -> go.Figure:
+def draw_heat(cache: RunCache, view: View, theme: Theme) -> go.Figure:
     name = _overall(view)
     title = metric("layers", name).help
-    if counterfactual(record.run.manifest, "layers", name):
+    if counterfactual(cache.run.manifest, "layers", name):
         title += "  (counterfactual: this model has no clamp)"
-    return all_layers(record, view, look, name, title, _nothing(record))
+    return all_layers(cache, view, theme, name, title, _nothing(cache))
 
 
-def _experts(record: Record, view: View, look: Look) -> go.Figure:
-    return experts(record, view, look, view.over if view.over in EXPERTS else "act_rms")
+def _experts(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    return experts(cache, view, theme, view.over if view.over in EXPERTS else "act_rms")
 
 
-def draw_lines(record: Record, view: View, look: Look) -> go.Figure:
-    return lines(record, view, look, LINES, "gated units")
+def draw_lines(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    return lines(cache, view, theme, LINES, "gated units")
 
 
-def _nothing(record: Record) -> str:
+def _nothing(cache: RunCache) -> str:
     return (
         "Waiting for the first step."
-        if not len(record.steps()["step"])
+        if not len(cache.steps()["step"])
         else "Not recorded in this run: it has no gated units."
     )
 
 
-def _missing(record: Record) -> list:
-    found = record.said("found")
+def _missing(cache: RunCache) -> list:
+    found = cache.said("found")
     if "experts" in found and not found["experts"]:
         return [notice("This run has no experts: the per-expert charts stay empty.")]
     return []

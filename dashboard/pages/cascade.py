@@ -10,34 +10,34 @@ import plotly.graph_objects as go
 from dash import Dash, Input, Output, State, html, no_update
 
 from geodiag.cascade.explain import Cascade
-from geodiag.dashboard.cascade import verdict_card as verdict
-from geodiag.dashboard.cascade.cell_series import series_of
+from geodiag.dashboard.cascade import verdict_card
+from geodiag.dashboard.cascade.cell_series import cell_series
 from geodiag.dashboard.cascade.selection import (
-    Cell,
-    as_lived,
+    StageCell,
+    cache_of_spike,
     cascade_of,
     cell_of,
-    chosen,
-    scene_of,
+    chosen_step,
+    scene_in,
     stages_of,
     window_of,
 )
 from geodiag.dashboard.components.components import card, graph
 from geodiag.dashboard.components.layer_select import sites_of
 from geodiag.dashboard.components.table import table
-from geodiag.dashboard.components.text import number, percent, whole
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.data.sparse_samples import before_and_near, composites, traced
-from geodiag.dashboard.figures.cascade import STAGES, height_of, picture
+from geodiag.dashboard.components.text import integer, number, percent
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.data.sparse_samples import composite_maps, samples_around, token_trajectories
+from geodiag.dashboard.figures.cascade import STAGES, cascade_figure, height_of
 from geodiag.dashboard.figures.heat import Panel, heat_map
-from geodiag.dashboard.figures.maps import Tile, maps
-from geodiag.dashboard.figures.small_multiples import Strip, multiples
-from geodiag.dashboard.figures.style import Look, empty
+from geodiag.dashboard.figures.maps import Tile, residual_maps
+from geodiag.dashboard.figures.small_multiples import Strip, small_multiples
+from geodiag.dashboard.figures.style import Theme, empty
 from geodiag.dashboard.figures.trajectory import trajectories
-from geodiag.dashboard.server.run_library import Library
-from geodiag.dashboard.url.live_figures import draws, happened
+from geodiag.dashboard.server.run_library import RunLibrary
+from geodiag.dashboard.url.live_figures import event_marks, register_drawing
 from geodiag.dashboard.url.url_state import View
-from geodiag.dashboard.url.url_sync import steer
+from geodiag.dashboard.url.url_sync import sync_url
 
 NAME, TITLE = "cascade", "Cascade"
 
@@ -54,15 +54,15 @@ PICTURE = (
 """How the picture is read."""
 
 
-def layout(record: Record, view: View) -> html.Div:
-    tall = height_of(len({layer for layer, _ in sites_of(record)}))
+def layout(cache: RunCache, view: View) -> html.Div:
+    tall = height_of(len({layer for layer, _ in sites_of(cache)}))
     main = card("From the origin to the loss", graph("cascade-picture", tall), tip=PICTURE)
     proof = card(
         "Evidence",
-        table("cascade-evidence", verdict.COLUMNS, _evidence(record, view), height=None),
+        table("cascade-evidence", verdict_card.COLUMNS, _evidence(cache, view), height=None),
         tip="What left its range at the origin. Click a row to see its series.",
         id="cascade-proof",
-        style=_only_with_rows(_evidence(record, view)),
+        style=_only_with_rows(_evidence(cache, view)),
     )
     side = [
         card("In this cell", html.Div(id="cascade-where", className="where"), graph("cascade-series", 430),
@@ -80,28 +80,38 @@ def layout(record: Record, view: View) -> html.Div:
     columns = [html.Div([main, proof], className="column"), html.Div(side, className="side")]
     return html.Div(
         [
-            html.Div(verdict.strip(record, view), id="cascade-choices"),
-            html.Div(_verdict(record, view), id="cascade-verdict"),
+            html.Div(verdict_card.spike_links(cache, view), id="cascade-choices"),
+            html.Div(_verdict(cache, view), id="cascade-verdict"),
             html.Div(columns, className="split wide-side"),
             html.Div(below, className="pair"),
         ]
     )
 
 
-def register(app: Dash, library: Library) -> None:
-    draws(app, library, "cascade-choices", "children", lambda r, v, look: verdict.strip(r, v))
-    draws(app, library, "cascade-verdict", "children", lambda r, v, look: _verdict(r, v))
-    draws(app, library, "cascade-picture", "figure", draw_picture)
-    draws(app, library, "cascade-evidence", "rowData", lambda r, v, look: _evidence(r, v))
-    draws(
-        app, library, "cascade-proof", "style", lambda r, v, look: _only_with_rows(_evidence(r, v))
+def register(app: Dash, library: RunLibrary) -> None:
+    register_drawing(
+        app,
+        library,
+        "cascade-choices",
+        "children",
+        lambda r, v, theme: verdict_card.spike_links(r, v),
     )
-    draws(app, library, "cascade-where", "children", lambda r, v, look: _where(r, v))
-    draws(app, library, "cascade-series", "figure", draw_series)
-    draws(app, library, "cascade-experts", "figure", draw_experts)
-    draws(app, library, "cascade-maps", "figure", _maps)
-    draws(app, library, "cascade-tokens", "figure", _tokens)
-    steer(app, {}, ["cascade-picture", "cascade-series"], _clicked)
+    register_drawing(
+        app, library, "cascade-verdict", "children", lambda r, v, theme: _verdict(r, v)
+    )
+    register_drawing(app, library, "cascade-picture", "figure", draw_picture)
+    register_drawing(
+        app, library, "cascade-evidence", "rowData", lambda r, v, theme: _evidence(r, v)
+    )
+    register_drawing(
+        app, library, "cascade-proof", "style", lambda r, v, theme: _only_with_rows(_evidence(r, v))
+    )
+    register_drawing(app, library, "cascade-where", "children", lambda r, v, theme: _where(r, v))
+    register_drawing(app, library, "cascade-series", "figure", draw_series)
+    register_drawing(app, library, "cascade-experts", "figure", draw_experts)
+    register_drawing(app, library, "cascade-maps", "figure", _maps)
+    register_drawing(app, library, "cascade-tokens", "figure", _tokens)
+    sync_url(app, {}, ["cascade-picture", "cascade-series"], _clicked)
 
     @app.callback(
         Output("url", "search", allow_duplicate=True),
@@ -116,43 +126,43 @@ def register(app: Dash, library: Library) -> None:
             return no_update
         return (
             View.parse(search)
-            .but(stage=row["stage"], layer=row["layer"], step=row["step"])
-            .search()
+            .replaced(stage=row["stage"], layer=row["layer"], step=row["step"])
+            .query_string()
         )
 
 
-def _found(record: Record, view: View) -> Cascade | None:
-    found = cascade_of(record, chosen(record, view))
+def _found(cache: RunCache, view: View) -> Cascade | None:
+    found = cascade_of(cache, chosen_step(cache, view))
     return found if isinstance(found, Cascade) else None
 
 
-def _verdict(record: Record, view: View) -> Any:
-    return verdict.card_of(record, view, cascade_of(record, chosen(record, view)))
+def _verdict(cache: RunCache, view: View) -> Any:
+    return verdict_card.verdict_card(cache, view, cascade_of(cache, chosen_step(cache, view)))
 
 
-def _evidence(record: Record, view: View) -> list[dict]:
-    found = _found(record, view)
-    return verdict.rows(found) if found else []
+def _evidence(cache: RunCache, view: View) -> list[dict]:
+    found = _found(cache, view)
+    return verdict_card.evidence_rows(found) if found else []
 
 
 def _only_with_rows(rows: list[dict]) -> dict:
     return {} if rows else {"display": "none"}
 
 
-def draw_picture(record: Record, view: View, look: Look) -> go.Figure:
-    if not len(record.steps()["step"]):
-        return empty("Waiting for the first step.", look, 420)
-    found, lived = _found(record, view), as_lived(record, chosen(record, view))
-    scene = scene_of(lived, window_of(lived, view, found), record)
-    return picture(scene, look, found, cell_of(view, found, scene.stages))
+def draw_picture(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    if not len(cache.steps()["step"]):
+        return empty("Waiting for the first step.", theme, 420)
+    found, cache_then = _found(cache, view), cache_of_spike(cache, chosen_step(cache, view))
+    scene = scene_in(cache_then, window_of(cache_then, view, found), cache)
+    return cascade_figure(scene, theme, found, cell_of(view, found, scene.stages))
 
 
 class _Place(NamedTuple):
     """What the cards beside the picture speak of."""
 
-    record: Record
+    cache: RunCache
     """The run, as the attempt lived it that the cascade belongs to."""
-    cell: Cell | None
+    cell: StageCell | None
     window: tuple[int, int]
     found: Cascade | None
 
@@ -165,33 +175,36 @@ class _Place(NamedTuple):
         )
 
 
-def _place(record: Record, view: View) -> _Place:
-    found, lived = _found(record, view), as_lived(record, chosen(record, view))
-    window = window_of(lived, view, found)
-    some = len(lived.steps()["step"]) > 0
+def _place(cache: RunCache, view: View) -> _Place:
+    found, cache_then = _found(cache, view), cache_of_spike(cache, chosen_step(cache, view))
+    window = window_of(cache_then, view, found)
+    some = len(cache_then.steps()["step"]) > 0
     return _Place(
-        lived, cell_of(view, found, stages_of(lived, window)) if some else None, window, found
+        cache_then,
+        cell_of(view, found, stages_of(cache_then, window)) if some else None,
+        window,
+        found,
     )
 
 
-def _where(record: Record, view: View) -> Any:
-    _, cell, _, found = _place(record, view)
+def _where(cache: RunCache, view: View) -> Any:
+    _, cell, _, found = _place(cache, view)
     if cell is None:
         return "Nothing is measured yet."
     origin = found is not None and view.stage is None and found.cause == "layer"
-    name = f"layer {cell.layer} · {STAGES[cell.stage][0]} · step {whole(cell.step)}"
+    name = f"layer {cell.layer} · {STAGES[cell.stage][0]} · step {integer(cell.step)}"
     return [html.B(name), ", the origin" if origin else ""]
 
 
-def draw_series(record: Record, view: View, look: Look) -> go.Figure:
-    at = _place(record, view)
+def draw_series(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    at = _place(cache, view)
     cell, found = at.cell, at.found
     if cell is None:
-        return empty("Nothing is measured yet.", look, 120)
+        return empty("Nothing is measured yet.", theme, 120)
     rows = found.evidence if found is not None else ()
     told = [e.metric for e in rows if (e.stage, e.layer) == (cell.stage, cell.layer)]
     strips = []
-    for s in series_of(at.record, cell, at.window, at.before, told):
+    for s in cell_series(at.cache, cell, at.window, at.before, told):
         share = s.metric.unit == "share"
         usual = " to ".join(percent(v) if share else number(v, 3) for v in s.usual or ())
         said = f"usually {usual}" if usual else ""
@@ -199,24 +212,24 @@ def draw_series(record: Record, view: View, look: Look) -> go.Figure:
             Strip(f"{s.metric.name} · {s.site}", said, s.step_S, s.value_S, s.usual, s.metric.unit)
         )
     nothing = f"Layer {cell.layer} has nothing of stage {cell.stage} on record."
-    return multiples(strips, look, at.window, cell.step, nothing)
+    return small_multiples(strips, theme, at.window, cell.step, nothing)
 
 
-def draw_experts(record: Record, view: View, look: Look) -> go.Figure:
-    lived, cell, window, found = _place(record, view)
+def draw_experts(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    cache_then, cell, window, found = _place(cache, view)
     if cell is None:
-        return empty("Nothing is measured yet.", look, 120)
+        return empty("Nothing is measured yet.", theme, 120)
     name = "act_rms" if cell.stage == 1 else "load"
-    (grid,) = lived.memo(
-        ("experts", name, window), lambda: lived.stretch("experts", [name], *window)
+    (grid,) = cache_then.memo(
+        ("experts", name, window), lambda: cache_then.read_steps("experts", [name], *window)
     )
     grid = grid.of_layer(cell.layer)
     mine = found is not None and found.expert is not None and cell.layer == found.layer
     fig = heat_map(
-        [Panel(grid, f'<span style="color:{look.soft}">{_EXPERTS[name]}</span>')],
-        look,
+        [Panel(grid, f'<span style="color:{theme.soft}">{_EXPERTS[name]}</span>')],
+        theme,
         window,
-        marks=[m for m in happened(record) if m.kind == "spike"],
+        marks=[m for m in event_marks(cache) if m.kind == "spike"],
         step=cell.step,
         row=str(found.expert) if found is not None and mine else None,
         experts=True,
@@ -228,27 +241,29 @@ def draw_experts(record: Record, view: View, look: Look) -> go.Figure:
     return fig
 
 
-def _maps(record: Record, view: View, look: Look) -> go.Figure:
-    at = _place(record, view)
-    none = _NO_MAPS if record.has_maps() else _NO_HYPER
+def _maps(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    at = _place(cache, view)
+    none = _NO_MAPS if cache.has_maps() else _NO_HYPER
     if at.cell is None:
-        return empty(none, look, 120)
-    layer, run = at.cell.layer, at.record
-    there = before_and_near(run, "matrices", at.before, at.cell.step)
+        return empty(none, theme, 120)
+    layer, run = at.cell.layer, at.cache
+    there = samples_around(run, "matrices", at.before, at.cell.step)
     groups = [
-        (f"{name}, step {whole(s)}", [Tile(*t) for t in composites(run, layer, s)])
+        (f"{name}, step {integer(s)}", [Tile(*t) for t in composite_maps(run, layer, s)])
         for name, s in there
     ]
-    return maps(groups, look, none)
+    return residual_maps(groups, theme, none)
 
 
-def _tokens(record: Record, view: View, look: Look) -> go.Figure:
-    at = _place(record, view)
+def _tokens(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    at = _place(cache, view)
     if at.cell is None:
-        return empty(_NO_TOKENS, look, 120)
-    there = before_and_near(at.record, "tokens", at.before, at.cell.step)
-    usual = traced(at.record, there[0][1]) if len(there) == 2 else []
-    return trajectories(traced(at.record, there[-1][1]) if there else [], usual, look, _NO_TOKENS)
+        return empty(_NO_TOKENS, theme, 120)
+    there = samples_around(at.cache, "tokens", at.before, at.cell.step)
+    usual = token_trajectories(at.cache, there[0][1]) if len(there) == 2 else []
+    return trajectories(
+        token_trajectories(at.cache, there[-1][1]) if there else [], usual, theme, _NO_TOKENS
+    )
 
 
 def _clicked(pathname: str, view: View, name: str, point: dict) -> View:
@@ -257,7 +272,7 @@ def _clicked(pathname: str, view: View, name: str, point: dict) -> View:
     if not isinstance(x, int | float):
         return view
     if name == "cascade-picture" and trace in (0, 1, 2) and y.isdigit():
-        return view.but(stage=trace + 1, layer=int(y), step=round(x))
+        return view.replaced(stage=trace + 1, layer=int(y), step=round(x))
     if name == "cascade-series" and view.stage is not None:
-        return view.but(step=round(x))
+        return view.replaced(step=round(x))
     return view

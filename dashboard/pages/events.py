@@ -8,9 +8,9 @@ from dash import Dash, Input, Output, State, dcc, html, no_update
 from geodiag.dashboard.components.components import card, notice
 from geodiag.dashboard.components.table import table
 from geodiag.dashboard.components.text import utc
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.server.run_library import Library
-from geodiag.dashboard.url.live_figures import draws
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.server.run_library import RunLibrary
+from geodiag.dashboard.url.live_figures import register_drawing
 from geodiag.dashboard.url.url_state import View
 from geodiag.events import KINDS, details
 from geodiag.health import SPIKES
@@ -33,13 +33,13 @@ _COLUMNS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def layout(record: Record, view: View) -> html.Div:
-    trail = table("events-table", _COLUMNS, rows(record), height="calc(100vh - 190px)")
+def layout(cache: RunCache, view: View) -> html.Div:
+    trail = table("events-table", _COLUMNS, rows(cache), height="calc(100vh - 190px)")
     return html.Div(
         [
             card(
                 "Audit trail",
-                html.Div(_none(record), id="events-none"),
+                html.Div(_none(cache), id="events-none"),
                 trail,
                 tip="Every spike, request, answer, decision and change of state. "
                 "Click a row for its step, a spike for its cascade. "
@@ -50,9 +50,9 @@ def layout(record: Record, view: View) -> html.Div:
     )
 
 
-def register(app: Dash, library: Library) -> None:
-    draws(app, library, "events-table", "rowData", lambda r, v, look: rows(r))
-    draws(app, library, "events-none", "children", lambda r, v, look: _none(r))
+def register(app: Dash, library: RunLibrary) -> None:
+    register_drawing(app, library, "events-table", "rowData", lambda r, v, theme: rows(r))
+    register_drawing(app, library, "events-none", "children", lambda r, v, theme: _none(r))
 
     @app.callback(
         Output("events-jump", "href"),
@@ -62,28 +62,28 @@ def register(app: Dash, library: Library) -> None:
         prevent_initial_call=True,
     )
     def go(cell, shown, pathname):
-        record = library.at(pathname)
+        cache = library.at(pathname)
         row = next((r for r in shown or [] if cell and r["id"] == str(cell.get("rowId"))), None)
-        return jump(record, record.events()[int(row["id"])]) if record and row else no_update
+        return jump(cache, cache.events()[int(row["id"])]) if cache and row else no_update
 
 
-def jump(record: Record, event: dict[str, Any]) -> str:
+def jump(cache: RunCache, event: dict[str, Any]) -> str:
     """Where an event is looked at: a spike or a warning in its cascade, the rest in the middle of
     the overview.
     """
-    step, run = event["step"], quote(record.run.name)
+    step, run = event["step"], quote(cache.run.name)
     if event["kind"] in (*SPIKES, "cascade", "early_warning"):
         onset = details(event["data"]).get("spike_onset" if event["kind"] == "cascade" else "onset")
         at = onset if isinstance(onset, int) else step
-        return f"/run/{run}/cascade{View(spike=at).search()}"
+        return f"/run/{run}/cascade{View(spike=at).query_string()}"
     view = View(steps=(max(0, step - _AROUND), step + _AROUND), step=step)
-    return f"/run/{run}/overview{view.search()}"
+    return f"/run/{run}/overview{view.query_string()}"
 
 
-def rows(record: Record) -> list[dict[str, Any]]:
+def rows(cache: RunCache) -> list[dict[str, Any]]:
     """The trail as the table takes it, newest first: by time, for a rollback repeats steps."""
     out = []
-    for i, e in enumerate(record.events()):
+    for i, e in enumerate(cache.events()):
         row = {k: e[k] for k in ("step", "kind", "message", "layer", "site", "expert", "attempt")}
         out.append(
             row | {"id": str(i), "time": utc(e["time"]), "meaning": KINDS.get(e["kind"], "")}
@@ -91,5 +91,5 @@ def rows(record: Record) -> list[dict[str, Any]]:
     return out[::-1]
 
 
-def _none(record: Record) -> list:
-    return [] if record.events() else [notice("No events yet.")]
+def _none(cache: RunCache) -> list:
+    return [] if cache.events() else [notice("No events yet.")]

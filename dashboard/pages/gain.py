@@ -15,19 +15,19 @@ from geodiag.dashboard.components.components import (
     select,
 )
 from geodiag.dashboard.components.layer_select import sites_of
-from geodiag.dashboard.components.text import whole
+from geodiag.dashboard.components.text import integer
 from geodiag.dashboard.data.grid import row_name
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.data.sparse_samples import matrices as sampled
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.data.sparse_samples import site_matrices
 from geodiag.dashboard.figures.depth_profile import Curve, profile
 from geodiag.dashboard.figures.heat import Panel, heat_map, height_of
-from geodiag.dashboard.figures.matrix import matrices
-from geodiag.dashboard.figures.style import Look, empty
+from geodiag.dashboard.figures.matrix import map_matrices
+from geodiag.dashboard.figures.style import Theme, empty
 from geodiag.dashboard.figures.time_bins import binned, worst_step
-from geodiag.dashboard.server.run_library import Library
-from geodiag.dashboard.url.live_figures import draws, extent, happened
+from geodiag.dashboard.server.run_library import RunLibrary
+from geodiag.dashboard.url.live_figures import event_marks, register_drawing, step_extent
 from geodiag.dashboard.url.url_state import View
-from geodiag.dashboard.url.url_sync import Control, steer
+from geodiag.dashboard.url.url_sync import Control, sync_url
 from geodiag.metrics.schema import METRICS, SITES
 
 NAME, TITLE = "gain", "Gain"
@@ -72,7 +72,7 @@ QUANTITIES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
 _WAYS = ("forward", "backward")
 
 
-def quantity(record: Record, view: View) -> str:
+def quantity(cache: RunCache, view: View) -> str:
     """The quantity that the view asks for; else composite gain, or transport gain where there are
     no maps.
     """
@@ -80,33 +80,33 @@ def quantity(record: Record, view: View) -> str:
         view.metric
         if view.metric in QUANTITIES
         else "composite"
-        if record.has_maps()
+        if cache.has_maps()
         else "transport"
     )
 
 
-def chosen(record: Record, view: View) -> tuple[str, ...]:
+def chosen_metrics(cache: RunCache, view: View) -> tuple[str, ...]:
     """The metrics that the view asks for; an unknown way over tokens is the quantity's first."""
-    over = QUANTITIES[quantity(record, view)][1]
+    over = QUANTITIES[quantity(cache, view)][1]
     return over.get(view.over or "mean") or next(iter(over.values()))
 
 
-def layout(record: Record, view: View) -> html.Div:
+def layout(cache: RunCache, view: View) -> html.Div:
     controls = [
-        select("gain-metric", quantity(record, view), options({k: v[0] for k, v in QUANTITIES.items()}), "quantity"),
+        select("gain-metric", quantity(cache, view), options({k: v[0] for k, v in QUANTITIES.items()}), "quantity"),
         segments("gain-over", view.over if view.over in _OVER else "mean", options(_OVER), "over tokens"),
     ]  # fmt: skip
     main = card(
         "Over layers and steps",
-        html.Div(_missing(record), id="gain-missing"),
-        graph("gain-heat", height_of([len(sites_of(record))] * len(chosen(record, view)))),
+        html.Div(_missing(cache), id="gain-missing"),
+        graph("gain-heat", height_of([len(sites_of(cache))] * len(chosen_metrics(cache, view)))),
         tip="Rows are sites in the order in which the streams pass them; the first is on top. "
         "Click a cell for its step and its site; drag to zoom in time.",
         controls=controls,
     )
     slider = dcc.Slider(
-        id="gain-step", min=0, max=max(1, _last(record)), step=1, marks=None,
-        value=step_of(record, view) or 0,
+        id="gain-step", min=0, max=max(1, _last(cache)), step=1, marks=None,
+        value=step_of(cache, view) or 0,
         updatemode="mouseup", tooltip={"placement": "bottom"}, allow_direct_input=False,
     )  # fmt: skip
     deep = card(
@@ -121,22 +121,22 @@ def layout(record: Record, view: View) -> html.Div:
         html.Div(id="gain-site", className="where"),
         graph("gain-matrices", 250),
         controls=select(
-            "gain-site-choice", row_name(_site(record, view)), _sites(record), "site", 110
+            "gain-site-choice", row_name(_site(cache, view)), _sites(cache), "site", 110
         ),
         tip="Token means at their newest sample up to the step. Rows are streams out, columns streams in.",
-        style={} if record.has_maps() else {"display": "none"},
+        style={} if cache.has_maps() else {"display": "none"},
     )
     return html.Div([main, html.Div([deep, maps], className="side")], className="split wide-side")
 
 
-def register(app: Dash, library: Library) -> None:
-    draws(app, library, "gain-heat", "figure", draw_heat)
-    draws(app, library, "gain-profile", "figure", draw_profile)
-    draws(app, library, "gain-matrices", "figure", _matrices)
-    draws(app, library, "gain-where", "children", lambda r, v, look: _when(r, v))
-    draws(app, library, "gain-site", "children", lambda r, v, look: _where(r, v))
-    draws(app, library, "gain-step", "max", lambda r, v, look: max(1, _last(r)))
-    draws(app, library, "gain-missing", "children", lambda r, v, look: _missing(r))
+def register(app: Dash, library: RunLibrary) -> None:
+    register_drawing(app, library, "gain-heat", "figure", draw_heat)
+    register_drawing(app, library, "gain-profile", "figure", draw_profile)
+    register_drawing(app, library, "gain-matrices", "figure", _matrices)
+    register_drawing(app, library, "gain-where", "children", lambda r, v, theme: _when(r, v))
+    register_drawing(app, library, "gain-site", "children", lambda r, v, theme: _where(r, v))
+    register_drawing(app, library, "gain-step", "max", lambda r, v, theme: max(1, _last(r)))
+    register_drawing(app, library, "gain-missing", "children", lambda r, v, theme: _missing(r))
     controls = {
         "gain-metric": Control("metric", lambda pathname, view: _usual(library, pathname, view)),
         "gain-over": Control("over", "mean"),
@@ -145,127 +145,127 @@ def register(app: Dash, library: Library) -> None:
         ),
         "gain-step": Control("step", lambda pathname, view: _newest(library, pathname, view)),
     }
-    steer(app, controls, ["gain-heat", "gain-profile"], lambda *a: _clicked(library, *a))
+    sync_url(app, controls, ["gain-heat", "gain-profile"], lambda *a: _clicked(library, *a))
 
 
-def step_of(record: Record, view: View) -> int | None:
+def step_of(cache: RunCache, view: View) -> int | None:
     """The step that the page speaks of: the chosen one, else the newest in view."""
     if view.step is not None:
         return view.step
-    last = _last(record) if len(record.steps()["step"]) else None
+    last = _last(cache) if len(cache.steps()["step"]) else None
     return last if view.high is None or last is None else min(view.high, last)
 
 
-def draw_heat(record: Record, view: View, look: Look) -> go.Figure:
-    grids = record.grids("layers", *chosen(record, view))
-    panels = [Panel(g, _sentence(g.metric.name, look)) for g in grids]
+def draw_heat(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    grids = cache.grids("layers", *chosen_metrics(cache, view))
+    panels = [Panel(g, _sentence(g.metric.name, theme)) for g in grids]
     site = row_name(view.site) if view.site else None
     waiting = (
         "Waiting for the first step."
-        if not len(record.steps()["step"])
+        if not len(cache.steps()["step"])
         else "Not recorded in this run: it has no such map."
     )
     return heat_map(
         panels,
-        look,
+        theme,
         view.steps,
-        marks=happened(record),
-        extent=extent(record),
+        marks=event_marks(cache),
+        step_extent=step_extent(cache),
         step=view.step,
         row=site,
         nothing=waiting,
     )
 
 
-def draw_profile(record: Record, view: View, look: Look) -> go.Figure:
-    step = step_of(record, view)
+def draw_profile(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    step = step_of(cache, view)
     if step is None:
-        return empty("Waiting for the first step.", look, 310)
-    grids = [g.measured() for g in record.grids("layers", *chosen(record, view))]
+        return empty("Waiting for the first step.", theme, 310)
+    grids = [g.measured() for g in cache.grids("layers", *chosen_metrics(cache, view))]
     curves = [Curve(_way(g.metric.name), g, g.at(step)) for g in grids if g.rows]
-    return profile(curves, look, row_name(view.site) if view.site else None)
+    return profile(curves, theme, row_name(view.site) if view.site else None)
 
 
-def _matrices(record: Record, view: View, look: Look) -> go.Figure:
-    step, (layer, site) = step_of(record, view), _site(record, view)
-    found = sampled(record, layer, SITES[site], step) if step is not None else None
-    return matrices(found[1] if found else {}, look)
+def _matrices(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    step, (layer, site) = step_of(cache, view), _site(cache, view)
+    found = site_matrices(cache, layer, SITES[site], step) if step is not None else None
+    return map_matrices(found[1] if found else {}, theme)
 
 
-def _when(record: Record, view: View) -> str:
-    return f"step {whole(step_of(record, view))}" + (", the newest" if view.step is None else "")
+def _when(cache: RunCache, view: View) -> str:
+    return f"step {integer(step_of(cache, view))}" + (", the newest" if view.step is None else "")
 
 
-def _where(record: Record, view: View) -> str:
-    step, site = step_of(record, view), _site(record, view)
-    found = sampled(record, site[0], SITES[site[1]], step) if step is not None else None
+def _where(cache: RunCache, view: View) -> str:
+    step, site = step_of(cache, view), _site(cache, view)
+    found = site_matrices(cache, site[0], SITES[site[1]], step) if step is not None else None
     return (
-        f"{row_name(site)}, sampled at step {whole(found[0])}"
+        f"{row_name(site)}, sampled at step {integer(found[0])}"
         if found
         else f"{row_name(site)}, never sampled"
     )
 
 
-def _site(record: Record, view: View) -> tuple[int, int]:
+def _site(cache: RunCache, view: View) -> tuple[int, int]:
     """The chosen site, else the one whose composite gain is worst now."""
     if view.site is not None:
         return view.site
-    worst = [w for g in record.recent("layers", "composite_gain_fwd", back=20) if (w := g.worst())]
+    worst = [w for g in cache.recent("layers", "composite_gain_fwd", back=20) if (w := g.worst())]
     return worst[0][2] if worst else (0, 0)
 
 
-def _sites(record: Record) -> list[str]:
-    return [row_name(r) for r in sites_of(record) or [(0, 0)]]
+def _sites(cache: RunCache) -> list[str]:
+    return [row_name(r) for r in sites_of(cache) or [(0, 0)]]
 
 
-def _usual(library: Library, pathname: str, view: View) -> str | None:
-    record = library.at(pathname)
-    return quantity(record, view.but(metric=None)) if record else None
+def _usual(library: RunLibrary, pathname: str, view: View) -> str | None:
+    cache = library.at(pathname)
+    return quantity(cache, view.replaced(metric=None)) if cache else None
 
 
-def _worst_site(library: Library, pathname: str, view: View) -> str | None:
-    record = library.at(pathname)
-    return row_name(_site(record, view)) if record else None
+def _worst_site(library: RunLibrary, pathname: str, view: View) -> str | None:
+    cache = library.at(pathname)
+    return row_name(_site(cache, view)) if cache else None
 
 
-def _clicked(library: Library, pathname: str, view: View, name: str, point: dict) -> View:
-    record, site = library.at(pathname), View.parse(f"?site={point.get('y')}").site
-    if record is None or site is None:
+def _clicked(library: RunLibrary, pathname: str, view: View, name: str, point: dict) -> View:
+    cache, site = library.at(pathname), View.parse(f"?site={point.get('y')}").site
+    if cache is None or site is None:
         return view
     if name == "gain-profile":
-        return view.but(site=site)
-    grid = record.grids("layers", *chosen(record, view))[
-        point.get("curveNumber", 0) % len(chosen(record, view))
+        return view.replaced(site=site)
+    grid = cache.grids("layers", *chosen_metrics(cache, view))[
+        point.get("curveNumber", 0) % len(chosen_metrics(cache, view))
     ]
     grid = grid.window(view.low, view.high)
     column = binned(grid.measured())
     step = worst_step(
         grid, grid.rows.index(site), round(point["x"] - (column.width - 1) / 2), column.width
     )
-    return view.but(site=site, step=round(point["x"]) if step is None else step)
+    return view.replaced(site=site, step=round(point["x"]) if step is None else step)
 
 
-def _newest(library: Library, pathname: str, view: View) -> int:
-    record = library.at(pathname)
-    return (step_of(record, view) if record else None) or 0
+def _newest(library: RunLibrary, pathname: str, view: View) -> int:
+    cache = library.at(pathname)
+    return (step_of(cache, view) if cache else None) or 0
 
 
-def _missing(record: Record) -> list:
-    if record.has_maps():
+def _missing(cache: RunCache) -> list:
+    if cache.has_maps():
         return []
     return [notice("This run has no hyper-connections: there are no residual maps, so no composite gain. "
                    "Transport gain, stream and gradient norms are recorded.")]  # fmt: skip
 
 
-def _sentence(name: str, look: Look) -> str:
+def _sentence(name: str, theme: Theme) -> str:
     way = f"<b>{_way(name)}</b>  " if "fwd" in name or "bwd" in name else ""
-    return f'{way}<span style="color:{look.soft}">{METRICS["layers", name].help}</span>'
+    return f'{way}<span style="color:{theme.soft}">{METRICS["layers", name].help}</span>'
 
 
 def _way(name: str) -> str:
     return _WAYS[0] if "_fwd" in name else _WAYS[1] if "_bwd" in name else name.replace("_", " ")
 
 
-def _last(record: Record) -> int:
-    step_S = record.steps()["step"]
+def _last(cache: RunCache) -> int:
+    step_S = cache.steps()["step"]
     return int(step_S[-1]) if len(step_S) else 0

@@ -5,17 +5,17 @@ from dash import Dash, html
 
 from geodiag.dashboard.components import control_panel
 from geodiag.dashboard.components.components import card, graph, notice, segments
-from geodiag.dashboard.components.text import about, metric, whole
+from geodiag.dashboard.components.text import about, integer, metric
 from geodiag.dashboard.components.tiles import tiles
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.data.timeline_marks import spans
-from geodiag.dashboard.figures.style import Look
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.data.timeline_marks import routing_spans
+from geodiag.dashboard.figures.style import Theme
 from geodiag.dashboard.figures.timeline import timeline
 from geodiag.dashboard.pages.events import jump
-from geodiag.dashboard.server.run_library import Library
-from geodiag.dashboard.url.live_figures import draws, happened, raised
+from geodiag.dashboard.server.run_library import RunLibrary
+from geodiag.dashboard.url.live_figures import detected_spikes, event_marks, register_drawing
 from geodiag.dashboard.url.url_state import View
-from geodiag.dashboard.url.url_sync import Control, steer
+from geodiag.dashboard.url.url_sync import Control, sync_url
 from geodiag.health import SPIKES
 
 NAME, TITLE = "overview", "Overview"
@@ -25,7 +25,7 @@ STAGES = "Robust z of the worst layer against its own past. " + " ".join(
 )
 
 
-def layout(record: Record, view: View) -> html.Div:
+def layout(cache: RunCache, view: View) -> html.Div:
     scale = segments(
         "overview-scale",
         "log" if view.scale == "log" else "linear",
@@ -34,52 +34,56 @@ def layout(record: Record, view: View) -> html.Div:
     )
     help = f"{about(metric('steps', 'loss'))} {STAGES} Drag to zoom, double click for all."
     main = card("Loss, gradient, stages", graph("overview-timeline", 640), tip=help, controls=scale)
-    recent = card("What happened", html.Div(_recent(record, view), id="overview-recent"))
-    side = html.Div([control_panel.panel(record), recent], className="side")
+    recent = card("What happened", html.Div(_recent(cache, view), id="overview-recent"))
+    side = html.Div([control_panel.panel(cache), recent], className="side")
     return html.Div(
         [
-            html.Div(tiles(record), id="overview-tiles", className="tiles"),
+            html.Div(tiles(cache), id="overview-tiles", className="tiles"),
             html.Div([main, side], className="split"),
         ]
     )
 
 
-def register(app: Dash, library: Library) -> None:
-    draws(app, library, "overview-timeline", "figure", draw_timeline)
-    draws(app, library, "overview-tiles", "children", lambda record, view, look: tiles(record))
-    draws(
+def register(app: Dash, library: RunLibrary) -> None:
+    register_drawing(app, library, "overview-timeline", "figure", draw_timeline)
+    register_drawing(
+        app, library, "overview-tiles", "children", lambda cache, view, theme: tiles(cache)
+    )
+    register_drawing(
         app,
         library,
         "overview-recent",
         "children",
-        lambda record, view, look: _recent(record, view),
+        lambda cache, view, theme: _recent(cache, view),
     )
-    steer(app, {"overview-scale": Control("scale", "linear")}, ["overview-timeline"], _clicked)
+    sync_url(app, {"overview-scale": Control("scale", "linear")}, ["overview-timeline"], _clicked)
 
 
-def draw_timeline(record: Record, view: View, look: Look) -> go.Figure:
-    steps = record.steps()
-    modes = spans(steps["step"], steps["routing_mode"])
+def draw_timeline(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    steps = cache.steps()
+    modes = routing_spans(steps["step"], steps["routing_mode"])
     return timeline(
         steps,
-        raised(record),
+        detected_spikes(cache),
         modes,
-        look,
+        theme,
         view.steps,
         view.step,
         view.scale == "log",
-        marks=happened(record),
-        undone=record.undone(),
+        marks=event_marks(cache),
+        superseded=cache.superseded(),
     )
 
 
 def _clicked(pathname: str, view: View, name: str, point: dict) -> View:
-    return view.but(step=round(point["x"])) if isinstance(point.get("x"), int | float) else view
+    return (
+        view.replaced(step=round(point["x"])) if isinstance(point.get("x"), int | float) else view
+    )
 
 
-def _recent(record: Record, view: View) -> list:
+def _recent(cache: RunCache, view: View) -> list:
     """The newest events, newest first; each leads to its step, a spike to its cascade."""
-    trail = record.events()[::-1]
+    trail = cache.events()[::-1]
     newest = trail[:_RECENT]
     spike = next((e for e in trail if e["kind"] in SPIKES), None)
     if spike is not None and spike not in newest:
@@ -88,9 +92,9 @@ def _recent(record: Record, view: View) -> list:
         return [notice("Nothing yet. Spikes, decisions and requests will be listed here.")]
     return [
         html.A(
-            [html.Span(whole(e["step"]), className="when"), html.Span(e["kind"], className=f"kind kind-{e['kind']}"),
+            [html.Span(integer(e["step"]), className="when"), html.Span(e["kind"], className=f"kind kind-{e['kind']}"),
              html.Span(e["message"] or "", className="what")],
-            href=jump(record, e), className="event",
+            href=jump(cache, e), className="event",
         )
         for e in newest
     ]  # fmt: skip

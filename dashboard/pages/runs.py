@@ -12,9 +12,9 @@ from geodiag.dashboard.components.table import table
 from geodiag.dashboard.components.text import about, metric, number, utc
 from geodiag.dashboard.components.tiles import COMPOSITES, worst_now
 from geodiag.dashboard.data.grid import row_name
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.server.run_library import Library
-from geodiag.dashboard.url.live_figures import raised
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.server.run_library import RunLibrary
+from geodiag.dashboard.url.live_figures import detected_spikes
 from geodiag.health import SPIKES
 
 NAME, TITLE = "runs", "Runs"
@@ -45,7 +45,7 @@ _COLUMNS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def layout(library: Library) -> html.Div:
+def layout(library: RunLibrary) -> html.Div:
     now = rows(library)
     runs = table(
         "runs-table", _COLUMNS, now, height="calc(100vh - 180px)" if len(now) > _MANY else None
@@ -56,7 +56,7 @@ def layout(library: Library) -> html.Div:
     )
 
 
-def register(app: Dash, library: Library) -> None:
+def register(app: Dash, library: RunLibrary) -> None:
     @app.callback(
         Output("runs-table", "rowData"),
         Input("tick", "data"),
@@ -78,34 +78,32 @@ def register(app: Dash, library: Library) -> None:
         )
 
 
-def rows(library: Library) -> list[dict[str, Any]]:
+def rows(library: RunLibrary) -> list[dict[str, Any]]:
     """One row a run; each is worked out once a version of its run."""
-    records = [r for r in map(library.get, library.names()) if r is not None]
-    return [r.memo("row", partial(_row, r)) | {"status": r.run.status()} for r in records]
+    caches = [r for r in map(library.get, library.names()) if r is not None]
+    return [r.memo("row", partial(_row, r)) | {"status": r.run.status()} for r in caches]
 
 
-def _row(record: Record) -> dict[str, Any]:
-    steps = record.steps()
+def _row(cache: RunCache) -> dict[str, Any]:
+    steps = cache.steps()
     some = len(steps["step"]) > 0
-    worst = worst_now(record, *COMPOSITES)
+    worst = worst_now(cache, *COMPOSITES)
     value, _, at = worst.worst() if worst else (None, None, None)  # type: ignore[misc]
     loss = float(steps["loss"][-1]) if some and np.isfinite(steps["loss"][-1]) else None
     return {
-        "id": record.run.name,
-        "name": record.run.name,
+        "id": cache.run.name,
+        "name": cache.run.name,
         "step": int(steps["step"][-1]) if some else None,
         "spark": _spark(steps),
         "loss": loss,
         "no_loss": number(float(steps["loss"][-1]) if some else None),
-        "spikes": len([s for s in raised(record) if s.kind in SPIKES]),
+        "spikes": len([s for s in detected_spikes(cache) if s.kind in SPIKES]),
         "gain": value if value is not None and np.isfinite(value) else None,
         "no_gain": number(value),
         "gain_at": f" at {row_name(at)}" if at else "",
-        "model": ", ".join(
-            str(said) for key in ("residual", "size") if (said := record.option(key))
-        )
+        "model": ", ".join(str(said) for key in ("residual", "size") if (said := cache.option(key)))
         or "–",
-        "began": utc(record.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
+        "began": utc(cache.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
     }
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from geodiag.cascade.explain import explain
-from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.reports.run_labels import labels_of
-from geodiag.dashboard.reports.tables import flat, metric_of, value
+from geodiag.dashboard.reports.tables import flatten, metric_of, value
 from geodiag.errors import GeodiagError
 from geodiag.health import Health, health
 from geodiag.metrics.headline import KEY_METRICS
@@ -30,11 +30,11 @@ _NAMES = [name for names in KEY_METRICS.values() for name in names]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class ComparedRun:
     """One run of a comparison."""
 
     label: str
-    record: Record
+    cache: RunCache
     health: Health
     last: dict[str, float]
     """Each key metric's newest value; of the layers', the worst place's."""
@@ -43,7 +43,7 @@ class Side:
 
     def tokens(self) -> np.ndarray | None:
         """Tokens trained on up to each step; None where some step does not say."""
-        token_S = self.record.steps()["tokens"].astype(np.float64)
+        token_S = self.cache.steps()["tokens"].astype(np.float64)
         return np.cumsum(token_S) if len(token_S) and np.isfinite(token_S).all() else None
 
     def as_json(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Side:
         return {
             "label": self.label, "run": h.run, "status": h.status, "last_step": h.last_step, "loss": plain(h.last_loss),
             "tokens": None if tokens is None else float(tokens[-1]), "spikes": spikes,
-            "problems": self.record.problems(),
+            "problems": self.cache.problems(),
         }  # fmt: skip
 
 
@@ -64,13 +64,13 @@ class Side:
 class Comparison:
     """Runs side by side."""
 
-    sides: tuple[Side, ...]
+    runs: tuple[ComparedRun, ...]
 
     def differences(self) -> dict[str, list[Any]]:
         """Setting → each run's value, of the settings that are not the same in all; None where a
         run does not say.
         """
-        told = [_settings(s.record) for s in self.sides]
+        told = [_settings(s.cache) for s in self.runs]
         names = list(dict.fromkeys(name for settings in told for name in settings))
         values = {name: [settings.get(name) for settings in told] for name in names}
         return {name: v for name, v in values.items() if any(x != v[0] for x in v)}
@@ -80,19 +80,19 @@ class Comparison:
         shared steps.
         """
         common: np.ndarray | None = None
-        for s in self.sides:
-            steps = s.record.steps()
+        for s in self.runs:
+            steps = s.cache.steps()
             known = steps["step"][np.isfinite(steps["loss"])]
             if not len(known):
                 continue
             common = known if common is None else np.intersect1d(common, known)
         if common is None or not len(common):
-            return {"last_step": None, "steps": 0, "loss": [None] * len(self.sides)}
+            return {"last_step": None, "steps": 0, "loss": [None] * len(self.runs)}
         last = common[-_MEAN_OF:]
         return {
             "last_step": int(last[-1]),
             "steps": len(last),
-            "loss": [_mean(s.record, last) for s in self.sides],
+            "loss": [_mean(s.cache, last) for s in self.runs],
         }
 
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -102,10 +102,10 @@ class Comparison:
         out = {}
         for name in _NAMES:
             metric = metric_of(name)
-            worst = [s.health.worst.get(name) for s in self.sides]
+            worst = [s.health.worst.get(name) for s in self.runs]
             values, last = (
                 [None if w is None else w.value for w in worst],
-                [s.last.get(name) for s in self.sides],
+                [s.last.get(name) for s in self.runs],
             )
             if any(w is not None for w in worst):
                 out[name] = {
@@ -125,7 +125,7 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         """See `geodiag compare --help`."""
         return {
-            "runs": [s.as_json() for s in self.sides],
+            "runs": [s.as_json() for s in self.runs],
             "shared": plain(self.shared()),
             "metrics": self.metrics(),
             "differences": plain(self.differences()),
@@ -141,7 +141,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     if len(runs) > MOST_RUNS:
         raise GeodiagError(f"{len(runs)} lines cannot be told apart; pass at most {MOST_RUNS} runs")
     return Comparison(
-        sides=tuple(_side(r, label) for r, label in zip(runs, labels_of(runs), strict=True))
+        runs=tuple(_side(r, label) for r, label in zip(runs, labels_of(runs), strict=True))
     )
 
 
@@ -159,18 +159,18 @@ def better(name: str, values: Sequence[float | None]) -> list[int]:
     return [i for i in known if said[i] == said[best]] if len(set(said.values())) > 1 else []
 
 
-def _side(run: Run, label: str) -> Side:
-    record = Record(run)
+def _side(run: Run, label: str) -> ComparedRun:
+    cache = RunCache(run)
     known = [s for s in spikes_of(run) if s.spike is not None]
     worst = sorted(known, key=lambda s: -(s.spike.score if s.spike else 0.0))[:_TOLD]
     told = tuple((s, explain(run, s).words if s in worst else None) for s in known)
-    return Side(
-        label=label, record=record, health=health(run, _NAMES), last=_last(record), spikes=told
+    return ComparedRun(
+        label=label, cache=cache, health=health(run, _NAMES), last=_last(cache), spikes=told
     )
 
 
-def _last(record: Record) -> dict[str, float]:
-    steps, out = record.steps(), {}
+def _last(cache: RunCache) -> dict[str, float]:
+    steps, out = cache.steps(), {}
     for name in _NAMES:
         metric = metric_of(name)
         if metric.table == "steps":
@@ -178,7 +178,7 @@ def _last(record: Record) -> dict[str, float]:
             if len(known):
                 out[name] = float(known[-1])
     names = [n for n in _NAMES if metric_of(n).table == "layers"]
-    for grid in record.recent("layers", *names):
+    for grid in cache.recent("layers", *names):
         value_R = grid.at(int(grid.steps_S[-1])) if len(grid.steps_S) else np.array([])
         if not np.isnan(value_R).all():
             out[grid.metric.name] = float(
@@ -187,14 +187,14 @@ def _last(record: Record) -> dict[str, float]:
     return out
 
 
-def _settings(record: Record) -> dict[str, Any]:
+def _settings(cache: RunCache) -> dict[str, Any]:
     """What was set, what was found, and what it ran on."""
-    found = {f"found.{k}": v for k, v in record.said("found").items() if k != "missing"}
-    versions = {f"versions.{k}": v for k, v in record.said("versions").items()}
-    return flat(record.said("config")) | found | versions
+    found = {f"found.{k}": v for k, v in cache.said("found").items() if k != "missing"}
+    versions = {f"versions.{k}": v for k, v in cache.said("versions").items()}
+    return flatten(cache.said("config")) | found | versions
 
 
-def _mean(record: Record, at: np.ndarray) -> float | None:
-    steps = record.steps()
+def _mean(cache: RunCache, at: np.ndarray) -> float | None:
+    steps = cache.steps()
     loss_S = steps["loss"][np.isin(steps["step"], at) & np.isfinite(steps["loss"])]
     return float(loss_S.astype(np.float64).mean()) if len(loss_S) else None

@@ -9,11 +9,11 @@ from dash import html
 
 from geodiag.dashboard.components.components import badge, notice
 from geodiag.dashboard.components.frame import problems
-from geodiag.dashboard.components.text import about, number, utc, whole
+from geodiag.dashboard.components.text import about, integer, number, utc
 from geodiag.dashboard.figures.run_overlay import stroke
 from geodiag.dashboard.figures.style import DARK, LIGHT
-from geodiag.dashboard.reports.comparison import Comparison, Side
-from geodiag.dashboard.reports.tables import grid, hint, metric_of, place, plainly, value
+from geodiag.dashboard.reports.comparison import ComparedRun, Comparison
+from geodiag.dashboard.reports.tables import grid, hint, metric_of, place, setting_text, value
 from geodiag.metrics.headline import KEY_METRICS
 
 _LIST = 8
@@ -30,10 +30,10 @@ def head(c: Comparison, title: str) -> html.Section:
     at = shared["last_step"]
     known = [v for v in shared["loss"] if v is not None]
     rows = []
-    for i, (s, loss) in enumerate(zip(c.sides, shared["loss"], strict=True)):
+    for i, (s, loss) in enumerate(zip(c.runs, shared["loss"], strict=True)):
         h, tokens = s.health, s.tokens()
         model = ", ".join(
-            str(said) for key in ("residual", "size") if (said := s.record.option(key))
+            str(said) for key in ("residual", "size") if (said := s.cache.option(key))
         )
         best = (
             len(known) > 1
@@ -41,12 +41,12 @@ def head(c: Comparison, title: str) -> html.Section:
             and len({number(v) for v in known}) > 1
         )
         rows.append([
-            named(c, i), badge(h.status), whole(h.last_step), "–" if tokens is None else _short(float(tokens[-1])),
+            named(c, i), badge(h.status), integer(h.last_step), "–" if tokens is None else _short(float(tokens[-1])),
             _better(number(loss), best), number(h.last_loss), str(len(s.spikes)),
-            model or str(s.record.said("found").get("family") or "–"),
-            utc(s.record.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
+            model or str(s.cache.said("found").get("family") or "–"),
+            utc(s.cache.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
         ])  # fmt: skip
-    mean = f"loss, shared: mean over the {shared['steps']} newest steps that all runs have, up to step {whole(at)}"
+    mean = f"loss, shared: mean over the {shared['steps']} newest steps that all runs have, up to step {integer(at)}"
     heads = [
         "run",
         "status",
@@ -59,9 +59,7 @@ def head(c: Comparison, title: str) -> html.Section:
         "began, UTC",
     ]
     said = notice("These runs have no step in common." if at is None else mean)
-    wrong = [
-        html.Div([html.B(s.label), *problems(s.record)]) for s in c.sides if s.record.problems()
-    ]
+    wrong = [html.Div([html.B(s.label), *problems(s.cache)]) for s in c.runs if s.cache.problems()]
     return html.Section(
         [html.H1(title), grid(heads, rows, (2, 3, 4, 5, 6)), said, *wrong], className="card runs-of"
     )
@@ -74,19 +72,19 @@ def metrics(c: Comparison) -> html.Div:
     for title, names in KEY_METRICS.items():
         known = [n for n in names if n in told]
         if known:
-            rows.append(html.Tr(html.Th(title, colSpan=1 + 2 * len(c.sides), scope="rowgroup")))
+            rows.append(html.Tr(html.Th(title, colSpan=1 + 2 * len(c.runs), scope="rowgroup")))
         for name in known:
             cells: list[Any] = [hint(name, about(metric_of(name)))]
-            for i, s in enumerate(c.sides):
+            for i, s in enumerate(c.runs):
                 cells += _cells(s, i, name, told[name]["better"])
             rows.append(cells)
     heads: list[Any] = [""]
-    for i in range(len(c.sides)):
+    for i in range(len(c.runs)):
         heads += [html.Span([named(c, i), " worst"]), "newest"]
     return grid(heads, rows, range(1, len(heads)), "metrics-of")
 
 
-def _cells(side: Side, i: int, name: str, better: Mapping[str, Sequence[int]]) -> list[Any]:
+def _cells(side: ComparedRun, i: int, name: str, better: Mapping[str, Sequence[int]]) -> list[Any]:
     metric, worst = metric_of(name), side.health.worst.get(name)
     if worst is None:
         return ["–", "–"]
@@ -100,14 +98,14 @@ def _cells(side: Side, i: int, name: str, better: Mapping[str, Sequence[int]]) -
 def spikes(c: Comparison) -> Any:
     """Every spike of every run, with the cascade behind it where it was told."""
     rows = []
-    for i, s in enumerate(c.sides):
+    for i, s in enumerate(c.runs):
         if not s.spikes:
             rows.append([named(c, i), html.Span("none", className="soft"), "", "", "", ""])
         for seen, words in s.spikes:
             assert seen.spike is not None
-            end = "still on" if seen.spike.end is None else whole(seen.spike.end)
+            end = "still on" if seen.spike.end is None else integer(seen.spike.end)
             more = words or html.Span(["geodiag cascade RUN tells the cascade"], className="soft")
-            rows.append([named(c, i), whole(seen.onset), whole(seen.spike.peak), end,
+            rows.append([named(c, i), integer(seen.onset), integer(seen.spike.peak), end,
                          html.Span(seen.spike.kind, className=f"kind kind-{seen.spike.kind}"), more])  # fmt: skip
     return grid(["run", "onset", "peak", "end", "kind", "cascade"], rows, (1, 2, 3), "spikes-of")
 
@@ -117,12 +115,12 @@ def settings(c: Comparison, differences: Mapping[str, Sequence[Any]]) -> Any:
     if not differences:
         return notice("These runs say the same of themselves.")
     rows = [[html.Code(name), *map(_said, values)] for name, values in differences.items()]
-    return grid(["setting", *(named(c, i) for i in range(len(c.sides)))], rows, name="settings-of")
+    return grid(["setting", *(named(c, i) for i in range(len(c.runs)))], rows, name="settings-of")
 
 
 def named(c: Comparison, i: int) -> html.Span:
     """A run's name beside its stroke."""
-    return html.Span([swatch(i), c.sides[i].label], className="run-name")
+    return html.Span([swatch(i), c.runs[i].label], className="run-name")
 
 
 def swatch(i: int) -> html.I:
@@ -145,7 +143,7 @@ def _better(text: str, best: bool) -> Any:
 def _said(setting: Any) -> Any:
     if isinstance(setting, list) and len(setting) > _LIST:
         return f"{len(setting)}: {setting[0]} … {setting[-1]}"
-    return html.Span("–", className="soft") if setting is None else plainly(setting)
+    return html.Span("–", className="soft") if setting is None else setting_text(setting)
 
 
 def _short(n: float) -> str:

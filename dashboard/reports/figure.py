@@ -8,17 +8,17 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from geodiag.dashboard.figures.style import LOOKS, Look
+from geodiag.dashboard.figures.style import THEMES, Theme
 
 Change = tuple[list[str | int], Any]
 """Where in the figure, and the value there."""
 
 
-def both(make: Callable[[Look], go.Figure]) -> dict[str, Any]:
+def light_and_dark(make: Callable[[Theme], go.Figure]) -> dict[str, Any]:
     """`figure` in light, and `dark`, the changes that make it the dark one. The template is left to
     the page.
     """
-    light, dark = (json.loads(make(LOOKS[name]).to_json()) for name in ("light", "dark"))
+    light, dark = (json.loads(make(THEMES[name]).to_json()) for name in ("light", "dark"))
     for figure in (light, dark):
         figure["layout"].pop("template", None)
     return {"figure": light, "dark": differences(light, dark)}

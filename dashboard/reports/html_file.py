@@ -15,8 +15,8 @@ from dash import html
 from plotly.offline import get_plotlyjs
 
 from geodiag.dashboard.components.components import CHART_CONFIG, aria
-from geodiag.dashboard.figures.style import Look
-from geodiag.dashboard.reports.figure import both, template
+from geodiag.dashboard.figures.style import Theme
+from geodiag.dashboard.reports.figure import light_and_dark, template
 from geodiag.dashboard.reports.static_html import render
 
 _HERE = Path(__file__).parent
@@ -25,20 +25,20 @@ _SENTENCE_PX = 130
 """Height of a sentence where a chart would be."""
 
 
-class Paper:
+class HtmlFile:
     """A page in the making: it hands out places for charts, and becomes HTML once."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self._charts: list[dict[str, Any]] = []
 
-    def chart(self, make: Callable[[Look], go.Figure], what: str, axis: str = "") -> html.Div:
+    def chart(self, make: Callable[[Theme], go.Figure], what: str, axis: str = "") -> html.Div:
         """A place for the figure that `make` draws; `what` is its name for those who hear the page.
 
         A zoom in time moves all charts of the same `axis`; without one, a chart is zoomed alone.
         """
         name = f"chart-{len(self._charts)}"
-        made = both(make)
+        made = light_and_dark(make)
         if not made["figure"]["data"]:
             made["figure"]["layout"]["height"] = _SENTENCE_PX  # nothing will be drawn here later
         self._charts.append({"id": name, "axis": axis} | made)

@@ -14,15 +14,13 @@ from geodiag.dashboard.cascade.selection import cascade_of
 from geodiag.dashboard.components.components import card, notice
 from geodiag.dashboard.components.frame import legend
 from geodiag.dashboard.components.layer_select import layer_of
-from geodiag.dashboard.components.text import about, metric, utc, whole
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.figures.style import Look
+from geodiag.dashboard.components.text import about, integer, metric, utc
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.figures.style import Theme
 from geodiag.dashboard.pages import activations, gain, overview, routing
-from geodiag.dashboard.reports import spike_sections as spikes
-from geodiag.dashboard.reports import summary
-from geodiag.dashboard.reports import tables as facts
-from geodiag.dashboard.reports.html_file import Paper, mark
-from geodiag.dashboard.url.live_figures import extent
+from geodiag.dashboard.reports import spike_sections, summary, tables
+from geodiag.dashboard.reports.html_file import HtmlFile, mark
+from geodiag.dashboard.url.live_figures import step_extent
 from geodiag.dashboard.url.url_state import View
 from geodiag.health import Health, health
 from geodiag.metrics.headline import KEY_METRICS
@@ -44,7 +42,7 @@ _COLUMNS = (
 class Report:
     """What a report tells, looked up once."""
 
-    record: Record
+    cache: RunCache
     health: Health
     cascades: tuple[Cascade, ...]
     """Of the worst spikes, in time."""
@@ -55,9 +53,9 @@ class Report:
         """What `geodiag show --json` says of the key metrics, and more of the run; see `geodiag
         report --help`.
         """
-        said = self.record.run.manifest
+        said = self.cache.run.manifest
         more = {
-            "name": self.record.run.name,
+            "name": self.cache.run.name,
             "model": said.get("found"),
             "config": said.get("config"),
         }
@@ -66,23 +64,25 @@ class Report:
 
     def html(self, now: float) -> str:
         """The file. `now` is when it was made, in seconds since 1970."""
-        record, run = self.record, self.record.run
-        paper = Paper(f"{run.name} · geodiag report")
-        record.grids("layers", *_shown(record))  # one reading of a long table instead of five
+        cache, run = self.cache, self.cache.run
+        paper = HtmlFile(f"{run.name} · geodiag report")
+        cache.grids(
+            "layers", *_component_value(cache)
+        )  # one reading of a long table instead of five
         sections = [
             ("health", "Health", _summary(self)),
-            ("loss", "Loss", _loss(record, paper)),
-            ("cascades", "Cascades", spikes.told(record, paper, self.cascades, self.untold)),
+            ("loss", "Loss", _loss(cache, paper)),
+            ("cascades", "Cascades", spike_sections.told(cache, paper, self.cascades, self.untold)),
             ("gain", "Gain", _gain(self, paper)),
-            ("routing", "Routing", _routing(record, paper)),
-            ("activations", "Activations", _activations(record, paper)),
+            ("routing", "Routing", _routing(cache, paper)),
+            ("activations", "Activations", _activations(cache, paper)),
             (
                 "worst",
                 "Worst values",
-                card("The worst of each key metric", facts.key_table(self.health)),
+                card("The worst of each key metric", tables.key_table(self.health)),
             ),
-            ("events", "Events", facts.trail(record)),
-            ("run", "The run", html.Div(facts.manifest(record), className="column")),
+            ("events", "Events", tables.event_table(cache)),
+            ("run", "The run", html.Div(tables.manifest(cache), className="column")),
         ]
         head = [
             html.Span([mark(), "geodiag"], className="brand"),
@@ -94,34 +94,36 @@ class Report:
 
 def report(run: Run) -> Report:
     """Looks at a run, which may be training, by its newest attempt."""
-    record = Record(run)
+    cache = RunCache(run)
     worst = {s.onset: s.spike.score for s in spikes_of(run) if s.spike is not None}
-    chosen = sorted(sorted(worst, key=lambda step: -worst[step])[:MOST_SPIKES])
-    found = [c for c in (cascade_of(record, step) for step in chosen) if isinstance(c, Cascade)]
+    onsets = sorted(sorted(worst, key=lambda step: -worst[step])[:MOST_SPIKES])
+    found = [c for c in (cascade_of(cache, step) for step in onsets) if isinstance(c, Cascade)]
     names = {name for names in KEY_METRICS.values() for name in names}
     return Report(
-        record=record,
+        cache=cache,
         health=health(run, names),
         cascades=tuple(found),
         untold=len(worst) - len(found),
     )
 
 
-def _shown(record: Record) -> list[str]:
+def _component_value(cache: RunCache) -> list[str]:
     """What the charts of all steps are drawn from."""
     of_lines = [name for _, names in (*routing.LINES, *activations.LINES) for name in names]
-    return list(dict.fromkeys([*gain.chosen(record, View()), "flip_rate", "gate_amax", *of_lines]))
+    return list(
+        dict.fromkeys([*gain.chosen_metrics(cache, View()), "flip_rate", "gate_amax", *of_lines])
+    )
 
 
 def _summary(r: Report) -> list:
-    told = r.record, r.health, r.cascades
+    told = r.cache, r.health, r.cascades
     return [summary.head(*told), html.Div(summary.tiles(*told), className="tiles")]
 
 
-def _loss(record: Record, paper: Paper) -> html.Section:
-    keys = html.Div(legend(record, "/overview"), className="keys")
+def _loss(cache: RunCache, paper: HtmlFile) -> html.Section:
+    keys = html.Div(legend(cache, "/overview"), className="keys")
     chart = paper.chart(
-        partial(_timeline, record), "Loss, gradient norm and stages over steps", "run"
+        partial(_timeline, cache), "Loss, gradient norm and stages over steps", "run"
     )
     return card(
         "Loss, gradient, stages",
@@ -131,34 +133,34 @@ def _loss(record: Record, paper: Paper) -> html.Section:
     )
 
 
-def _timeline(record: Record, look: Look) -> go.Figure:
+def _timeline(cache: RunCache, theme: Theme) -> go.Figure:
     """The overview's, on the same stretch of steps as the maps below it."""
-    fig, ends = overview.draw_timeline(record, View(), look), extent(record)
+    fig, ends = overview.draw_timeline(cache, View(), theme), step_extent(cache)
     return fig.update_xaxes(range=[ends[0] - 0.5, ends[1] + 0.5]) if ends else fig
 
 
-def _gain(r: Report, paper: Paper) -> html.Div:
+def _gain(r: Report, paper: HtmlFile) -> html.Div:
     worst = r.health.composite.worst
     step = worst.step if worst else None
-    record, view = r.record, View(step=step)
-    name = gain.QUANTITIES[gain.quantity(record, view)][0]
-    when = f"at step {whole(step)}" if step is not None else "at the newest step"
+    cache, view = r.cache, View(step=step)
+    name = gain.QUANTITIES[gain.quantity(cache, view)][0]
+    when = f"at step {integer(step)}" if step is not None else "at the newest step"
     lacks = (
         []
-        if record.has_maps()
+        if cache.has_maps()
         else [notice("No hyper-connections, so no residual maps and no composite gain.")]
     )
     main = card(
         f"{name.capitalize()} over layers and steps",
         *lacks,
         paper.chart(
-            partial(gain.draw_heat, record, view), f"{name} of every layer over steps", "run"
+            partial(gain.draw_heat, cache, view), f"{name} of every layer over steps", "run"
         ),
         tip=_COLUMNS,
     )
     deep = card(
         f"Down the stack, {when}",
-        paper.chart(partial(gain.draw_profile, record, view), f"{name} over depth {when}"),
+        paper.chart(partial(gain.draw_profile, cache, view), f"{name} over depth {when}"),
         tip="Every site at the step of the worst composite gain, or else at the newest. Forward gains multiply from "
         "the input, backward gains from the output.",
     )
@@ -168,13 +170,13 @@ def _gain(r: Report, paper: Paper) -> html.Div:
     )
 
 
-def _routing(record: Record, paper: Paper) -> html.Div:
-    layer = layer_of(record, View())
+def _routing(cache: RunCache, paper: HtmlFile) -> html.Div:
+    layer = layer_of(cache, View())
     flips = paper.chart(
-        partial(routing.draw_flips, record, View()), "Flip rate of every layer over steps", "run"
+        partial(routing.draw_flips, cache, View()), "Flip rate of every layer over steps", "run"
     )
     lines = paper.chart(
-        partial(routing.draw_lines, record, View()), f"Router of layer {layer} over steps", "run"
+        partial(routing.draw_lines, cache, View()), f"Router of layer {layer} over steps", "run"
     )
     return html.Div(
         [card("Flip rate", flips, tip=_COLUMNS), card(f"The router of layer {layer}", lines)],
@@ -182,15 +184,15 @@ def _routing(record: Record, paper: Paper) -> html.Div:
     )
 
 
-def _activations(record: Record, paper: Paper) -> html.Div:
-    layer = layer_of(record, View())
+def _activations(cache: RunCache, paper: HtmlFile) -> html.Div:
+    layer = layer_of(cache, View())
     heat = paper.chart(
-        partial(activations.draw_heat, record, View()),
+        partial(activations.draw_heat, cache, View()),
         "Largest gate of every layer over steps",
         "run",
     )
     lines = paper.chart(
-        partial(activations.draw_lines, record, View()),
+        partial(activations.draw_lines, cache, View()),
         f"Activations of layer {layer} over steps",
         "run",
     )

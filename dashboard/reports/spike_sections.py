@@ -8,55 +8,59 @@ from typing import Any
 from dash import html
 
 from geodiag.cascade.explain import Cascade
-from geodiag.dashboard.cascade import verdict_card as verdict
-from geodiag.dashboard.cascade.selection import most_unusual
+from geodiag.dashboard.cascade import verdict_card
+from geodiag.dashboard.cascade.selection import most_unusual_step
 from geodiag.dashboard.components.components import aria, card, notice
-from geodiag.dashboard.components.text import number, whole
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.pages import cascade as page
-from geodiag.dashboard.reports.html_file import Paper
+from geodiag.dashboard.components.text import integer, number
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.pages import cascade as cascade_page
+from geodiag.dashboard.reports.html_file import HtmlFile
 from geodiag.dashboard.reports.tables import grid, hint
 from geodiag.dashboard.url.url_state import View
 
 
-def told(record: Record, paper: Paper, cascades: tuple[Cascade, ...], untold: int) -> list[Any]:
+def told(cache: RunCache, paper: HtmlFile, cascades: tuple[Cascade, ...], untold: int) -> list[Any]:
     """One block a spike; where there is none, the most unusual step instead of an empty place."""
     more = f"{untold:,} more spike{'s' * (untold != 1)}, not told here: geodiag cascade RUN tells of all."
     if not cascades:
-        return [card("Spikes", notice(more))] if untold else [_calm(record, paper)]
-    links = [html.Span(html.A(f"step {whole(c.spike_onset)}", href=f"#spike-{c.spike_onset}"), className="choice")
+        return [card("Spikes", notice(more))] if untold else [_calm(cache, paper)]
+    links = [html.Span(html.A(f"step {integer(c.spike_onset)}", href=f"#spike-{c.spike_onset}"), className="choice")
              for c in cascades]  # fmt: skip
     strip = html.Nav(links, className="choices", **aria("spikes of this run"))
     head = [strip] if len(cascades) > 1 else []
     return [
         *head,
         *([notice(more)] if untold else []),
-        *(_block(record, paper, c) for c in cascades),
+        *(_block(cache, paper, c) for c in cascades),
     ]
 
 
-def _block(record: Record, paper: Paper, found: Cascade) -> html.Div:
+def _block(cache: RunCache, paper: HtmlFile, found: Cascade) -> html.Div:
     view = View(spike=found.spike_onset)
-    at = f"step {whole(found.spike_onset)}"
-    picture = card(
+    at = f"step {integer(found.spike_onset)}"
+    cascade_card = card(
         "From the origin to the loss",
         paper.chart(
-            partial(page.draw_picture, record, view),
+            partial(cascade_page.draw_picture, cache, view),
             f"The cascade behind {at}: loss and stages over steps",
         ),
-        tip=page.PICTURE,
+        tip=cascade_page.PICTURE,
     )
-    series = card(
+    series_card = card(
         "At the origin" if found.onset is not None else "Where the stages stood highest",
-        paper.chart(partial(page.draw_series, record, view), f"Series behind the cascade of {at}"),
-        paper.chart(partial(page.draw_experts, record, view), f"Experts of its layer around {at}"),
+        paper.chart(
+            partial(cascade_page.draw_series, cache, view), f"Series behind the cascade of {at}"
+        ),
+        paper.chart(
+            partial(cascade_page.draw_experts, cache, view), f"Experts of its layer around {at}"
+        ),
         tip="The quantities behind the stage, each with the range that was usual before as a band; below, the experts "
         "of the layer.",
     )
     return html.Div(
         [
-            verdict.card_of(record, view, found),
-            html.Div([html.Div([picture, *_evidence(found)], className="column"), html.Div(series, className="side")],
+            verdict_card.verdict_card(cache, view, found),
+            html.Div([html.Div([cascade_card, *_evidence(found)], className="column"), html.Div(series_card, className="side")],
                      className="split wide-side"),
         ],
         id=f"spike-{found.spike_onset}", className="spike",
@@ -65,9 +69,9 @@ def _block(record: Record, paper: Paper, found: Cascade) -> html.Div:
 
 def _evidence(found: Cascade) -> list[html.Section]:
     rows = [
-        [r["stage"], r["where"], hint(r["metric"], r["help"]), whole(r["step"]), r["value"], r["usual"],
+        [r["stage"], r["where"], hint(r["metric"], r["help"]), integer(r["step"]), r["value"], r["usual"],
          "≥ 1000" if r["score"] >= 1000 else number(r["score"], 3)]
-        for r in verdict.rows(found)
+        for r in verdict_card.evidence_rows(found)
     ]  # fmt: skip
     heads = ["stage", "where", "metric", "from step", "value", "usually", "robust z"]
     return (
@@ -83,19 +87,19 @@ def _evidence(found: Cascade) -> list[html.Section]:
     )
 
 
-def _calm(record: Record, paper: Paper) -> html.Section:
+def _calm(cache: RunCache, paper: HtmlFile) -> html.Section:
     """A run without a spike: its most unusual step is still worth a look."""
-    odd = most_unusual(record)
+    odd = most_unusual_step(cache)
     if odd is None:
         return card("No spike", notice("The loss never left its trend, and no stage was scored."))
     step, stage, score = odd
-    said = f"The loss never left its trend. The most unusual step is {whole(step)}: stage {stage} at {score:.1f} robust z."
+    said = f"The loss never left its trend. The most unusual step is {integer(step)}: stage {stage} at {score:.1f} robust z."
     view = View(steps=(max(0, step - 120), step + 60), stage=stage)
     return card(
         "No spike",
         html.P(said, className="words"),
         paper.chart(
-            partial(page.draw_picture, record, view), f"Loss and stages around step {step}"
+            partial(cascade_page.draw_picture, cache, view), f"Loss and stages around step {step}"
         ),
-        tip=page.PICTURE,
+        tip=cascade_page.PICTURE,
     )

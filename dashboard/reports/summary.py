@@ -7,12 +7,12 @@ import numpy as np
 from dash import html
 
 from geodiag.cascade.explain import Cascade
-from geodiag.dashboard.cascade import verdict_card as verdict
+from geodiag.dashboard.cascade import verdict_card
 from geodiag.dashboard.components.components import badge, notice, tile
 from geodiag.dashboard.components.frame import problems
-from geodiag.dashboard.components.text import STATUS, about, metric, number, times, utc, whole
+from geodiag.dashboard.components.text import STATUS, about, factor, integer, metric, number, utc
 from geodiag.dashboard.components.tiles import COMPOSITES
-from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.figures.cascade import STAGES
 from geodiag.dashboard.reports.tables import place
 from geodiag.events import KINDS
@@ -27,10 +27,10 @@ _GAIN = {
 }
 
 
-def head(record: Record, health: Health, cascades: Sequence[Cascade]) -> html.Section:
+def head(cache: RunCache, health: Health, cascades: Sequence[Cascade]) -> html.Section:
     """The run on one card: in words what happened to it, beside it what it is."""
-    found = record.said("found")
-    step = "no step yet" if health.last_step is None else f"last step {whole(health.last_step)}"
+    found = cache.said("found")
+    step = "no step yet" if health.last_step is None else f"last step {integer(health.last_step)}"
     layers, streams = found.get("layers"), found.get("streams")
     what = {
         "model": found.get("family"),
@@ -41,24 +41,29 @@ def head(record: Record, health: Health, cascades: Sequence[Cascade]) -> html.Se
         if (k := found.get("experts_per_token"))
         else health.found["experts"],
         "watched": f"{health.found['sites']} sites, {health.found['routers']} routers",
-        "data": record.option("data"),
-        "began, UTC": utc(record.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
+        "data": cache.option("data"),
+        "began, UTC": utc(cache.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
     }
     facts = [
         html.Div(
-            [html.Span(k, className="tile-label"), html.Span(str(v), className="fact-value")],
+            [
+                html.Span(k, className="tile-label"),
+                html.Span(str(v), className="fact-value"),
+            ],
             className="fact",
         )
         for k, v in what.items()
         if v
     ]
     lacks = [notice(line) for line in health.missing]
-    said = [html.Li(html.A(verdict.headline(c), href=f"#spike-{c.spike_onset}")) for c in cascades]
-    standing = html.Div(
+    said = [
+        html.Li(html.A(verdict_card.headline(c), href=f"#spike-{c.spike_onset}")) for c in cascades
+    ]
+    status_line = html.Div(
         [badge(health.status), html.Span(step, className="soft")], className="standing"
     )
     words = html.Ul(said, className="lead") if said else html.P(_calm(health))
-    left = html.Div([html.H1(record.run.name), standing, words, *lacks, *problems(record)])
+    left = html.Div([html.H1(cache.run.name), status_line, words, *lacks, *problems(cache)])
     return html.Section([left, html.Div(facts, className="facts of-run")], className="card verdict")
 
 
@@ -69,17 +74,17 @@ def _calm(h: Health) -> str:
     said = f"{STATUS[h.status]} The loss never left its trend."
     if c.worst is None or c.verdict not in ("grew", "nonfinite"):
         return said
-    return f"{said} Composite gain, {c.direction}: {times(c.worst.value)} at {place(c.worst)}."
+    return f"{said} Composite gain, {c.direction}: {factor(c.worst.value)} at {place(c.worst)}."
 
 
-def tiles(record: Record, h: Health, cascades: Sequence[Cascade]) -> list:
-    lowest = _lowest(record)
-    raised = [c.spike_onset for c in cascades]
+def tiles(cache: RunCache, h: Health, cascades: Sequence[Cascade]) -> list:
+    lowest = _lowest(cache)
+    detected_spikes = [c.spike_onset for c in cascades]
     span = (
-        f"worst at {whole(raised[0])}"
-        if len(raised) == 1
-        else f"{whole(raised[0])} to {whole(raised[-1])}"
-        if raised
+        f"worst at {integer(detected_spikes[0])}"
+        if len(detected_spikes) == 1
+        else f"{integer(detected_spikes[0])} to {integer(detected_spikes[-1])}"
+        if detected_spikes
         else ""
     )
     loss = metric("steps", "loss")
@@ -96,7 +101,7 @@ def tiles(record: Record, h: Health, cascades: Sequence[Cascade]) -> list:
     ]
     for stage, (name, what) in STAGES.items():
         left, scored = h.left[stage], f"stage{stage}_score" in h.worst
-        said = f"left at {whole(left)}" if left is not None else "calm" if scored else "–"
+        said = f"left at {integer(left)}" if left is not None else "calm" if scored else "–"
         top = (
             f"{h.worst[f'stage{stage}_score'].value:.3g} robust z at worst"
             if scored
@@ -105,7 +110,7 @@ def tiles(record: Record, h: Health, cascades: Sequence[Cascade]) -> list:
         text = f"{what.capitalize()}. Left: more than 6 robust z from its own past for three steps in a row."
         out.append(tile(f"{stage} · {name}", said, top, text, "alarm" if left is not None else ""))
     c = h.composite
-    gain = times(c.worst.value) if c.worst else "–"
+    gain = factor(c.worst.value) if c.worst else "–"
     grew = "alarm" if c.verdict in ("grew", "nonfinite") else ""
     return [
         *out,
@@ -119,10 +124,10 @@ def tiles(record: Record, h: Health, cascades: Sequence[Cascade]) -> list:
     ]
 
 
-def _lowest(record: Record) -> str:
-    steps = record.steps()
+def _lowest(cache: RunCache) -> str:
+    steps = cache.steps()
     finite = np.flatnonzero(np.isfinite(steps["loss"]))
     if not len(finite):
         return ""
     at = finite[steps["loss"][finite].argmin()]
-    return f"lowest {number(float(steps['loss'][at]))} at {whole(int(steps['step'][at]))}"
+    return f"lowest {number(float(steps['loss'][at]))} at {integer(int(steps['step'][at]))}"

@@ -9,8 +9,8 @@ from dash import html
 
 from geodiag.cascade.words import where
 from geodiag.dashboard.components.components import card, notice
-from geodiag.dashboard.components.text import about, number, percent, times, utc, whole
-from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.components.text import about, factor, integer, number, percent, utc
+from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.events import KINDS
 from geodiag.health import Health, Worst, outside
 from geodiag.metrics.headline import KEY_METRICS
@@ -58,7 +58,7 @@ def value(v: float | None, metric: Metric) -> str:
     """A value in its unit, as the dashboard writes it."""
     if v is not None and not math.isfinite(v):
         return "not finite"
-    said = {"share": percent, "×": times}.get(metric.unit, number)(v)
+    said = {"share": percent, "×": factor}.get(metric.unit, number)(v)
     return (
         said
         if v is None or metric.unit in ("share", "×", "1", "score", "")
@@ -69,7 +69,7 @@ def value(v: float | None, metric: Metric) -> str:
 def place(worst: Worst) -> str:
     """`step 161 · layer 1 · ffn`."""
     spot = where(worst.layer, worst.site, worst.expert)
-    return " · ".join([f"step {whole(worst.step)}", *(spot.split(", ") if spot else [])])
+    return " · ".join([f"step {integer(worst.step)}", *(spot.split(", ") if spot else [])])
 
 
 def key_table(health: Health) -> html.Div:
@@ -78,10 +78,12 @@ def key_table(health: Health) -> html.Div:
     for title, names in KEY_METRICS.items():
         known = [n for n in names if n in health.worst]
         stage = int(title[6]) if title.startswith("Stage") else None
-        standing = (
-            _standing(health, stage) if known else html.Span("nothing measured", className="soft")
+        stage_status = (
+            _stage_status(health, stage)
+            if known
+            else html.Span("nothing measured", className="soft")
         )
-        rows.append(html.Tr(html.Th([title, standing], colSpan=4, scope="rowgroup")))
+        rows.append(html.Tr(html.Th([title, stage_status], colSpan=4, scope="rowgroup")))
         rows += [_row(n, health.worst[n]) for n in known]
     return grid(["", "worst", "where", "healthy"], rows, (1,), "worst")
 
@@ -96,12 +98,12 @@ def _row(name: str, worst: Worst) -> Sequence[Any]:
             place(worst), healthy]  # fmt: skip
 
 
-def _standing(health: Health, stage: int | None) -> Any:
+def _stage_status(health: Health, stage: int | None) -> Any:
     if stage is None:
         return ""
     left = health.left[stage]
     if left is not None:
-        return html.B(f"! left its own history at step {whole(left)}", className="alarm")
+        return html.B(f"! left its own history at step {integer(left)}", className="alarm")
     return (
         html.Span("within its own history", className="calm")
         if f"stage{stage}_score" in health.worst
@@ -109,12 +111,12 @@ def _standing(health: Health, stage: int | None) -> Any:
     )
 
 
-def trail(record: Record) -> html.Section:
+def event_table(cache: RunCache) -> html.Section:
     """Everything that happened, oldest first."""
-    events = record.events()
+    events = cache.events()
     shown = events[-MOST_EVENTS:]
     rows = [
-        [whole(e["step"]), hint(e["kind"], KINDS.get(e["kind"], ""), f"kind kind-{e['kind']}"),
+        [integer(e["step"]), hint(e["kind"], KINDS.get(e["kind"], ""), f"kind kind-{e['kind']}"),
          e["message"] or "", " · ".join(where(e["layer"], e["site"], e["expert"]).split(", ")),
          str(e["attempt"] or 0), utc(e["time"])]
         for e in shown
@@ -131,28 +133,28 @@ def trail(record: Record) -> html.Section:
     )
 
 
-def manifest(record: Record) -> list:
+def manifest(cache: RunCache) -> list:
     """The run's own words about itself: model, versions, command, configuration."""
-    said = record.run.manifest
+    said = cache.run.manifest
     found = [
-        [k.replace("_", " "), plainly(v)]
-        for k, v in record.said("found").items()
+        [k.replace("_", " "), setting_text(v)]
+        for k, v in cache.said("found").items()
         if v not in ([], None)
     ]
     command = said.get("command")
     began: Rows = [
-        ["run", record.run.url],
+        ["run", cache.run.url],
         ["began, UTC", utc(said.get("created"))],
         [
             "attempts",
-            ", ".join(f"{a} from step {whole(s)}" for a, s in record.said_attempts().items()),
+            ", ".join(f"{a} from step {integer(s)}" for a, s in cache.attempt_starts().items()),
         ],
-        ["ranks", plainly(said.get("world_size", 1))],
+        ["ranks", setting_text(said.get("world_size", 1))],
         ["command", html.Code(shlex.join(map(str, command)) if isinstance(command, list) else "–")],
-        ["schema", f"{plainly(said.get('schema_version'))} (this geodiag: {SCHEMA_VERSION})"],
-        *([f"{k} version", plainly(v)] for k, v in record.said("versions").items()),
+        ["schema", f"{setting_text(said.get('schema_version'))} (this geodiag: {SCHEMA_VERSION})"],
+        *([f"{k} version", setting_text(v)] for k, v in cache.said("versions").items()),
     ]
-    settings = [[html.Code(k), plainly(v)] for k, v in flat(record.said("config")).items()]
+    settings = [[html.Code(k), setting_text(v)] for k, v in flatten(cache.said("config")).items()]
     long = html.Details(
         [html.Summary(f"{len(settings)} settings"), grid(["setting", "value"], settings)]
     )
@@ -169,16 +171,16 @@ def manifest(record: Record) -> list:
     ]
 
 
-def flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+def flatten(config: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Settings by their dotted names; lists are values."""
     out: dict[str, Any] = {}
     for key, said in config.items():
         name = f"{above}{key}"
-        out |= flat(said, f"{name}.") if isinstance(said, dict) and said else {name: said}
+        out |= flatten(said, f"{name}.") if isinstance(said, dict) and said else {name: said}
     return out
 
 
-def plainly(said: Any) -> str:
+def setting_text(said: Any) -> str:
     """A setting's value, as one would say it."""
     if said is None or isinstance(said, bool):
         return {None: "none", True: "yes", False: "no"}[said]

@@ -38,19 +38,19 @@ def guard(server: Flask, token: str, only_loopback: bool = True) -> None:
     @server.before_request
     def check():
         if only_loopback and urlsplit(f"//{request.host}").hostname not in LOOPBACK:
-            return _refused(_HOST)
+            return _refuse(_HOST)
         origin = request.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != request.host:
-            return _refused(_HOST)
+            return _refuse(_HOST)
         given = request.args.get("token")
         if given is not None and request.method == "GET" and _same(given, token):
-            return _welcomed(token)
+            return _set_cookie(token)
         if not _same(request.cookies.get(_cookie(), ""), token):
-            return _refused(_NO_TOKEN)
+            return _refuse(_NO_TOKEN)
         return None
 
     @server.after_request
-    def seal(response: Response) -> Response:
+    def set_security_headers(response: Response) -> Response:
         response.headers["Content-Security-Policy"] = _POLICY
         response.headers["Referrer-Policy"] = "no-referrer"
         response.headers["X-Content-Type-Options"] = "nosniff"
@@ -67,11 +67,11 @@ def _same(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode(), token.encode())
 
 
-def _refused(text: str) -> Response:
+def _refuse(text: str) -> Response:
     return Response(_PAGE.format(text=text), status=403, mimetype="text/html")
 
 
-def _welcomed(token: str) -> Response:
+def _set_cookie(token: str) -> Response:
     kept = urlencode([(k, v) for k, v in request.args.items() if k != "token"])
     response = redirect(request.path + (f"?{kept}" if kept else ""))
     response.set_cookie(_cookie(), token, httponly=True, samesite="Strict")

@@ -11,7 +11,7 @@ _LEVEL = 1
 """Half a second more for the best level would be worse than the bytes it saves, here and over a
 tunnel.
 """
-_LEAST = 1400
+_MIN_BYTES = 1400
 """Bytes that fit into one packet anyway."""
 _TEXT = ("application/json", "application/javascript", "text/", "image/svg")
 _LIBRARIES = "/_dash-component-suites/"
@@ -28,7 +28,7 @@ def compress(server: Flask) -> None:
     files: dict[str, bytes] = {}
 
     @server.after_request
-    def shrink(response: Response) -> Response:
+    def compress_response(response: Response) -> Response:
         takes = "gzip" in request.headers.get("Accept-Encoding", "")
         if not takes or response.status_code != 200 or response.headers.get("Content-Encoding"):
             return response
@@ -39,10 +39,10 @@ def compress(server: Flask) -> None:
             small = files[key]
         else:
             response.direct_passthrough = False  # a file that was to be streamed: read it
-            whole = response.get_data()
-            if len(whole) < _LEAST:
+            body = response.get_data()
+            if len(body) < _MIN_BYTES:
                 return response
-            small = gzip.compress(whole, _LEVEL, mtime=0)
+            small = gzip.compress(body, _LEVEL, mtime=0)
             if key:
                 files[key] = small
         response.set_data(small)

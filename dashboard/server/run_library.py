@@ -4,18 +4,18 @@ import os
 import threading
 from urllib.parse import unquote
 
-from geodiag.dashboard.data.run_cache import Record
+from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.errors import GeodiagError
 from geodiag.run import Run, find_runs
 
 
-class Library:
+class RunLibrary:
     """Runs by name. GeodiagError at once where `path` holds none."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = os.fspath(path)
         self._lock = threading.Lock()
-        self._records: dict[str, Record] = {}
+        self._caches: dict[str, RunCache] = {}
         runs = find_runs(path)
         self.single = runs[0].name if len(runs) == 1 and runs[0].url == self.path else None
         """The run's name, where `path` is a run itself and not a folder of them."""
@@ -32,16 +32,16 @@ class Library:
             return [r.name for r in found]
         return [self.single]
 
-    def get(self, name: str) -> Record | None:
+    def get(self, name: str) -> RunCache | None:
         """The run called `name`, up to date, or None where there is none."""
-        if name not in self._records:
+        if name not in self._caches:
             self.names()
-        record = self._records.get(name)
-        if record is not None:
-            record.refresh()
-        return record
+        cache = self._caches.get(name)
+        if cache is not None:
+            cache.refresh()
+        return cache
 
-    def at(self, pathname: str | None) -> Record | None:
+    def at(self, pathname: str | None) -> RunCache | None:
         """The run that an address such as `/run/NAME/gain` speaks of."""
         parts = [unquote(p) for p in (pathname or "").strip("/").split("/")]
         return self.get(parts[1]) if len(parts) > 1 and parts[0] == "run" else None
@@ -49,4 +49,4 @@ class Library:
     def _take(self, runs: list[Run]) -> None:
         with self._lock:
             for run in runs:
-                self._records.setdefault(run.name, Record(run))
+                self._caches.setdefault(run.name, RunCache(run))

@@ -6,16 +6,23 @@ from typing import Any
 import plotly.graph_objects as go
 from dash import Dash, Input, Output, State, no_update
 
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.data.timeline_marks import Mark, Spike, marks, spikes
-from geodiag.dashboard.figures.style import LOOKS, Look
-from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.data.timeline_marks import (
+    Mark,
+    SpikeMark,
+    marks_from_events,
+    spikes_from_events,
+)
+from geodiag.dashboard.figures.style import THEMES, Theme
+from geodiag.dashboard.server.run_library import RunLibrary
 from geodiag.dashboard.url.url_state import View
 
-Drawing = Callable[[Record, View, Look], Any]
+DrawFunction = Callable[[RunCache, View, Theme], Any]
 
 
-def draws(app: Dash, library: Library, name: str, prop: str, make: Drawing) -> None:
+def register_drawing(
+    app: Dash, library: RunLibrary, name: str, prop: str, make: DrawFunction
+) -> None:
     """`name.prop` is `make(record, view, look)`, made anew when the address, the run or the look
     changes.
     """
@@ -27,11 +34,11 @@ def draws(app: Dash, library: Library, name: str, prop: str, make: Drawing) -> N
         Input("theme", "data"),
         State("url", "pathname"),
     )
-    def draw(search, pulse, theme, pathname):
-        record = library.at(pathname)
-        if record is None or (pulse or {}).get("run") != record.run.name:
+    def draw(search, pulse, theme_name, pathname):
+        cache = library.at(pathname)
+        if cache is None or (pulse or {}).get("run") != cache.run.name:
             return no_update  # the pulse of this run is on its way, and draws
-        made = make(record, View.parse(search), LOOKS.get(theme, LOOKS["light"]))
+        made = make(cache, View.parse(search), THEMES.get(theme_name, THEMES["light"]))
         if isinstance(made, go.Figure):
             made.update_layout(
                 uirevision=f"{pathname}{name}"
@@ -39,17 +46,17 @@ def draws(app: Dash, library: Library, name: str, prop: str, make: Drawing) -> N
         return made
 
 
-def raised(record: Record) -> list[Spike]:
+def detected_spikes(cache: RunCache) -> list[SpikeMark]:
     """The run's spikes, read from its events once a version."""
-    return record.memo("spikes", lambda: spikes(record.events()))
+    return cache.memo("spikes", lambda: spikes_from_events(cache.events()))
 
 
-def happened(record: Record) -> list[Mark]:
+def event_marks(cache: RunCache) -> list[Mark]:
     """What gets a line on every time axis of the run."""
-    return record.memo("marks", lambda: marks(record.events(), raised(record)))
+    return cache.memo("marks", lambda: marks_from_events(cache.events(), detected_spikes(cache)))
 
 
-def extent(record: Record) -> tuple[int, int] | None:
+def step_extent(cache: RunCache) -> tuple[int, int] | None:
     """First and last step, so that all charts of a page share one time axis."""
-    step_S = record.steps()["step"]
+    step_S = cache.steps()["step"]
     return (int(step_S[0]), int(step_S[-1])) if len(step_S) else None

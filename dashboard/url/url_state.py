@@ -41,15 +41,15 @@ class View:
         }
         return cls(**{k: v for k, v in known.items() if v is not None})
 
-    def search(self) -> str:
+    def query_string(self) -> str:
         """The query string, `""` for a view without choices."""
         said = {f.name: getattr(self, f.name) for f in fields(self)}
         text = {k: _WRITE.get(k, str)(v) for k, v in said.items() if v is not None}
         return f"?{urlencode(text)}" if text else ""
 
-    def but(self, **choices: Any) -> "View":
+    def replaced(self, **changes: Any) -> "View":
         """The same view with other choices."""
-        return replace(self, **choices)
+        return replace(self, **changes)
 
     @property
     def low(self) -> int | None:
@@ -60,13 +60,13 @@ class View:
         return self.steps[1] if self.steps else None
 
 
-def zoomed(view: View, relayout: dict | None) -> View:
+def apply_zoom(view: View, relayout: dict | None) -> View:
     """The view after a drag or a double click on any chart, as plotly tells it in `relayoutData`."""
     for key, value in (relayout or {}).items():
         if not key.startswith("xaxis"):
             continue
         if key.endswith(".autorange") and value:
-            return view.but(steps=None)
+            return view.replaced(steps=None)
         axis = key.split(".")[0]
         both = (
             value
@@ -75,7 +75,7 @@ def zoomed(view: View, relayout: dict | None) -> View:
         )
         if ".range" in key and isinstance(both, list) and None not in both:
             low, high = sorted((max(0, round(float(both[0]))), max(0, round(float(both[1])))))
-            return view.but(steps=(low, max(high, low + 1)))
+            return view.replaced(steps=(low, max(high, low + 1)))
     return view
 
 

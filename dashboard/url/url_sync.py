@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from dash import Dash, Input, Output, State, ctx, no_update
 
 from geodiag.dashboard.data.grid import row_name
-from geodiag.dashboard.url.url_state import View, zoomed
+from geodiag.dashboard.url.url_state import View, apply_zoom
 
 _NEWEST = 20
 """A slider that was set to the newest step may be so many steps behind a living run: that is not a
@@ -27,15 +27,15 @@ class Control(NamedTuple):
     """What it shows while the field is not chosen; or a function (pathname, view) that knows."""
 
 
-Clicked = Callable[[str, View, str, dict], View]
+OnClick = Callable[[str, View, str, dict], View]
 """(pathname, view, graph id, clicked point) → the view after the click."""
 
 
-def steer(
+def sync_url(
     app: Dash,
     controls: Mapping[str, Control],
     graphs: Sequence[str],
-    clicked: Clicked | None = None,
+    clicked: OnClick | None = None,
 ) -> None:
     """Joins the page's controls and charts to the address, both ways."""
 
@@ -57,22 +57,22 @@ def steer(
             (e["prop_id"] for e in ctx.triggered), key=lambda p: not p.endswith(".relayoutData")
         ):
             if not (prop.endswith(".clickData") and moved.steps != view.steps):
-                moved = _moved(prop, moved, pathname, values, drags, clicks)
-        return moved.search() if moved != view else no_update
+                moved = _after_event(prop, moved, pathname, values, drags, clicks)
+        return moved.query_string() if moved != view else no_update
 
     if controls:
         _follow(app, controls)
 
-    def _moved(
+    def _after_event(
         prop_id: str, view: View, pathname: str, values: list, drags: list, clicks: list
     ) -> View:
         """The view after one thing that the reader just did."""
         name, _, prop = prop_id.rpartition(".")
         if name in controls:
             value = values[list(controls).index(name)]
-            return _chosen(view, controls[name], value, pathname)
+            return _with_value(view, controls[name], value, pathname)
         if prop == "relayoutData":
-            return zoomed(view, drags[graphs.index(name)])
+            return apply_zoom(view, drags[graphs.index(name)])
         points = (clicks[graphs.index(name)] or {}).get("points") if prop == "clickData" else None
         return clicked(pathname, view, name, points[0]) if clicked and points else view
 
@@ -90,23 +90,23 @@ def _follow(app: Dash, controls: Mapping[str, Control]) -> None:
         prevent_initial_call=True,
     )
     def follow(search, values, pathname):
-        wanted = [_shown(View.parse(search), c, pathname) for c in controls.values()]
+        wanted = [_component_value(View.parse(search), c, pathname) for c in controls.values()]
         return [no_update if w in (v, None) else w for w, v in zip(wanted, values, strict=True)]
 
 
-def _chosen(view: View, control: Control, value: Any, pathname: str) -> View:
+def _with_value(view: View, control: Control, value: Any, pathname: str) -> View:
     """The view after a control took `value`; what it shows anyway is no choice."""
-    shown = _shown(view, control, pathname)
+    shown = _component_value(view, control, pathname)
     if value is None or value == shown:
         return view
     if control.field == "step" and view.step is None and abs(value - shown) <= _NEWEST:
         return view
-    default = _shown(view.but(**{control.field: None}), control, pathname)
+    default = _component_value(view.replaced(**{control.field: None}), control, pathname)
     typed = _TYPED.get(control.field, str)(value)
-    return view.but(**{control.field: None if value == default else typed})
+    return view.replaced(**{control.field: None if value == default else typed})
 
 
-def _shown(view: View, control: Control, pathname: str) -> Any:
+def _component_value(view: View, control: Control, pathname: str) -> Any:
     """What the component shows for this view; None where it shows nothing of its own."""
     value = getattr(view, control.field)
     if value is None:

@@ -29,9 +29,9 @@ def runs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def served(runs):
     """The folder of runs, served."""
-    from geodiag.dashboard.serve import Served
+    from geodiag.dashboard.serve import DashboardServer
 
-    page = Served(runs, "127.0.0.1", 0, None)
+    page = DashboardServer(runs, "127.0.0.1", 0, None)
     thread = threading.Thread(target=page.run, daemon=True)
     thread.start()
     yield page

@@ -11,64 +11,64 @@ from pathlib import Path
 import numpy as np
 
 from geodiag.run import Run
-from tests.dashboard.story import Story, Tear
+from tests.dashboard.run_script import RunScript, ScriptedSpike
 
 
-def write_rows(run: Run, story: Story, first: int, last: int, chunk: int = 200) -> None:
+def write_rows(run: Run, script: RunScript, first: int, last: int, chunk: int = 200) -> None:
     """Appends the rows of steps first ≤ step < last."""
     for a in range(first, last, chunk):
         step_S = np.arange(a, min(a + chunk, last))
-        run.append("steps", story.steps_columns(step_S))
-        run.append("layers", story.layers_columns(step_S))
-        run.append("experts", story.experts_columns(step_S))
+        run.append("steps", script.steps_columns(step_S))
+        run.append("layers", script.layers_columns(step_S))
+        run.append("experts", script.experts_columns(step_S))
         for table, columns in (
-            ("matrices", story.matrices_columns),
-            ("tokens", story.tokens_columns),
+            ("matrices", script.matrices_columns),
+            ("tokens", script.tokens_columns),
         ):
             rows = columns(step_S)
             if rows:
                 run.append(table, rows)
 
 
-def create(folder: Path, story: Story) -> Run:
+def create(folder: Path, script: RunScript) -> Run:
     """An open run whose manifest tells the story; no rows yet."""
-    sites = [f"{layer}.{s}" for layer in range(story.layers) for s in ("attn", "ffn")]
+    sites = [f"{layer}.{s}" for layer in range(script.layers) for s in ("attn", "ffn")]
     found = {
-        "sites": sites if story.residual != "plain" else [],
-        "routers": list(range(1, story.layers)),
-        "experts": story.experts,
+        "sites": sites if script.residual != "plain" else [],
+        "routers": list(range(1, script.layers)),
+        "experts": script.experts,
     }
     config = {
-        "residual": story.residual,
-        "size": "tiny" if story.layers == 6 else "small",
-        "seed": story.seed,
+        "residual": script.residual,
+        "size": "tiny" if script.layers == 6 else "small",
+        "seed": script.seed,
     }
     return Run.create(folder, found=found, config=config | {"routing": "auto"})
 
 
-def write(folder: Path, story: Story, close: bool = True) -> Run:
+def write(folder: Path, script: RunScript, close: bool = True) -> Run:
     """The whole story as a run directory."""
-    run = create(folder, story)
-    write_rows(run, story, 0, story.steps)
-    for event in story.events():
+    run = create(folder, script)
+    write_rows(run, script, 0, script.steps)
+    for event in script.events():
         run.event(event)
-    run.heartbeat(story.steps - 1)
+    run.heartbeat(script.steps - 1)
     if close:
         run.close()
     return run
 
 
-MHC = Story(tears=(Tear(onset=360, layer=3, expert=5),), routing_on=((363, 460),))
-HC = Story(residual="hc", steps=500, seed=1)
-PLAIN = Story(residual="plain", steps=300, seed=2, layers=6)
-LONG = Story(
+MHC = RunScript(spikes=(ScriptedSpike(onset=360, layer=3, expert=5),), routing_on=((363, 460),))
+HC = RunScript(residual="hc", steps=500, seed=1)
+PLAIN = RunScript(residual="plain", steps=300, seed=2, layers=6)
+LONG = RunScript(
     layers=32,
     experts=16,
     steps=20_000,
     seed=3,
     matrices_every=1000,
-    tears=tuple(
-        Tear(onset=at, layer=layer, expert=layer % 16, decay=decay)
+    spikes=tuple(
+        ScriptedSpike(onset=at, layer=layer, expert=layer % 16, decay=decay)
         for at, layer, decay in ((4200, 9, 60), (9731, 17, 20), (15120, 5, 150))
     ),
     routing_on=((9735, 9900), (15124, 15600)),
@@ -76,7 +76,7 @@ LONG = Story(
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    for name, story in {"mhc-tear": MHC, "hc-growing": HC, "plain": PLAIN}.items():
-        write(root / name, story)
+    for name, script in {"mhc-tear": MHC, "hc-growing": HC, "plain": PLAIN}.items():
+        write(root / name, script)
     if "--long" in sys.argv:
         write(root / "long-32", LONG)

@@ -117,18 +117,18 @@ def test_a_drag_picks_a_window_in_a_run_without_a_spike(page):
 
 
 def test_the_view_follows_a_training_and_shows_its_spike_when_it_comes(page, runs):
-    story = synthetic.Story(
-        steps=400, layers=3, seed=6, tears=(synthetic.Tear(onset=300, layer=1, expert=2),)
+    script = synthetic.RunScript(
+        steps=400, layers=3, seed=6, spikes=(synthetic.ScriptedSpike(onset=300, layer=1, expert=2),)
     )
-    run = synthetic.create(runs / "growing", story)
+    run = synthetic.create(runs / "growing", script)
     try:
-        synthetic.write_rows(run, story, 0, 280)
+        synthetic.write_rows(run, script, 0, 280)
         run.heartbeat(279)
         page.goto(f"{page.home}run/growing/cascade")
         page.get_by_role("heading", name="No spike so far").wait_for()
         chart(page, "cascade-picture")
-        synthetic.write_rows(run, story, 280, 304)
-        for event in story.events():
+        synthetic.write_rows(run, script, 280, 304)
+        for event in script.events():
             if event.kind == "spike":
                 run.event(event)
         page.get_by_role("heading", name="Spike at step 300").wait_for()

@@ -9,49 +9,56 @@ import pytest
 from plotly.graph_objects import Figure
 
 from geodiag.cascade.explain import Cascade
-from geodiag.dashboard.cascade import selection as causes
-from geodiag.dashboard.cascade import verdict_card as verdict
-from geodiag.dashboard.cascade.cell_series import series_of
+from geodiag.dashboard.cascade import selection, verdict_card
+from geodiag.dashboard.cascade.cell_series import cell_series
 from geodiag.dashboard.cascade.selection import (
     LONGEST,
-    Cell,
+    StageCell,
     cascade_of,
     cell_of,
-    choices,
-    chosen,
-    scene_of,
+    chosen_step,
+    scene_in,
+    spikes_and_warnings,
     stages_of,
     window_of,
 )
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.data.sparse_samples import before_and_near, composites, traced
-from geodiag.dashboard.data.timeline_marks import marks
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.data.sparse_samples import composite_maps, samples_around, token_trajectories
+from geodiag.dashboard.data.timeline_marks import marks_from_events
 from geodiag.dashboard.figures.style import LIGHT
-from geodiag.dashboard.pages import cascade as page
+from geodiag.dashboard.pages import cascade as cascade_page
 from geodiag.dashboard.pages.events import jump
-from geodiag.dashboard.server.run_library import Library
+from geodiag.dashboard.server.run_library import RunLibrary
 from geodiag.dashboard.url.url_state import View
 from geodiag.events import Event
 from geodiag.run import Run, open_run
 from tests.dashboard import synthetic
 
-FIGURES = (page.draw_picture, page.draw_series, page.draw_experts, page._maps, page._tokens)
+FIGURES = (
+    cascade_page.draw_picture,
+    cascade_page.draw_series,
+    cascade_page.draw_experts,
+    cascade_page._maps,
+    cascade_page._tokens,
+)
 
 
 @pytest.fixture(scope="module")
-def torn(runs) -> Record:
+def spiked(runs) -> RunCache:
     """The run with a tear at step 360 that began in layer 3, expert 5."""
-    record = Record(open_run(runs / "mhc-tear"))
-    record.refresh()
-    return record
+    cache = RunCache(open_run(runs / "mhc-tear"))
+    cache.refresh()
+    return cache
 
 
 @pytest.fixture(scope="module")
-def rolled_back(tmp_path_factory) -> Record:
+def rolled_back(tmp_path_factory) -> RunCache:
     """A tear at step 300, a rollback to step 280, and a second attempt that goes well."""
     folder = tmp_path_factory.mktemp("rolled") / "back"
-    bad = synthetic.Story(tears=(synthetic.Tear(onset=300, layer=2, expert=1),), steps=310)
-    good = synthetic.Story(steps=400, seed=9)
+    bad = synthetic.RunScript(
+        spikes=(synthetic.ScriptedSpike(onset=300, layer=2, expert=1),), steps=310
+    )
+    good = synthetic.RunScript(steps=400, seed=9)
     run = synthetic.create(folder, bad)
     synthetic.write_rows(run, bad, 0, 310)
     for event in bad.events():
@@ -62,69 +69,77 @@ def rolled_back(tmp_path_factory) -> Record:
     run.event(Event(step=280, kind="attempt", message="training goes on from step 280"))
     synthetic.write_rows(run, good, 280, 400)
     run.close()
-    record = Record(open_run(folder))
-    record.refresh()
-    return record
+    cache = RunCache(open_run(folder))
+    cache.refresh()
+    return cache
 
 
-def every_part(record: Record, view: View) -> None:
+def every_part(cache: RunCache, view: View) -> None:
     """Draws all that the page consists of; none of it may fail."""
     for draw in FIGURES:
-        assert isinstance(draw(record, view, LIGHT), Figure)
-    for words in (page._verdict, page._evidence, page._where, verdict.strip):
-        words(record, view)
-    page.layout(record, view)
+        assert isinstance(draw(cache, view, LIGHT), Figure)
+    for words in (
+        cascade_page._verdict,
+        cascade_page._evidence,
+        cascade_page._where,
+        verdict_card.spike_links,
+    ):
+        words(cache, view)
+    cascade_page.layout(cache, view)
 
 
 # -- what there is to choose -------------------------------------------------------------------
 
 
-def test_spikes_and_warnings_can_be_chosen_and_the_newest_spike_is(torn):
-    assert [(c.step, c.kind) for c in choices(torn)] == [(351, "early_warning"), (360, "spike")]
-    assert chosen(torn, View()) == 360
-    assert chosen(torn, View(spike=351)) == 351
+def test_spikes_and_warnings_can_be_chosen_and_the_newest_spike_is(spiked):
+    assert [(c.step, c.kind) for c in spikes_and_warnings(spiked)] == [
+        (351, "early_warning"),
+        (360, "spike"),
+    ]
+    assert chosen_step(spiked, View()) == 360
+    assert chosen_step(spiked, View(spike=351)) == 351
 
 
-def test_the_cascade_of_the_chosen_spike_is_the_cores(torn):
+def test_the_cascade_of_the_chosen_spike_is_the_cores(spiked):
     from geodiag.cascade.explain import explain
 
-    found = cascade_of(torn, 360)
+    found = cascade_of(spiked, 360)
     assert isinstance(found, Cascade)
-    assert found == explain(torn.run, 0)
+    assert found == explain(spiked.run, 0)
     assert (found.stage, found.layer) == (1, 3)
 
 
-def test_any_step_can_be_asked_about_and_nonsense_is_one_line(torn):
-    asked = cascade_of(torn, 355)
+def test_any_step_can_be_asked_about_and_nonsense_is_one_line(spiked):
+    asked = cascade_of(spiked, 355)
     assert isinstance(asked, Cascade)
     assert asked.spike is None
-    said = cascade_of(torn, 10**6)
+    said = cascade_of(spiked, 10**6)
     assert isinstance(said, str)
     assert "599" in said
     assert "\n" not in said
 
 
 def test_a_run_without_a_spike_offers_its_most_unusual_step(runs):
-    record = Record(open_run(runs / "hc-growing"))
-    assert chosen(record, View()) is None
-    steps = record.steps()
+    cache = RunCache(open_run(runs / "hc-growing"))
+    assert chosen_step(cache, View()) is None
+    steps = cache.steps()
     best = max((float(np.nanmax(steps[f"stage{i}_score"])), i) for i in (1, 2, 3))
-    step, stage, score = causes.most_unusual(record)
+    step, stage, score = selection.most_unusual_step(cache)
     assert (score, stage) == best
     assert steps[f"stage{stage}_score"][steps["step"] == step] == score
-    assert f"spike={step}" in str(verdict.strip(record, View()))
+    assert f"spike={step}" in str(verdict_card.spike_links(cache, View()))
 
 
 # -- the window and the cell ---------------------------------------------------------------------
 
 
-def test_the_window_begins_well_before_the_origin_and_holds_the_loss(torn):
-    found = cascade_of(torn, 360)
-    low, high = window_of(torn, View(), found)
+def test_the_window_begins_well_before_the_origin_and_holds_the_loss(spiked):
+    found = cascade_of(spiked, 360)
+    low, high = window_of(spiked, View(), found)
     assert low <= found.onset - 20
     assert high >= 380
-    assert window_of(torn, View(steps=(10, 50)), found) == (10, 50)
-    assert window_of(torn, View(), None) == (599 - 240, 599)
+    assert window_of(spiked, View(steps=(10, 50)), found) == (10, 50)
+    assert window_of(spiked, View(), None) == (599 - 240, 599)
 
 
 def test_a_very_wide_window_is_cut_around_the_spike():
@@ -141,11 +156,11 @@ def test_a_very_wide_window_is_cut_around_the_spike():
     assert window_of(Long(), View(steps=(0, 19_999)), None) == (19_999 - LONGEST, 19_999)
 
 
-def test_the_cell_is_the_readers_else_the_origin_else_the_worst_there_is(torn):
-    found = cascade_of(torn, 360)
-    stages = stages_of(torn, (320, 400))
-    assert cell_of(View(stage=2, layer=4, step=370), found, stages) == Cell(2, 4, 370)
-    assert cell_of(View(), found, stages) == Cell(1, 3, found.onset)
+def test_the_cell_is_the_readers_else_the_origin_else_the_worst_there_is(spiked):
+    found = cascade_of(spiked, 360)
+    stages = stages_of(spiked, (320, 400))
+    assert cell_of(View(stage=2, layer=4, step=370), found, stages) == StageCell(2, 4, 370)
+    assert cell_of(View(), found, stages) == StageCell(1, 3, found.onset)
     stage, layer, step = cell_of(View(), None, stages)
     i, j = list(stages.layers).index(layer), list(stages.steps).index(step)
     assert stages.scores[stage - 1, i, j] == np.nanmax(stages.scores)
@@ -153,54 +168,59 @@ def test_the_cell_is_the_readers_else_the_origin_else_the_worst_there_is(torn):
 
 def test_an_address_carries_spike_and_cell():
     view = View(spike=360, stage=2, layer=4, step=370)
-    assert View.parse(view.search()) == view
+    assert View.parse(view.query_string()) == view
     assert View.parse("?stage=4&spike=-3") == View()
 
 
 def test_a_click_on_a_map_is_a_cell_and_a_click_on_the_loss_is_none():
     view = View(spike=360)
-    assert page._clicked(
+    assert cascade_page._clicked(
         "", view, "cascade-picture", {"x": 366, "y": "4", "curveNumber": 1}
     ) == View(spike=360, stage=2, layer=4, step=366)
     assert (
-        page._clicked("", view, "cascade-picture", {"x": 366, "y": 2.5, "curveNumber": 3}) == view
+        cascade_page._clicked("", view, "cascade-picture", {"x": 366, "y": 2.5, "curveNumber": 3})
+        == view
     )
-    assert page._clicked("", view, "cascade-picture", {"curveNumber": 0}) == view
+    assert cascade_page._clicked("", view, "cascade-picture", {"curveNumber": 0}) == view
 
 
 # -- what is in a cell -----------------------------------------------------------------------------
 
 
-def test_the_series_of_a_cell_are_its_stages_and_the_odd_ones_come_first(torn):
+def test_the_series_of_a_cell_are_its_stages_and_the_odd_ones_come_first(spiked):
     from geodiag.anomaly.metric_roles import SIGNALS, STAGE_OF
 
-    found = cascade_of(torn, 360)
+    found = cascade_of(spiked, 360)
     for stage in (1, 2, 3):
-        series = series_of(torn, Cell(stage, 3, 362), (320, 400), found.onset)
+        series = cell_series(spiked, StageCell(stage, 3, 362), (320, 400), found.onset)
         assert series
         assert {STAGE_OF[SIGNALS["layers", s.metric.name].part] for s in series} == {stage}
         assert [s.score for s in series] == sorted((s.score for s in series), reverse=True)
-    odd = series_of(torn, Cell(1, 3, 362), (320, 400), found.onset)[0]
-    calm = series_of(torn, Cell(1, 1, 362), (320, 400), found.onset)[0]
+    odd = cell_series(spiked, StageCell(1, 3, 362), (320, 400), found.onset)[0]
+    calm = cell_series(spiked, StageCell(1, 1, 362), (320, 400), found.onset)[0]
     assert odd.score > 5 * calm.score
 
 
-def test_what_is_usual_is_told_from_before_the_cascade_only(torn):
-    found = cascade_of(torn, 360)
+def test_what_is_usual_is_told_from_before_the_cascade_only(spiked):
+    found = cascade_of(spiked, 360)
     series = {
-        s.metric.name: s for s in series_of(torn, Cell(1, 3, 366), (320, 400), found.onset, most=20)
+        s.metric.name: s
+        for s in cell_series(spiked, StageCell(1, 3, 366), (320, 400), found.onset, most=20)
     }
     gate = series["gate_amax"]
     before = gate.value_S[(gate.step_S < found.onset) & (gate.step_S >= found.onset - 96)]
     assert gate.usual == pytest.approx(
         (np.quantile(before, 0.02), np.quantile(before, 0.98)), rel=1e-5
     )
-    late = {s.metric.name: s for s in series_of(torn, Cell(1, 3, 366), (320, 400), 366, most=20)}
+    late = {
+        s.metric.name: s
+        for s in cell_series(spiked, StageCell(1, 3, 366), (320, 400), 366, most=20)
+    }
     assert late["gate_amax"].usual[1] > 2 * gate.usual[1]  # the twin: it would swallow the rise
 
 
-def test_a_composite_is_the_product_of_the_maps_in_the_order_in_which_they_are_passed(torn):
-    rows = torn.run.read("matrices", steps=(350, 351))
+def test_a_composite_is_the_product_of_the_maps_in_the_order_in_which_they_are_passed(spiked):
+    rows = spiked.run.read("matrices", steps=(350, 351))
     product = np.eye(4)
     for layer in range(4):
         for site in ("attn", "ffn"):
@@ -208,23 +228,23 @@ def test_a_composite_is_the_product_of_the_maps_in_the_order_in_which_they_are_p
             product = (
                 cells.pivot_table(index="i", columns="j", values="value").to_numpy(float) @ product
             )
-    shown = dict(composites(torn, 3, 350))
+    shown = dict(composite_maps(spiked, 3, 350))
     assert list(shown) == ["3.attn", "3.ffn", "0.attn → 3.ffn"]
     assert np.allclose(shown["0.attn → 3.ffn"], product, rtol=1e-6)
     assert not np.allclose(shown["0.attn → 3.ffn"], product.T, rtol=1e-3)
 
 
-def test_samples_come_from_before_the_cascade_and_from_the_cell_or_just_after(torn):
-    assert before_and_near(torn, "matrices", 345, 347) == [("before", 300), ("at the cell", 350)]
-    assert before_and_near(torn, "tokens", 345, 351) == [("before", 340), ("at the cell", 360)]
-    assert before_and_near(torn, "matrices", 0, 0) == [("at the cell", 0)]
-    assert before_and_near(torn, "matrices", 598, 599) == [("at the cell", 550)]
-    assert before_and_near(torn, "domains", 345, 347) == []
+def test_samples_come_from_before_the_cascade_and_from_the_cell_or_just_after(spiked):
+    assert samples_around(spiked, "matrices", 345, 347) == [("before", 300), ("at the cell", 350)]
+    assert samples_around(spiked, "tokens", 345, 351) == [("before", 340), ("at the cell", 360)]
+    assert samples_around(spiked, "matrices", 0, 0) == [("at the cell", 0)]
+    assert samples_around(spiked, "matrices", 598, 599) == [("at the cell", 550)]
+    assert samples_around(spiked, "domains", 345, 347) == []
 
 
-def test_traced_tokens_keep_their_order_of_sites_and_their_flips(torn):
-    rows = torn.run.read("tokens", steps=(360, 361))
-    tokens = traced(torn, 360)
+def test_traced_tokens_keep_their_order_of_sites_and_their_flips(spiked):
+    rows = spiked.run.read("tokens", steps=(360, 361))
+    tokens = token_trajectories(spiked, 360)
     assert len(tokens) == rows["token"].nunique()
     first = tokens[0]
     assert first.place_P == tuple(
@@ -245,62 +265,62 @@ def test_traced_tokens_keep_their_order_of_sites_and_their_flips(torn):
 
 
 def test_the_map_of_a_living_run_is_not_worked_out_at_every_step(tmp_path, monkeypatch):
-    story = synthetic.Story(steps=400, layers=3)
-    run = synthetic.create(tmp_path / "r", story)
-    synthetic.write_rows(run, story, 0, 300)
-    record = Record(open_run(tmp_path / "r"))
+    script = synthetic.RunScript(steps=400, layers=3)
+    run = synthetic.create(tmp_path / "r", script)
+    synthetic.write_rows(run, script, 0, 300)
+    cache = RunCache(open_run(tmp_path / "r"))
     worked: list[tuple] = []
-    monkeypatch.setattr(causes, "stage_map", lambda r, a, b: worked.append((a, b)))
+    monkeypatch.setattr(selection, "stage_map", lambda r, a, b: worked.append((a, b)))
     for last in range(300, 340):
-        synthetic.write_rows(run, story, last, last + 1)
-        record.refresh()
-        stages_of(record, window_of(record, View(), None))
+        synthetic.write_rows(run, script, last, last + 1)
+        cache.refresh()
+        stages_of(cache, window_of(cache, View(), None))
     assert 8 <= len(worked) <= 14
     before = len(worked)
     for last in range(340, 350):
-        synthetic.write_rows(run, story, last, last + 1)
-        record.refresh()
-        stages_of(record, (100, 200))
+        synthetic.write_rows(run, script, last, last + 1)
+        cache.refresh()
+        stages_of(cache, (100, 200))
     assert len(worked) == before + 1  # a window of the past is worked out once
     run.close()
 
 
 def test_a_cascade_is_explained_once_and_anew_when_more_of_it_is_known(tmp_path, monkeypatch):
-    story = synthetic.Story(
-        steps=500, layers=3, tears=(synthetic.Tear(onset=300, layer=1, expert=2),)
+    script = synthetic.RunScript(
+        steps=500, layers=3, spikes=(synthetic.ScriptedSpike(onset=300, layer=1, expert=2),)
     )
-    run = synthetic.create(tmp_path / "r", story)
-    synthetic.write_rows(run, story, 0, 303)
-    for event in story.events():
+    run = synthetic.create(tmp_path / "r", script)
+    synthetic.write_rows(run, script, 0, 303)
+    for event in script.events():
         if event.step <= 302:
             run.event(event)
-    record = Record(open_run(tmp_path / "r"))
+    cache = RunCache(open_run(tmp_path / "r"))
     asked: list[int] = []
-    monkeypatch.setattr(causes, "explain", lambda r, s: asked.append(s))
+    monkeypatch.setattr(selection, "explain", lambda r, s: asked.append(s))
     for last in range(303, 330):
-        synthetic.write_rows(run, story, last, last + 1)
-        record.refresh()
-        cascade_of(record, 300)
-        cascade_of(record, 300)
+        synthetic.write_rows(run, script, last, last + 1)
+        cache.refresh()
+        cascade_of(cache, 300)
+        cascade_of(cache, 300)
     assert len(asked) == 6  # steps 303 to 308, which may still tell how far it reached
     run.close()
 
 
 def test_the_page_is_whole_at_every_moment_of_a_run(tmp_path):
-    story = synthetic.Story(
-        steps=60, layers=2, tears=(synthetic.Tear(onset=40, layer=1, expert=2),)
+    script = synthetic.RunScript(
+        steps=60, layers=2, spikes=(synthetic.ScriptedSpike(onset=40, layer=1, expert=2),)
     )
-    run = synthetic.create(tmp_path / "r", story)
-    record = Record(open_run(tmp_path / "r"))
-    every_part(record, View())
+    run = synthetic.create(tmp_path / "r", script)
+    cache = RunCache(open_run(tmp_path / "r"))
+    every_part(cache, View())
     for first in (0, 1, 5, 20, 41, 44):
         last = {0: 1, 1: 5, 5: 20, 20: 41, 41: 44, 44: 60}[first]
-        synthetic.write_rows(run, story, first, last)
-        for event in story.events():
+        synthetic.write_rows(run, script, first, last)
+        for event in script.events():
             if first <= event.step < last:
                 run.event(event)
-        record.refresh()
-        every_part(record, View())
+        cache.refresh()
+        every_part(cache, View())
     run.close()
 
 
@@ -312,12 +332,13 @@ def test_the_page_is_whole_at_every_moment_of_a_run(tmp_path):
 def test_a_run_that_lacks_a_table_is_shown_without_it(runs, tmp_path, gone):
     shutil.copytree(runs / "mhc-tear", tmp_path / "r")
     shutil.rmtree(tmp_path / "r" / gone)
-    record = Record(open_run(tmp_path / "r"))
-    every_part(record, View())
-    every_part(record, View(spike=360, stage=1, layer=3, step=342))
+    cache = RunCache(open_run(tmp_path / "r"))
+    every_part(cache, View())
+    every_part(cache, View(spike=360, stage=1, layer=3, step=342))
     if gone == "layers":
         texts = [
-            a.text for a in page.draw_picture(record, View(spike=360), LIGHT).layout.annotations
+            a.text
+            for a in cascade_page.draw_picture(cache, View(spike=360), LIGHT).layout.annotations
         ]
         assert "Nothing of this stage was recorded here." in texts
 
@@ -326,23 +347,25 @@ def test_a_run_of_steps_alone_says_what_to_call(runs, tmp_path):
     shutil.copytree(runs / "mhc-tear", tmp_path / "r")
     for table in ("layers", "experts"):
         shutil.rmtree(tmp_path / "r" / table)
-    record = Record(open_run(tmp_path / "r"))
-    every_part(record, View())
-    texts = [a.text for a in page.draw_picture(record, View(spike=360), LIGHT).layout.annotations]
+    cache = RunCache(open_run(tmp_path / "r"))
+    every_part(cache, View())
+    texts = [
+        a.text for a in cascade_page.draw_picture(cache, View(spike=360), LIGHT).layout.annotations
+    ]
     assert sum("call geodiag.attach" in t for t in texts) == 3
 
 
 @pytest.mark.parametrize("name", ["plain", "empty", "hc-growing"])
 @pytest.mark.parametrize("spike", [None, 0, 299, 10**6])
 def test_every_run_and_every_step_gives_a_page(runs, name, spike):
-    every_part(Record(open_run(runs / name)), View(spike=spike))
+    every_part(RunCache(open_run(runs / name)), View(spike=spike))
 
 
 @pytest.mark.parametrize("onset", [0, 29])
 def test_a_spike_at_the_first_or_the_last_step_is_shown(tmp_path, onset):
-    story = synthetic.Story(steps=30, layers=2)
-    run = synthetic.create(tmp_path / "r", story)
-    synthetic.write_rows(run, story, 0, 30)
+    script = synthetic.RunScript(steps=30, layers=2)
+    run = synthetic.create(tmp_path / "r", script)
+    synthetic.write_rows(run, script, 0, 30)
     data = {
         "kind": "nonfinite",
         "onset": onset,
@@ -353,20 +376,20 @@ def test_a_spike_at_the_first_or_the_last_step_is_shown(tmp_path, onset):
     }
     run.event(Event(step=onset, kind="nonfinite", message="the loss is NaN", data=data))
     run.close()
-    record = Record(open_run(tmp_path / "r"))
-    assert chosen(record, View()) == onset
-    every_part(record, View())
+    cache = RunCache(open_run(tmp_path / "r"))
+    assert chosen_step(cache, View()) == onset
+    every_part(cache, View())
 
 
 def test_a_sparse_cadence_is_shown_as_wide_columns(tmp_path):
-    story = synthetic.Story(steps=400, layers=2)
-    run = synthetic.create(tmp_path / "r", story)
+    script = synthetic.RunScript(steps=400, layers=2)
+    run = synthetic.create(tmp_path / "r", script)
     for step in range(400):
-        run.append("steps", story.steps_columns(np.arange(step, step + 1)))
+        run.append("steps", script.steps_columns(np.arange(step, step + 1)))
     for step in range(0, 400, 10):
-        run.append("layers", story.layers_columns(np.arange(step, step + 1)))
+        run.append("layers", script.layers_columns(np.arange(step, step + 1)))
     run.close()
-    fig = page.draw_picture(Record(open_run(tmp_path / "r")), View(), LIGHT)
+    fig = cascade_page.draw_picture(RunCache(open_run(tmp_path / "r")), View(), LIGHT)
     assert fig.data[0].dx == 10
 
 
@@ -375,61 +398,61 @@ def test_a_sparse_cadence_is_shown_as_wide_columns(tmp_path):
 
 
 def test_a_spike_that_was_rolled_back_is_shown_among_its_own_steps(rolled_back):
-    assert chosen(rolled_back, View()) == 300
-    lived = causes.as_lived(rolled_back, 300)
-    assert lived is not rolled_back
-    assert lived.steps()["step"][-1] == 309
+    assert chosen_step(rolled_back, View()) == 300
+    cache_then = selection.cache_of_spike(rolled_back, 300)
+    assert cache_then is not rolled_back
+    assert cache_then.steps()["step"][-1] == 309
     found = cascade_of(rolled_back, 300)
     assert (found.stage, found.layer) == (1, 2)
-    scene = scene_of(lived, (270, 309), rolled_back)
+    scene = scene_in(cache_then, (270, 309), rolled_back)
     assert np.nanmax(scene.stages.scores[0, 2]) > 15
     assert (
         np.nanmax(stages_of(rolled_back, (270, 309)).scores[0, 2]) < 10
     )  # the twin: what took its place is calm
-    assert [u.attempt for u in scene.undone] == [1]
+    assert [u.attempt for u in scene.superseded] == [1]
     every_part(rolled_back, View())
 
 
 def test_what_was_rolled_back_is_kept_apart_from_what_took_its_place(rolled_back):
-    (old,) = rolled_back.undone()
+    (old,) = rolled_back.superseded()
     assert (old.attempt, old.step_S[0], old.step_S[-1]) == (0, 280, 309)
     now = rolled_back.steps()
     both = np.isin(now["step"], old.step_S)
     assert not np.allclose(now["loss"][both], old.loss_S)
-    past = rolled_back.lived(0)
+    past = rolled_back.as_of_attempt(0)
     assert np.array_equal(past.steps()["loss"][280:], old.loss_S)
     assert past.steps()["step"].tolist() == list(range(310))
-    assert rolled_back.lived(1) is rolled_back
+    assert rolled_back.as_of_attempt(1) is rolled_back
 
 
 def test_marks_are_spikes_warnings_rollbacks_and_later_attempts(rolled_back):
-    from geodiag.dashboard.url.live_figures import happened
+    from geodiag.dashboard.url.live_figures import event_marks
 
-    assert [(m.step, m.kind) for m in happened(rolled_back)] == [
+    assert [(m.step, m.kind) for m in event_marks(rolled_back)] == [
         (278, "fault"), (280, "rollback"), (280, "attempt"), (291, "early_warning"), (300, "spike"),
     ]  # fmt: skip
     first = {"kind": "attempt", "step": 0, "attempt": 0, "message": "training began", "data": None}
-    assert marks([first], []) == []
-    assert marks([first | {"attempt": 1}], []) != []
+    assert marks_from_events([first], []) == []
+    assert marks_from_events([first | {"attempt": 1}], []) != []
 
 
 # -- words
 # ---------------------------------------------------------------------------------------------
 
 
-def test_a_spike_of_the_trail_leads_to_its_cascade_and_a_warning_too(torn):
-    by_kind = {e["kind"]: e for e in torn.events()}
-    assert jump(torn, by_kind["spike"]) == "/run/mhc-tear/cascade?spike=360"
-    assert jump(torn, by_kind["early_warning"]) == "/run/mhc-tear/cascade?spike=351"
+def test_a_spike_of_the_trail_leads_to_its_cascade_and_a_warning_too(spiked):
+    by_kind = {e["kind"]: e for e in spiked.events()}
+    assert jump(spiked, by_kind["spike"]) == "/run/mhc-tear/cascade?spike=360"
+    assert jump(spiked, by_kind["early_warning"]) == "/run/mhc-tear/cascade?spike=351"
     told = {"step": 371, "kind": "cascade", "data": '{"spike_onset": 360, "onset": 351}'}
-    assert jump(torn, told) == "/run/mhc-tear/cascade?spike=360"
-    assert jump(torn, by_kind["decision"]) == "/run/mhc-tear/overview?steps=303-423&step=363"
+    assert jump(spiked, told) == "/run/mhc-tear/cascade?spike=360"
+    assert jump(spiked, by_kind["decision"]) == "/run/mhc-tear/overview?steps=303-423&step=363"
 
 
-def test_the_verdict_says_where_when_how_sure_and_what_fits(torn):
-    found = cascade_of(torn, 360)
-    said = str(page._verdict(torn, View()))
-    assert verdict.headline(found).startswith("Spike at step 360: ")
+def test_the_verdict_says_where_when_how_sure_and_what_fits(spiked):
+    found = cascade_of(spiked, 360)
+    said = str(cascade_page._verdict(spiked, View()))
+    assert verdict_card.headline(found).startswith("Spike at step 360: ")
     for part in (
         "layer 3, ffn",
         f"{found.lead} steps",
@@ -440,9 +463,9 @@ def test_the_verdict_says_where_when_how_sure_and_what_fits(torn):
     assert said.count("SwiGLU clamping") == 1
 
 
-def test_the_evidence_is_told_with_its_units_and_its_place(torn):
-    found = cascade_of(torn, 360)
-    rows = verdict.rows(found)
+def test_the_evidence_is_told_with_its_units_and_its_place(spiked):
+    found = cascade_of(spiked, 360)
+    rows = verdict_card.evidence_rows(found)
     assert len(rows) == len(found.evidence)
     shares = [r for r in rows if r["metric"] == "clamp_gate_rate"]
     assert all(r["value"].endswith(" %") for r in shares)
@@ -453,23 +476,28 @@ def test_the_evidence_is_told_with_its_units_and_its_place(torn):
 def test_the_frame_tells_what_the_lines_mean_for_kinds_that_there_are(runs, rolled_back):
     from geodiag.dashboard.components.frame import legend
 
-    library = Library(runs)
+    library = RunLibrary(runs)
     assert "early warning" in str(legend(library.get("mhc-tear"), "/run/mhc-tear/gain"))
     assert "rollback" not in str(legend(library.get("mhc-tear"), "/run/mhc-tear/gain"))
     assert legend(library.get("mhc-tear"), "/run/mhc-tear/events") == []
     assert legend(library.get("plain"), "/run/plain/gain") == []
     assert all(
         word in str(legend(rolled_back, "/run/back/gain"))
-        for word in ("rollback", "undone", "attempt")
+        for word in ("rollback", "rolled-back steps", "attempt")
     )
 
 
 def test_a_past_run_reads_like_a_run_that_was_never_rolled_back(rolled_back, tmp_path):
-    bad = synthetic.Story(tears=(synthetic.Tear(onset=300, layer=2, expert=1),), steps=310)
+    bad = synthetic.RunScript(
+        spikes=(synthetic.ScriptedSpike(onset=300, layer=2, expert=1),), steps=310
+    )
     alone: Run = synthetic.create(tmp_path / "r", bad)
     synthetic.write_rows(alone, bad, 0, 310)
     alone.close()
     for table in ("layers", "experts", "matrices", "tokens"):
-        past, fresh = rolled_back.lived(0).run.read(table), open_run(tmp_path / "r").read(table)
+        past, fresh = (
+            rolled_back.as_of_attempt(0).run.read(table),
+            open_run(tmp_path / "r").read(table),
+        )
         assert len(past) == len(fresh)
         assert past["step"].tolist() == fresh["step"].tolist()

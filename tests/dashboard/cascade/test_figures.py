@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from geodiag.cascade.explain import Cascade, Evidence, Onset, StageMap
-from geodiag.dashboard.data.step_table import Undone
-from geodiag.dashboard.data.timeline_marks import Mark, Span
+from geodiag.dashboard.data.step_table import SupersededSteps
+from geodiag.dashboard.data.timeline_marks import Mark, RoutingSpan
 from geodiag.dashboard.data.trajectory import Trajectory
-from geodiag.dashboard.figures.cascade import Scene, picture
+from geodiag.dashboard.figures.cascade import CascadeScene, cascade_figure
 from geodiag.dashboard.figures.colour_scale import Z_MAX, Z_MIN, robust_z, z_shade
 from geodiag.dashboard.figures.colours import hues, oklab
-from geodiag.dashboard.figures.maps import Tile, maps
-from geodiag.dashboard.figures.small_multiples import Strip, multiples
+from geodiag.dashboard.figures.maps import Tile, residual_maps
+from geodiag.dashboard.figures.small_multiples import Strip, small_multiples
 from geodiag.dashboard.figures.style import DARK, LIGHT
 from geodiag.dashboard.figures.timeline import timeline
 from geodiag.dashboard.figures.trajectory import trajectories
@@ -58,10 +58,12 @@ def cascade(**changes) -> Cascade:
     return replace(FOUND, **changes)
 
 
-def scene(scores=None, layers=8, **changes) -> Scene:
+def scene(scores=None, layers=8, **changes) -> CascadeScene:
     scores = np.ones((3, layers, 100), np.float32) if scores is None else scores
     steps = {"step": STEPS, "loss": np.where(STEPS < 160, 2.0, 3.0)}
-    usual = Scene(window=(100, 199), steps=steps, stages=StageMap(STEPS, np.arange(layers), scores))
+    usual = CascadeScene(
+        window=(100, 199), steps=steps, stages=StageMap(STEPS, np.arange(layers), scores)
+    )
     return replace(usual, **changes)
 
 
@@ -84,10 +86,10 @@ def paths(fig) -> list[tuple[float, float, float, float]]:
 
 def test_the_first_three_traces_are_the_stages_so_that_a_click_knows_where_it_was():
     scores = np.stack([np.full((8, 100), v, np.float32) for v in (5, 6, 7)])
-    fig = picture(scene(scores), LIGHT, cascade())
+    fig = cascade_figure(scene(scores), LIGHT, cascade())
     assert [t.name for t in fig.data[:3]] == ["stage 1", "stage 2", "stage 3"]
     assert [float(t.customdata[0][0]) for t in fig.data[:3]] == [5, 6, 7]
-    empty = picture(scene(np.full((3, 8, 100), np.nan, np.float32)), LIGHT)
+    empty = cascade_figure(scene(np.full((3, 8, 100), np.nan, np.float32)), LIGHT)
     assert [t.yaxis for t in empty.data[:3]] == ["y2", "y3", "y4"]
 
 
@@ -100,7 +102,7 @@ def test_a_score_of_one_step_survives_a_thousand_columns():
         "steps": long,
         "stages": StageMap(np.arange(5000), np.arange(4), scores),
     }
-    fig = picture(scene(layers=4, **given), LIGHT)
+    fig = cascade_figure(scene(layers=4, **given), LIGHT)
     z = np.array(fig.data[1].customdata)
     assert z.shape[1] < 1300
     assert z[2].max() == 40
@@ -108,7 +110,7 @@ def test_a_score_of_one_step_survives_a_thousand_columns():
 
 
 def test_the_path_leads_from_the_origin_through_the_first_onset_of_each_stage_to_the_loss():
-    fig = picture(scene(), LIGHT, cascade())
+    fig = cascade_figure(scene(), LIGHT, cascade())
     pieces = paths(fig)
     assert [(p[0], p[2]) for p in pieces] == [(140, 148), (148, 155), (155, 160)]
     for before, after in pairwise(pieces):
@@ -124,13 +126,13 @@ def test_the_path_leads_from_the_origin_through_the_first_onset_of_each_stage_to
 
 def test_what_left_its_range_after_the_loss_is_no_part_of_the_path():
     late = cascade(path=(onset(1, 3, 140), onset(3, 7, 163), LOSS))
-    fig = picture(scene(), LIGHT, late)
+    fig = cascade_figure(scene(), LIGHT, late)
     assert [(p[0], p[2]) for p in paths(fig)] == [(140, 160)]
     assert list(named(fig, "onsets of stage 3")[0].x) == [163]  # but it is there to see
 
 
 def test_every_onset_has_its_ring_in_its_own_map_and_layer():
-    fig = picture(scene(), LIGHT, cascade())
+    fig = cascade_figure(scene(), LIGHT, cascade())
     rings = {
         t.yaxis: (list(t.x), list(t.y)) for t in fig.data if (t.name or "").startswith("onsets")
     }
@@ -144,7 +146,9 @@ def test_every_onset_has_its_ring_in_its_own_map_and_layer():
 
 
 def test_the_notes_say_where_what_and_when():
-    notes = [a.text for a in picture(scene(), LIGHT, cascade()).layout.annotations if a.showarrow]
+    notes = [
+        a.text for a in cascade_figure(scene(), LIGHT, cascade()).layout.annotations if a.showarrow
+    ]
     assert notes[0] == "<b>layer 3 · ffn · expert 5</b><br>gate_amax 38 (usually 4.2)"
     assert notes[1] == "<b>layers 4–5</b><br>flip_rate 20 σ, 8 steps later"
     assert notes[-1] == "loss leaves its trend<br><b>20 steps later</b>"
@@ -152,13 +156,15 @@ def test_the_notes_say_where_what_and_when():
 
 def test_a_note_stays_in_its_own_panel_and_on_the_quiet_side():
     for layer in range(8):
-        fig = picture(scene(), LIGHT, cascade(layer=layer, path=(onset(1, layer, 140), LOSS)))
+        fig = cascade_figure(
+            scene(), LIGHT, cascade(layer=layer, path=(onset(1, layer, 140), LOSS))
+        )
         note = next(a for a in fig.layout.annotations if a.showarrow and "layer" in a.text)
         height = fig.layout.height - fig.layout.margin.t - fig.layout.margin.b
         low, high = fig.layout.yaxis2.domain
         assert low < note.y - note.ay / height < high
         assert note.ax < 0
-    early = picture(scene(), LIGHT, cascade(onset=105, path=(onset(1, 3, 105), LOSS)))
+    early = cascade_figure(scene(), LIGHT, cascade(onset=105, path=(onset(1, 3, 105), LOSS)))
     assert next(a for a in early.layout.annotations if a.showarrow and "layer" in a.text).ax > 0
 
 
@@ -168,7 +174,7 @@ def test_a_cause_outside_the_layers_begins_at_the_loss_and_is_named():
     )
     found = cascade(stage=None, layer=None, expert=None, cause="lr", onset=158, lead=2, evidence=(lr,),
                     path=(onset(2, 1, 159), LOSS))  # fmt: skip
-    fig = picture(scene(), LIGHT, found)
+    fig = cascade_figure(scene(), LIGHT, found)
     assert paths(fig)[0][:2] == (158, fig.layout.yaxis.domain[0])
     assert any("learning rate ×30" in (a.text or "") for a in fig.layout.annotations)
     batch = cascade(
@@ -183,26 +189,26 @@ def test_a_cause_outside_the_layers_begins_at_the_loss_and_is_named():
     )
     assert any(
         "the batch: codecs" in (a.text or "")
-        for a in picture(scene(), LIGHT, batch).layout.annotations
+        for a in cascade_figure(scene(), LIGHT, batch).layout.annotations
     )
 
 
 def test_without_a_precursor_there_is_the_loss_and_no_path():
     none = cascade(stage=None, layer=None, expert=None, cause=None, onset=None, lead=None, evidence=(),
                    path=(LOSS,))  # fmt: skip
-    fig = picture(scene(), LIGHT, none)
+    fig = cascade_figure(scene(), LIGHT, none)
     assert paths(fig) == []
     assert list(named(fig, "the loss")[0].x) == [160]
 
 
 def test_a_layer_that_the_map_does_not_have_is_no_traceback():
     strange = cascade(path=(onset(1, 99, 140), onset("data", None, 141), LOSS))
-    assert picture(scene(), LIGHT, strange, cell=(1, 99, 140)) is not None
+    assert cascade_figure(scene(), LIGHT, strange, cell=(1, 99, 140)) is not None
 
 
 def test_layers_need_not_begin_at_0_nor_follow_one_another():
     stages = StageMap(STEPS, np.array([2, 3, 7]), np.ones((3, 3, 100), np.float32))
-    fig = picture(scene(stages=stages), LIGHT, cascade(), cell=(1, 7, 120))
+    fig = cascade_figure(scene(stages=stages), LIGHT, cascade(), cell=(1, 7, 120))
     assert list(fig.data[0].y) == ["2", "3", "7"]
     low, high = fig.layout.yaxis2.domain
     assert paths(fig)[0][1] == pytest.approx(high - 1.5 / 3 * (high - low))
@@ -213,14 +219,14 @@ def test_layers_need_not_begin_at_0_nor_follow_one_another():
 def test_a_stage_without_a_value_says_why_and_the_others_are_drawn():
     scores = np.ones((3, 8, 100), np.float32)
     scores[1] = np.nan
-    fig = picture(scene(scores, missing={2: "no router here"}), LIGHT, cascade())
+    fig = cascade_figure(scene(scores, missing={2: "no router here"}), LIGHT, cascade())
     assert "no router here" in [a.text for a in fig.layout.annotations]
     assert [t.type for t in fig.data[:3]] == ["heatmap", "scatter", "heatmap"]
 
 
 def test_a_loss_that_is_not_finite_is_a_mark_and_not_a_gap():
     loss = np.where(STEPS < 160, 2.0, np.inf)
-    fig = picture(scene(steps={"step": STEPS, "loss": loss}), LIGHT, cascade())
+    fig = cascade_figure(scene(steps={"step": STEPS, "loss": loss}), LIGHT, cascade())
     assert list(named(fig, "loss not finite")[0].x) == list(range(160, 200))
     assert paths(fig)[-1][3] == fig.layout.yaxis.domain[1]
 
@@ -228,13 +234,15 @@ def test_a_loss_that_is_not_finite_is_a_mark_and_not_a_gap():
 def test_an_empty_run_waits_calmly():
     steps = {"step": np.array([], int), "loss": np.array([])}
     stages = StageMap(np.array([], int), np.array([], int), np.empty((3, 0, 0), np.float32))
-    fig = picture(scene(steps=steps, stages=stages), LIGHT)
+    fig = cascade_figure(scene(steps=steps, stages=stages), LIGHT)
     assert fig.layout.annotations[0].text == "Waiting for the first step."
 
 
 def test_routing_and_what_was_undone_are_there_too():
-    old = Undone(0, np.arange(150, 170), np.full(20, 5.0), np.ones(20))
-    fig = picture(scene(spans=[Span(mode="on", start=170, end=190)], undone=[old]), DARK, cascade())
+    old = SupersededSteps(0, np.arange(150, 170), np.full(20, 5.0), np.ones(20))
+    fig = cascade_figure(
+        scene(spans=[RoutingSpan(mode="on", start=170, end=190)], superseded=[old]), DARK, cascade()
+    )
     assert any(s.type == "rect" and (s.x0, s.x1) == (169.5, 190.5) for s in fig.layout.shapes)
     (faint,) = named(fig, "loss, attempt 0")
     assert list(faint.x) == list(range(150, 170))
@@ -289,17 +297,19 @@ def test_the_usual_band_lies_behind_its_own_strip():
         Strip("gate_amax", "", STEPS, value, (3.9, 4.1)),
         Strip("act_amax", "", STEPS, value, None),
     ]
-    fig = multiples(strips, LIGHT, (100, 199), 150, "none")
+    fig = small_multiples(strips, LIGHT, (100, 199), 150, "none")
     bands = [(s.yref, s.y0, s.y1) for s in fig.layout.shapes if s.type == "rect"]
     assert bands == [("y", 3.9, 4.1)]
     assert [t.name for t in fig.data] == ["gate_amax", "act_amax"]
     gone = [Strip("x", "", STEPS, np.full(100, np.nan), None)]
-    assert multiples(gone, LIGHT, (100, 199), None, "none").layout.annotations[0].text == "none"
+    assert (
+        small_multiples(gone, LIGHT, (100, 199), None, "none").layout.annotations[0].text == "none"
+    )
 
 
 def test_maps_are_not_transposed_and_say_their_gain():
     m = np.array([[1.0, 0.5], [0.0, 1.0]])
-    fig = maps(
+    fig = residual_maps(
         [("before", [Tile("3.attn", np.eye(2))]), ("at the cell", [Tile("3.attn", m)])],
         LIGHT,
         "none",
@@ -310,7 +320,7 @@ def test_maps_are_not_transposed_and_say_their_gain():
     assert Tile("", m.T).gain == 1.5  # rows 1 and 1.5: the twin below tells them apart
     assert Tile("", np.array([[2.0, 0.0], [2.0, 0.0]])).gain == 2
     assert Tile("", np.array([[2.0, 0.0], [2.0, 0.0]]).T).gain == 4
-    assert maps([], LIGHT, "none here").layout.annotations[0].text == "none here"
+    assert residual_maps([], LIGHT, "none here").layout.annotations[0].text == "none here"
 
 
 def tokens(shift=0.0) -> list[Trajectory]:
@@ -342,7 +352,7 @@ def test_tokens_have_a_bead_where_they_were_routed_and_a_ring_where_they_flipped
 
 
 def test_a_spike_that_was_rolled_back_is_marked_on_its_own_loss_and_has_no_end():
-    from geodiag.dashboard.data.timeline_marks import spikes
+    from geodiag.dashboard.data.timeline_marks import spikes_from_events
 
     data = '{"kind": "spike", "onset": 150, "detected": 152, "peak": 153, "end": null}'
     over = '{"kind": "spike", "onset": 150, "detected": 152, "peak": 153, "end": 120}'
@@ -354,8 +364,8 @@ def test_a_spike_that_was_rolled_back_is_marked_on_its_own_loss_and_has_no_end()
     assert (spike.end, spike.attempt) == (None, 0)
     steps = {"step": STEPS, "loss": np.full(100, 2.0), "grad_norm": np.ones(100)}
     steps |= {f"stage{i}_score": np.zeros(100) for i in (1, 2, 3)}
-    old = Undone(0, np.arange(140, 160), np.full(20, 7.0), np.ones(20))
-    marked = named(timeline(steps, [spike], [], LIGHT, undone=[old]), "spike onset")[0]
+    old = SupersededSteps(0, np.arange(140, 160), np.full(20, 7.0), np.ones(20))
+    marked = named(timeline(steps, [spike], [], LIGHT, superseded=[old]), "spike onset")[0]
     assert (list(marked.x), list(marked.y)) == ([150], [7.0])
     alone = named(timeline(steps, [spike], [], LIGHT), "spike onset")[0]
     assert list(alone.y) == [2.0]

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from geodiag.dashboard.data.grid import Grid
-from geodiag.dashboard.data.run_cache import Record
-from geodiag.dashboard.data.timeline_marks import spans, spikes
-from geodiag.dashboard.server.run_library import Library
-from geodiag.dashboard.url.url_state import View, zoomed
+from geodiag.dashboard.data.run_cache import RunCache
+from geodiag.dashboard.data.timeline_marks import routing_spans, spikes_from_events
+from geodiag.dashboard.server.run_library import RunLibrary
+from geodiag.dashboard.url.url_state import View, apply_zoom
 from geodiag.errors import GeodiagError
 from geodiag.events import Event
 from geodiag.run import Run, open_run
 from tests.dashboard import synthetic
 
-SHORT = synthetic.Story(steps=30, layers=2)
+SHORT = synthetic.RunScript(steps=30, layers=2)
 
 
 def rows(step, **columns):
@@ -33,11 +33,11 @@ def test_ranks_become_one_as_the_registry_says(tmp_path):
         run.append("steps", {"step": [0], "loss": [gain], "tokens": [100.0], "grad_norm": [worst]})
     for run in both:
         run.close()
-    record = Record(open_run(tmp_path / "r"))
-    mean, most = record.grids("layers", "composite_gain_fwd", "composite_gain_fwd_max")
+    cache = RunCache(open_run(tmp_path / "r"))
+    mean, most = cache.grids("layers", "composite_gain_fwd", "composite_gain_fwd_max")
     assert mean.values_RS.ravel().tolist() == [2, 2]
     assert most.values_RS.ravel().tolist() == [5, 5]
-    assert [float(record.steps()[k][0]) for k in ("loss", "tokens", "grad_norm")] == [2, 200, 5]
+    assert [float(cache.steps()[k][0]) for k in ("loss", "tokens", "grad_norm")] == [2, 200, 5]
 
 
 def test_null_stays_a_gap_and_nan_does_not(tmp_path):
@@ -45,7 +45,7 @@ def test_null_stays_a_gap_and_nan_does_not(tmp_path):
     run.append("layers", rows(0, composite_gain_fwd=np.ma.MaskedArray([np.nan, 1], [False, True])))
     run.close()
     value = (
-        Record(open_run(tmp_path / "r")).grids("layers", "composite_gain_fwd")[0].values_RS[:, 0]
+        RunCache(open_run(tmp_path / "r")).grids("layers", "composite_gain_fwd")[0].values_RS[:, 0]
     )
     assert value[0] == np.inf
     assert np.isnan(value[1])
@@ -53,56 +53,56 @@ def test_null_stays_a_gap_and_nan_does_not(tmp_path):
 
 def test_a_live_run_is_followed_and_equals_a_fresh_reading(tmp_path):
     run = synthetic.create(tmp_path / "r", SHORT)
-    record = Record(open_run(tmp_path / "r"))
-    before = record.refresh()
+    cache = RunCache(open_run(tmp_path / "r"))
+    before = cache.refresh()
     for first in range(0, 30, 7):
         synthetic.write_rows(run, SHORT, first, min(first + 7, 30))
-        after = record.refresh()
+        after = cache.refresh()
         assert after != before
         before = after
-        grid = record.grids("layers", "composite_gain_bwd")[0]
-        assert grid.steps_S[-1] == record.steps()["step"][-1] == min(first + 7, 30) - 1
-    assert record.refresh() == before
+        grid = cache.grids("layers", "composite_gain_bwd")[0]
+        assert grid.steps_S[-1] == cache.steps()["step"][-1] == min(first + 7, 30) - 1
+    assert cache.refresh() == before
     run.close()
-    fresh = Record(open_run(tmp_path / "r")).grids("layers", "composite_gain_bwd")[0]
+    fresh = RunCache(open_run(tmp_path / "r")).grids("layers", "composite_gain_bwd")[0]
     assert np.array_equal(grid.values_RS, fresh.values_RS, equal_nan=True)
 
 
 def test_what_is_sampled_seldom_is_followed_without_reading_all_again(tmp_path):
     run = Run.create(tmp_path / "r")
-    record = Record(open_run(tmp_path / "r"))
+    cache = RunCache(open_run(tmp_path / "r"))
     for step in (0, 200, 400):
         run.append("layers", rows(step, stream_rms=[step, step]))
-        record.refresh()
-        record.grids("layers", "stream_rms")
+        cache.refresh()
+        cache.grids("layers", "stream_rms")
     run.append("layers", {"step": [401], "layer": [0], "site": ["ffn"], "stream_rms": [7.0]})
-    record.refresh()
-    assert ("layers", "stream_rms") in record._grids  # continued, not thrown away
-    grid = record.grids("layers", "stream_rms")[0]
+    cache.refresh()
+    assert ("layers", "stream_rms") in cache._grids  # continued, not thrown away
+    grid = cache.grids("layers", "stream_rms")[0]
     assert grid.steps_S.tolist() == [0, 200, 400, 401]
     assert grid.values_RS[1].tolist() == [0, 200, 400, 7]
     assert np.isnan(grid.values_RS[0, 3])
     run.append("layers", {"step": [402], "layer": [9], "site": ["ffn"], "stream_rms": [1.0]})
-    record.refresh()
-    assert record.grids("layers", "stream_rms")[0].rows == ((0, 0), (0, 1), (9, 1))
+    cache.refresh()
+    assert cache.grids("layers", "stream_rms")[0].rows == ((0, 0), (0, 1), (9, 1))
     run.close()
 
 
 def test_a_new_attempt_takes_the_place_of_old_rows(tmp_path):
     run = synthetic.create(tmp_path / "r", SHORT)
     synthetic.write_rows(run, SHORT, 0, 30)
-    record = Record(open_run(tmp_path / "r"))
-    record.refresh()
-    assert record.grids("layers", "stream_rms")[0].steps_S[-1] == 29
+    cache = RunCache(open_run(tmp_path / "r"))
+    cache.refresh()
+    assert cache.grids("layers", "stream_rms")[0].steps_S[-1] == 29
     run.next_attempt()
     run.append("steps", {"step": [10], "loss": [7.0]})
     run.append(
         "layers",
         {"step": [10] * 4, "layer": [0, 0, 1, 1], "site": ["attn", "ffn"] * 2, "stream_rms": 9.0},
     )
-    record.refresh()
-    assert record.steps()["step"][-1] == 10
-    grid = record.grids("layers", "stream_rms")[0]
+    cache.refresh()
+    assert cache.steps()["step"][-1] == 10
+    grid = cache.grids("layers", "stream_rms")[0]
     assert (grid.steps_S[-1], grid.values_RS[0, -1]) == (10, 9)
     run.close()
 
@@ -119,28 +119,28 @@ def test_rows_in_another_order_are_put_in_static_order(tmp_path):
         },
     )
     run.close()
-    grid = Record(open_run(tmp_path / "r")).grids("layers", "stream_rms")[0]
+    grid = RunCache(open_run(tmp_path / "r")).grids("layers", "stream_rms")[0]
     assert grid.rows == ((0, 0), (0, 1), (1, 0))
     assert grid.values_RS.ravel().tolist() == [1, 2, 3]
 
 
 def test_recent_equals_the_end_of_the_whole(runs):
-    record = Record(open_run(runs / "mhc-tear"))
-    few = record.recent("layers", "stream_rms", back=5)[0]
-    whole = record.grids("layers", "stream_rms")[0]
-    assert few.steps_S.tolist() == whole.steps_S[-5:].tolist()
-    assert np.array_equal(few.values_RS, whole.values_RS[:, -5:])
+    cache = RunCache(open_run(runs / "mhc-tear"))
+    few = cache.recent("layers", "stream_rms", back=5)[0]
+    complete = cache.grids("layers", "stream_rms")[0]
+    assert few.steps_S.tolist() == complete.steps_S[-5:].tolist()
+    assert np.array_equal(few.values_RS, complete.values_RS[:, -5:])
 
 
 def test_a_long_run_is_read_in_stretches_and_is_the_same(runs, monkeypatch):
-    (at_once,) = Record(open_run(runs / "mhc-tear")).grids("layers", "transport_gain_fwd")
+    (at_once,) = RunCache(open_run(runs / "mhc-tear")).grids("layers", "transport_gain_fwd")
     monkeypatch.setattr(
         "geodiag.store.step_chunks.CELLS", 6000
     )  # 5 columns, 12 rows a step: 100 steps
-    record, read = Record(open_run(runs / "mhc-tear")), []
-    make = record._made
-    monkeypatch.setattr(record, "_made", lambda *a: read.append(a[-1]) or make(*a))
-    (grid,) = record.grids("layers", "transport_gain_fwd")
+    cache, read = RunCache(open_run(runs / "mhc-tear")), []
+    make = cache._read_grids
+    monkeypatch.setattr(cache, "_read_grids", lambda *a: read.append(a[-1]) or make(*a))
+    (grid,) = cache.grids("layers", "transport_gain_fwd")
     assert read[:2] == [(None, 100), (100, 200)]
     assert len(read) == 6
     assert grid.rows == at_once.rows
@@ -157,7 +157,7 @@ def test_stretches_of_other_rows_are_read_at_once(tmp_path, monkeypatch):
     run.append("layers", rows(0, stream_rms=[1.0, 2.0]))
     run.append("layers", {"step": [1], "layer": [0], "site": ["ffn"], "stream_rms": [3.0]})
     run.close()
-    (grid,) = Record(open_run(tmp_path / "r")).grids("layers", "stream_rms")
+    (grid,) = RunCache(open_run(tmp_path / "r")).grids("layers", "stream_rms")
     assert grid.rows == ((0, 0), (0, 1))
     assert np.array_equal(grid.values_RS, [[1, np.nan], [2, 3]], equal_nan=True)
 
@@ -165,17 +165,17 @@ def test_stretches_of_other_rows_are_read_at_once(tmp_path, monkeypatch):
 def test_a_training_that_never_said_its_routing_mode_is_off(tmp_path):
     run = Run.create(tmp_path / "r")
     run.append("steps", {"step": [0, 1], "loss": [2.0, 2.0]})
-    assert Record(open_run(tmp_path / "r")).mode() == "off"
+    assert RunCache(open_run(tmp_path / "r")).mode() == "off"
     run.append("steps", {"step": [2], "loss": [2.0], "routing_mode": ["drain"]})
     run.close()
-    assert Record(open_run(tmp_path / "r")).mode() == "drain"
+    assert RunCache(open_run(tmp_path / "r")).mode() == "drain"
 
 
 def test_a_model_of_one_stream_has_no_maps(tmp_path):
     for name, found, has in (("a", {"sites": 12, "streams": 1}, False), ("b", {"sites": []}, False),
                              ("c", {"sites": 12, "streams": 4}, True), ("d", {}, True)):  # fmt: skip
         Run.create(tmp_path / name, found=found).close()
-        assert Record(open_run(tmp_path / name)).has_maps() is has
+        assert RunCache(open_run(tmp_path / name)).has_maps() is has
 
 
 def test_worst_names_value_step_and_row():
@@ -194,21 +194,21 @@ def test_worst_names_value_step_and_row():
 def test_spikes_are_joined_with_what_was_learnt_later(tmp_path):
     events = [e.columns() for e in synthetic.MHC.events()]
     told = [{k: v[0] for k, v in e.items()} for e in events]
-    (spike,) = spikes(told)
+    (spike,) = spikes_from_events(told)
     assert (spike.onset, spike.peak, spike.end, spike.score) == (360, 366, 405, 14.1)
-    (early,) = spikes([e for e in told if e["kind"] != "recovered"])
+    (early,) = spikes_from_events([e for e in told if e["kind"] != "recovered"])
     assert (early.peak, early.end) == (None, None)
 
 
 def test_an_event_with_strange_data_is_still_an_event():
     event = {"kind": "spike", "step": 5, "message": None, "data": "not json"}
-    assert spikes([event])[0].onset == 5
-    assert spikes([event | {"data": "[1]"}])[0].onset == 5
-    assert spikes([event | {"data": '{"onset": null}'}])[0].onset == 5
+    assert spikes_from_events([event])[0].onset == 5
+    assert spikes_from_events([event | {"data": "[1]"}])[0].onset == 5
+    assert spikes_from_events([event | {"data": '{"onset": null}'}])[0].onset == 5
 
 
 def test_spans_are_runs_of_one_mode():
-    found = spans(np.arange(10), np.array([0, 1, 1, 2, 2, 2, 3, 0, -1, 2]))
+    found = routing_spans(np.arange(10), np.array([0, 1, 1, 2, 2, 2, 3, 0, -1, 2]))
     assert [(s.mode, s.start, s.end) for s in found] == [
         ("warmup", 1, 2), ("on", 3, 5), ("drain", 6, 6), ("on", 9, 9),
     ]  # fmt: skip
@@ -218,18 +218,18 @@ def test_a_corrupt_part_is_named_and_the_rest_is_shown(tmp_path):
     synthetic.write(tmp_path / "r", SHORT)
     part = next((tmp_path / "r" / "layers").rglob("*.parquet"))
     part.write_bytes(part.read_bytes()[:200])
-    record = Record(open_run(tmp_path / "r"))
-    assert record.grids("layers", "stream_rms")[0].rows == ()
-    assert len(record.steps()["step"]) == 30
-    assert any(part.name in name for name in record.problems())
+    cache = RunCache(open_run(tmp_path / "r"))
+    assert cache.grids("layers", "stream_rms")[0].rows == ()
+    assert len(cache.steps()["step"]) == 30
+    assert any(part.name in name for name in cache.problems())
 
 
 def test_every_view_survives_its_address():
     view = View(
         steps=(3, 90), step=7, site=(3, 1), layer=2, metric="flip_any", over="max", scale="log"
     )
-    assert View.parse(view.search()) == view
-    assert View().search() == ""
+    assert View.parse(view.query_string()) == view
+    assert View().query_string() == ""
 
 
 @pytest.mark.parametrize(
@@ -251,23 +251,23 @@ def test_nonsense_in_an_address_is_ignored(search):
 
 def test_a_drag_and_a_double_click():
     view = View(layer=2)
-    assert zoomed(view, {"xaxis.range[0]": 9.6, "xaxis.range[1]": 20.2}).steps == (10, 20)
-    assert zoomed(view, {"xaxis2.range": [5, 3]}).steps == (3, 5)
-    assert zoomed(view.but(steps=(1, 2)), {"xaxis.autorange": True}).steps is None
-    assert zoomed(view, {"autosize": True}) == view
-    assert zoomed(view, None) == view
+    assert apply_zoom(view, {"xaxis.range[0]": 9.6, "xaxis.range[1]": 20.2}).steps == (10, 20)
+    assert apply_zoom(view, {"xaxis2.range": [5, 3]}).steps == (3, 5)
+    assert apply_zoom(view.replaced(steps=(1, 2)), {"xaxis.autorange": True}).steps is None
+    assert apply_zoom(view, {"autosize": True}) == view
+    assert apply_zoom(view, None) == view
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(GeodiagError, match="holds no runs"):
-        Library(tmp_path)
+        RunLibrary(tmp_path)
     with pytest.raises(GeodiagError, match="does not exist"):
-        Library(tmp_path / "nowhere")
+        RunLibrary(tmp_path / "nowhere")
 
 
 def test_the_list_follows_the_folder(tmp_path):
     synthetic.write(tmp_path / "a", SHORT)
-    library = Library(tmp_path)
+    library = RunLibrary(tmp_path)
     assert library.names() == ["a"]
     synthetic.write(tmp_path / "b", SHORT)
     assert library.names() == ["a", "b"]
@@ -281,15 +281,15 @@ def test_a_request_is_asked_and_then_answered(tmp_path):
 
     run = synthetic.create(tmp_path / "r", SHORT)
     synthetic.write_rows(run, SHORT, 0, 10)
-    library = Library(tmp_path)
+    library = RunLibrary(tmp_path)
     answer = _ask(library, "/run/r/overview", "on", 4)
     said = json.loads((tmp_path / "r" / "control.json").read_text())
     assert (said["routing"], said["delay_steps"], said["id"]) == ("on", 4, answer["id"])
     assert "asked: on" in str(state(library.get("r")))
     data = {"request": said["id"], "routing": "on"}
     run.event(Event(step=10, kind="acknowledge", message="routing on", data=data, time=time.time()))
-    record = library.get("r")
-    assert "asked" not in str(state(record))
-    assert policy(record) == "on"
+    cache = library.get("r")
+    assert "asked" not in str(state(cache))
+    assert policy(cache) == "on"
     run.close()
     assert "not running" in _ask(library, "/run/r/overview", "off", 4)["error"]

@@ -5,15 +5,15 @@ import plotly.graph_objects as go
 import pytest
 
 from geodiag.dashboard.data.grid import Grid
-from geodiag.dashboard.data.timeline_marks import Span, Spike
+from geodiag.dashboard.data.timeline_marks import RoutingSpan, SpikeMark
 from geodiag.dashboard.figures.colour_scale import shade
 from geodiag.dashboard.figures.colours import oklab
 from geodiag.dashboard.figures.depth_profile import Curve, profile
-from geodiag.dashboard.figures.downsample import broken, thinned
+from geodiag.dashboard.figures.downsample import downsampled, nonfinite_steps
 from geodiag.dashboard.figures.heat import Panel, heat_map
 from geodiag.dashboard.figures.lines import Line, Strip, over_steps
-from geodiag.dashboard.figures.maps import Tile, maps
-from geodiag.dashboard.figures.matrix import matrices
+from geodiag.dashboard.figures.maps import Tile, residual_maps
+from geodiag.dashboard.figures.matrix import map_matrices
 from geodiag.dashboard.figures.style import DARK, LIGHT
 from geodiag.dashboard.figures.time_bins import binned, worst_step
 from geodiag.dashboard.figures.timeline import timeline
@@ -46,7 +46,7 @@ def test_a_spike_of_one_step_survives_a_million_steps(at, height):
     rng = np.random.default_rng(0)
     value = rng.normal(2, 0.05, 1_000_000).astype(np.float32)
     value[at] = height
-    points = thinned(np.arange(1_000_000), value)
+    points = downsampled(np.arange(1_000_000), value)
     assert len(points.x) < 4000
     assert points.y[points.x == at] == [height]
 
@@ -54,7 +54,7 @@ def test_a_spike_of_one_step_survives_a_million_steps(at, height):
 def test_two_opposite_spikes_side_by_side_both_survive():
     value = np.full(1_000_000, 2.0, np.float32)
     value[500_000], value[500_001] = 50.0, -50.0
-    points = thinned(np.arange(1_000_000), value)
+    points = downsampled(np.arange(1_000_000), value)
     assert points.y.max() == 50
     assert points.y.min() == -50
 
@@ -62,7 +62,7 @@ def test_two_opposite_spikes_side_by_side_both_survive():
 def test_a_spike_next_to_a_gap_survives():
     value = np.full(300_000, 2.0, np.float32)
     value[1000:1010], value[1010] = np.nan, 30.0
-    assert np.nanmax(thinned(np.arange(300_000), value).y) == 30
+    assert np.nanmax(downsampled(np.arange(300_000), value).y) == 30
 
 
 def test_every_tenth_point_alone_loses_the_spike():
@@ -75,7 +75,7 @@ def test_every_tenth_point_alone_loses_the_spike():
 
 def test_what_was_not_measured_is_a_gap_and_never_zero():
     value = np.array([1, 1, 1, np.nan, np.nan, np.nan, 1, 1], np.float32)
-    points = thinned(np.arange(8), value)
+    points = downsampled(np.arange(8), value)
     assert np.isnan(points.y).sum() == 1
     assert not (points.y == 0).any()
     assert points.x[np.isnan(points.y)] == [4]
@@ -84,7 +84,7 @@ def test_what_was_not_measured_is_a_gap_and_never_zero():
 def test_a_metric_of_every_tenth_step_is_one_line_and_not_all_gaps():
     value = np.full(100, np.nan, np.float32)
     value[::10] = 1.0
-    assert not np.isnan(thinned(np.arange(100), value).y).any()
+    assert not np.isnan(downsampled(np.arange(100), value).y).any()
 
 
 def test_a_loss_that_is_not_finite_is_a_mark():
@@ -94,7 +94,7 @@ def test_a_loss_that_is_not_finite_is_a_mark():
     marks = [t for t in fig.data if t.name == "loss not finite"]
     assert list(marks[0].x) == [40]
     assert not np.isinf(fig.data[0].y).any()
-    assert broken(np.arange(3), np.array([1, np.nan, 2])).size == 0
+    assert nonfinite_steps(np.arange(3), np.array([1, np.nan, 2])).size == 0
 
 
 def test_series_without_values_are_left_out():
@@ -123,8 +123,10 @@ def test_a_rate_that_stayed_0_is_not_drawn_as_if_it_could_be_negative():
 def test_the_timeline_marks_onset_peak_end_and_routing():
     loss = np.full(100, 2.0)
     loss[50:60] = 5.0
-    spike = Spike(kind="spike", onset=50, detected=52, peak=55, end=70, score=9.0)
-    fig = timeline(steps_table(loss=loss), [spike], [Span(mode="on", start=60, end=80)], LIGHT)
+    spike = SpikeMark(kind="spike", onset=50, detected=52, peak=55, end=70, score=9.0)
+    fig = timeline(
+        steps_table(loss=loss), [spike], [RoutingSpan(mode="on", start=60, end=80)], LIGHT
+    )
     named = {t.name: t for t in fig.data}
     assert list(named["spike onset"].x) == [50]
     assert (list(named["spike peak"].x), list(named["spike peak"].y)) == ([55], [5.0])
@@ -160,18 +162,23 @@ def test_a_run_of_one_step_is_seen_and_its_axis_names_that_step():
 
 def test_maps_that_are_not_finite_say_so():
     nan, ones = np.full((4, 4), np.nan), np.eye(4)
-    assert "not finite" in matrices({"res": nan}, LIGHT).layout.annotations[0].text
+    assert "not finite" in map_matrices({"res": nan}, LIGHT).layout.annotations[0].text
     assert (
-        "not finite" in maps([("now", [Tile("a", nan)])], LIGHT, "none").layout.annotations[0].text
+        "not finite"
+        in residual_maps([("now", [Tile("a", nan)])], LIGHT, "none").layout.annotations[0].text
     )
     assert (
-        len(maps([("before", [Tile("a", ones)]), ("now", [Tile("a", nan)])], LIGHT, "none").data)
+        len(
+            residual_maps(
+                [("before", [Tile("a", ones)]), ("now", [Tile("a", nan)])], LIGHT, "none"
+            ).data
+        )
         == 1
     )
 
 
 def test_a_long_sentence_in_an_empty_chart_is_broken_where_the_narrowest_card_ends():
-    fig = matrices({}, LIGHT)
+    fig = map_matrices({}, LIGHT)
     lines = fig.layout.annotations[0].text.split("<br>")
     assert " ".join(lines) == "No token-mean maps on record for this site up to this step."
     assert len(lines) == 2
@@ -322,21 +329,21 @@ def test_a_profile_takes_the_newest_sample_up_to_its_step():
 
 def test_matrices_are_not_transposed():
     m = np.array([[1.0, 0.2], [0.0, 1.0]])
-    fig = matrices({"res": m}, LIGHT)
+    fig = map_matrices({"res": m}, LIGHT)
     assert fig.data[0].z[0][1] == 0.2
     assert fig.layout.yaxis.autorange == "reversed"
     assert not np.array_equal(fig.data[0].z, m.T)  # the twin: a symmetric example would not tell
 
 
-@pytest.mark.parametrize("look", [LIGHT, DARK])
-def test_equal_steps_of_value_are_equal_steps_of_lightness(look):
-    light = np.array([oklab(c)[0] for _, c in look.heat])
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_equal_steps_of_value_are_equal_steps_of_lightness(theme):
+    light = np.array([oklab(c)[0] for _, c in theme.heat])
     step = np.diff(light)
     assert (np.sign(step) == np.sign(step[0])).all()
     assert np.abs(step / step.mean() - 1).max() < 0.15
-    half = len(look.gain) // 2
-    middle = oklab(look.gain[half][1])[0]
-    ends = [oklab(look.gain[i][1])[0] for i in (0, -1)]
+    half = len(theme.gain) // 2
+    middle = oklab(theme.gain[half][1])[0]
+    ends = [oklab(theme.gain[i][1])[0] for i in (0, -1)]
     assert all(abs(e - middle) > 0.4 for e in ends)
 
 

@@ -61,8 +61,8 @@ def test_a_drag_zooms_every_page_and_a_double_click_ends_it(page):
     assert (low, high) == (pytest.approx(299, abs=8), pytest.approx(449, abs=8))
     page.locator(".g-tab a", has_text="Gain").click()
     chart(page, "gain-heat")
-    zoomed = "document.querySelector('#gain-heat .js-plotly-plot')?._fullLayout?.xaxis?.range"
-    until(page, f"JSON.stringify({zoomed}) === '[{low},{high}]'")
+    apply_zoom = "document.querySelector('#gain-heat .js-plotly-plot')?._fullLayout?.xaxis?.range"
+    until(page, f"JSON.stringify({apply_zoom}) === '[{low},{high}]'")
     box = plot_area(page, "gain-heat")
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     until(page, "!location.search.includes('steps=')", lambda: page.mouse.dblclick(*middle))
@@ -224,11 +224,11 @@ def test_without_the_token_the_browser_gets_one_line(chromium, served):
 @pytest.fixture
 def live(runs):
     """A run that is still being trained, as far as anybody can tell; the test plays the training."""
-    story = synthetic.Story(steps=200, layers=3, seed=5)
-    run = synthetic.create(runs / "live", story)
-    synthetic.write_rows(run, story, 0, 40)
+    script = synthetic.RunScript(steps=200, layers=3, seed=5)
+    run = synthetic.create(runs / "live", script)
+    synthetic.write_rows(run, script, 0, 40)
     run.heartbeat(39)
-    run.story = story
+    run.script = script
     yield run
     run.close()
 
@@ -253,11 +253,11 @@ def test_routing_is_asked_and_then_on_and_the_page_follows_the_training(page, li
         )
     )  # fmt: skip
     live.event(Event(step=40, kind="decision", message="dashboard asked for on", time=time.time()))
-    columns = live.story.steps_columns(np.arange(40, 60)) | {
+    columns = live.script.steps_columns(np.arange(40, 60)) | {
         "routing_mode": ["warmup"] * 4 + ["on"] * 16
     }
     live.append("steps", columns)
-    live.append("layers", live.story.layers_columns(np.arange(40, 60)))
+    live.append("layers", live.script.layers_columns(np.arange(40, 60)))
     page.get_by_text("now: on").wait_for()
     state = page.locator("#control-state").inner_text()
     assert "asked" not in state.replace("dashboard asked for on", "")
@@ -272,7 +272,7 @@ def test_the_profile_follows_the_newest_step_of_a_live_run(page, live):
     page.goto(f"{page.home}run/live/gain")
     page.get_by_text("step 39, the newest").wait_for()
     chart(page, "gain-heat")
-    synthetic.write_rows(live, live.story, 40, 90)
+    synthetic.write_rows(live, live.script, 40, 90)
     page.get_by_text("step 89, the newest").wait_for()
     until(
         page, "document.querySelector('#gain-heat .js-plotly-plot')._fullLayout.xaxis.range[1] > 88"

@@ -61,9 +61,9 @@ def messages(folder: Path, kind: str) -> list[str]:
 
 @pytest.mark.browser
 def test_the_page_switches_a_live_training_and_the_training_obeys(training: Path, chromium) -> None:
-    from geodiag.dashboard.serve import Served
+    from geodiag.dashboard.serve import DashboardServer
 
-    page = Served(training, "127.0.0.1", 0, None)
+    page = DashboardServer(training, "127.0.0.1", 0, None)
     thread = threading.Thread(target=page.run, daemon=True)
     thread.start()
     try:

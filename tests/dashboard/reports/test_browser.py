@@ -13,12 +13,12 @@ from geodiag.dashboard.reports.comparison_page import page as compare_page
 from geodiag.dashboard.reports.report_page import report
 from geodiag.run import open_run
 from tests.dashboard import synthetic
-from tests.dashboard.story import Story, Tear
+from tests.dashboard.run_script import RunScript, ScriptedSpike
 
 pytestmark = pytest.mark.browser
 
 NAME = "<img src=x onerror=alert(1)>"
-SHORT = Story(steps=120, seed=7, tears=(Tear(onset=80, layer=2, expert=1),))
+SHORT = RunScript(steps=120, seed=7, spikes=(ScriptedSpike(onset=80, layer=2, expert=1),))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from geodiag.dashboard.components.components import tip
 from geodiag.dashboard.figures.run_overlay import Panel, Track, overlay, stroke
 from geodiag.dashboard.figures.style import DARK, LIGHT
 from geodiag.dashboard.reports.comparison import better, compare
-from geodiag.dashboard.reports.figure import both, differences
+from geodiag.dashboard.reports.figure import differences, light_and_dark
 from geodiag.dashboard.reports.run_labels import labels_of
 from geodiag.dashboard.reports.static_html import render
 from geodiag.errors import GeodiagError
@@ -27,7 +27,7 @@ from geodiag.run import Run, open_run
 EVIL = "<img src=x onerror=alert(1)>'\"</script><script>alert(2)</script>"
 
 
-def record(
+def write_run(
     path: Path, steps: int, level: float, gain: float, spike: int | None = None, **create: Any
 ) -> Run:
     """A closed run whose loss is `level` throughout, and whose composite gain is `gain` at the last
@@ -57,7 +57,7 @@ def record(
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
-    record(
+    write_run(
         tmp_path / "a",
         20,
         3.0,
@@ -65,11 +65,11 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
         spike=10,
         config={"model": {"layers": 1, "wide": 8}, "seed": 0},
     )
-    record(tmp_path / "b", 80, 2.5, 4.0, config={"model": {"layers": 1}, "seed": 1})
+    write_run(tmp_path / "b", 80, 2.5, 4.0, config={"model": {"layers": 1}, "seed": 1})
     return tmp_path / "a", tmp_path / "b"
 
 
-class Seen(HTMLParser):
+class PageElements(HTMLParser):
     """The elements of a file, with their attributes."""
 
     def __init__(self, text: str) -> None:
@@ -169,7 +169,7 @@ def test_a_page_fetches_nothing_and_holds_the_charting_library_once(pair, cli, t
     cli("compare", *pair, "--out", tmp_path / "c.html")
     for name in ("r.html", "c.html"):
         text = (tmp_path / name).read_text()
-        seen = Seen(text)
+        seen = PageElements(text)
         links = [
             a
             for _, a in seen.tags
@@ -186,17 +186,17 @@ def test_a_page_fetches_nothing_and_holds_the_charting_library_once(pair, cli, t
 
 def test_whatever_a_run_says_stays_text(tmp_path, cli) -> None:
     folder = tmp_path / "<b onclick=alert(3)>&amp; <"
-    story = record(folder, 30, 2.0, 1.2, spike=20, config={EVIL: EVIL, "list": [EVIL]})
+    script = write_run(folder, 30, 2.0, 1.2, spike=20, config={EVIL: EVIL, "list": [EVIL]})
     run = Run.create(
         folder, found={"family": EVIL, "missing": [EVIL], EVIL: 1}, config={EVIL: EVIL}
     )
     run.append("steps", {"step": [30], "loss": [2.0]})
     run.event(Event(step=30, kind="problem", message=EVIL, site=EVIL))
     run.close()
-    other = record(tmp_path / "other", 30, 2.0, 1.2)
-    plain = Seen(_page(cli, tmp_path, "report", other.url))
-    for command, runs in (("report", [story.url]), ("compare", [story.url, other.url])):
-        seen = Seen(_page(cli, tmp_path, command, *runs))
+    other = write_run(tmp_path / "other", 30, 2.0, 1.2)
+    plain = PageElements(_page(cli, tmp_path, "report", other.url))
+    for command, runs in (("report", [script.url]), ("compare", [script.url, other.url])):
+        seen = PageElements(_page(cli, tmp_path, command, *runs))
         assert [t for t, _ in seen.tags if t in ("script", "b")].count("script") == 3
         assert [a for _, a in seen.tags if any(k.startswith("on") for k in a)] == []
         assert [a["src"][:5] for t, a in seen.tags if t == "img" and a["src"]] == ["data:"], (
@@ -231,13 +231,13 @@ def test_a_component_becomes_html_and_text_in_it_is_escaped() -> None:
 
 
 def test_the_dark_figure_is_the_light_one_and_its_changes() -> None:
-    def make(look):
+    def make(theme):
         x = np.arange(3000)
         return overlay(
-            [Track("a", x, x)], [Panel("loss", "", [np.sin(x / 50).astype(np.float32)], 100)], look
+            [Track("a", x, x)], [Panel("loss", "", [np.sin(x / 50).astype(np.float32)], 100)], theme
         )
 
-    made = both(make)
+    made = light_and_dark(make)
     figure = json.loads(json.dumps(made["figure"]))
     for path, value in made["dark"]:
         at = figure
@@ -253,8 +253,8 @@ def test_the_dark_figure_is_the_light_one_and_its_changes() -> None:
 
 
 def test_twelve_runs_have_twelve_strokes() -> None:
-    for look in (LIGHT, DARK):
-        assert len({stroke(i, look) for i in range(12)}) == 12
+    for theme in (LIGHT, DARK):
+        assert len({stroke(i, theme) for i in range(12)}) == 12
 
 
 # -- odd runs ------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_twelve_runs_have_twelve_strokes() -> None:
 
 def test_runs_of_one_name_are_told_apart(tmp_path) -> None:
     for place in ("x/day/run", "y/day/run", "y/run", "z"):
-        record(tmp_path / place, 3, 2.0, 1.0)
+        write_run(tmp_path / place, 3, 2.0, 1.0)
     runs = [open_run(tmp_path / p) for p in ("x/day/run", "y/day/run", "y/run", "z")]
     assert labels_of(runs) == ["x/day/run", "y/day/run", "y/run", "z"]
 
@@ -337,7 +337,7 @@ def test_the_newest_attempt_is_compared_and_a_spike_that_was_rolled_back_is_kept
     run.next_attempt()
     run.append("steps", {"step": range(12, 30), "loss": [2.0] * 18})
     run.close()
-    record(tmp_path / "calm", 30, 2.0, 1.0)
+    write_run(tmp_path / "calm", 30, 2.0, 1.0)
     told = compare([open_run(tmp_path / "r"), open_run(tmp_path / "calm")])
     assert told.shared()["loss"] == [2.0, 2.0]
     from geodiag.dashboard.reports.comparison_page import draw_losses
@@ -354,7 +354,7 @@ def test_ranks_are_one_run(tmp_path, cli) -> None:
         run.append("steps", {"step": range(10), "loss": [loss] * 10, "tokens": [50.0] * 10})
     for run in reversed(ranks):
         run.close()
-    record(tmp_path / "one", 10, 3.5, 1.0)
+    write_run(tmp_path / "one", 10, 3.5, 1.0)
     said = json.loads(cli("compare", tmp_path / "two", tmp_path / "one", "--json").output)
     assert said["shared"]["loss"] == [3.0, 3.5]
     assert [r["tokens"] for r in said["runs"]] == [1000, 1000]

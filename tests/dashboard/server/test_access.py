@@ -5,7 +5,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from geodiag.dashboard.app import create_app
-from geodiag.dashboard.serve import Served, serve
+from geodiag.dashboard.serve import DashboardServer, serve
 from geodiag.dashboard.server.access import new_token
 from geodiag.errors import GeodiagError
 
@@ -94,7 +94,7 @@ def test_nothing_may_be_fetched_from_elsewhere(app):
 
 
 def test_a_port_in_use_names_one_that_is_free(runs):
-    first = Served(runs, "127.0.0.1", 0, None)
+    first = DashboardServer(runs, "127.0.0.1", 0, None)
     try:
         with pytest.raises(
             GeodiagError, match=rf"port {first.port} is in use; pass --port \d+, which is free"
@@ -117,7 +117,7 @@ def test_an_empty_folder_is_refused_before_anything_is_served(tmp_path):
 def test_the_command_prints_the_address_with_its_token(runs, monkeypatch):
     from geodiag.cli.dashboard import dashboard
 
-    monkeypatch.setattr(Served, "run", lambda self: self._server.server_close())
+    monkeypatch.setattr(DashboardServer, "run", lambda self: self._server.server_close())
     cli = Typer()
     cli.command()(dashboard)
     out = CliRunner().invoke(cli, [str(runs), "--port", "0", "--token", "abc"])

@@ -13,7 +13,7 @@ from geodiag.metrics.schema import SITES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tear:
+class ScriptedSpike:
     """A loss spike that starts in one expert, spreads to the routers, is amplified, and reaches the
     loss.
     """
@@ -43,7 +43,7 @@ class Tear:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Story:
+class RunScript:
     """What a synthetic run is like."""
 
     residual: str = "mhc"
@@ -51,13 +51,13 @@ class Story:
     experts: int = 8
     streams: int = 4
     steps: int = 600
-    tears: tuple[Tear, ...] = ()
+    spikes: tuple[ScriptedSpike, ...] = ()
     probe_every: int = 10
     matrices_every: int = 50
     routing_on: tuple[tuple[int, int], ...] = ()
     """Spans of anticipatory routing, warm-up to the end of drain."""
     delay: int = 8
-    traced: int = 6
+    token_trajectories: int = 6
     """Tokens that are followed down the layers."""
     seed: int = 0
 
@@ -83,11 +83,11 @@ class Story:
         norm = 0.9 + 1.6 * np.exp(-step_S / 60) + np.abs(rng.normal(0, 0.06, n))
         stages = np.abs(rng.normal(0, 0.7, (3, n)))
         score = rng.normal(0, 0.9, n)
-        for tear in self.tears:
-            loss += 1.5 * tear.pulse(step_S)
-            norm += 7 * tear.pulse(step_S)
-            score += 14 * tear.pulse(step_S)
-            stages += np.stack([(16, 11, 13)[i] * tear.pulse(step_S, i + 1) for i in range(3)])
+        for spike in self.spikes:
+            loss += 1.5 * spike.pulse(step_S)
+            norm += 7 * spike.pulse(step_S)
+            score += 14 * spike.pulse(step_S)
+            stages += np.stack([(16, 11, 13)[i] * spike.pulse(step_S, i + 1) for i in range(3)])
         if self.residual == "hc":
             stages[2] += 9 * (step_S / self.steps) ** 2
             loss += 0.15 * (step_S / self.steps) ** 3
@@ -228,9 +228,9 @@ class Story:
             0, 0.25, (1, *shape[1:])
         )
         rms = 1.0 + np.abs(rng.normal(0, 0.08, shape))
-        for tear in self.tears:
-            rms[:, tear.layer, tear.expert] += 8 * tear.pulse(step_S, 1)
-            skew[:, tear.layer, tear.expert] += 1.1 * tear.pulse(step_S, 2)
+        for spike in self.spikes:
+            rms[:, spike.layer, spike.expert] += 8 * spike.pulse(step_S, 1)
+            skew[:, spike.layer, spike.expert] += 1.1 * spike.pulse(step_S, 2)
         load = np.exp(skew)
         load /= load.sum(-1, keepdims=True)
         index = np.indices(shape).reshape(3, -1)
@@ -273,21 +273,23 @@ class Story:
 
     def tokens_columns(self, step_S: np.ndarray) -> dict | None:
         sampled = step_S[step_S % self.probe_every == 0]
-        if not self.traced or not len(sampled):
+        if not self.token_trajectories or not len(sampled):
             return None
         fixed = np.random.default_rng([self.seed, 7])
         rows = 2 * self.layers
-        drift_TR2 = np.cumsum(fixed.normal(0.02, 0.1, (self.traced, rows, 2)), 1)
-        home_TR = fixed.integers(0, self.experts, (self.traced, rows))
+        drift_TR2 = np.cumsum(fixed.normal(0.02, 0.1, (self.token_trajectories, rows, 2)), 1)
+        home_TR = fixed.integers(0, self.experts, (self.token_trajectories, rows))
         step, token, row = (
             k.reshape(-1)
-            for k in np.meshgrid(sampled, np.arange(self.traced), range(rows), indexing="ij")
+            for k in np.meshgrid(
+                sampled, np.arange(self.token_trajectories), range(rows), indexing="ij"
+            )
         )
         layer, ffn = row // 2, row % 2 == 1
         stale = np.zeros(len(step))
-        for tear in self.tears:
-            near = (layer >= tear.layer) & (layer <= tear.layer + 2)
-            stale += near * tear.pulse(step, 2)
+        for spike in self.spikes:
+            near = (layer >= spike.layer) & (layer <= spike.layer + 2)
+            stale += near * spike.pulse(step, 2)
         stale *= ffn & (layer > 0)
         moved = stale > 0.15
         expert = (home_TR[token, row] + 3 * moved) % self.experts
@@ -304,14 +306,14 @@ class Story:
 
     def events(self) -> list[Event]:
         out = [Event(step=0, kind="attempt", message="training began", time=1.7e9)]
-        for tear in self.tears:
-            where = {"layer": tear.layer, "site": "ffn", "expert": tear.expert}
+        for spike in self.spikes:
+            where = {"layer": spike.layer, "site": "ffn", "expert": spike.expert}
             message = (
-                f"planted expert-scale in layer {tear.layer}, expert {tear.expert}: weights × 6"
+                f"planted expert-scale in layer {spike.layer}, expert {spike.expert}: weights × 6"
             )
             out.append(
                 Event(
-                    step=tear.onset - tear.leads[0],
+                    step=spike.onset - spike.leads[0],
                     kind="fault",
                     message=message,
                     time=1.7e9,
@@ -320,38 +322,38 @@ class Story:
             )
             data = {
                 "kind": "spike",
-                "onset": tear.onset,
-                "detected": tear.onset + 2,
+                "onset": spike.onset,
+                "detected": spike.onset + 2,
                 "peak": None,
                 "end": None,
                 "score": 8.4,
             }
-            message = f"loss left its trend at step {tear.onset}: 8.4 robust σ"
+            message = f"loss left its trend at step {spike.onset}: 8.4 robust σ"
             out.append(
                 Event(
-                    step=tear.onset + 2,
+                    step=spike.onset + 2,
                     kind="spike",
                     message=message,
                     data=data,
-                    time=1.7e9 + tear.onset,
+                    time=1.7e9 + spike.onset,
                 )
             )
-            data = data | {"peak": tear.peak, "end": tear.end, "score": 14.1}
-            warned = tear.onset - 9
-            message = f"layer {tear.layer} left its range at step {warned - 2}: stage 1"
+            data = data | {"peak": spike.peak, "end": spike.end, "score": 14.1}
+            warned = spike.onset - 9
+            message = f"layer {spike.layer} left its range at step {warned - 2}: stage 1"
             out.append(
                 Event(
                     step=warned, kind="early_warning", message=message, time=1.7e9 + warned, **where
                 )
             )
-            message = f"spike of step {tear.onset} is over; it peaked at step {tear.peak}"
+            message = f"spike of step {spike.onset} is over; it peaked at step {spike.peak}"
             out.append(
                 Event(
-                    step=tear.end,
+                    step=spike.end,
                     kind="recovered",
                     message=message,
                     data=data,
-                    time=1.7e9 + tear.end,
+                    time=1.7e9 + spike.end,
                 )
             )
         for a, b in self.routing_on:
@@ -371,14 +373,14 @@ class Story:
         all below.
         """
         felt = np.zeros((len(step_S), len(layer_R)))
-        for tear in self.tears:
-            distance = layer_R - tear.layer
+        for spike in self.spikes:
+            distance = layer_R - spike.layer
             share = np.where(
                 (distance >= 0) & ((distance <= reach) | below),
                 0.75**distance if not below else 1,
                 0,
             )
-            felt += tear.pulse(step_S, stage)[:, None] * share[None]
+            felt += spike.pulse(step_S, stage)[:, None] * share[None]
         return felt
 
 
