@@ -360,7 +360,7 @@ def test_a_spike_that_was_rolled_back_is_marked_on_its_own_loss_and_has_no_end()
         {"kind": "spike", "step": 152, "attempt": 0, "message": "", "data": data},
         {"kind": "recovered", "step": 120, "attempt": 1, "message": "", "data": over},
     ]
-    (spike,) = spikes(rows)
+    (spike,) = spikes_from_events(rows)
     assert (spike.end, spike.attempt) == (None, 0)
     steps = {"step": STEPS, "loss": np.full(100, 2.0), "grad_norm": np.ones(100)}
     steps |= {f"stage{i}_score": np.zeros(100) for i in (1, 2, 3)}
