@@ -18,3 +18,7 @@ Packages, from the ground up. A package imports only packages to the left of it:
 
 Every figure is drawn from a `RunCache` (data) and a `View` (url), and from nothing else.
 """
+
+if __name__ == "dashboard":
+    # A second import name would load a second copy of every class.
+    raise ImportError("import geodiag.dashboard, not dashboard")
