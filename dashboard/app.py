@@ -24,7 +24,7 @@ from flask import request as http
 from geodiag.dashboard.components import control_panel, frame
 from geodiag.dashboard.components.components import notice
 from geodiag.dashboard.pages import activations, cascade, events, gain, overview, routing, runs
-from geodiag.dashboard.server.access import guard, new_token
+from geodiag.dashboard.server.access import new_token, require_token
 from geodiag.dashboard.server.compression import compress, preload
 from geodiag.dashboard.server.run_library import RunLibrary
 from geodiag.dashboard.url.url_state import View
@@ -55,7 +55,7 @@ def create_app(
     )
     app.layout = frame.page_frame
     app.server.config["GEODIAG_TOKEN"] = token = token or new_token()
-    guard(app.server, token, only_loopback)
+    require_token(app.server, token, only_loopback)
     compress(app.server)
     preload(app.server, [name for name, page in PAGES.items() if page is not events])
 
@@ -81,7 +81,7 @@ def page_at(library: RunLibrary, pathname: str | None, search: str | None) -> ht
     parts = (pathname or "/").strip("/").split("/")
     if parts == [""]:
         return runs.layout(library)
-    cache = library.at(pathname)
+    cache = library.at_address(pathname)
     page = PAGES.get(parts[2] if len(parts) > 2 else "overview")
     if cache is None or page is None:
         what = "There is no such run here." if cache is None else "There is no such page."
@@ -95,7 +95,7 @@ def live_state(library: RunLibrary, pathname: str | None, old: dict | None) -> t
     """
     if (pathname or "/").strip("/") == "":
         return no_update, False, [], [], []
-    cache = library.at(pathname)
+    cache = library.at_address(pathname)
     if cache is None:
         return no_update, True, [], [], []
     status = cache.run.status()
@@ -113,7 +113,9 @@ def _register_frame(app: Dash, library: RunLibrary) -> None:
     @app.callback(Output("nav", "children"), Input("url", "pathname"), Input("url", "search"))
     def tabs(pathname, search):
         single = library.single is not None
-        return frame.nav(library.at(pathname), TABS, pathname or "/", View.parse(search), single)
+        return frame.nav(
+            library.at_address(pathname), TABS, pathname or "/", View.parse(search), single
+        )
 
     @app.callback(
         Output("pulse", "data"),

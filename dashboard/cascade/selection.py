@@ -101,7 +101,7 @@ def cascade_of(cache: RunCache, step: int | None) -> Cascade | str | None:
     said = known[mine[-1]] if mine else step
     key = ("cascade", said, min(newest, step + _AFTER), len(cache.attempt_starts()))
     try:
-        return cache.kept(key, lambda: explain(cache.run, mine[-1] if mine else step))
+        return cache.cached(key, lambda: explain(cache.run, mine[-1] if mine else step))
     except GeodiagError as e:
         return str(e)
 
@@ -161,7 +161,7 @@ def stages_of(cache: RunCache, window: tuple[int, int]) -> StageMap:
     first = window[0] - window[0] % stride
     reached = window[1] if newest > window[1] else newest - newest % stride
     key = ("stages", first, reached, len(cache.attempt_starts()))
-    return cache.kept(key, lambda: stage_map(cache.run, first, window[1]))
+    return cache.cached(key, lambda: stage_map(cache.run, first, window[1]))
 
 
 def cell_of(view: View, cascade: Cascade | None, stages: StageMap) -> StageCell | None:
@@ -188,7 +188,7 @@ def _missing(cache: RunCache, stages: StageMap) -> dict[int, str]:
         return dict.fromkeys(STAGES, nothing)
     if not np.isfinite(stages.scores).any():
         return dict.fromkeys(STAGES, "Too few samples so far to know what is usual.")
-    found = cache.said("found")
+    found = cache.manifest_section("found")
     out = {}
     if "experts" in found and not found["experts"]:
         out[1] = "This model has no experts: nothing is measured here."

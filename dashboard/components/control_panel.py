@@ -49,7 +49,7 @@ def panel(cache: RunCache) -> html.Section:
 def state(cache: RunCache, error: str | None = None) -> list:
     """*Asked* or not, what holds now, and why it was last decided."""
     steps, events, request = cache.steps(), cache.events(), cache.run.pending()
-    mode = cache.mode()
+    mode = cache.routing_mode()
     since = _since(steps) if len(steps["step"]) else None
     lines: list[Any] = []
     if error:
@@ -95,8 +95,8 @@ def policy(cache: RunCache) -> str | None:
             and said.get("routing") in MODES
         ):
             return said["routing"]
-    routing = cache.said("config").get("routing")
-    began = routing.get("policy") if isinstance(routing, dict) else cache.option("routing")
+    routing = cache.manifest_section("config").get("routing")
+    began = routing.get("policy") if isinstance(routing, dict) else cache.setting("routing")
     return began if began in MODES else None
 
 
@@ -105,8 +105,8 @@ def delay(cache: RunCache) -> int:
     lag = cache.steps()["routing_lag"]
     if len(lag) and np.isfinite(lag[-1]) and lag[-1] > 0:
         return int(lag[-1])
-    routing = cache.said("config").get("routing")
-    said = routing.get("delay_steps") if isinstance(routing, dict) else cache.option("delay")
+    routing = cache.manifest_section("config").get("routing")
+    said = routing.get("delay_steps") if isinstance(routing, dict) else cache.setting("delay")
     return said if isinstance(said, int) and 0 <= said <= _MOST_DELAY else _DELAY
 
 
@@ -140,7 +140,7 @@ def register(app: Dash, library: RunLibrary) -> None:
         },
     )
     def show(pulse, asked, pathname):
-        return _show(library.at(pathname), (asked or {}).get("error"))
+        return _show(library.at_address(pathname), (asked or {}).get("error"))
 
 
 def _show(cache: RunCache | None, error: str | None) -> dict:
@@ -160,7 +160,7 @@ def _show(cache: RunCache | None, error: str | None) -> dict:
 
 
 def _ask(library: RunLibrary, pathname: str, mode: str, steps: Any) -> dict:
-    cache = library.at(pathname)
+    cache = library.at_address(pathname)
     if cache is None:
         return {"error": "This run is gone."}
     if cache.run.status() != "running":

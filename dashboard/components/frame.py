@@ -37,7 +37,10 @@ LEGEND = {
     kind: (kind.replace("_", " "), f"{said.capitalize()}.") for kind, said in MARK_HELP.items()
 }
 LEGEND |= {mode: (f"routing: {name}", ROUTING[mode]) for mode, name in MODES.items()}
-LEGEND["superseded"] = ("rolled-back steps", "Steps that were rolled back: a later attempt took their place.")
+LEGEND["superseded"] = (
+    "rolled-back steps",
+    "Steps that were rolled back: a later attempt took their place.",
+)
 
 
 def page_frame() -> dmc.MantineProvider:

@@ -56,7 +56,7 @@ def layer_of(cache: RunCache, view: View) -> int:
 
 def layer_shown(library: RunLibrary, pathname: str, view: View) -> str | None:
     """What the choice of layers shows at an address."""
-    cache = library.at(pathname)
+    cache = library.at_address(pathname)
     return str(layer_of(cache, view)) if cache else None
 
 

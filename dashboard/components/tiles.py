@@ -30,7 +30,7 @@ def tiles(cache: RunCache) -> list:
     """Step, loss, composite gain, flip rate, routing, spikes. How the training stands is at the top
     of every page.
     """
-    steps, mode = cache.steps(), cache.mode()
+    steps, mode = cache.steps(), cache.routing_mode()
     some = len(steps["step"]) > 0
     last = int(steps["step"][-1]) if some else None
     loss = float(steps["loss"][-1]) if some else None

@@ -1,7 +1,7 @@
-"""A grid: one metric as rows × steps, dense, ready to slice and draw.
+"""One metric as a dense array of rows × steps.
 
-Where there is no value the grid holds NaN; a value that was measured and is not finite is held as
-±inf (+inf where high is bad, −inf where low is), so that a gap and a blow-up can never be confused.
+NaN means "no value". A measured value that is not finite is stored as ±inf (+inf where high is bad,
+−inf where low is bad), so that a gap and a blow-up cannot be confused.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,13 @@ from geodiag.metrics.schema import METRICS, SITES, Metric
 # S steps, R rows (sites or experts), n table rows.
 
 SECOND_KEY = {"layers": "site", "experts": "expert"}
-"""What tells two rows of one layer apart."""
+"""The key column that distinguishes two rows of one layer."""
 _MOST_ROWS = 1 << 12
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One metric over rows and steps. A row is (layer, site index) or (layer, expert), in static
-    order.
-    """
+    """One metric over rows and steps. A row is (layer, site index) or (layer, expert)."""
 
     metric: Metric
     rows: tuple[tuple[int, int], ...]
@@ -31,23 +29,23 @@ class Grid:
     values_RS: np.ndarray
 
     def window(self, low: int | None, high: int | None) -> "Grid":
-        """The steps low ≤ step ≤ high, either end None for open."""
+        """Return the steps low ≤ step ≤ high; None leaves an end open."""
         a = 0 if low is None else int(np.searchsorted(self.steps_S, low))
         b = len(self.steps_S) if high is None else int(np.searchsorted(self.steps_S, high, "right"))
         return Grid(self.metric, self.rows, self.steps_S[a:b], self.values_RS[:, a:b])
 
     def of_layer(self, layer: int) -> "Grid":
-        """The rows of one layer."""
+        """Return the rows of one layer."""
         return self._rows([i for i, row in enumerate(self.rows) if row[0] == layer])
 
     def measured(self) -> "Grid":
-        """Without the rows in which this metric does not exist."""
+        """Return the rows that have at least one value."""
         return self._rows(
             np.flatnonzero(~np.isnan(self.values_RS).all(1)).tolist() if len(self.steps_S) else []
         )
 
     def at(self, step: int) -> np.ndarray:
-        """Every row's newest value at or before `step`."""
+        """Return the newest value of each row at or before `step`."""
         upto_RS = self.values_RS[:, : int(np.searchsorted(self.steps_S, step, "right"))]
         out_R = np.full(len(self.rows), np.nan, np.float32)
         for i, row_S in enumerate(upto_RS):
@@ -57,11 +55,11 @@ class Grid:
         return out_R
 
     def worst(self) -> tuple[float, int, tuple[int, int]] | None:
-        """(value, step, row) of the worst value there is, or None where nothing was measured."""
+        """Return (value, step, row) of the worst value, or None if nothing was measured."""
         if np.isnan(self.values_RS).all():
             return None
         pick = np.nanargmin if self.metric.worse == "low" else np.nanargmax
-        r, s = np.unravel_index(int(pick(self.values_RS)), self.values_RS.shape)
+        r, s = np.unravel_dense_index(int(pick(self.values_RS)), self.values_RS.shape)
         return float(self.values_RS[r, s]), int(self.steps_S[s]), self.rows[r]
 
     def _rows(self, keep: list[int]) -> "Grid":
@@ -71,7 +69,7 @@ class Grid:
 
 
 def row_name(row: tuple[int, int]) -> str:
-    """`3.ffn`: how a site is written in URLs and in hover texts."""
+    """Return the name of a site in URLs and hover texts, e.g. `3.ffn`."""
     return f"{row[0]}.{SITES[row[1]]}"
 
 
@@ -82,7 +80,7 @@ def to_grids(table: str, rows: pa.Table, names: list[str]) -> dict[str, Grid]:
     step_n, layer_n, second_n = (
         rows["step"].to_numpy(),
         rows["layer"].to_numpy(),
-        _second(table, rows),
+        _second_key(table, rows),
     )
     rank_n = rows["rank"].to_numpy()
     width = _rows_per_step(step_n, layer_n, second_n, rank_n)
@@ -91,8 +89,8 @@ def to_grids(table: str, rows: pa.Table, names: list[str]) -> dict[str, Grid]:
         values = {n: values_of(rows[n], METRICS[table, n]).reshape(-1, width).T for n in names}
         steps_S = step_n[::width]
         return {n: Grid(METRICS[table, n], keys, steps_S, v) for n, v in values.items()}
-    steps_S, column_n = _index(step_n)
-    codes_R, row_n = _index(layer_n.astype(np.int32) * _MOST_ROWS + second_n)
+    steps_S, column_n = _dense_index(step_n)
+    codes_R, row_n = _dense_index(layer_n.astype(np.int32) * _MOST_ROWS + second_n)
     keys = tuple((int(c // _MOST_ROWS), int(c % _MOST_ROWS)) for c in codes_R)
     grids = {}
     for name in names:
@@ -108,23 +106,24 @@ def to_grids(table: str, rows: pa.Table, names: list[str]) -> dict[str, Grid]:
     return grids
 
 
-def _second(table: str, rows: pa.Table) -> np.ndarray:
-    """Each row's expert, or its site's place in SITES."""
+def _second_key(table: str, rows: pa.Table) -> np.ndarray:
+    """Return the expert of each row, or the index of its site in SITES."""
     column = rows[SECOND_KEY[table]]
     if not pa.types.is_dictionary(column.type):
         return column.to_numpy()
     column = column.unify_dictionaries()
     known = column.chunk(0).dictionary.to_pylist() if column.num_chunks else []
-    place_of = np.array([SITES.index(k) for k in known] or [0], np.int16)
+    index_of = np.array([SITES.index(k) for k in known] or [0], np.int16)
     codes = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    return place_of[np.concatenate(codes)] if codes else np.array([], np.int16)
+    return index_of[np.concatenate(codes)] if codes else np.array([], np.int16)
 
 
 def _rows_per_step(
     step_n: np.ndarray, layer_n: np.ndarray, second_n: np.ndarray, rank_n: np.ndarray
 ) -> int:
-    """R, where every step is the same R rows in static order, of one rank: then a grid is a
-    reshape. 0 if not so.
+    """Return R if every step has the same R sorted rows of one rank, else 0.
+
+    With R rows per step, a grid is a reshape of the column.
     """
     if not len(step_n) or step_n[0] < 0:
         return 0
@@ -139,7 +138,7 @@ def _rows_per_step(
 
 
 def values_of(column: pa.ChunkedArray, metric: Metric) -> np.ndarray:
-    """Floats by the convention of this module: null → NaN, not finite → ±inf."""
+    """Return float32 values: null becomes NaN, a value that is not finite becomes ±inf."""
     value_n = column.to_numpy().astype(np.float32, copy=False)
     broken_n = ~np.isfinite(value_n)
     if broken_n.any():
@@ -171,8 +170,9 @@ def merge_ranks(parts: list[np.ndarray], metric: Metric, shape: tuple[int, ...])
 
 
 def extend(head: Grid, tail: Grid) -> Grid | None:
-    """`head` continued by `tail`, which wins where they overlap; None where `tail` has rows that
-    `head` has not.
+    """Return `head` continued by `tail`. Where they overlap, `tail` replaces `head`.
+
+    Return None if `tail` has rows that `head` does not have.
     """
     if not set(tail.rows) <= set(head.rows):
         return None
@@ -188,9 +188,7 @@ def extend(head: Grid, tail: Grid) -> Grid | None:
 
 
 def concatenate(parts: Sequence[Grid]) -> Grid | None:
-    """Grids of one metric, of one stretch of steps after another, as one; None where their rows
-    differ.
-    """
+    """Join grids of consecutive steps into one. Return None if their rows differ."""
     some = [p for p in parts if len(p.steps_S)] or parts[:1]
     first = some[0]
     if any(p.rows != first.rows for p in some):
@@ -201,12 +199,13 @@ def concatenate(parts: Sequence[Grid]) -> Grid | None:
     return Grid(first.metric, first.rows, steps_S, np.concatenate([p.values_RS for p in some], 1))
 
 
-def _index(key_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(sorted distinct keys, each key's place among them), by counting: keys are dense, and there
-    are millions.
+def _dense_index(key_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (sorted distinct keys, index of each key among them).
+
+    Counting is faster than sorting here: there are millions of keys from a small range.
     """
     if not len(key_n):
         return key_n, key_n
     low = key_n.min()
-    there = np.bincount(key_n - low) > 0
-    return np.flatnonzero(there) + low, (np.cumsum(there) - 1)[key_n - low]
+    present = np.bincount(key_n - low) > 0
+    return np.flatnonzero(present) + low, (np.cumsum(present) - 1)[key_n - low]

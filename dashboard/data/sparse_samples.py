@@ -1,4 +1,4 @@
-"""What is sampled seldom: residual maps and traced tokens, at their newest sample up to a step."""
+"""Metrics that are sampled rarely: residual maps and traced tokens near a step."""
 
 from functools import reduce
 
@@ -12,13 +12,11 @@ from geodiag.dashboard.data.trajectory import Trajectory
 from geodiag.metrics.schema import SITES
 
 _NEAR, _FAR = 64, 4096
-"""How far back to look for a sample, at first: a table can be large, and samples are rarely far
-apart.
-"""
+"""Steps to search for a sample, first near and then far, because a table can be large."""
 
 
 def newest_sample(cache: RunCache, table: str, step: int) -> int | None:
-    """The newest step up to `step` at which the table has rows."""
+    """Return the newest step up to `step` at which the table has rows."""
     for back in (_NEAR, _FAR, step + 1):
         known = cache.run.read_arrow(table, ["step"], steps=(max(0, step + 1 - back), step + 1))[
             "step"
@@ -29,8 +27,9 @@ def newest_sample(cache: RunCache, table: str, step: int) -> int | None:
 
 
 def nearest_sample(cache: RunCache, table: str, step: int) -> int | None:
-    """The first step from `step` on at which the table has rows, so that what happened at it shows;
-    else the newest.
+    """Return the first sample from `step` on, else the newest sample before `step`.
+
+    A sample from `step` on is preferred, because it shows the effect of what happened at `step`.
     """
     after = cache.run.read_arrow(table, ["step"], steps=(step, step + _NEAR))["step"]
     return int(after[0].as_py()) if len(after) else newest_sample(cache, table, step)
@@ -39,7 +38,7 @@ def nearest_sample(cache: RunCache, table: str, step: int) -> int | None:
 def site_matrices(
     cache: RunCache, layer: int, site: str, step: int
 ) -> tuple[int, dict[str, np.ndarray]] | None:
-    """(step, map → token-mean matrix) of one site."""
+    """Return (step, token-mean matrix of each map) of one site, or None."""
     at = cache.memo(("matrices at", step), lambda: newest_sample(cache, "matrices", step))
     if at is None:
         return None
@@ -49,20 +48,22 @@ def site_matrices(
 
 
 def composite_maps(cache: RunCache, layer: int, at: int) -> list[tuple[str, np.ndarray]]:
-    """(name, N×N) at a sampled step: the maps of a layer's sites, and the product of all from the
-    first site to it.
+    """Return (name, N×N matrix) at a sampled step: the residual maps of a layer and their product.
+
+    The last matrix is the composite map: H_res of all sites from the first to this layer,
+    multiplied in the order in which the streams pass them.
     """
     maps = _maps_at(cache, at)
     sites = sorted(where for where, name in maps if name == "res" and where[0] <= layer)
     own = [(row_name(s), maps[s, "res"]) for s in sites if s[0] == layer]
     if not own:
         return []
-    product = reduce(lambda so_far, s: maps[s, "res"] @ so_far, sites[1:], maps[sites[0], "res"])
+    product = reduce(lambda product, s: maps[s, "res"] @ product, sites[1:], maps[sites[0], "res"])
     return [*own, (f"{row_name(sites[0])} → {row_name(sites[-1])}", product)]
 
 
 def token_trajectories(cache: RunCache, at: int) -> list[Trajectory]:
-    """The traced tokens at a sampled step, each with its way through the sites in static order."""
+    """Return the path of each traced token through the sites at a sampled step."""
     rows = cache.memo(("tokens", at), lambda: cache.run.read_arrow("tokens", steps=(at, at + 1)))
     return _trajectories(rows)
 
@@ -91,10 +92,8 @@ def _trajectories(rows: pa.Table) -> list[Trajectory]:
 
 
 def samples_around(cache: RunCache, table: str, before: int, step: int) -> list[tuple[str, int]]:
-    """(what to call it, sampled step): the newest sample before `before`, where there is one, and
-    one near `step`.
-    """
-    key = ("around", table, before, step)
+    """Return (label, sampled step) of the newest sample before `before` and of one near `step`."""
+    key = ("samples around", table, before, step)
     near = cache.memo((*key, "near"), lambda: nearest_sample(cache, table, step))
     past = cache.memo(
         (*key, "past"), lambda: newest_sample(cache, table, before - 1) if before > 0 else None
@@ -104,7 +103,7 @@ def samples_around(cache: RunCache, table: str, before: int, step: int) -> list[
 
 
 def _maps_at(cache: RunCache, at: int) -> dict[tuple[tuple[int, int], str], np.ndarray]:
-    """((layer, site index), map) → matrix at a sampled step, ranks averaged."""
+    """Return the matrix of each ((layer, site index), map) at a sampled step, mean over ranks."""
     return cache.memo(("maps", at), lambda: _all_maps(cache, at))
 
 
@@ -118,7 +117,9 @@ def _all_maps(cache: RunCache, at: int) -> dict[tuple[tuple[int, int], str], np.
 
 def _matrix(cells: pd.DataFrame) -> np.ndarray:
     i, j = cells["i"].to_numpy(int), cells["j"].to_numpy(int)
-    total, count = np.zeros((i.max() + 1, j.max() + 1)), np.zeros((i.max() + 1, j.max() + 1))
+    shape = (i.max() + 1, j.max() + 1)
+    total = np.zeros(shape)
+    count = np.zeros(shape)
     np.add.at(total, (i, j), cells["value"].to_numpy(float))
     np.add.at(count, (i, j), 1)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -1,6 +1,4 @@
-"""Table `steps` as the pages see it: one value a step and column, ranks merged, and what later
-attempts took back.
-"""
+"""Table `steps` with one value per step, ranks merged, and the steps that were replaced later."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +16,7 @@ from geodiag.store.manifest import known_starts
 
 
 class SupersededSteps(NamedTuple):
-    """Steps that a later attempt took the place of."""
+    """Steps that a later attempt replaced, after a rollback or a resume."""
 
     attempt: int
     step_S: np.ndarray
@@ -27,14 +25,13 @@ class SupersededSteps(NamedTuple):
 
 
 def merge_step_rows(rows: pa.Table, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Columns of `steps`, ranks merged; all metrics and the routing mode, or the named metrics
-    alone.
-    """
+    """Return columns of `steps`, ranks merged: the named metrics, or all and the routing mode."""
     step_n, rank_n = rows["step"].to_numpy(), rows["rank"].to_numpy()
     steps_S, at_n = np.unique(step_n, return_inverse=True)
     out: dict[str, np.ndarray] = {"step": steps_S}
     for metric in [m for m in metrics_of("steps") if names is None or m.name in names]:
-        value_n, parts = values_of(rows[metric.name], metric), []
+        value_n = values_of(rows[metric.name], metric)
+        parts = []
         for rank in np.unique(rank_n):
             one_S = np.full(len(steps_S), np.nan, np.float32)
             one_S[at_n[rank_n == rank]] = value_n[rank_n == rank]
@@ -50,21 +47,25 @@ def merge_step_rows(rows: pa.Table, names: Sequence[str] | None = None) -> dict[
 
 
 def superseded_of(run: Run) -> list[SupersededSteps]:
-    """What was rolled back, or lost to a resume: one entry an attempt, oldest first."""
+    """Return the steps that later attempts replaced: one entry per attempt, oldest first."""
     starts = known_starts(run.manifest)
     if len(starts) < 2:
         return []
     rows = run.read_arrow("steps", ["rank", "attempt", "step", "loss", "grad_norm"], attempt="all")
     out = []
     for attempt in sorted(starts):
-        ends = min((first for later, first in starts.items() if later > attempt), default=None)
-        if ends is None:
-            continue
-        gone = rows.filter(
-            pc.and_(pc.equal(rows["attempt"], attempt), pc.greater_equal(rows["step"], ends))
+        first_replaced = min(
+            (first for later, first in starts.items() if later > attempt), default=None
         )
-        if len(gone):
-            merged = merge_step_rows(gone, ("loss", "grad_norm"))
+        if first_replaced is None:
+            continue
+        replaced = rows.filter(
+            pc.and_(
+                pc.equal(rows["attempt"], attempt), pc.greater_equal(rows["step"], first_replaced)
+            )
+        )
+        if len(replaced):
+            merged = merge_step_rows(replaced, ("loss", "grad_norm"))
             out.append(
                 SupersededSteps(attempt, merged["step"], merged["loss"], merged["grad_norm"])
             )

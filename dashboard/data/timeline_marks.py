@@ -1,6 +1,4 @@
-"""What happened, as places on a time axis: spikes, warnings, rollbacks, attempts, and spans of
-routing modes.
-"""
+"""Events on a time axis: spikes, warnings, rollbacks, attempts and spans of routing modes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,21 +10,21 @@ from geodiag.events import details
 from geodiag.health import SPIKES
 from geodiag.metrics.schema import ROUTING_MODES
 
-_RAISED = (*SPIKES, "outlier")
+_SPIKE_KINDS = (*SPIKES, "outlier")
 
 MARK_HELP = {
-    "spike": "the loss left its trend here",
-    "early_warning": "early warning: a stage left its range before a spike was raised",
-    "rollback": "training went back to an earlier step",
-    "attempt": "training began again here",
-    "fault": "a fault was planted here on purpose",
+    "spike": "the loss left its trend at this step",
+    "early_warning": "a stage left its usual range before any spike was detected",
+    "rollback": "the training went back to an earlier step",
+    "attempt": "the training restarted at this step",
+    "fault": "a fault was injected on purpose at this step",
 }
-"""What is marked on every time axis, and what it says."""
+"""Kind of event that is marked on every time axis → its meaning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpikeMark:
-    """One thing the detector raised, as far as it is known by now."""
+    """One detection of the spike detector, with its outcome as far as it is known."""
 
     kind: str
     onset: int
@@ -36,7 +34,7 @@ class SpikeMark:
     score: float | None = None
     message: str = ""
     attempt: int = 0
-    """The attempt that lived it."""
+    """The attempt in which the spike happened."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,26 +56,24 @@ class Mark:
 
 
 def spikes_from_events(events: Iterable[dict[str, Any]]) -> list[SpikeMark]:
-    """The detector's events; what a later row says of the same onset (its peak, its end) is merged
-    in.
-    """
+    """Return the detections; peak and end come from a later event with the same onset."""
     found: dict[int, SpikeMark] = {}
     for event in events:
         data = details(event["data"])
-        if event["kind"] in _RAISED:
+        if event["kind"] in _SPIKE_KINDS:
             onset = _number(data, "onset", event["step"])
-            old = found.get(onset)
-            said = {
-                "kind": event["kind"],
-                "detected": event["step"],
-                "message": event["message"] or "",
-            }
-            first = SpikeMark(onset=onset, attempt=event.get("attempt") or 0, **said)
-            found[onset] = _told(old or first, data)
+            new = SpikeMark(
+                kind=event["kind"],
+                onset=onset,
+                detected=event["step"],
+                message=event["message"] or "",
+                attempt=event.get("attempt") or 0,
+            )
+            found[onset] = _with_outcome(found.get(onset) or new, data)
         elif event["kind"] == "recovered" and found:
             onset = _number(data, "onset", max(found))
             if onset in found:
-                found[onset] = _told(
+                found[onset] = _with_outcome(
                     found[onset], {"end": event["step"]} | {k: v for k, v in data.items() if v}
                 )
     return [found[k] for k in sorted(found)]
@@ -86,17 +82,18 @@ def spikes_from_events(events: Iterable[dict[str, Any]]) -> list[SpikeMark]:
 def marks_from_events(
     events: Iterable[dict[str, Any]], detected_spikes: Sequence[SpikeMark]
 ) -> list[Mark]:
-    """Everything that gets a line, in time. The beginning of a run is none."""
+    """Return the marks in order of steps. The start of the first attempt is not marked."""
     out = [Mark(kind="spike", step=s.onset, message=s.message) for s in detected_spikes]
     for event in events:
-        kind, begins = event["kind"], event["kind"] == "attempt" and not event["attempt"]
-        if kind in MARK_HELP and kind != "spike" and not begins:
+        kind = event["kind"]
+        first_start = kind == "attempt" and not event["attempt"]
+        if kind in MARK_HELP and kind != "spike" and not first_start:
             out.append(Mark(kind=kind, step=event["step"], message=event["message"] or ""))
     return sorted(out, key=lambda m: m.step)
 
 
 def routing_spans(step_S: np.ndarray, mode_S: np.ndarray) -> list[RoutingSpan]:
-    """Runs of steps in which routing was not off."""
+    """Return the spans of steps in which the routing mode was not off."""
     if not len(step_S):
         return []
     begins = np.flatnonzero(np.diff(mode_S, prepend=mode_S[0] - 1))
@@ -108,11 +105,11 @@ def routing_spans(step_S: np.ndarray, mode_S: np.ndarray) -> list[RoutingSpan]:
     ]
 
 
-def _told(spike: SpikeMark, data: dict[str, Any]) -> SpikeMark:
-    told = {k: data[k] for k in ("peak", "end", "score") if isinstance(data.get(k), int | float)}
-    if told.get("end", spike.onset) < spike.onset:
-        del told["end"]  # it was rolled back: it has no end of its own
-    return replace(spike, **told)
+def _with_outcome(spike: SpikeMark, data: dict[str, Any]) -> SpikeMark:
+    outcome = {k: data[k] for k in ("peak", "end", "score") if isinstance(data.get(k), int | float)}
+    if outcome.get("end", spike.onset) < spike.onset:
+        del outcome["end"]  # the spike was rolled back: it has no end of its own
+    return replace(spike, **outcome)
 
 
 def _number(data: dict[str, Any], key: str, otherwise: int) -> int:

@@ -9,14 +9,14 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """One token at one step: what it was at every site, in order."""
+    """One token at one step, with a value for each site that it passes."""
 
     token: int
     place_P: tuple[str, ...]
     """`3.ffn`, in static order."""
     projection_P2: np.ndarray
     expert_P: np.ndarray
-    """The first expert that it was sent to; −1 where there is no choice."""
+    """The first expert that the token was routed to; −1 where there is no router."""
     flipped_P: np.ndarray
-    """Share of its experts that changed since the sample before; NaN where there is no choice."""
+    """Share of the experts that changed since the last sample; NaN where there is no router."""
     text: str = ""

@@ -92,7 +92,7 @@ def _nothing(cache: RunCache) -> str:
 
 
 def _missing(cache: RunCache) -> list:
-    found = cache.said("found")
+    found = cache.manifest_section("found")
     if "experts" in found and not found["experts"]:
         return [notice("This run has no experts: the per-expert charts stay empty.")]
     return []

@@ -62,7 +62,7 @@ def register(app: Dash, library: RunLibrary) -> None:
         prevent_initial_call=True,
     )
     def go(cell, shown, pathname):
-        cache = library.at(pathname)
+        cache = library.at_address(pathname)
         row = next((r for r in shown or [] if cell and r["id"] == str(cell.get("rowId"))), None)
         return jump(cache, cache.events()[int(row["id"])]) if cache and row else no_update
 

@@ -219,17 +219,17 @@ def _sites(cache: RunCache) -> list[str]:
 
 
 def _usual(library: RunLibrary, pathname: str, view: View) -> str | None:
-    cache = library.at(pathname)
+    cache = library.at_address(pathname)
     return quantity(cache, view.replaced(metric=None)) if cache else None
 
 
 def _worst_site(library: RunLibrary, pathname: str, view: View) -> str | None:
-    cache = library.at(pathname)
+    cache = library.at_address(pathname)
     return row_name(_site(cache, view)) if cache else None
 
 
 def _clicked(library: RunLibrary, pathname: str, view: View, name: str, point: dict) -> View:
-    cache, site = library.at(pathname), View.parse(f"?site={point.get('y')}").site
+    cache, site = library.at_address(pathname), View.parse(f"?site={point.get('y')}").site
     if cache is None or site is None:
         return view
     if name == "gain-profile":
@@ -246,7 +246,7 @@ def _clicked(library: RunLibrary, pathname: str, view: View, name: str, point: d
 
 
 def _newest(library: RunLibrary, pathname: str, view: View) -> int:
-    cache = library.at(pathname)
+    cache = library.at_address(pathname)
     return (step_of(cache, view) if cache else None) or 0
 
 

@@ -88,7 +88,7 @@ def _nothing(cache: RunCache, name: str) -> str:
 
 
 def _missing(cache: RunCache) -> list:
-    found = cache.said("found")
+    found = cache.manifest_section("found")
     if "routers" in found and not found["routers"]:
         return [notice("This run has no router: it is a dense model, so there is nothing to flip.")]
     return []

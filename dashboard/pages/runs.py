@@ -101,7 +101,9 @@ def _row(cache: RunCache) -> dict[str, Any]:
         "gain": value if value is not None and np.isfinite(value) else None,
         "no_gain": number(value),
         "gain_at": f" at {row_name(at)}" if at else "",
-        "model": ", ".join(str(said) for key in ("residual", "size") if (said := cache.option(key)))
+        "model": ", ".join(
+            str(said) for key in ("residual", "size") if (said := cache.setting(key))
+        )
         or "–",
         "began": utc(cache.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
     }

@@ -189,9 +189,9 @@ def _last(cache: RunCache) -> dict[str, float]:
 
 def _settings(cache: RunCache) -> dict[str, Any]:
     """What was set, what was found, and what it ran on."""
-    found = {f"found.{k}": v for k, v in cache.said("found").items() if k != "missing"}
-    versions = {f"versions.{k}": v for k, v in cache.said("versions").items()}
-    return flatten(cache.said("config")) | found | versions
+    found = {f"found.{k}": v for k, v in cache.manifest_section("found").items() if k != "missing"}
+    versions = {f"versions.{k}": v for k, v in cache.manifest_section("versions").items()}
+    return flatten(cache.manifest_section("config")) | found | versions
 
 
 def _mean(cache: RunCache, at: np.ndarray) -> float | None:

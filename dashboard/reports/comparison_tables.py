@@ -33,7 +33,7 @@ def head(c: Comparison, title: str) -> html.Section:
     for i, (s, loss) in enumerate(zip(c.runs, shared["loss"], strict=True)):
         h, tokens = s.health, s.tokens()
         model = ", ".join(
-            str(said) for key in ("residual", "size") if (said := s.cache.option(key))
+            str(said) for key in ("residual", "size") if (said := s.cache.setting(key))
         )
         best = (
             len(known) > 1
@@ -43,7 +43,7 @@ def head(c: Comparison, title: str) -> html.Section:
         rows.append([
             named(c, i), badge(h.status), integer(h.last_step), "–" if tokens is None else _short(float(tokens[-1])),
             _better(number(loss), best), number(h.last_loss), str(len(s.spikes)),
-            model or str(s.cache.said("found").get("family") or "–"),
+            model or str(s.cache.manifest_section("found").get("family") or "–"),
             utc(s.cache.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
         ])  # fmt: skip
     mean = f"loss, shared: mean over the {shared['steps']} newest steps that all runs have, up to step {integer(at)}"

@@ -29,7 +29,7 @@ _GAIN = {
 
 def head(cache: RunCache, health: Health, cascades: Sequence[Cascade]) -> html.Section:
     """The run on one card: in words what happened to it, beside it what it is."""
-    found = cache.said("found")
+    found = cache.manifest_section("found")
     step = "no step yet" if health.last_step is None else f"last step {integer(health.last_step)}"
     layers, streams = found.get("layers"), found.get("streams")
     what = {
@@ -41,7 +41,7 @@ def head(cache: RunCache, health: Health, cascades: Sequence[Cascade]) -> html.S
         if (k := found.get("experts_per_token"))
         else health.found["experts"],
         "watched": f"{health.found['sites']} sites, {health.found['routers']} routers",
-        "data": cache.option("data"),
+        "data": cache.setting("data"),
         "began, UTC": utc(cache.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
     }
     facts = [

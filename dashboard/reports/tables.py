@@ -138,7 +138,7 @@ def manifest(cache: RunCache) -> list:
     said = cache.run.manifest
     found = [
         [k.replace("_", " "), setting_text(v)]
-        for k, v in cache.said("found").items()
+        for k, v in cache.manifest_section("found").items()
         if v not in ([], None)
     ]
     command = said.get("command")
@@ -152,9 +152,12 @@ def manifest(cache: RunCache) -> list:
         ["ranks", setting_text(said.get("world_size", 1))],
         ["command", html.Code(shlex.join(map(str, command)) if isinstance(command, list) else "–")],
         ["schema", f"{setting_text(said.get('schema_version'))} (this geodiag: {SCHEMA_VERSION})"],
-        *([f"{k} version", setting_text(v)] for k, v in cache.said("versions").items()),
+        *([f"{k} version", setting_text(v)] for k, v in cache.manifest_section("versions").items()),
     ]
-    settings = [[html.Code(k), setting_text(v)] for k, v in flatten(cache.said("config")).items()]
+    settings = [
+        [html.Code(k), setting_text(v)]
+        for k, v in flatten(cache.manifest_section("config")).items()
+    ]
     long = html.Details(
         [html.Summary(f"{len(settings)} settings"), grid(["setting", "value"], settings)]
     )

@@ -1,6 +1,4 @@
-"""Who may look: a random token on every request, a known host on loopback, and nothing fetched from
-elsewhere.
-"""
+"""Access control: a token for every request, known host names, a strict content policy."""
 
 import hmac
 import secrets
@@ -9,12 +7,19 @@ from urllib.parse import urlencode, urlsplit
 from flask import Flask, Response, redirect, request
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>geodiag</title>
-<body style="font:16px/1.6 system-ui,sans-serif;max-width:36em;margin:18vh auto;padding:0 1.5em">{text}</body></html>
+<body style="{style}">{text}</body></html>
 """
-_NO_TOKEN = "This page needs its token: open the address that <code>geodiag dashboard</code> printed, the one with ?token=…"
-_HOST = "This page answers to its own address only: open the one that <code>geodiag dashboard</code> printed."
+_STYLE = "font:16px/1.6 system-ui,sans-serif;max-width:36em;margin:18vh auto;padding:0 1.5em"
+_NO_TOKEN = (
+    "This page needs its token: open the address that <code>geodiag dashboard</code> printed, "
+    "the one with ?token=…"
+)
+_WRONG_HOST = (
+    "This page is served only under its own address: open the one that "
+    "<code>geodiag dashboard</code> printed."
+)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Dash starts itself with an inline script; everything else comes from files served here.
+# Dash starts with an inline script; all other scripts are files of this server.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
@@ -23,25 +28,25 @@ _POLICY = (
 
 
 def new_token() -> str:
-    """A token that nobody guesses."""
+    """Return a random token of 24 bytes."""
     return secrets.token_urlsafe(24)
 
 
-def guard(server: Flask, token: str, only_loopback: bool = True) -> None:
-    """Refuses every request, callbacks included, that does not carry `token` in its cookie.
+def require_token(server: Flask, token: str, only_loopback: bool = True) -> None:
+    """Refuse every request, callbacks included, whose cookie does not hold `token`.
 
-    `?token=…` in an address sets the cookie and is taken out of the address again. With
-    `only_loopback` a request under any other host name is refused too: a web page that rebinds its
-    name to 127.0.0.1 gets nothing.
+    `?token=…` in an address sets the cookie; the redirect removes it from the address. With
+    `only_loopback`, requests under any other host name are refused as well, which stops a web page
+    that rebinds its own name to 127.0.0.1 (DNS rebinding).
     """
 
     @server.before_request
     def check():
         if only_loopback and urlsplit(f"//{request.host}").hostname not in LOOPBACK:
-            return _refuse(_HOST)
+            return _refuse(_WRONG_HOST)
         origin = request.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != request.host:
-            return _refuse(_HOST)
+            return _refuse(_WRONG_HOST)
         given = request.args.get("token")
         if given is not None and request.method == "GET" and _same(given, token):
             return _set_cookie(token)
@@ -58,8 +63,7 @@ def guard(server: Flask, token: str, only_loopback: bool = True) -> None:
 
 
 def _cookie() -> str:
-    # Browsers keep one cookie jar for all ports of a host; two pages side by side must not log each
-    # other out.
+    # Browsers share cookies between the ports of a host. A name per port keeps two dashboards apart.
     return f"geodiag-{urlsplit(f'//{request.host}').port or 80}"
 
 
@@ -68,7 +72,7 @@ def _same(given: str, token: str) -> bool:
 
 
 def _refuse(text: str) -> Response:
-    return Response(_PAGE.format(text=text), status=403, mimetype="text/html")
+    return Response(_PAGE.format(style=_STYLE, text=text), status=403, mimetype="text/html")
 
 
 def _set_cookie(token: str) -> Response:

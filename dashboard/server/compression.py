@@ -1,6 +1,4 @@
-"""How answers travel: text leaves compressed, and a page of charts says at once which large files
-it will need.
-"""
+"""Faster responses: gzip for text, and preload headers for the charting library."""
 
 import gzip
 from collections.abc import Container
@@ -8,53 +6,47 @@ from collections.abc import Container
 from flask import Flask, Response, request
 
 _LEVEL = 1
-"""Half a second more for the best level would be worse than the bytes it saves, here and over a
-tunnel.
-"""
+"""Fast gzip: the best level takes half a second longer, more than the saved bytes are worth."""
 _MIN_BYTES = 1400
-"""Bytes that fit into one packet anyway."""
+"""Smaller responses fit into one packet and are not compressed."""
 _TEXT = ("application/json", "application/javascript", "text/", "image/svg")
 _LIBRARIES = "/_dash-component-suites/"
-"""Dash's own files: their addresses change with their version, so that one address is always the
-same file.
-"""
+"""Files of Dash. Their addresses contain the version, so the content never changes."""
 
 
 _CHARTS = (f"{_LIBRARIES}plotly/package_data/plotly.min.js", f"{_LIBRARIES}dash/dcc/async-graph.js")
 
 
 def compress(server: Flask) -> None:
-    """Answers with gzip wherever the browser takes it. Figures shrink to about half."""
+    """Compress text responses with gzip if the browser accepts it. Figures shrink to half."""
     files: dict[str, bytes] = {}
 
     @server.after_request
     def compress_response(response: Response) -> Response:
-        takes = "gzip" in request.headers.get("Accept-Encoding", "")
-        if not takes or response.status_code != 200 or response.headers.get("Content-Encoding"):
+        accepts = "gzip" in request.headers.get("Accept-Encoding", "")
+        if not accepts or response.status_code != 200 or response.headers.get("Content-Encoding"):
             return response
         if not (response.mimetype or "").startswith(_TEXT):
             return response
         key = request.path if request.path.startswith(_LIBRARIES) else None
         if key in files:
-            small = files[key]
+            compressed = files[key]
         else:
-            response.direct_passthrough = False  # a file that was to be streamed: read it
+            response.direct_passthrough = False  # read a file that would be streamed
             body = response.get_data()
             if len(body) < _MIN_BYTES:
                 return response
-            small = gzip.compress(body, _LEVEL, mtime=0)
+            compressed = gzip.compress(body, _LEVEL, mtime=0)
             if key:
-                files[key] = small
-        response.set_data(small)
+                files[key] = compressed
+        response.set_data(compressed)
         response.headers["Content-Encoding"] = "gzip"
         response.headers["Vary"] = "Accept-Encoding"
         return response
 
 
 def preload(server: Flask, pages: Container[str]) -> None:
-    """The charting library is asked for with the page itself, not only once the first chart is on
-    it.
-    """
+    """Add a header to `pages` that makes the browser load the charting library at once."""
     link = ", ".join(f"<{file}>; rel=preload; as=script" for file in _CHARTS)
 
     @server.after_request

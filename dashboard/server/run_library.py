@@ -1,4 +1,4 @@
-"""What is being served: one run, or a folder of runs that is looked at anew for each list."""
+"""The runs that are served: one run, or a folder that is scanned again for each list."""
 
 import os
 import threading
@@ -10,7 +10,7 @@ from geodiag.run import Run, find_runs
 
 
 class RunLibrary:
-    """Runs by name. GeodiagError at once where `path` holds none."""
+    """Caches of the runs at `path`, by name. GeodiagError if there is no run."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = os.fspath(path)
@@ -18,22 +18,22 @@ class RunLibrary:
         self._caches: dict[str, RunCache] = {}
         runs = find_runs(path)
         self.single = runs[0].name if len(runs) == 1 and runs[0].url == self.path else None
-        """The run's name, where `path` is a run itself and not a folder of them."""
-        self._take(runs)
+        """Name of the run if `path` is a run directory and not a folder of runs."""
+        self._add(runs)
 
     def names(self) -> list[str]:
-        """Names of the runs that are there now."""
+        """Return the names of the runs that exist now."""
         if self.single is None:
             try:
                 found = find_runs(self.path)
             except GeodiagError:
-                found = []  # the last run was just moved away
-            self._take(found)
+                found = []  # the last run was just removed
+            self._add(found)
             return [r.name for r in found]
         return [self.single]
 
     def get(self, name: str) -> RunCache | None:
-        """The run called `name`, up to date, or None where there is none."""
+        """Return the refreshed cache of the run `name`, or None if there is no such run."""
         if name not in self._caches:
             self.names()
         cache = self._caches.get(name)
@@ -41,12 +41,12 @@ class RunLibrary:
             cache.refresh()
         return cache
 
-    def at(self, pathname: str | None) -> RunCache | None:
-        """The run that an address such as `/run/NAME/gain` speaks of."""
+    def at_address(self, pathname: str | None) -> RunCache | None:
+        """Return the run of an address such as `/run/NAME/gain`, or None."""
         parts = [unquote(p) for p in (pathname or "").strip("/").split("/")]
         return self.get(parts[1]) if len(parts) > 1 and parts[0] == "run" else None
 
-    def _take(self, runs: list[Run]) -> None:
+    def _add(self, runs: list[Run]) -> None:
         with self._lock:
             for run in runs:
                 self._caches.setdefault(run.name, RunCache(run))

@@ -35,7 +35,7 @@ def register_drawing(
         State("url", "pathname"),
     )
     def draw(search, pulse, theme_name, pathname):
-        cache = library.at(pathname)
+        cache = library.at_address(pathname)
         if cache is None or (pulse or {}).get("run") != cache.run.name:
             return no_update  # the pulse of this run is on its way, and draws
         made = make(cache, View.parse(search), THEMES.get(theme_name, THEMES["light"]))

@@ -165,10 +165,10 @@ def test_stretches_of_other_rows_are_read_at_once(tmp_path, monkeypatch):
 def test_a_training_that_never_said_its_routing_mode_is_off(tmp_path):
     run = Run.create(tmp_path / "r")
     run.append("steps", {"step": [0, 1], "loss": [2.0, 2.0]})
-    assert RunCache(open_run(tmp_path / "r")).mode() == "off"
+    assert RunCache(open_run(tmp_path / "r")).routing_mode() == "off"
     run.append("steps", {"step": [2], "loss": [2.0], "routing_mode": ["drain"]})
     run.close()
-    assert RunCache(open_run(tmp_path / "r")).mode() == "drain"
+    assert RunCache(open_run(tmp_path / "r")).routing_mode() == "drain"
 
 
 def test_a_model_of_one_stream_has_no_maps(tmp_path):
@@ -271,9 +271,9 @@ def test_the_list_follows_the_folder(tmp_path):
     assert library.names() == ["a"]
     synthetic.write(tmp_path / "b", SHORT)
     assert library.names() == ["a", "b"]
-    assert library.at("/run/b/gain").run.name == "b"
-    assert library.at("/run/../gain") is None
-    assert library.at("/nothing") is None
+    assert library.at_address("/run/b/gain").run.name == "b"
+    assert library.at_address("/run/../gain") is None
+    assert library.at_address("/nothing") is None
 
 
 def test_a_request_is_asked_and_then_answered(tmp_path):
