@@ -17,6 +17,26 @@ class Removable(Protocol):
     def remove(self) -> None: ...
 
 
+class StatsRows(NamedTuple):
+    """Partial results that a model's kernels measured, and the name of each column."""
+
+    rows: Tensor
+    """(…, W), one row for each program of the kernel."""
+    names: tuple[str, ...]
+    """Names of the first columns, in order. Further columns are not read."""
+
+    def column(self, name: str) -> Tensor:
+        """Return one column, without its dimension. Raises ValueError for an unknown name."""
+        return self.rows[..., self.names.index(name)]
+
+    def columns(self, names: tuple[str, ...]) -> Tensor:
+        """Return the named columns in this order: a view where they already are neighbours."""
+        first = self.names.index(names[0])
+        if self.names[first : first + len(names)] == names:
+            return self.rows[..., first : first + len(names)]
+        return torch.stack([self.column(name) for name in names], -1)
+
+
 class MixView(NamedTuple):
     """One hyper-connection's forward. `res` is the operator applied to the streams: x' = res @ x.
 
@@ -28,16 +48,19 @@ class MixView(NamedTuple):
     post_TN: Tensor | None = None
     res_TNN: Tensor | None = None
     logits_TNN: Tensor | None = None
-    stats_PW: Tensor | None = None
-    """The maps' geometry, where the model's kernels measured it: rows of `measure.SITE_SUMS` and
-    `SITE_MAXES`.
+    stats: StatsRows | None = None
+    """The maps' geometry, where the model's kernels measured it: rows (P, W) with the names of
+    `reduce.SITE_SUMS` and `reduce.SITE_MAXES`.
     """
 
 
 class WrittenView(NamedTuple):
-    """The streams after a site, as the model's kernels measured them; see `measure.written`."""
+    """The streams after a site, as the model's kernels measured them; see `reduce.written`."""
 
-    stats_TBF: Tensor
+    stats: StatsRows
+    """Rows (T, B, W), one for each token and block of channels: `amax` of the new streams X', and
+    sums of squares `after` of X', `branch` of H_postᵀ f, `mixed` of H_res X and `before` of X.
+    """
     elements: int
     """Numbers in one token's streams."""
 
@@ -68,8 +91,8 @@ class ActView(NamedTuple):
     up_AF: Tensor
     act_AF: Tensor
     expert_A: Tensor | None
-    counts_E8: Tensor | None = None
-    """What `measure.counts` would say, where the model's kernels counted."""
+    counts: StatsRows | None = None
+    """The result of `reduce.counts`, where the model's kernels counted: rows (E, W)."""
 
 
 Sink = Callable[[Callable[[], Any]], None]

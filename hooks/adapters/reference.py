@@ -13,6 +13,7 @@ from geodiag.hooks.adapters.base import (
     RouterSite,
     RouterView,
     Site,
+    StatsRows,
     Watch,
     WrittenView,
     on_input,
@@ -21,8 +22,20 @@ from geodiag.hooks.adapters.base import (
     scaling,
 )
 from geodiag.reference_models.attention import Attention, rotate
-from geodiag.reference_models.kernels.reference import Activated, Mix, affinity, clamped_swiglu
+from geodiag.reference_models.kernels.reference import (
+    Activated,
+    Mix,
+    Written,
+    affinity,
+    clamped_swiglu,
+)
 from geodiag.reference_models.kernels.select import REFERENCE, select
+from geodiag.reference_models.kernels.stats_layout import (
+    COUNTS_LAYOUT,
+    MAPS_LAYOUT,
+    STREAMS_LAYOUT,
+    StatsLayout,
+)
 from geodiag.reference_models.mhc import HyperConnection, PlainResidual
 from geodiag.reference_models.moe import ClampedSwiGLU, HashRouter, MoE, Router
 from geodiag.reference_models.transformer import Transformer
@@ -62,8 +75,19 @@ def find(model: nn.Module) -> Layout | None:
     )
 
 
+def _named(rows: Tensor | None, layout: StatsLayout) -> StatsRows | None:
+    return None if rows is None else StatsRows(rows, layout.names)
+
+
 def _mix_view(x: Tensor, mix: Mix) -> MixView:
-    return MixView(x, mix.pre_TN, mix.post_TN, mix.res_TNN, mix.logits_TNN, mix.stats_PW)
+    stats = _named(mix.stats_PW, MAPS_LAYOUT)
+    return MixView(x, mix.pre_TN, mix.post_TN, mix.res_TNN, mix.logits_TNN, stats)
+
+
+def _written_view(x_TNC: Tensor, written: Written) -> WrittenView:
+    assert written.stats_TBF is not None, "kernels measure while a flag is set"
+    stats = StatsRows(written.stats_TBF, STREAMS_LAYOUT.names)
+    return WrittenView(stats, elements=x_TNC.shape[-1] * x_TNC.shape[-2])
 
 
 def _site(
@@ -86,10 +110,7 @@ def _site(
         else None,
         constrained=isinstance(connection, HyperConnection) and connection.config.residual == "mhc",
         measure=lambda gains, streams: _measure(connection, gains, streams),
-        watch_written=on_output(
-            connection.write,
-            lambda args, _, out: WrittenView(out.stats_TBF, args[0].shape[-1] * args[0].shape[-2]),
-        ),
+        watch_written=on_output(connection.write, lambda args, _, out: _written_view(args[0], out)),
     )
 
 
@@ -151,7 +172,7 @@ def _act(act: ClampedSwiGLU) -> Watch:
     def read(args: tuple, kwargs: dict, out: Activated) -> ActView:
         gate, up = args[0].chunk(2, -1)
         expert_A = args[1] if len(args) > 1 else kwargs.get("expert_A")
-        return ActView(gate, up, out.out_AF, expert_A, out.counts_E8)
+        return ActView(gate, up, out.out_AF, expert_A, _named(out.counts_E8, COUNTS_LAYOUT))
 
     return on_output(act, read)
 

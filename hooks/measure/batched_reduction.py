@@ -105,7 +105,7 @@ class Reduction:
 
     def _written(self, places: list[int], seen: WrittenView) -> None:
         values = measure.written(
-            seen.stats_TBF, seen.elements, self._slots.index(seen.stats_TBF.shape[1])
+            seen.stats, seen.elements, self._slots.index(seen.stats.rows.shape[1])
         )
         self._put(
             [p + 1 for p in places], {n: values.pop(n) for n in ("stream_sums", "stream_maxes")}

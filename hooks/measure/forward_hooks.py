@@ -238,14 +238,15 @@ class Taps:
             res, post = view.res_TNN.detach().flatten(0, -3), view.post_TN.detach().flatten(0, -2)
             pre = None if view.pre_TN is None else view.pre_TN.detach().flatten(0, -2)
             logits = None if view.logits_TNN is None else view.logits_TNN.detach().flatten(0, -3)
-            self._reduction.saw("maps", place, Maps(pre, post, res, logits, view.stats_PW))
+            self._reduction.saw("maps", place, Maps(pre, post, res, logits, view.stats))
         if not told:
             self._reduction.saw(
                 "stream", place, measure.stream(x_TNC, self.slots.index(len(x_TNC)))
             )
 
     def _written(self, place: int, view: WrittenView) -> None:
-        self._reduction.saw("written", place, WrittenView(view.stats_TBF.detach(), view.elements))
+        stats = view.stats._replace(rows=view.stats.rows.detach())
+        self._reduction.saw("written", place, WrittenView(stats, view.elements))
 
     def _branch(self, place: int, branch: Tensor) -> None:
         sample = self.slots.sample(branch.detach().flatten(0, -2))
@@ -267,8 +268,8 @@ class Taps:
         )
 
     def _act(self, place: int, site: ExpertSite, view: ActView) -> None:
-        if view.counts_E8 is not None:
-            table = view.counts_E8.detach()
+        if view.counts is not None:
+            table = view.counts._replace(rows=view.counts.rows.detach())
         else:
             limits = site.gate_limit or COUNTERFACTUAL_LIMIT, site.up_limit or COUNTERFACTUAL_LIMIT
             gate, up, act = view.gate_AF.detach(), view.up_AF.detach(), view.act_AF.detach()

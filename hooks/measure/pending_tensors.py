@@ -44,10 +44,25 @@ def alike(
 
 
 def stacked(seen: Sequence[Any]) -> Any:
-    """Tuples of tensors, and of what else is the same in all, as one tuple of stacked tensors."""
-    fields = [torch.stack(v) if isinstance(v[0], Tensor) else v[0] for v in zip(*seen, strict=True)]
+    """Tuples of tensors, and of what else is the same in all, as one tuple of stacked tensors.
+
+    Named tuples within the tuples are stacked in the same way.
+    """
+    fields = [_stacked_field(values) for values in zip(*seen, strict=True)]
     return type(seen[0])(*fields) if hasattr(seen[0], "_fields") else tuple(fields)
 
 
+def _stacked_field(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.stack(list(values))
+    return stacked(values) if hasattr(values[0], "_fields") else values[0]
+
+
 def _shapes(seen: tuple) -> Hashable:
-    return tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in seen)
+    return tuple(_shape(value) for value in seen)
+
+
+def _shape(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    return _shapes(value) if hasattr(value, "_fields") else value

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from geodiag.hooks.adapters.base import StatsRows
 from geodiag.hooks.measure import formulas as metrics
 
 # S sites, L routers, T tokens, N streams, E experts, K experts per token, A assignments, F expert
@@ -28,9 +29,9 @@ SITE_MAXES = (
     "spectral_norm_res_max",
     "sinkhorn_residual",
     "res_logit_max",
-    "res_logit_min",
+    "res_logit_min_negated",
 )
-"""The last with its sign turned, so that it is a maximum too."""
+"""The least logit is kept with its sign turned, so that it is a maximum too."""
 ROUTER_SUMS = (
     "router_margin_mean",
     "router_entropy",
@@ -38,7 +39,9 @@ ROUTER_SUMS = (
     "flip_rate_router",
     "flip_rate_anticipatory",
 )
-COUNT_SUMS = ("clamp_gate_rate", "clamp_up_high_rate", "clamp_up_low_rate", "square", "elements")
+CLAMP_RATES = ("clamp_gate_rate", "clamp_up_high_rate", "clamp_up_low_rate")
+"""Counted as hits; rates when divided by `elements`."""
+COUNT_SUMS = (*CLAMP_RATES, "square", "elements")
 COUNT_MAXES = ("gate_amax", "up_amax", "act_amax")
 
 Values = dict[str, Tensor]
@@ -47,14 +50,14 @@ Values = dict[str, Tensor]
 
 class Maps(NamedTuple):
     """The maps of a site. `pre` and `logits` are None where a model does not show them; `stats` are
-    the rows that a kernel measured on the way, sums and maxima in the order above.
+    the rows that a kernel measured on the way, with the names above.
     """
 
     pre_TN: Tensor | None
     post_TN: Tensor
     res_TNN: Tensor
     logits_TNN: Tensor | None
-    stats_PW: Tensor | None
+    stats: StatsRows | None
 
 
 @torch.no_grad()
@@ -64,8 +67,9 @@ def maps(seen: Maps, index: Tensor | None) -> Values:
     sample = res if index is None else res.index_select(1, index)
     pre = torch.full_like(post, torch.nan) if seen.pre_TN is None else seen.pre_TN.float()
     means = torch.cat([pre, post, res.flatten(2)], -1).sum(1)
-    if seen.stats_PW is not None:
-        sums, maxes = (seen.stats_PW[..., :6].sum(1), seen.stats_PW[..., 6:12].amax(1))
+    if seen.stats is not None:
+        sums = seen.stats.columns(SITE_SUMS).sum(1)
+        maxes = seen.stats.columns(SITE_MAXES).amax(1)
     else:
         sums, maxes = _geometry(post, res, seen.logits_TNN)
     post_norm = torch.linalg.vector_norm(
@@ -136,16 +140,19 @@ def streams(seen: Stream, res: Tensor | None) -> Values:
 
 
 @torch.no_grad()
-def written(stats_STBF: Tensor, elements: int, index: Tensor | None) -> Values:
+def written(stats: StatsRows, elements: int, index: Tensor | None) -> Values:
     """What kernels measured of the streams after each site: amax and ‖·‖² of X', H_postᵀf, H_res X,
     X.
 
     The streams after one site enter the next, so these are the values of places 1 to S, and a
     sample more.
     """
-    amax, after = stats_STBF[..., 0].amax((1, 2)), stats_STBF[..., 1].sum((1, 2))
-    rows = stats_STBF if index is None else stats_STBF.index_select(1, index)
-    norms = rows[..., 1:].sum(2).sqrt()
+    amax = stats.column("amax").amax((1, 2))
+    after = stats.column("after").sum((1, 2))
+    sample = stats
+    if index is not None:
+        sample = stats._replace(rows=stats.rows.index_select(1, index))
+    norms = sample.columns(("after", "branch", "mixed", "before")).sum(2).sqrt()
     after_ST, branch_ST, mixed_ST, before_ST = norms.unbind(-1)
     return {
         "stream_sums": after / elements,
@@ -211,12 +218,9 @@ def counts(
     expert_A: Tensor | None,
     experts: int,
     limits: tuple[float, float],
-) -> Tensor:
-    """(E, 8), columns as COUNT_SUMS (hits, square, elements) around COUNT_MAXES; rows of one expert
-    are its first's.
-
-    The same table as the fused activation's own: three kinds of hits, three extrema, Σ product²,
-    elements.
+) -> StatsRows:
+    """Rows (E, 8) with the names of COUNT_SUMS and COUNT_MAXES: hits, Σ product², elements and
+    extrema of each expert. Without `expert_A` all rows are the first expert's.
     """
     hits = metrics.clamp_hits(gate, up, *limits)
     squares = torch.linalg.vector_norm(act, dim=-1, dtype=torch.float32).square()
@@ -230,13 +234,13 @@ def counts(
         extrema = sums_A5.new_zeros(experts, 3).scatter_reduce_(
             0, at.expand(-1, 3), extrema_A3, "amax"
         )
-    return torch.cat([sums[:, :3], extrema, sums[:, 3:]], -1)
+    return StatsRows(torch.cat([sums, extrema], -1), (*COUNT_SUMS, *COUNT_MAXES))
 
 
 @torch.no_grad()
-def experts(counts_PE8: Tensor) -> Values:
-    """The tables of all activations as the slots hold them."""
+def experts(counts: StatsRows) -> Values:
+    """The tables of all activations, rows (P, E, W), as the slots hold them."""
     return {
-        "count_sums": torch.cat([counts_PE8[..., :3], counts_PE8[..., 6:]], -1),
-        "count_maxes": counts_PE8[..., 3:6],
+        "count_sums": counts.columns(COUNT_SUMS),
+        "count_maxes": counts.columns(COUNT_MAXES),
     }

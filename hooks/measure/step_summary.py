@@ -3,11 +3,18 @@
 import torch
 from torch import Tensor
 
-from geodiag.hooks.adapters.base import Layout
+from geodiag.hooks.adapters.base import Layout, StatsRows
 from geodiag.hooks.measure import formulas as metrics
 from geodiag.hooks.measure.composite_gains import composites
 from geodiag.hooks.measure.forward_hooks import Taps
-from geodiag.hooks.measure.reduce import COUNT_MAXES, COUNT_SUMS, ROUTER_SUMS, SITE_MAXES, SITE_SUMS
+from geodiag.hooks.measure.reduce import (
+    CLAMP_RATES,
+    COUNT_MAXES,
+    COUNT_SUMS,
+    ROUTER_SUMS,
+    SITE_MAXES,
+    SITE_SUMS,
+)
 from geodiag.hooks.measure.step_buffers import Slots
 
 # P places, S sites, T sampled tokens, N streams, E experts
@@ -72,7 +79,7 @@ def _gains(slots: Slots, found: Values, mask: Tensor, lay: Layout) -> Values:
     values = _named("site", SITE_SUMS, sums[:, : len(SITE_SUMS)]) | _named(
         "site", SITE_MAXES, found["site_maxes"]
     )
-    values["site/res_logit_min"] = -values["site/res_logit_min"]
+    values["site/res_logit_min"] = -values.pop("site/res_logit_min_negated")
     chains = composites(slots.sampled("res"))
     onwards = chains[4].flip(0).cumprod(0).flip(0)
     means, most = (
@@ -136,22 +143,24 @@ def _experts(found: Values, taps: Taps) -> Values:
     sums_PEW, maxes_PEW = found["count_sums"], found["count_maxes"]
     each = sums_PEW.sum(1)
     total = torch.zeros(layers, len(COUNT_SUMS), device=each.device).index_add_(0, owner, each)
+    of_layer = StatsRows(total, COUNT_SUMS)
+    rates = of_layer.columns(CLAMP_RATES) / of_layer.columns(("elements",))
     most = maxes_PEW.amax(1)
     extremes = torch.zeros(layers, len(COUNT_MAXES), device=each.device)
     extremes = extremes.scatter_reduce(0, owner.unsqueeze(-1).expand_as(most), most, "amax")
-    routed_LEW = sums_PEW.index_select(0, taps.routed_places)
-    square, elements = routed_LEW[..., -2], routed_LEW[..., -1]
-    rms = (
-        square / elements
-    ).sqrt()  # 0/0 for an expert that saw no token: NaN, which means "not applicable"
+    routed_LEW = StatsRows(sums_PEW.index_select(0, taps.routed_places), COUNT_SUMS)
+    routed_maxes_LEW = StatsRows(maxes_PEW.index_select(0, taps.routed_places), COUNT_MAXES)
+    elements = routed_LEW.column("elements")
+    # 0/0 for an expert without tokens: NaN, which means "not applicable"
+    rms = (routed_LEW.column("square") / elements).sqrt()
     high, low = metrics.over_median(rms)
     return {
-        **_named("act", COUNT_SUMS[:3], total[:, :3] / total[:, -1:]),
+        **_named("act", CLAMP_RATES, rates),
         **_named("act", COUNT_MAXES, extremes),
         "act/expert_norm_max_median": high,
         "act/expert_norm_min_median": low,
         "expert/act_rms": rms,
-        "expert/act_amax": maxes_PEW.index_select(0, taps.routed_places)[..., -1],
-        "expert/clamp_hits": routed_LEW[..., :3].sum(-1),
+        "expert/act_amax": routed_maxes_LEW.column("act_amax"),
+        "expert/clamp_hits": routed_LEW.columns(CLAMP_RATES).sum(-1),
         "expert/elements": elements,
     }

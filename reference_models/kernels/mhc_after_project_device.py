@@ -9,6 +9,14 @@ import triton
 import triton.language as tl
 
 from geodiag.reference_models.kernels.mhc_before_backward_device import tile
+from geodiag.reference_models.kernels.mhc_stats import (
+    STREAM_AFTER,
+    STREAM_AMAX,
+    STREAM_BEFORE,
+    STREAM_BRANCH,
+    STREAM_MIXED,
+    STREAMS_WIDTH,
+)
 
 # T tokens, N streams, C channels, W = N·C, K = N² + 2N coefficients, KP their padded number, P
 # parts of φ
@@ -168,7 +176,7 @@ def after_project(
     u = tl.where(k[None, :] == K, after[:, None], u)
     tl.store(part_ptr + (s * T.to(tl.int64) + t[:, None]) * KP + k[None, :], u, live)
     if flag_ptr is not None:
-        row = stats_ptr + (t * S + s) * 5
+        row = stats_ptr + (t * S + s) * STREAMS_WIDTH
         amax = tl.max(amax, 1)
         wrote = tl.sum(wrote, 1)
         kept = tl.sum(kept, 1)
@@ -180,8 +188,8 @@ def after_project(
             gain += p * p
         # Rounding is monotonic: the largest rounded number is the largest, rounded.
         amax = amax.to(branch_ptr.dtype.element_ty if not TMA else tl.bfloat16).to(tl.float32)
-        tl.store(row, amax + 0.0 * after + off, t < T)
-        tl.store(row + 1, after + off, t < T)
-        tl.store(row + 2, gain * wrote + off, t < T)
-        tl.store(row + 3, kept + off, t < T)
-        tl.store(row + 4, before + off, t < T)
+        tl.store(row + STREAM_AMAX, amax + 0.0 * after + off, t < T)
+        tl.store(row + STREAM_AFTER, after + off, t < T)
+        tl.store(row + STREAM_BRANCH, gain * wrote + off, t < T)
+        tl.store(row + STREAM_MIXED, kept + off, t < T)
+        tl.store(row + STREAM_BEFORE, before + off, t < T)

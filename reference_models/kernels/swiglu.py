@@ -13,7 +13,8 @@ from torch import Tensor
 from geodiag.reference_models.kernels.launch import FLOATS, cdiv, power_of_two
 from geodiag.reference_models.kernels.operation import operation
 from geodiag.reference_models.kernels.reference import Activated
-from geodiag.reference_models.kernels.swiglu_counts import per_expert
+from geodiag.reference_models.kernels.stats_layout import COUNTS_LAYOUT
+from geodiag.reference_models.kernels.swiglu_counts import COUNTS_WIDTH, per_expert
 from geodiag.reference_models.kernels.swiglu_device import swiglu_bwd, swiglu_fwd
 
 # A rows (one token at one expert), F expert dim, E experts
@@ -45,24 +46,9 @@ class Counted(NamedTuple):
     counts_E8: Tensor
 
     @property
-    def hits_E3(self) -> Tensor:
-        """Elements above the gate's limit, above the up limit, below its negative; exact up to 2²⁴."""
-        return self.counts_E8[:, :3]
-
-    @property
-    def extrema_E3(self) -> Tensor:
-        """Largest |gate| and |up| before their clamps, and |product|."""
-        return self.counts_E8[:, 3:6]
-
-    @property
-    def squares_E(self) -> Tensor:
-        """Σ product², for the expert's RMS."""
-        return self.counts_E8[:, 6]
-
-    @property
-    def elements_E(self) -> Tensor:
-        """Rows times F."""
-        return self.counts_E8[:, 7]
+    def by_name(self) -> dict[str, Tensor]:
+        """The columns of `COUNTS_LAYOUT`, each (E,). Counts are exact up to 2²⁴."""
+        return COUNTS_LAYOUT.named(self.counts_E8)
 
 
 def _meta(activation: Activation, f: int) -> dict[str, object]:
@@ -118,7 +104,11 @@ def _forward(
     columns, ba = cdiv(f, bf), parts * br
     # Blocks and experts both only rise along the sorted rows: `block + expert` numbers their
     # meetings.
-    part = x.new_empty(cdiv(a, ba) + experts, columns, 8, dtype=torch.int32) if experts else None
+    part = (
+        x.new_empty(cdiv(a, ba) + experts, columns, COUNTS_WIDTH.value, dtype=torch.int32)
+        if experts
+        else None
+    )
     meta = _meta(activation, f)
     if a:
         grid = (cdiv(a, ba), columns)
@@ -138,7 +128,9 @@ def _forward(
 def _outputs(x: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
     a, f = x.shape[0], x.shape[1] // 2
     experts = 0 if ends is None else ends.shape[0]
-    return x.new_empty(a, f), torch.empty(experts, 8, dtype=torch.float32, device=x.device)
+    return x.new_empty(a, f), torch.empty(
+        experts, COUNTS_WIDTH.value, dtype=torch.float32, device=x.device
+    )
 
 
 def _backward(

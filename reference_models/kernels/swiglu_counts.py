@@ -10,9 +10,20 @@ nearly always one.
 import triton
 import triton.language as tl
 
+from geodiag.reference_models.kernels.stats_layout import COUNTS_LAYOUT
 from geodiag.reference_models.kernels.swiglu_math import clamp_up, gated, load_both
 
 # A rows (one token at one expert), F expert dim, E experts
+
+# Columns of a record, and of an expert's row, as constants of the device code.
+COUNTS_WIDTH = tl.constexpr(len(COUNTS_LAYOUT.names))
+_GATE_HITS = tl.constexpr(COUNTS_LAYOUT.index("clamp_gate_rate"))
+_UP_HIGH_HITS = tl.constexpr(COUNTS_LAYOUT.index("clamp_up_high_rate"))
+_GATE_AMAX = tl.constexpr(COUNTS_LAYOUT.index("gate_amax"))
+_UP_AMAX = tl.constexpr(COUNTS_LAYOUT.index("up_amax"))
+_ACT_AMAX = tl.constexpr(COUNTS_LAYOUT.index("act_amax"))
+_SQUARE = tl.constexpr(COUNTS_LAYOUT.index("square"))
+_ELEMENTS = tl.constexpr(COUNTS_LAYOUT.index("elements"))
 
 
 @triton.jit
@@ -65,12 +76,16 @@ def _write(part_ptr, counts, gate_most, up_most, out_most, squares):
     """A record's eight words: three counts, three extrema's bits, Σ product²; the last is not read."""
     # Two sums in one word: a tile has fewer than 32768 elements.
     two = _summed((counts & 0xFF) + ((counts & 0xFF00) << 8))
-    i = tl.arange(0, 8)
-    word = tl.where(i == 0, two & 0xFFFF, tl.where(i == 1, two >> 16, _summed(counts >> 16)))
-    word = tl.where(i == 3, gate_most, word)
-    word = tl.where(i == 4, up_most, word)
-    word = tl.where(i == 5, out_most, word)
-    word = tl.where(i == 6, squares.to(tl.int32, bitcast=True), word)
+    i = tl.arange(0, COUNTS_WIDTH)
+    word = tl.where(
+        i == _GATE_HITS,
+        two & 0xFFFF,
+        tl.where(i == _UP_HIGH_HITS, two >> 16, _summed(counts >> 16)),
+    )
+    word = tl.where(i == _GATE_AMAX, gate_most, word)
+    word = tl.where(i == _UP_AMAX, up_most, word)
+    word = tl.where(i == _ACT_AMAX, out_most, word)
+    word = tl.where(i == _SQUARE, squares.to(tl.int32, bitcast=True), word)
     tl.store(part_ptr + i, word)
 
 
@@ -163,21 +178,23 @@ def per_expert(
     e = tl.program_id(0)
     start = tl.load(ends_ptr + e - 1, e > 0, 0)
     end = tl.load(ends_ptr + e)
-    i = tl.arange(0, 8)
-    counts = tl.zeros((8,), tl.int64)
-    highest = tl.zeros((8,), tl.int32)
-    squares = tl.zeros((8,), tl.float32)
+    i = tl.arange(0, COUNTS_WIDTH)
+    counts = tl.zeros((COUNTS_WIDTH,), tl.int64)
+    highest = tl.zeros((COUNTS_WIDTH,), tl.int32)
+    squares = tl.zeros((COUNTS_WIDTH,), tl.float32)
     enabled = tl.load(flag_ptr) != 0
     if enabled & (end > start):
         first = (start // BA + e) * COLUMNS
         behind = ((end - 1) // BA + e + 1) * COLUMNS
         for r0 in range(first, behind, BR):
             r = r0 + tl.arange(0, BR)
-            word = tl.load(part_ptr + r[:, None] * 8 + i[None, :], (r < behind)[:, None], 0)
+            word = tl.load(
+                part_ptr + r[:, None] * COUNTS_WIDTH + i[None, :], (r < behind)[:, None], 0
+            )
             counts += tl.sum(word.to(tl.int64), 0)
             highest = tl.maximum(highest, tl.max(word, 0))
             squares += tl.sum(word.to(tl.float32, bitcast=True), 0)
-    value = tl.where(i < 3, counts.to(tl.float32), highest.to(tl.float32, bitcast=True))
-    value = tl.where(i == 6, squares, value)
-    value = tl.where(i == 7, (end - start).to(tl.float32) * F, value)
-    tl.store(out_ptr + e * 8 + i, tl.where(enabled, value, float("nan")))
+    value = tl.where(i < _GATE_AMAX, counts.to(tl.float32), highest.to(tl.float32, bitcast=True))
+    value = tl.where(i == _SQUARE, squares, value)
+    value = tl.where(i == _ELEMENTS, (end - start).to(tl.float32) * F, value)
+    tl.store(out_ptr + e * COUNTS_WIDTH + i, tl.where(enabled, value, float("nan")))

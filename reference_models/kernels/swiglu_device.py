@@ -6,7 +6,13 @@
 import triton
 import triton.language as tl
 
-from geodiag.reference_models.kernels.swiglu_counts import most, nan_max, record_share, record_whole
+from geodiag.reference_models.kernels.swiglu_counts import (
+    COUNTS_WIDTH,
+    most,
+    nan_max,
+    record_share,
+    record_whole,
+)
 from geodiag.reference_models.kernels.swiglu_math import clamp_up, columns, gated, load_both
 
 # A rows (one token at one expert), F expert dim, E experts
@@ -140,11 +146,12 @@ def swiglu_fwd(
         first = tl.sum((ends <= a0).to(tl.int32), 0)
         last = tl.sum((ends < behind).to(tl.int32), 0)
         part = (
-            part_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 8
+            part_ptr
+            + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * COUNTS_WIDTH
         )
         if first == last:
             record_whole(
-                part + first * tl.num_programs(1) * 8,
+                part + first * tl.num_programs(1) * COUNTS_WIDTH,
                 gates,
                 ups,
                 gate_most,
@@ -160,7 +167,7 @@ def swiglu_fwd(
         else:
             for mine in range(first, last + 1):
                 record_share(
-                    part + mine * tl.num_programs(1) * 8,
+                    part + mine * tl.num_programs(1) * COUNTS_WIDTH,
                     x_ptr,
                     a0,
                     f,

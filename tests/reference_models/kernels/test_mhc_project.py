@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from geodiag.reference_models.kernels import mhc_stats, reference
+from geodiag.reference_models.kernels import reference
 from geodiag.reference_models.kernels.mhc_after import mhc_after_linked
 from geodiag.reference_models.kernels.mhc_after_project import fuses, mhc_after_project
 from geodiag.reference_models.kernels.mhc_before import mhc_before_linked
+from tests.reference_models.kernels.summaries import of_streams
 
 NAMES = ("inner", "streams", "dx", "dphi", "dalpha", "dbias", "df", "dphi of the next")
 
@@ -99,8 +100,8 @@ def test_the_fused_kernel_measures_what_the_single_one_does(device):
     _, theirs = mhc_after_linked(*arguments, on)
     elements = x.shape[1] * x.shape[2]
     a, b = (
-        mhc_stats.summarise_streams(ours, elements),
-        mhc_stats.summarise_streams(theirs, elements),
+        of_streams(ours, elements),
+        of_streams(theirs, elements),
     )
     assert a["stream_amax"] == b["stream_amax"]
     for name in b:

@@ -3,9 +3,16 @@
 import pytest
 import torch
 
-from geodiag.reference_models.kernels import mhc_stats
+from geodiag.hooks.adapters.base import StatsRows
+from geodiag.hooks.measure import reduce
 from geodiag.reference_models.kernels.mhc_after import mhc_after_linked
 from geodiag.reference_models.kernels.mhc_before import mhc_before_linked
+from geodiag.reference_models.kernels.stats_layout import (
+    COUNTS_LAYOUT,
+    MAPS_LAYOUT,
+    STREAMS_LAYOUT,
+)
+from tests.reference_models.kernels.summaries import of_maps, of_streams
 
 TOKENS, CHANNELS = 21, 40
 
@@ -27,7 +34,7 @@ def site(device, n=4, iterations=3, scale=2.0, on=1, x=None):
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_the_maps_metrics_are_their_definitions(device, n):
     _, _, before, _, _ = site(device, n)
-    got = mhc_stats.summarise_maps(before.stats_PW, TOKENS)
+    got = of_maps(before.stats_PW, TOKENS)
     res, post, logits = (
         v.double() for v in (before.mix.res_TNN, before.mix.post_TN, before.mix.logits_TNN)
     )
@@ -51,7 +58,9 @@ def test_the_maps_metrics_are_their_definitions(device, n):
         assert float(got[name]) == pytest.approx(
             float(value), rel=2e-3 if "spectral" in name else 1e-5
         ), name
-    assert int(got["worst_token"]) == int(
+    rows_PW = MAPS_LAYOUT.named(before.stats_PW)
+    worst = torch.maximum(rows_PW["amax_gain_fwd_max"], rows_PW["amax_gain_bwd_max"]).argmax()
+    assert int(rows_PW["worst_token"][worst]) == int(
         torch.maximum(rows.abs().amax(-1), columns.abs().amax(-1)).argmax()
     )
     # Three iterations leave the columns visibly off: a transposed reading would not pass.
@@ -60,7 +69,7 @@ def test_the_maps_metrics_are_their_definitions(device, n):
 
 def test_the_streams_metrics_are_their_definitions(device):
     x, branch, before, out, rows = site(device)
-    got = mhc_stats.summarise_streams(rows, 4 * CHANNELS)
+    got = of_streams(rows, 4 * CHANNELS)
     wrote = (before.mix.post_TN.unsqueeze(-1) * branch.unsqueeze(-2)).flatten(1).norm(dim=1)
     kept = (before.mix.res_TNN @ x).flatten(1).norm(dim=1)
     gain = out.flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
@@ -90,7 +99,39 @@ def test_a_nan_in_the_stream_is_seen_in_the_extrema(device):
     x = torch.randn(TOKENS, 4, CHANNELS, device=device)
     x[11, 1, 3] = float("nan")
     _, _, before, _, rows = site(device, x=x)
-    maps = mhc_stats.summarise_maps(before.stats_PW, TOKENS)
+    maps = of_maps(before.stats_PW, TOKENS)
     assert maps["amax_gain_fwd_max"].isnan()
     assert maps["sinkhorn_residual"].isnan()
-    assert mhc_stats.summarise_streams(rows, 4 * CHANNELS)["stream_amax"].isnan()
+    assert of_streams(rows, 4 * CHANNELS)["stream_amax"].isnan()
+
+
+def test_kernels_measure_what_the_monitor_reads_by_name():
+    assert set(reduce.SITE_SUMS) == set(MAPS_LAYOUT.sums)
+    assert set(reduce.SITE_MAXES) == set(MAPS_LAYOUT.maxes)
+    assert set(reduce.COUNT_SUMS) == set(COUNTS_LAYOUT.sums)
+    assert set(reduce.COUNT_MAXES) == set(COUNTS_LAYOUT.maxes)
+
+
+def test_a_row_of_the_maps_is_as_wide_as_the_kernel_writes_it(device):
+    _, _, before, _, rows = site(device)
+    assert before.stats_PW.shape[-1] >= len(MAPS_LAYOUT.names)
+    assert rows.shape[-1] == len(STREAMS_LAYOUT.names)
+
+
+def test_the_monitor_finds_columns_by_name_wherever_a_kernel_put_them(device):
+    _, _, before, _, _ = site(device)
+    mix, names = before.mix, MAPS_LAYOUT.names
+    shuffled = torch.randperm(len(names)).tolist()
+    rows_P = before.stats_PW[:, shuffled]
+
+    def sums(stats):
+        seen = reduce.Maps(mix.pre_TN, mix.post_TN, mix.res_TNN, mix.logits_TNN, stats)
+        return reduce.maps(seen, None)["site_sums"]
+
+    with_sites = [StatsRows(rows[None], names) for rows in (before.stats_PW, rows_P)]
+    renamed = StatsRows(rows_P[None], tuple(names[i] for i in shuffled))
+    mix = mix._replace(**{n: v[None] for n, v in mix._asdict().items() if n[-2:] in ("TN", "NN")})
+    assert torch.equal(sums(renamed), sums(with_sites[0]))
+    assert not torch.equal(sums(with_sites[1]), sums(with_sites[0])), "order would be seen"
+    with pytest.raises(ValueError, match="not in tuple"):
+        sums(StatsRows(rows_P[None], names[1:]))

@@ -16,6 +16,18 @@ def ends(expert, experts):
     return torch.searchsorted(expert, torch.arange(1, experts + 1, device=expert.device))
 
 
+def hits(counted):
+    """(E, 3): hits of the gate's limit, of the up limit from above, and from below."""
+    names = ("clamp_gate_rate", "clamp_up_high_rate", "clamp_up_low_rate")
+    return torch.stack([counted.by_name[name] for name in names], -1)
+
+
+def extrema(counted):
+    """(E, 3): largest |gate|, |up| and |product|."""
+    names = ("gate_amax", "up_amax", "act_amax")
+    return torch.stack([counted.by_name[name] for name in names], -1)
+
+
 def definition(x, a: Activation):
     """METRICS' clamped GLU in plain torch: the product, and the masks of its three clamps."""
     gate, up = (x[..., ::2], x[..., 1::2]) if a.interleaved else x.chunk(2, -1)
@@ -70,15 +82,15 @@ def test_every_model_s_variant_with_exact_counts(device, error, activation):
     )
     for e in range(6):
         rows = expert == e
-        assert counted.hits_E3[e].tolist() == [int(m[rows].sum()) for m in masks]
+        assert hits(counted)[e].tolist() == [int(m[rows].sum()) for m in masks]
         for i, values in enumerate((gate, linear, want)):
             largest = float(values[rows].abs().max()) if rows.any() else 0.0
-            assert float(counted.extrema_E3[e, i]) == pytest.approx(largest, rel=1e-5)
-        assert int(counted.elements_E[e]) == int(rows.sum()) * 24
-        assert float(counted.squares_E[e]) == pytest.approx(
+            assert float(extrema(counted)[e, i]) == pytest.approx(largest, rel=1e-5)
+        assert int(counted.by_name["elements"][e]) == int(rows.sum()) * 24
+        assert float(counted.by_name["square"][e]) == pytest.approx(
             float(want[rows].square().sum()), rel=1e-4
         )
-    assert (counted.hits_E3.sum() > 0) == (activation is not FREE)
+    assert (hits(counted).sum() > 0) == (activation is not FREE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -91,17 +103,17 @@ def test_numbers_of_two_bytes_are_counted_exactly_infinite_ones_too(device, dtyp
     for e in range(4):
         rows = expert == e
         want = [int(m[rows].sum()) for m in (gate > 10, up > 10, up < -10)]
-        assert counted.hits_E3[e].tolist() == want
+        assert hits(counted)[e].tolist() == want
         most = gate[rows].abs().max()
-        torch.testing.assert_close(counted.extrema_E3[e, 0], most, rtol=0, atol=0, equal_nan=True)
-    assert counted.extrema_E3[3, 0].isnan()
-    assert counted.extrema_E3[0, :2].isinf().all()
+        torch.testing.assert_close(extrema(counted)[e, 0], most, rtol=0, atol=0, equal_nan=True)
+    assert extrema(counted)[3, 0].isnan()
+    assert extrema(counted)[0, :2].isinf().all()
 
 
 def test_exactly_at_the_limit_is_no_hit_and_has_a_gradient(device):
     x = torch.tensor([[10.0, 10.0]], device=device, requires_grad=True)
     counted = counted_glu(x, torch.ones(1, dtype=torch.long, device=device))
-    assert counted.hits_E3.tolist() == [[0, 0, 0]]
+    assert hits(counted).tolist() == [[0, 0, 0]]
     assert torch.autograd.grad(counted.out_AF.sum(), x)[0].abs().min() > 0
 
 
@@ -111,8 +123,8 @@ def test_nan_passes_through_the_clamp_and_into_the_extrema(device):
     counted = counted_glu(x, ends(torch.arange(6, device=device) // 3, 2))
     assert counted.out_AF[2, 3].isnan()
     assert counted.out_AF.isnan().sum() == 1
-    assert counted.extrema_E3[0].isnan().tolist() == [True, False, True]
-    assert counted.extrema_E3[1].isfinite().all()
+    assert extrema(counted)[0].isnan().tolist() == [True, False, True]
+    assert extrema(counted)[1].isfinite().all()
 
 
 def test_no_rows_are_no_trouble(device):
@@ -131,12 +143,12 @@ def test_experts_of_every_length_are_counted_apart(device):
     counted = counted_glu(x, lengths.cumsum(0))
     want, masks = definition(x.double(), Activation())
     for e in range(len(lengths)):
-        assert counted.hits_E3[e].tolist() == [int(m[expert == e].sum()) for m in masks]
-        assert float(counted.squares_E[e]) == pytest.approx(
+        assert hits(counted)[e].tolist() == [int(m[expert == e].sum()) for m in masks]
+        assert float(counted.by_name["square"][e]) == pytest.approx(
             float(want[expert == e].square().sum()), rel=1e-4
         )
-    assert counted.elements_E.tolist() == (24 * lengths).tolist()
-    assert counted.extrema_E3[0].tolist() == [0, 0, 0]
+    assert counted.by_name["elements"].tolist() == (24 * lengths).tolist()
+    assert extrema(counted)[0].tolist() == [0, 0, 0]
 
 
 def test_switched_off_counts_nothing_and_changes_no_result(device):
