@@ -1,11 +1,18 @@
-"""Anticipatory routing: today's features, the experts that the weights of Δ steps ago choose for
-the same batch.
+"""Anticipatory routing: today's features, routed by the experts that θ of Δ steps ago chooses.
 
-At step t the batch of step t+Δ is fetched and one no-grad forward at θ_t records every learned
-router's expert ids. When that batch is trained on, the ids are replayed with today's gate weights
-(arXiv 2606.19348 §4.2.3).
+Source: arXiv 2606.19348 §4.2.3, for the same batch and every learned router.
 
     off ──enable──▶ warmup (Δ captures) ──▶ on ──disable──▶ drain (the queue runs empty) ──▶ off
+
+At step t the batch of step t+Δ is fetched, and one forward without gradients at θ_t captures every
+learned router's expert ids. Batch and ids wait together in a queue of Δ steps, because ids are only
+valid for the tokens that they were chosen for. When the batch is trained on at step t+Δ, the ids
+replace the routers' own choice; the gate weights are gathered from θ_{t+Δ}'s scores at these ids, so
+gradients flow. During warmup the first Δ batches train with today's choice; during drain no new ids
+are captured and the queued ids are used up. The capture is isolated: random states, buffers, load
+counters and modes are restored after it. With Δ = 0 the training is bitwise the plain one. If a
+capture or a replay fails, the mode returns to today's choice, the queued ids are discarded, the
+batches are kept, and `on_failure` is called.
 """
 
 from collections import deque
@@ -24,35 +31,38 @@ from geodiag.hooks.routing.base import Mode, Rerouting
 from geodiag.hooks.routing.isolated_forward import RouterChoices, isolated
 from geodiag.hooks.routing.tensor_stash import TensorStash
 
+# T tokens, K experts per token
+
 Forward = Callable[[nn.Module, Any], Any]
 DEVICE_BYTES = 256 << 20
 
 
 @dataclass
-class _Waiting:
-    """A fetched batch; `ids` once they were captured, one (T, K) int16 tensor a learned router."""
+class _QueuedBatch:
+    """A fetched batch with its captured expert ids, one (T, K) int16 tensor per learned router.
+
+    `ids` is None until the ids are captured, and for batches that are trained with today's choice.
+    """
 
     batch: Any
     ids: TensorStash | None = None
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """The usual ways to give a model its batch: a mapping as keywords, anything else as the one
-    argument.
-    """
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Call `model` on `batch`: a mapping as keyword arguments, anything else as the one argument."""
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
 class AnticipatoryRouting(Rerouting):
-    """Experts by the weights of Δ steps ago, for the very batch that is trained on.
+    """Routes each batch by the experts that the weights of Δ steps ago choose for the same batch.
 
         routing = AnticipatoryRouting(model, delay_steps=8)
         for batch in routing.batches(loader): ...
 
-    `forward(model, batch)` runs the model on a batch; the default passes a mapping as keywords. It
-    is left as soon as the last router has chosen; where the model is compiled as a whole or sharded
-    by FSDP it runs to its end. Waiting ids take up to `device_bytes` on the device, and beyond that
-    stay in pinned host memory.
+    forward: runs the model on a batch; the default passes a mapping as keyword arguments. The
+    forward ends when the last router has chosen; a model that is compiled as a whole or sharded by
+    FSDP runs to its end. device_bytes: memory for queued ids on the device; ids beyond that are
+    kept in pinned host memory.
     """
 
     variant: ClassVar[str] = "anticipatory"
@@ -62,34 +72,36 @@ class AnticipatoryRouting(Rerouting):
         model: nn.Module,
         delay_steps: int = 8,
         *,
-        forward: Forward = call,
+        forward: Forward = call_model,
         micro_batches: int = 1,
         device_bytes: int = DEVICE_BYTES,
     ) -> None:
         super().__init__(model, delay_steps, micro_batches)
-        self._forward, self._device_bytes = forward, device_bytes
-        self._ahead = False
-        """Whether this step captures: `_wanted` as it was when the step began."""
-        self._queue: deque[_Waiting] = deque()
-        self._current: list[Tensor] | None = None
+        self._forward = forward
+        self._device_bytes = device_bytes
+        self._device = self._model_device()
+
+        self._capturing = False
+        """Whether this step captures: the value of `_enabled` when the step began."""
+        self._queue: deque[_QueuedBatch] = deque()
+        self._current_ids: list[Tensor] | None = None
+        """Expert ids of the current batch, one tensor per learned router."""
         self._data_ended = False
         self._autocast: tuple[bool, torch.dtype] | None = None
-        self._device = self._where()
+        """Autocast state of the last training forward."""
+
         self._choices = RouterChoices(
             self.routers, model, self._layout.watch_end, self._layout.tail
         )
-        # First in line, so that whoever watches the router sees the choice that is used.
-        self._handles += [
-            self._choices,
-            *(
-                register_first_hook(r.module, self._replay(i, r))
-                for i, r in enumerate(self.routers)
-            ),
-        ]
+        self._handles.append(self._choices)
+        for index, router in enumerate(self.routers):
+            # Before all other hooks of the router, so that they receive the choice that is used.
+            hook = self._replay_hook(index, router)
+            self._handles.append(register_first_hook(router.module, hook))
 
     @property
     def replaying(self) -> bool:
-        return self._current is not None
+        return self._current_ids is not None
 
     @property
     def lag(self) -> int:
@@ -102,160 +114,167 @@ class AnticipatoryRouting(Rerouting):
     # -- data --------------------------------------------------------------------------------
 
     def batches(self, source: Iterable[Any]) -> Iterator[Any]:
-        """The batches of `source`, in its order; ahead of time while routing is on, as they come
-        while it is off.
+        """Yield the batches of `source` in order; fetch them Δ steps ahead while routing is on.
 
-        With gradient accumulation `source` yields micro-batches, `micro_batches` of them a step,
-        and each is differentiated before the next is asked for.
+        With gradient accumulation `source` yields micro-batches, `micro_batches` of them per step.
+        Each batch must be differentiated before the next one is requested.
         """
         data = iter(source)
-        self._data_ended, self._device = False, self._where()
+        self._data_ended = False
+        self._device = self._model_device()
         while True:
             for micro in range(self.micro_batches):
                 if micro == 0:
-                    self._ahead = self._wanted
-                waiting = self._next(data)
-                if waiting is None:
-                    self._settle("off")
+                    self._capturing = self._enabled
+                queued = self._next_batch(data)
+                if queued is None:
+                    self._set_mode("off")
                     return
                 if micro == 0:
-                    self._settle(self._mode_of(waiting))
-                self._current = None if waiting.ids is None else waiting.ids.take()
-                try:
-                    yield waiting.batch
-                finally:  # also where the loop is left for good: nothing else may be routed by these ids
-                    self._current = None
+                    self._set_mode(self._mode_for(queued))
 
-    def _next(self, data: Iterator[Any]) -> _Waiting | None:
+                self._current_ids = None if queued.ids is None else queued.ids.take()
+                try:
+                    yield queued.batch
+                finally:
+                    # Also when the loop ends early: no other batch may be routed by these ids.
+                    self._current_ids = None
+
+    def _next_batch(self, data: Iterator[Any]) -> _QueuedBatch | None:
+        """Fill the queue, capture the ids of its newest batch, and return its oldest batch."""
         ahead = self.delay_steps * self.micro_batches
-        while self._ahead and not self._data_ended and len(self._queue) <= ahead:
+        while self._capturing and not self._data_ended and len(self._queue) <= ahead:
             self._fetch(data)
-        if self._ahead and len(self._queue) > ahead and self._queue[-1].ids is None:
+
+        # Only the batch that is exactly Δ steps ahead is captured: its ids are then Δ steps old
+        # when it is trained on. The batches before it (warmup) train with today's choice.
+        if self._capturing and len(self._queue) > ahead and self._queue[-1].ids is None:
             self._queue[-1].ids = self._capture(self._queue[-1].batch)
+
         if not self._queue:
             self._fetch(data)
         return self._queue.popleft() if self._queue else None
 
     def _fetch(self, data: Iterator[Any]) -> None:
         try:
-            self._queue.append(_Waiting(next(data)))
+            self._queue.append(_QueuedBatch(next(data)))
         except StopIteration:
             self._data_ended = True
 
-    def _mode_of(self, waiting: _Waiting) -> Mode:
-        if self._ahead and not self._data_ended:
-            return "on" if waiting.ids is not None else "warmup"
-        return "drain" if waiting.ids is not None or self._queue else "off"
+    def _mode_for(self, queued: _QueuedBatch) -> Mode:
+        """Return the mode of the step that trains on this batch."""
+        if self._capturing and not self._data_ended:
+            return "on" if queued.ids is not None else "warmup"
+        return "drain" if queued.ids is not None or self._queue else "off"
 
     def rewind(self) -> None:
+        """Discard queued batches and ids; training returns to an earlier step."""
         self._queue.clear()
-        self._current = None
-        self._settle("off")
+        self._current_ids = None
+        self._set_mode("off")
 
     # -- capture and replay ------------------------------------------------------------------
 
     def _capture(self, batch: Any) -> TensorStash | None:
+        """Run one isolated forward and return every router's expert ids, None if it failed."""
         try:
             with (
-                self._choices.recording() as choices,  # around the rest: what it misses, a forward at its end has left out
+                # The outermost context: it checks after the forward that every router has chosen.
+                self._choices.recording() as choices,
                 complete_on_all_ranks(self.model),
-                self._as_in_training(),
+                self._training_autocast(),
                 isolated(self.model, evaluate=False),
             ):
                 self._forward(self.model, batch)
-            return self._put([c.expert_ids_TK.to(torch.int16) for c in choices])
+            return self._stash([c.expert_ids_TK.to(torch.int16) for c in choices])
         except CollectiveAborted as e:
             raise GeodiagError(
-                f"{e}; the training ends, because the other ranks are in it still"
+                f"{e}; the training ends, because the other ranks still wait in this forward"
             ) from e
-        except (
-            Exception
-        ) as e:  # whatever the user's forward raises: `on_failure` says it, or raises it again
-            self._give_up(e)
+        except Exception as e:  # the user's forward may raise anything; `on_failure` decides
+            self._fail(e)
             return None
 
-    def _put(self, ids: list[Tensor]) -> TensorStash:
-        return TensorStash.put(
-            ids, room=self._device_bytes // (self.delay_steps * self.micro_batches + 1)
-        )
+    def _stash(self, ids: list[Tensor]) -> TensorStash:
+        batches = self.delay_steps * self.micro_batches + 1
+        return TensorStash.put(ids, device_bytes=self._device_bytes // batches)
 
-    def _where(self) -> torch.device:
+    def _model_device(self) -> torch.device:
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
-    def _as_in_training(self) -> AbstractContextManager[Any]:
-        """The autocast of the last forward that was differentiated: batches are fetched outside of
-        it.
-        """
+    def _training_autocast(self) -> AbstractContextManager[Any]:
+        """Return the autocast of the last training forward: `batches` runs outside of it."""
         if self._autocast is None:
             return nullcontext()
         enabled, dtype = self._autocast
         return torch.autocast(self._device.type, dtype=dtype, enabled=enabled)
 
-    def _begin(self, module: nn.Module, args: tuple) -> None:
-        super()._begin(module, args)
-        if self._differentiated:
-            self._autocast = _autocast_on(self._device.type)
+    def _before_forward(self, module: nn.Module, args: tuple) -> None:
+        super()._before_forward(module, args)
+        if self._grad_enabled:
+            device = self._device.type
+            self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-    def _replay(self, place: int, site: RouterSite) -> Callable[..., Any]:
+    def _replay_hook(self, index: int, site: RouterSite) -> Callable[..., Any]:
+        """Return a forward hook that replaces the router's choice by the captured ids."""
+
         def hook(module: nn.Module, _args: tuple, output: Any) -> Any:
-            if self._current is None or not self._is_training(module):
+            if self._current_ids is None or not self._is_training(module):
                 return None
-            live, ids = site.chosen(output).expert_ids_TK, self._current[place]
-            if ids.shape != live.shape:
-                self._give_up(
+            live_ids = site.chosen(output).expert_ids_TK
+            ids = self._current_ids[index]
+            if ids.shape != live_ids.shape:
+                self._fail(
                     ValueError(
-                        f"the experts were chosen for {len(ids)} tokens and the batch has {len(live)}; "
-                        "train on each batch as `batches` yields it"
+                        f"the experts were chosen for {len(ids)} tokens and the batch has "
+                        f"{len(live_ids)}; train on each batch as `batches` yields it"
                     )
                 )
                 return None
-            return site.replay(output, ids.to(live))
+            return site.replay(output, ids.to(live_ids))
 
         return hook
 
-    def _give_up(self, error: Exception) -> None:
-        """Back to today's choice from here on: a training must not end because its routing cannot
-        look ahead.
-        """
-        self._wanted = self._ahead = False
-        self._current = None
-        for waiting in self._queue:
-            waiting.ids = None
+    def _fail(self, error: Exception) -> None:
+        """Return to today's choice and discard all captured ids; the training goes on."""
+        self._enabled = False
+        self._capturing = False
+        self._current_ids = None
+        for queued in self._queue:
+            queued.ids = None
         self.on_failure(error)
 
     # -- resume ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resume needs, the queued batches and their ids too. Save it between steps.
+        """Return everything that a resume needs, including queued batches and their ids.
 
-        The source is to resume behind the queued batches, where it stood when this was saved.
+        Call it between steps. The resumed source must continue after the queued batches, at its
+        position of the time of this call.
         """
         return {
             "delay_steps": self.delay_steps,
             "micro_batches": self.micro_batches,
             "mode": self.mode,
-            "wanted": self._wanted,
+            "enabled": self._enabled,
             "autocast": self._autocast,
-            "queue": [(w.batch, w.ids and w.ids.on_host()) for w in self._queue],
+            "queue": [(q.batch, q.ids and q.ids.on_host()) for q in self._queue],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`. ValueError where batches are queued for another number of
-        micro-batches.
-        """
+        """Continue from `state`. ValueError if its queue has another number of micro-batches."""
         if state["queue"] and state["micro_batches"] != self.micro_batches:
             raise ValueError(
-                f"the queued batches are {state['micro_batches']} a step, not {self.micro_batches}; "
-                "resume with the micro_batches it was saved with"
+                f"the queued batches are {state['micro_batches']} a step, not "
+                f"{self.micro_batches}; resume with the micro_batches it was saved with"
             )
         self.delay_steps = self._checked(state["delay_steps"])
-        self.mode, self._wanted, self._autocast = state["mode"], state["wanted"], state["autocast"]
+        self.mode = state["mode"]
+        self._enabled = state["enabled"]
+        self._autocast = state["autocast"]
+        device = self._model_device()
         self._queue = deque(
-            _Waiting(batch, ids and self._put([i.to(self._where()) for i in ids]))
+            _QueuedBatch(batch, ids and self._stash([i.to(device) for i in ids]))
             for batch, ids in state["queue"]
         )
-        self._current = None
-
-
-def _autocast_on(device: str) -> tuple[bool, torch.dtype]:
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self._current_ids = None

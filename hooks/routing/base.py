@@ -1,4 +1,9 @@
-"""What the controller switches: training whose experts are chosen by older weights, for a while."""
+"""Base class of routing variants: training with experts that were chosen by older weights.
+
+A variant only replaces the choice of experts, in forwards of a training model that will be
+differentiated. Gate weights always come from today's router, so gradients flow as usual. The
+controller switches a variant with `enable` and `disable`; both take effect at the next step.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -15,52 +20,61 @@ MAX_DELAY = 64
 
 
 class Rerouting(ABC):
-    """Wraps an iterator of batches; `enable` and `disable` take effect at the next step.
+    """Wraps an iterator of batches and replaces the routers' choice of experts.
 
-    Gate weights are always today's, so gradients flow; only the choice of experts is Δ steps old.
-    It is replaced in forwards of a training model that will be differentiated, and in no other. A
-    model that is compiled is compiled after this, because a compiled model never notices hooks that
-    come later. ValueError for a delay outside 0 to 64, or where the model has no learned router.
+    delay_steps: Δ, the age in steps of the weights that choose the experts. micro_batches: batches
+    per optimizer step.
+
+    Create it before the model is compiled: compiled code does not call hooks that are added later.
+    ValueError for a delay outside 0 to 64, or if the model has no learned router.
     """
 
     variant: ClassVar[str]
-    """What this way of routing is called, in events and in the manifest."""
+    """Name of the variant, in events and in the manifest."""
 
     def __init__(self, model: nn.Module, delay_steps: int, micro_batches: int) -> None:
-        self.model, self.micro_batches = model, micro_batches
+        self.model = model
+        self.micro_batches = micro_batches
         self._layout: Layout = find_layout(model)
         self.routers: list[RouterSite] = [r for r in self._layout.routers if not r.hashed]
         if not self.routers:
             raise ValueError(
-                f"{type(model).__name__} has no learned router, so there is nothing to route ahead"
+                f"{type(model).__name__} has no learned router, so there is no choice to replace"
             )
         self.delay_steps = self._checked(delay_steps)
+
         self.mode: Mode = "off"
-        """Of the step under way."""
+        """Mode of the current step."""
         self.on_change: Callable[[Mode, Mode], None] = lambda _old, _new: None
+        """Called with the old and the new mode when the mode changes."""
         self.on_failure: Callable[[Exception], None] = _raise
-        """Routing has gone back to today's choice, for this reason. Raises, unless replaced."""
-        self._wanted = False
-        self._differentiated = False
-        self._handles: list[Removable] = [model.register_forward_pre_hook(self._begin)]
+        """Called when routing fails and returns to today's choice. Raises, unless replaced."""
+
+        self._enabled = False
+        """What the last `enable` or `disable` requested."""
+        self._grad_enabled = False
+        """Whether the current forward of the model runs with gradients."""
+        self._handles: list[Removable] = [model.register_forward_pre_hook(self._before_forward)]
 
     # -- control -----------------------------------------------------------------------------
 
     def enable(self, delay_steps: int | None = None) -> None:
-        """From the next step on: warm up, then choose by older weights. A new delay waits for
-        routing to be off.
+        """Start at the next step: warm up, then choose experts by older weights.
+
+        ValueError for a new delay while the mode is not `off`.
         """
         if delay_steps is not None and delay_steps != self.delay_steps:
             if self.mode != "off":
                 raise ValueError(
-                    f"the delay is {self.delay_steps} until routing is off; it is in {self.mode} now"
+                    f"the delay stays {self.delay_steps} until routing is off; "
+                    f"it is in {self.mode} now"
                 )
             self.delay_steps = self._checked(delay_steps)
-        self._wanted = True
+        self._enabled = True
 
     def disable(self) -> None:
-        """From the next step on: prepare nothing more, use up what is there, then be off."""
-        self._wanted = False
+        """Stop at the next step: prepare nothing more, use what is prepared, then switch off."""
+        self._enabled = False
 
     @property
     @abstractmethod
@@ -70,59 +84,58 @@ class Rerouting(ABC):
     @property
     @abstractmethod
     def replaying(self) -> bool:
-        """Whether the batch under way is routed by ids that were captured ahead of time."""
+        """Whether the current batch is routed by expert ids that were captured earlier."""
 
     @property
     @abstractmethod
     def queued(self) -> int:
-        """Micro-batches that were fetched and not yet trained on: the source stands so far ahead of
-        the training.
-        """
+        """Number of micro-batches that were fetched from the source and not yet trained on."""
 
     @abstractmethod
     def batches(self, source: Iterable[Any]) -> Iterator[Any]:
-        """The batches of `source`, in its order; with gradient accumulation `micro_batches` of them
-        a step, each differentiated before the next is asked for.
+        """Yield the batches of `source` in order, `micro_batches` of them per step.
+
+        Each batch must be differentiated before the next one is requested.
         """
 
     @abstractmethod
     def rewind(self) -> None:
-        """Training goes back to an earlier step: what was prepared for the steps behind it is
-        forgotten.
+        """Discard everything prepared for later steps, because training returns to an earlier step.
 
-        Call it between steps, then begin `batches` anew on a source that stands at that step.
+        Call it between steps, then call `batches` again with a source positioned at that step.
         """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resume needs. Save it between steps."""
+        """Return everything that a resume needs. Call it between steps."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`. ValueError where it does not fit."""
+        """Continue from `state`. ValueError if it does not fit."""
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Remove all hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
     # -- for the variants --------------------------------------------------------------------
 
     def _is_training(self, module: nn.Module) -> bool:
-        """Whether a forward of `module` is the training step: an evaluation between steps is not.
+        """Return whether this forward of `module` belongs to the training step.
 
-        Inside a checkpoint the first forward may run without gradient and the recomputation with
-        it; both are.
+        An evaluation between steps does not. Under activation checkpointing the first forward may
+        run without gradients and the recomputation with them; both belong to the training step.
         """
-        return module.training and (self._differentiated or torch.is_grad_enabled())
+        return module.training and (self._grad_enabled or torch.is_grad_enabled())
 
-    def _begin(self, _module: nn.Module, _args: tuple) -> None:
-        self._differentiated = torch.is_grad_enabled()
+    def _before_forward(self, _module: nn.Module, _args: tuple) -> None:
+        self._grad_enabled = torch.is_grad_enabled()
 
-    def _settle(self, mode: Mode) -> None:
-        old, self.mode = self.mode, mode
-        if old != mode:
-            self.on_change(old, mode)
+    def _set_mode(self, mode: Mode) -> None:
+        old_mode = self.mode
+        self.mode = mode
+        if old_mode != mode:
+            self.on_change(old_mode, mode)
 
     @staticmethod
     def _checked(delay_steps: int) -> int:

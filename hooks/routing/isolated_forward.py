@@ -1,4 +1,4 @@
-"""Forwards that leave no trace, and the expert ids they show."""
+"""Forwards without side effects on the training, and the routers' choices made in them."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from geodiag.hooks.adapters.base import Choice, Removable, RouterSite, Watch
 from geodiag.hooks.distributed.sharded_weights import is_sharded, reshard
@@ -15,53 +15,65 @@ from geodiag.hooks.distributed.sharded_weights import is_sharded, reshard
 
 @contextmanager
 def isolated(model: nn.Module, evaluate: bool) -> Iterator[None]:
-    """Inside, `model` can run without gradient; outside, nothing of it can be told.
+    """Context in which `model` runs without gradients and without side effects.
 
-    Random states (Python's, numpy's, torch's, every GPU's), buffers and train/eval modes are as
-    before. With
-    `evaluate` the model runs in eval mode; without, in the mode it is in, so that dropout draws
-    what the training step will.
+    On exit, random states (Python, numpy, torch, every GPU), buffers and train/eval modes are
+    restored. evaluate: run the model in eval mode; otherwise its modes are kept, so that dropout
+    draws the same masks as the training step will.
     """
     modes = [(m, m.training) for m in model.modules()]
-    buffers = [
-        (m, name, b, b._version, b.clone())
-        for m in model.modules()
-        for name, b in m._buffers.items()
-        if b is not None
-    ]
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the training's own generator
+    buffers = _SavedBuffers(model)
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the training's own generator
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
             if evaluate:
                 model.eval()
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
             for module, training in modes:
                 module.training = training
-            for module, name, buffer, version, saved in buffers:
-                module._buffers[name] = buffer  # some modules put a new tensor in its place
-                if buffer._version != version:
-                    buffer.copy_(saved)
+            buffers.restore()
             reshard(model)
 
 
+class _SavedBuffers:
+    """Copies of a model's buffers. A buffer is written back only if its version has changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved: list[tuple[nn.Module, str, Tensor, int, Tensor]] = [
+            (module, name, buffer, buffer._version, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def restore(self) -> None:
+        for module, name, buffer, version, saved in self._saved:
+            module._buffers[name] = buffer  # some modules replace the tensor itself
+            if buffer._version != version:
+                buffer.copy_(saved)
+
+
 class _AllChosen(BaseException):
-    """Every router has chosen. Not an Exception: a forward's own `except Exception` must not
-    swallow it.
+    """Ends a forward in which every router has chosen.
+
+    A BaseException, because an `except Exception` in the model's forward must not catch it.
     """
 
 
 class RouterChoices:
-    """Every router's choice in the forwards inside `kept`.
+    """Records every router's choice in the forwards inside `recording`.
 
-    The hooks go on once and stay: a compiled model never notices a hook that comes later. With
-    `model`, a forward of it inside `kept` ends as soon as every router has chosen, or at `end`, the
-    place behind its last block: the last experts, the head and the loss are not run. Where it may
-    not be left halfway, `tail`, the module behind the last block, is given one token a sequence
-    instead.
+    The hooks are installed once and stay, because a compiled model ignores hooks that are added
+    later. With `model`, a forward inside `recording` ends as soon as every router has chosen, or at
+    `end`, the place after its last block: the last experts, the head and the loss are skipped. A
+    forward that must run to its end (sharded weights) passes only one token per sequence to `tail`,
+    the module after the last block.
     """
 
     def __init__(
@@ -71,58 +83,62 @@ class RouterChoices:
         end: Watch | None = None,
         tail: nn.Module | None = None,
     ) -> None:
-        self._on = self._stops = False
         self._model = model
-        self._seen: list[Choice | None] = [None] * len(routers)
+        self._recording = False
+        self._may_stop = False
+        self._choices: list[Choice | None] = [None] * len(routers)
         self._handles: list[Removable] = [
-            r.module.register_forward_hook(self._keep(i, r)) for i, r in enumerate(routers)
+            r.module.register_forward_hook(self._record_hook(i, r)) for i, r in enumerate(routers)
         ]
         if end is not None:
-            # Behind blocks that are compiled one by one, whose own hooks cannot leave them.
-            self._handles += end(lambda _view: self._stop_if_done())
+            # For blocks that are compiled one by one: a hook inside compiled code cannot leave it.
+            self._handles += end(lambda _view: self._stop_if_complete())
         if tail is not None:
             self._handles.append(tail.register_forward_pre_hook(self._shorten))
 
     @contextmanager
     def recording(self) -> Iterator[list[Choice]]:
-        """The yielded list is filled when the block ends: one choice a router, of its last forward."""
-        out: list[Choice] = []
-        self._on, self._stops = True, self._model is not None and not is_sharded(self._model)
+        """Yield a list that holds one choice per router, of its last forward, after the context.
+
+        ValueError if a router made no choice.
+        """
+        result: list[Choice] = []
+        self._recording = True
+        # On sharded weights the other ranks wait in the forward's collectives: it must not stop.
+        self._may_stop = self._model is not None and not is_sharded(self._model)
         try:
             with suppress(_AllChosen):
-                yield out
-            missing = sum(c is None for c in self._seen)
+                yield result
+            missing = sum(choice is None for choice in self._choices)
             if missing:
                 raise ValueError(
-                    f"{missing} of {len(self._seen)} routers chose nothing in this forward"
+                    f"{missing} of {len(self._choices)} routers chose nothing in this forward"
                 )
-            out += [c for c in self._seen if c is not None]
+            result += [choice for choice in self._choices if choice is not None]
         finally:
-            self._on = False
-            self._seen = [None] * len(self._seen)
+            self._recording = False
+            self._choices = [None] * len(self._choices)
 
-    def _keep(self, place: int, site: RouterSite) -> Callable[..., None]:
+    def _record_hook(self, index: int, site: RouterSite) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
-            if self._on:
-                self._seen[place] = site.chosen(output)
-                self._stop_if_done()
+            if self._recording:
+                self._choices[index] = site.chosen(output)
+                self._stop_if_complete()
 
         return hook
 
     def _shorten(self, _module: nn.Module, args: tuple) -> tuple | None:
-        return (
-            (args[0][:, :1].contiguous(), *args[1:])
-            if self._on and self._model is not None
-            else None
-        )
+        if not self._recording or self._model is None:
+            return None
+        return args[0][:, :1].contiguous(), *args[1:]
 
-    def _stop_if_done(self) -> None:
-        if torch.compiler.is_compiling():  # compiled code cannot be left halfway
+    def _stop_if_complete(self) -> None:
+        if torch.compiler.is_compiling():  # compiled code cannot be left before its end
             return
-        if self._on and self._stops and all(c is not None for c in self._seen):
+        if self._recording and self._may_stop and all(c is not None for c in self._choices):
             raise _AllChosen
 
     def remove(self) -> None:
-        """Takes the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()

@@ -1,11 +1,11 @@
-"""router-lag: today's hidden states, routed by the routers' weights of Δ steps ago. Not
-anticipatory routing.
+"""router-lag: today's hidden states, routed by the routers' weights of Δ steps ago.
 
-Only the last map from hidden state to choice is old; the hidden states themselves are today's.
-There is no second forward and no queue of batches: what is kept is the routers' weights and
-balancing biases of the last Δ steps.
+This is not anticipatory routing: only the map from hidden state to choice is old, the hidden states
+themselves are today's. It needs no second forward and no queue of batches. geodiag keeps the
+routers' weights and balancing biases of the last Δ steps, from the first step on, so that routing
+can switch on at once. If keeping or applying them fails, the mode returns to today's choice.
 
-    off ──enable──▶ warmup (until there are weights of Δ steps ago) ──▶ on ──disable──▶ off
+    off ──enable──▶ warmup (until weights of Δ steps ago exist) ──▶ on ──disable──▶ off
 """
 
 from collections import deque
@@ -25,11 +25,10 @@ DEVICE_BYTES = 256 << 20
 
 
 class RouterLag(Rerouting):
-    """Experts by the router's weights of Δ steps ago; used as AnticipatoryRouting is.
+    """Chooses experts by the routers' weights of Δ steps ago; used like AnticipatoryRouting.
 
-    The past is kept from the first step on, so that routing which is switched on late begins at
-    once. It takes up to
-    `device_bytes` on the device, and beyond that stays in pinned host memory.
+    device_bytes: memory for the kept weights on the device; weights beyond that are kept in pinned
+    host memory.
     """
 
     variant: ClassVar[str] = "router-lag"
@@ -44,19 +43,22 @@ class RouterLag(Rerouting):
     ) -> None:
         super().__init__(model, delay_steps, micro_batches)
         self._device_bytes = device_bytes
-        self._past: deque[TensorStash] = deque()
-        """Weights and biases of every router, one entry a step, today's last."""
+        self._history: deque[TensorStash] = deque()
+        """Weights and biases of every router, one entry per step, today's last."""
         self._lagged: list[Tensor] = []
-        """The ones that choose now, always in the same place: a compiled model does not look
-        elsewhere.
+        """The weights and biases that choose now.
+
+        The tensors stay the same and only their values change, so that compiled code can use them.
         """
         self._today: list[Tensor] = []
-        self._on = self._failed = False
+        self._on = False
+        self._failed = False
         self._views: list[Callable[[], RouterView] | None] = [None] * len(self.routers)
-        for place, site in enumerate(self.routers):
-            self._handles += site.watch(self._keep_view(place))
-            # Before whoever watches the router, and behind the view that it needs.
-            self._handles.append(site.module.register_forward_hook(self._choose(place, site)))
+        for index, site in enumerate(self.routers):
+            self._handles += site.watch(self._keep_view(index))
+            # After the hook that keeps the view, which `_choose` needs, and before all hooks that
+            # are added later, so that they receive the choice that is used.
+            self._handles.append(site.module.register_forward_hook(self._choose(index, site)))
 
     @property
     def lag(self) -> int:
@@ -71,7 +73,7 @@ class RouterLag(Rerouting):
         return 0
 
     def batches(self, source: Iterable[Any]) -> Iterator[Any]:
-        """The batches of `source` as they come."""
+        """Yield the batches of `source` without fetching ahead."""
         micro = 0
         for batch in source:
             if micro == 0:
@@ -82,81 +84,87 @@ class RouterLag(Rerouting):
             finally:
                 if micro == 0:
                     self._on = False
-        self._leave()
+        self._switch_off()
 
     def rewind(self) -> None:
-        self._past.clear()
-        self._leave()
+        """Discard the kept weights; training returns to an earlier step."""
+        self._history.clear()
+        self._switch_off()
 
     # -- once a step -------------------------------------------------------------------------
 
     def _begin_step(self) -> None:
-        if self._failed and not self._wanted:
+        if self._failed and not self._enabled:
             return
         try:
-            self._remember()
-            self._on = self._wanted and len(self._past) > self.delay_steps
+            self._keep_today()
+            self._on = self._enabled and len(self._history) > self.delay_steps
             if self._on:
-                self._make_lagged()
-        except Exception as e:  # a training must not end because its routing cannot look back
+                self._load_lagged()
+        except Exception as e:  # routing must not end a training
             if any(is_dtensor(t) for t in self._today):
                 raise GeodiagError(
                     f"router-lag failed on this rank, and the others wait for its weights: {e}"
                 ) from e
-            self._failed, self._wanted, self._on = True, False, False
-            self._past.clear()
+            self._failed = True
+            self._enabled = False
+            self._on = False
+            self._history.clear()
             self.on_failure(e)
-        self._settle("on" if self._on else "warmup" if self._wanted else "off")
+        self._set_mode("on" if self._on else "warmup" if self._enabled else "off")
 
     @torch.no_grad()
-    def _remember(self) -> None:
+    def _keep_today(self) -> None:
+        """Append today's weights to the history, which holds Δ + 1 steps."""
         self._today = [t for r in self.routers for t in (r.weight(), r.bias()) if t is not None]
-        room = self._device_bytes // (self.delay_steps + 1)
-        self._past.append(TensorStash.put([local(t) for t in self._today], room))
-        while len(self._past) > self.delay_steps + 1:
-            self._past.popleft()
+        self._history.append(self._stash([local(t) for t in self._today]))
+        while len(self._history) > self.delay_steps + 1:
+            self._history.popleft()
+
+    def _stash(self, tensors: list[Tensor]) -> TensorStash:
+        return TensorStash.put(tensors, self._device_bytes // (self.delay_steps + 1))
 
     @torch.no_grad()
-    def _make_lagged(self) -> None:
-        """Brings the weights of Δ steps ago to the place where the routers look for them."""
-        then = [
-            full_from_local(t, like)
-            for t, like in zip(self._past[0].take(), self._today, strict=True)
-        ]
-        if [(t.shape, t.device) for t in self._lagged] != [(t.shape, t.device) for t in then]:
+    def _load_lagged(self) -> None:
+        """Copy the weights of Δ steps ago into `_lagged`, gathered where they are sharded."""
+        parts = self._history[0].take()
+        old = [full_from_local(t, like) for t, like in zip(parts, self._today, strict=True)]
+        if [(t.shape, t.device) for t in self._lagged] != [(t.shape, t.device) for t in old]:
             self._lagged = [
                 torch.empty_like(t, dtype=like.dtype)
-                for t, like in zip(then, self._today, strict=True)
+                for t, like in zip(old, self._today, strict=True)
             ]
-        torch._foreach_copy_(self._lagged, then)
+        torch._foreach_copy_(self._lagged, old)
 
-    def _leave(self) -> None:
+    def _switch_off(self) -> None:
         self._on = False
-        self._settle("off")
+        self._set_mode("off")
 
     # -- in the routers ----------------------------------------------------------------------
 
-    def _keep_view(self, place: int) -> Callable[[Callable[[], RouterView]], None]:
+    def _keep_view(self, index: int) -> Callable[[Callable[[], RouterView]], None]:
         def sink(view: Callable[[], RouterView]) -> None:
-            self._views[place] = view if self._on else None
+            self._views[index] = view if self._on else None
 
         return sink
 
-    def _choose(self, place: int, site: RouterSite) -> Callable[..., Any]:
+    def _choose(self, index: int, site: RouterSite) -> Callable[..., Any]:
+        """Return a forward hook that chooses top-k of the lagged scores, as the router does."""
         biased = [r.bias() is not None for r in self.routers]
-        weight_at = place + sum(biased[:place])
-        has_bias = biased[place]
+        weight_at = index + sum(biased[:index])  # `_lagged` holds weight, bias?, weight, bias?, …
+        has_bias = biased[index]
 
         def hook(module: nn.Module, _args: tuple, output: Any) -> Any:
-            make, self._views[place] = self._views[place], None
-            if not self._on or make is None or not self._is_training(module):
+            view = self._views[index]
+            self._views[index] = None
+            if not self._on or view is None or not self._is_training(module):
                 return None
             with torch.no_grad():
-                scores = site.rescore(make().hidden_TC, self._lagged[weight_at])
+                scores_TE = site.rescore(view().hidden_TC, self._lagged[weight_at])
                 if has_bias:
-                    scores = scores + self._lagged[weight_at + 1]
-                ids = scores.topk(site.k, dim=-1).indices
-            return site.replay(output, ids)
+                    scores_TE = scores_TE + self._lagged[weight_at + 1]
+                ids_TK = scores_TE.topk(site.k, dim=-1).indices
+            return site.replay(output, ids_TK)
 
         return hook
 
@@ -166,16 +174,14 @@ class RouterLag(Rerouting):
         return {
             "delay_steps": self.delay_steps,
             "mode": self.mode,
-            "wanted": self._wanted,
-            "past": [entry.on_host() for entry in self._past],
+            "enabled": self._enabled,
+            "history": [entry.on_host() for entry in self._history],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = next(p.device for p in self.model.parameters())
         self.delay_steps = self._checked(state["delay_steps"])
-        self.mode, self._wanted = state["mode"], state["wanted"]
-        room = self._device_bytes // (self.delay_steps + 1)
-        self._past = deque(
-            TensorStash.put([t.to(device) for t in entry], room) for entry in state["past"]
-        )
+        self.mode = state["mode"]
+        self._enabled = state["enabled"]
+        self._history = deque(self._stash([t.to(device) for t in e]) for e in state["history"])
         self._on = False

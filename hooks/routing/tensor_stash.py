@@ -1,6 +1,4 @@
-"""Tensors put aside for a later step: on their device where there is room, else in pinned host
-memory.
-"""
+"""Copies of tensors for a later step: on their device while memory lasts, else in pinned memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,35 +9,37 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorStash:
-    """Several tensors as one flat one, so that each way is a single copy, and nobody waits for it."""
+    """Several tensors packed into one flat tensor, so that each direction is one asynchronous copy."""
 
     flat: Tensor
     shapes: tuple[torch.Size, ...]
     device: torch.device
 
     @classmethod
-    def put(cls, tensors: Sequence[Tensor], room: int) -> "TensorStash":
-        """Keeps copies of `tensors`; up to `room` bytes stay where they are. Smaller types become
-        the widest.
+    def put(cls, tensors: Sequence[Tensor], device_bytes: int) -> "TensorStash":
+        """Copy `tensors`; up to `device_bytes` stay on the device, more go to pinned host memory.
+
+        Tensors of several dtypes are promoted to the widest of them.
         """
         flat = torch.cat([t.detach().flatten() for t in tensors])
         device = flat.device
-        if device.type != "cpu" and flat.nbytes > room:
+        if device.type != "cpu" and flat.nbytes > device_bytes:
             host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=device.type == "cuda")
-            # Whoever takes it back asks the same stream for a copy, which therefore comes later
-            # than this one.
+            # No synchronization is needed: `take` queues its copy on the same stream, and so it
+            # runs after this one.
             flat = host.copy_(flat, non_blocking=True)
         return cls(flat, tuple(t.shape for t in tensors), device)
 
     def take(self) -> list[Tensor]:
-        """The tensors, on the device they came from."""
-        flat = self.flat.to(self.device, non_blocking=True)
-        pieces = flat.split([s.numel() for s in self.shapes])
-        return [p.view(s) for p, s in zip(pieces, self.shapes, strict=True)]
+        """Return the tensors on their original device."""
+        return self._unpacked(self.flat.to(self.device, non_blocking=True))
 
     def on_host(self) -> list[Tensor]:
-        """The tensors in host memory, complete; this waits for the device."""
+        """Return copies of the tensors in host memory. Waits for the device."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
-        pieces = self.flat.cpu().split([s.numel() for s in self.shapes])
-        return [p.view(s).clone() for p, s in zip(pieces, self.shapes, strict=True)]
+        return [piece.clone() for piece in self._unpacked(self.flat.cpu())]
+
+    def _unpacked(self, flat: Tensor) -> list[Tensor]:
+        pieces = flat.split([shape.numel() for shape in self.shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]

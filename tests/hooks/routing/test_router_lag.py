@@ -256,8 +256,8 @@ def test_a_failure_goes_back_to_todays_choice_and_training_goes_on() -> None:
     t = trainer("mhc")
     routing, told = lag_of(t, 1), []
     routing.on_failure = told.append
-    remember = routing._remember
-    routing._remember = lambda: remember() if t.steps_done < 2 else 1 / 0  # type: ignore[assignment,func-returns-value]
+    keep_today = routing._keep_today
+    routing._keep_today = lambda: keep_today() if t.steps_done < 2 else 1 / 0  # type: ignore[assignment,func-returns-value]
     seen = Seen(t, routing).run(source(t), 6, {1: on, 2: on})
     assert [type(e) for e in told] == [ZeroDivisionError], "said once"
     assert seen.modes == ["off", "on", "off", "off", "off", "off"]
