@@ -1,16 +1,19 @@
-"""The page: what is on it and what makes it change.
+"""The Dash application: its pages, and the graph of its callbacks.
 
     url.pathname ────────────────► route ────► page, nav
     interval ─(only in a visible tab)─► tick ─► beat ────► pulse ── changes only when the run does
-                                          │       └──────► standing, problems, legend, interval on
+                                          │       └──────► status, problems, legend, interval on
                                           or off └─► runs-table, on the list of runs
     url.search, pulse, theme ────► draw ─────► each chart and each live piece of the page
-    (draw.py) controls, drags, clicks ─────► turn ─────► url.search, and back to the controls
-    (steer.py) ask-off, ask-auto, ask-on ───► ask ──────► asked ──► control panel
-    (control_panel.py) theme-button ─(in the browser)─► theme, cookie, provider
+                                                         (url/live_figures.py)
+    controls, drags, clicks ─────► update_url ─────► url.search, and back to the controls
+                                                         (url/url_sync.py)
+    ask-off, ask-auto, ask-on ───► ask ──────► asked ──► control panel
+                                                         (components/control_panel.py)
+    theme-button ─(in the browser)─► theme, cookie, provider
 
-The address is the only state: `/run/NAME/gain?metric=single&steps=300-400` always shows the same.
-A page that is not open has no components, so nothing of it is computed.
+The address is the only state: `/run/NAME/gain?metric=single&steps=300-400` always shows the same
+view. A page that is not open has no components, so nothing of it is computed.
 """
 
 import os
@@ -38,12 +41,11 @@ TABS = [(name, page.TITLE) for name, page in PAGES.items()]
 def create_app(
     path: str | os.PathLike, token: str | None = None, *, only_loopback: bool = True
 ) -> Dash:
-    """The app over the run or the folder of runs at `path`.
+    """Return the application over the run or the folder of runs at `path`.
 
-    Every request needs `token`; None makes a random one, which `app.server.config["GEODIAG_TOKEN"]`
-    tells.
-    `only_loopback` also refuses requests under other host names than this machine's own.
-    GeodiagError where there is no run.
+    Every request needs `token`. None creates a random token, which is stored in
+    `app.server.config["GEODIAG_TOKEN"]`. `only_loopback` also refuses requests whose host name is
+    not a loopback name. GeodiagError if there is no run.
     """
     library = RunLibrary(path)
     app = Dash(
@@ -77,21 +79,22 @@ def create_app(
 
 
 def page_at(library: RunLibrary, pathname: str | None, search: str | None) -> html.Div:
-    """The page at an address."""
+    """Return the content of the page at an address."""
     parts = (pathname or "/").strip("/").split("/")
     if parts == [""]:
         return runs.layout(library)
     cache = library.at_address(pathname)
     page = PAGES.get(parts[2] if len(parts) > 2 else "overview")
     if cache is None or page is None:
-        what = "There is no such run here." if cache is None else "There is no such page."
-        return notice([what, " ", html.A("All runs", href="/")])
+        problem = "There is no such run here." if cache is None else "There is no such page."
+        return notice([problem, " ", html.A("All runs", href="/")])
     return page.layout(cache, View.parse(search))
 
 
 def live_state(library: RunLibrary, pathname: str | None, old: dict | None) -> tuple:
-    """pulse, whether the interval rests, standing, problems, legend; `no_update` for a pulse that
-    has not changed.
+    """Return (pulse, interval is off, status, problems, legend) of the page at an address.
+
+    The pulse is `no_update` while the run has not changed.
     """
     if (pathname or "/").strip("/") == "":
         return no_update, False, [], [], []
@@ -120,7 +123,7 @@ def _register_frame(app: Dash, library: RunLibrary) -> None:
     @app.callback(
         Output("pulse", "data"),
         Output("interval", "disabled"),
-        Output("standing", "children"),
+        Output("run-status", "children"),
         Output("problems", "children"),
         Output("legend", "children"),
         Input("tick", "data"),

@@ -1,6 +1,4 @@
-"""Serving the page: a socket first, so that a taken port is one clear line, then a quiet threaded
-server.
-"""
+"""The web server: it binds the socket first, so that a port in use gives one clear error line."""
 
 import errno
 import logging
@@ -19,7 +17,7 @@ from geodiag.errors import GeodiagError
 
 
 class DashboardServer:
-    """A page that is ready to be served: its address, and the loop that answers."""
+    """The dashboard with a bound port: its address and the loop that serves requests."""
 
     def __init__(self, path: str | os.PathLike, host: str, port: int, token: str | None) -> None:
         token = token or new_token()
@@ -34,14 +32,13 @@ class DashboardServer:
             request_handler=_QuietHandler,
             fd=listening.fileno(),
         )
-        listening.close()  # the server holds its own copy
-        name = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname(), "::1": "[::1]"}.get(
-            host, host
-        )
+        listening.close()  # the server has its own copy of the socket
+        own_name = socket.gethostname()
+        name = {"0.0.0.0": own_name, "::": own_name, "::1": "[::1]"}.get(host, host)
         self.url = f"http://{name}:{self.port}/?token={token}"
 
     def run(self) -> None:
-        """Answers until `stop` or Ctrl-C."""
+        """Serve requests until `stop` or Ctrl-C."""
         threading.Thread(target=warm_up, daemon=True).start()
         try:
             self._server.serve_forever()
@@ -51,12 +48,12 @@ class DashboardServer:
             self._server.server_close()
 
     def stop(self) -> None:
-        """Ends `run`, from another thread."""
+        """End `run`, called from another thread."""
         self._server.shutdown()
 
 
 def warm_up() -> None:
-    """Makes what the charting library makes once, before anybody waits for it: a third of a second."""
+    """Create Plotly's validators, which takes 0.3 s once, before the first request."""
     fig = empty("", LIGHT)
     fig.add_heatmap(z=[[0]], coloraxis="coloraxis")
     fig.add_scatter(x=[0], y=[0], marker={"color": "#000000"}, line={"width": 1})
@@ -72,10 +69,10 @@ def serve(
     open_browser: bool = False,
     say: Callable[[str], object] = print,
 ) -> None:
-    """Serves the run or folder of runs at `path` until Ctrl-C; `port=0` takes a free one; `say`
-    gets the address.
+    """Serve the run or folder of runs at `path` until Ctrl-C.
 
-    GeodiagError where there is no run, or where the port is taken.
+    `port=0` takes a free port; `say` is called with the address. GeodiagError if there is no run or
+    if the port is in use.
     """
     page = DashboardServer(path, host, port, token)
     say(page.url)
@@ -118,7 +115,7 @@ def _free_port(host: str) -> int:
 
 
 class _QuietHandler(WSGIRequestHandler):
-    """No line a request, and connections that stay open."""
+    """A request handler without a log line per request, with persistent connections."""
 
     protocol_version = "HTTP/1.1"
 

@@ -1,4 +1,4 @@
-"""The bricks of every page: cards, tiles, help bubbles, graphs, notices."""
+"""Building blocks of the pages: cards, tiles, help buttons, graphs, notices."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,20 +19,20 @@ _REMOVED = [
 ]
 CHART_CONFIG: Any = {
     "displaylogo": False,
-    "plotlyServerURL": "",  # what is measured stays here: plotly would offer to upload a chart
+    "plotlyServerURL": "",  # no button that uploads a chart to Plotly's servers
     "responsive": True,
     "doubleClick": "autosize",
     "displayModeBar": "hover",
     "modeBarButtonsToRemove": _REMOVED,
     "showTips": False,
 }
-"""What plotly offers around every chart."""
+"""Plotly's configuration of every chart."""
 
 
 def card(
     title: str, *children: Any, tip: str = "", controls: Any = None, **more: Any
 ) -> html.Section:
-    """A framed part of a page with its title, a help bubble and its controls."""
+    """Return a framed part of a page with a title, a help button and controls."""
     head = [
         html.H2(title),
         bubble(title, tip) if tip else None,
@@ -44,13 +44,13 @@ def card(
 
 
 def bubble(about: str, text: str) -> dmc.Tooltip:
-    """A small ? that explains; it can be reached by keyboard."""
+    """Return a small "?" button with an explanation; it can be reached by keyboard."""
     mark = html.Button("?", className="bubble", type="button", **aria(f"{about}: {text}"))
     return tip(mark, text)
 
 
 def tip(child: Any, text: str) -> dmc.Tooltip:
-    """`child` with an explanation on hover and on focus."""
+    """Return `child` with an explanation on hover and on focus."""
     return dmc.Tooltip(
         child,
         label=text,
@@ -63,9 +63,7 @@ def tip(child: Any, text: str) -> dmc.Tooltip:
 
 
 def graph(name: str, height: int) -> html.Div:
-    """A chart that is filled by a callback; its space is kept even before there is a chart, so that
-    nothing jumps.
-    """
+    """Return a chart that a callback fills. Its space is reserved, so that nothing moves later."""
     chart = dcc.Graph(
         id=name, figure=_blank(height), config=CHART_CONFIG, className="chart", responsive="auto"
     )
@@ -73,43 +71,52 @@ def graph(name: str, height: int) -> html.Div:
 
 
 def tile(label: str, value: Any, note: str = "", text: str = "", tone: str = "") -> Any:
-    """One headline number."""
+    """Return one headline number with its label, a note and an explanation."""
     inside = [
         html.Span(label, className="tile-label"),
         html.Span(value, className=f"tile-value {tone}"),
+        html.Span(note, className="tile-note"),
     ]
-    inside.append(html.Span(note, className="tile-note"))
     return tip(html.Div(inside, className="tile", tabIndex=0), text)
 
 
 def badge(status: str) -> html.Span:
-    """How a run stands, by colour and by word."""
+    """Return the status of a run as a colour and a word."""
     return html.Span([html.Span(className="dot"), status], className=f"badge badge-{status}")
 
 
 def notice(text: Any, kind: str = "info") -> html.Div:
-    """A line that says what is missing or wrong, calmly."""
+    """Return a line about what is missing or wrong."""
     return html.Div(text, className=f"notice notice-{kind}", role="note")
 
 
 def aria(label: str) -> dict[str, Any]:
-    """A name for those who hear the page."""
+    """Return an accessible name for screen readers."""
     return {"aria-label": label}
 
 
 def options(labels: Mapping[str, str]) -> list[dict[str, str]]:
-    """value → label, as choices."""
+    """Return `value → label` as options of a select or of segments."""
     return [{"value": value, "label": label} for value, label in labels.items()]
 
 
 def select(name: str, value: str | None, options: list, label: str, width: int = 210) -> dmc.Select:
+    """Return a drop-down list."""
     return dmc.Select(
-        id=name, value=value, data=options, size="xs", w=width, allowDeselect=False, checkIconPosition="right",
-        maxDropdownHeight=380, **aria(label),
-    )  # fmt: skip
+        id=name,
+        value=value,
+        data=options,
+        size="xs",
+        w=width,
+        allowDeselect=False,
+        checkIconPosition="right",
+        maxDropdownHeight=380,
+        **aria(label),
+    )
 
 
 def segments(name: str, value: str, options: list, label: str) -> dmc.SegmentedControl:
+    """Return a row of buttons of which one is selected."""
     return dmc.SegmentedControl(id=name, value=value, data=options, size="xs", **aria(label))
 
 

@@ -1,4 +1,4 @@
-"""The way back to the training: ask for a routing policy, see it *asked*, then see it *on*."""
+"""Control of a running training: request a routing policy, see the request, see the answer."""
 
 import time
 from typing import Any
@@ -16,25 +16,35 @@ from geodiag.errors import GeodiagError
 from geodiag.events import details
 
 _CONTROLS = (*(f"ask-{m}" for m in MODES), "ask-delay")
-_DELAY, _MOST_DELAY = 8, 64
-_WHY_NOT = "The training is not running, so nobody would answer. It was last seen at step {step}."
+_DEFAULT_DELAY = 8
+_MOST_DELAY = 64
+_NOT_RUNNING = "The training is not running, so it cannot be controlled. Its last step is {step}."
+_ABOUT = (
+    "Anticipatory routing chooses experts with router weights from Δ steps ago. A request is written "
+    "to the file control.json; the training applies it at its next step."
+)
 
 
 def panel(cache: RunCache) -> html.Section:
-    """The buttons; `state` fills in what is going on."""
+    """Return the buttons and the current state."""
     now = _show(cache, None)
-    looks = dict(zip(MODES, now["variants"], strict=True))
+    variants = dict(zip(MODES, now["variants"], strict=True))
     idle = now["disabled"][0]
     buttons = [
-        tip(dmc.Button(m, id=f"ask-{m}", size="xs", variant=looks[m], disabled=idle), POLICY[m])
+        tip(dmc.Button(m, id=f"ask-{m}", size="xs", variant=variants[m], disabled=idle), POLICY[m])
         for m in MODES
     ]
     steps = dmc.NumberInput(
-        id="ask-delay", value=delay(cache), disabled=idle, min=0, max=_MOST_DELAY, allowDecimal=False,
-        size="xs", w=86,
+        id="ask-delay",
+        value=delay(cache),
+        disabled=idle,
+        min=0,
+        max=_MOST_DELAY,
+        allowDecimal=False,
+        size="xs",
+        w=86,
         **aria("delay in steps"),
-    )  # fmt: skip
-    about = "Which weights choose the experts. The request is one small file; the training obeys at its next step."
+    )
     return card(
         "Anticipatory routing",
         html.Div(
@@ -42,76 +52,95 @@ def panel(cache: RunCache) -> html.Section:
             className="ask",
         ),
         html.Div(now["state"], id="control-state"),
-        tip=about,
+        tip=_ABOUT,
     )
 
 
 def state(cache: RunCache, error: str | None = None) -> list:
-    """*Asked* or not, what holds now, and why it was last decided."""
-    steps, events, request = cache.steps(), cache.events(), cache.run.pending()
-    mode = cache.routing_mode()
-    since = _since(steps) if len(steps["step"]) else None
-    lines: list[Any] = []
-    if error:
-        lines.append(notice(error, "bad"))
-    if request is not None:
-        age = max(0, round(time.time() - request.time))
-        lag = "" if request.delay_steps is None else f", Δ = {request.delay_steps}"
-        said = [
-            html.B(f"asked: {request.routing}{lag}"),
-            f" {age} s ago, by {request.by}; not yet answered",
-        ]
-        lines.append(_line("asked", said))
-    answer = next((e for e in reversed(events) if e["kind"] == "acknowledge"), None)
-    if answer is not None:
-        obeyed = details(answer["data"]).get("obeyed", True)
-        said = [
-            html.B(f"answered at step {integer(answer['step'])}"),
-            f" {answer['message'] or ''}",
-        ]
-        lines.append(_line("answered" if obeyed else "refused", said))
-    now = [html.B(f"now: {mode}"), f" since step {integer(since)}" if since is not None else ""]
-    lines.append(tip(html.Div(_line(mode, now), tabIndex=0), ROUTING[mode]))
-    why = next((e for e in reversed(events) if e["kind"] == "decision"), None) or next(
-        (e for e in reversed(events) if e["kind"] == "routing"), None
-    )
-    if why is not None:
-        lines.append(
-            _line("why", [html.B("why"), f" (step {integer(why['step'])}) {why['message'] or ''}"])
-        )
+    """Return lines with the pending request, the last answer, the routing mode and its reason."""
+    steps = cache.steps()
+    lines: list[Any] = [notice(error, "bad")] if error else []
+    lines += _request_lines(cache)
+    lines += _answer_lines(cache)
+    lines.append(_mode_line(cache))
+    lines += _reason_lines(cache)
     if cache.run.status() != "running":
         last = int(steps["step"][-1]) if len(steps["step"]) else None
-        lines.append(notice(_WHY_NOT.format(step=integer(last))))
+        lines.append(notice(_NOT_RUNNING.format(step=integer(last))))
     return lines
 
 
+def _request_lines(cache: RunCache) -> list:
+    """The request that the training has not answered yet."""
+    request = cache.run.pending()
+    if request is None:
+        return []
+    age = max(0, round(time.time() - request.time))
+    delay = "" if request.delay_steps is None else f", Δ = {request.delay_steps}"
+    text = [
+        html.B(f"requested: {request.routing}{delay}"),
+        f" {age} s ago by {request.by}; not answered yet",
+    ]
+    return [_line("requested", text)]
+
+
+def _answer_lines(cache: RunCache) -> list:
+    """The newest answer of the training."""
+    answer = _newest_event(cache, "acknowledge")
+    if answer is None:
+        return []
+    accepted = details(answer["data"]).get("obeyed", True)
+    text = [html.B(f"answered at step {integer(answer['step'])}"), f" {answer['message'] or ''}"]
+    return [_line("answered" if accepted else "refused", text)]
+
+
+def _mode_line(cache: RunCache) -> Any:
+    """The routing mode and the step at which it began."""
+    steps = cache.steps()
+    mode = cache.routing_mode()
+    since = f" since step {integer(_since(steps))}" if len(steps["step"]) else ""
+    line = _line(mode, [html.B(f"now: {mode}"), since])
+    return tip(html.Div(line, tabIndex=0), ROUTING[mode])
+
+
+def _reason_lines(cache: RunCache) -> list:
+    """The newest decision, or the newest change of the routing mode."""
+    reason = _newest_event(cache, "decision") or _newest_event(cache, "routing")
+    if reason is None:
+        return []
+    text = f" (step {integer(reason['step'])}) {reason['message'] or ''}"
+    return [_line("why", [html.B("reason"), text])]
+
+
+def _newest_event(cache: RunCache, kind: str) -> dict[str, Any] | None:
+    return next((e for e in reversed(cache.events()) if e["kind"] == kind), None)
+
+
 def policy(cache: RunCache) -> str | None:
-    """What the training was last told to do, as far as it said."""
+    """Return the routing policy that the training last accepted, or was started with."""
     for event in reversed(cache.events()):
-        said = details(event["data"])
-        if (
-            event["kind"] == "acknowledge"
-            and said.get("obeyed", True)
-            and said.get("routing") in MODES
-        ):
-            return said["routing"]
+        if event["kind"] != "acknowledge":
+            continue
+        answer = details(event["data"])
+        if answer.get("obeyed", True) and answer.get("routing") in MODES:
+            return answer["routing"]
     routing = cache.manifest_section("config").get("routing")
-    began = routing.get("policy") if isinstance(routing, dict) else cache.setting("routing")
-    return began if began in MODES else None
+    initial = routing.get("policy") if isinstance(routing, dict) else cache.setting("routing")
+    return initial if initial in MODES else None
 
 
 def delay(cache: RunCache) -> int:
-    """The delay that the training uses, or the one that it was started with."""
+    """Return the delay Δ that the training uses, or was started with."""
     lag = cache.steps()["routing_lag"]
     if len(lag) and np.isfinite(lag[-1]) and lag[-1] > 0:
         return int(lag[-1])
     routing = cache.manifest_section("config").get("routing")
-    said = routing.get("delay_steps") if isinstance(routing, dict) else cache.setting("delay")
-    return said if isinstance(said, int) and 0 <= said <= _MOST_DELAY else _DELAY
+    initial = routing.get("delay_steps") if isinstance(routing, dict) else cache.setting("delay")
+    return initial if isinstance(initial, int) and 0 <= initial <= _MOST_DELAY else _DEFAULT_DELAY
 
 
 def register(app: Dash, library: RunLibrary) -> None:
-    """asked → state; pulse → state and buttons."""
+    """Register the callbacks: click → request file → state; pulse → state and buttons."""
 
     @app.callback(
         output=Output("asked", "data"),
@@ -124,8 +153,8 @@ def register(app: Dash, library: RunLibrary) -> None:
     )
     def ask(clicks, steps, pathname):
         if not any(clicks):
-            return no_update  # the buttons were just drawn
-        return _ask(library, pathname, str(ctx.triggered_id).removeprefix("ask-"), steps)
+            return no_update  # the buttons were created just now
+        return _send_request(library, pathname, str(ctx.triggered_id).removeprefix("ask-"), steps)
 
     @app.callback(
         output={
@@ -150,8 +179,9 @@ def _show(cache: RunCache | None, error: str | None) -> dict:
             "disabled": [no_update] * len(_CONTROLS),
             "variants": [no_update] * len(MODES),
         }
-    idle, held = cache.run.status() != "running", policy(cache)
-    variants = ["filled" if m == held else "default" for m in MODES]
+    idle = cache.run.status() != "running"
+    current = policy(cache)
+    variants = ["filled" if m == current else "default" for m in MODES]
     return {
         "state": state(cache, error),
         "disabled": [idle] * len(_CONTROLS),
@@ -159,12 +189,12 @@ def _show(cache: RunCache | None, error: str | None) -> dict:
     }
 
 
-def _ask(library: RunLibrary, pathname: str, mode: str, steps: Any) -> dict:
+def _send_request(library: RunLibrary, pathname: str, mode: str, steps: Any) -> dict:
     cache = library.at_address(pathname)
     if cache is None:
-        return {"error": "This run is gone."}
+        return {"error": "This run no longer exists."}
     if cache.run.status() != "running":
-        return {"error": _WHY_NOT.format(step=integer(cache.run.manifest.get("last_step")))}
+        return {"error": _NOT_RUNNING.format(step=integer(cache.run.manifest.get("last_step")))}
     try:
         request = cache.run.request(
             mode, int(steps) if isinstance(steps, int | float) else None, by="dashboard"
@@ -184,5 +214,5 @@ def _since(steps: dict) -> int:
 def _line(kind: str, children: list) -> html.Div:
     return html.Div(
         [html.Span(className=f"dot dot-{kind}"), html.Span(children)],
-        className=f"said said-{kind}",
+        className=f"state-line state-line-{kind}",
     )

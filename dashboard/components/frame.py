@@ -1,4 +1,4 @@
-"""The frame around every page: brand, where we are, the tabs, how the run stands, light or dark."""
+"""The frame of every page: brand, name of the run, tabs, status, light or dark."""
 
 from typing import Any
 from urllib.parse import quote
@@ -32,20 +32,22 @@ _DARK = [
 _FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 THEME_COOKIE = "geodiag-theme"
 MODES = {"warmup": "warm-up", "on": "anticipatory", "drain": "drain"}
-"""Routing modes that are drawn as bands, and what they are called beside their colour."""
+"""Routing modes that are drawn as bands → their names in the legend."""
 LEGEND = {
-    kind: (kind.replace("_", " "), f"{said.capitalize()}.") for kind, said in MARK_HELP.items()
+    kind: (kind.replace("_", " "), f"{meaning.capitalize()}.")
+    for kind, meaning in MARK_HELP.items()
 }
 LEGEND |= {mode: (f"routing: {name}", ROUTING[mode]) for mode, name in MODES.items()}
 LEGEND["superseded"] = (
     "rolled-back steps",
-    "Steps that were rolled back: a later attempt took their place.",
+    "Steps before a rollback or a resume; a later attempt replaced them.",
 )
 
 
 def page_frame() -> dmc.MantineProvider:
-    """The page without its content. The colour scheme comes from a cookie, so the first paint is
-    the right one.
+    """Return the page without its content.
+
+    The colour theme comes from a cookie, so that the first paint already has the right colours.
     """
     theme = request.cookies.get(THEME_COOKIE, "") if has_request_context() else ""
     known = theme if theme in ("light", "dark") else None
@@ -80,7 +82,7 @@ def page_frame() -> dmc.MantineProvider:
 def nav(
     cache: RunCache | None, tabs: list[tuple[str, str]], pathname: str, view: View, single: bool
 ) -> list:
-    """Brand, run and tabs; a tab keeps the range of steps and the site that the reader looks at."""
+    """Return brand, run and tabs. The tabs keep the selected steps, site and layer."""
     brand: Any = [html.Img(src="/assets/mark.svg", alt="", width=22, height=22), "geodiag"]
     out: list[Any] = [dcc.Link(brand, href="/", className="brand", title="all runs")]
     if cache is None:
@@ -99,32 +101,33 @@ def nav(
                 dcc.Link(title, href=target), className="g-tab here" if here else "g-tab", **mark
             )
         )
-    said: list[Any] = [html.Nav(links, className="tabs", **aria("pages of this run"))]
+    right: list[Any] = [html.Nav(links, className="tabs", **aria("pages of this run"))]
     if view.steps:
         low, high = map(integer, view.steps)
         back = f"{pathname}{view.replaced(steps=None).query_string()}"
-        said.append(
+        right.append(
             dcc.Link(
                 f"steps {low} – {high}  ×", href=back, className="zoom", title="show all steps"
             )
         )
-    return out + said
+    return out + right
 
 
 def run_status(cache: RunCache | None) -> list:
-    """Status and newest step, at the top right of every page of a run."""
+    """Return the status and the newest step of a run, for the top right of its pages."""
     if cache is None:
         return []
-    steps, status = cache.steps()["step"], cache.run.status()
+    steps = cache.steps()["step"]
+    status = cache.run.status()
     step = f"step {integer(int(steps[-1]))}" if len(steps) else "no step yet"
     return [
         tip(html.Span(badge(status), tabIndex=0), STATUS[status]),
-        html.Span(step, className="standing-step"),
+        html.Span(step, className="run-status-step"),
     ]
 
 
 def legend(cache: RunCache | None, pathname: str) -> list:
-    """What the lines across the charts of a page of this run mean; nothing where there are none."""
+    """Return a legend of the lines and bands in the charts of a page; empty if there are none."""
     if cache is None or pathname.rstrip("/").endswith("/events"):
         return []
     kinds = {m.kind for m in event_marks(cache)}
@@ -132,32 +135,32 @@ def legend(cache: RunCache | None, pathname: str) -> list:
         kinds.add("superseded")
     if pathname.rstrip("/").endswith(("/overview", "/cascade")):
         kinds |= {ROUTING_MODES[m] for m in np.unique(cache.steps()["routing_mode"]) if m > 0}
-    said = {k: v for k, v in LEGEND.items() if k in kinds}
+    shown = {k: v for k, v in LEGEND.items() if k in kinds}
     return [
-        tip(html.Span([html.I(className=f"key key-{k}"), name], tabIndex=0), why)
-        for k, (name, why) in said.items()
+        tip(html.Span([html.I(className=f"key key-{k}"), name], tabIndex=0), meaning)
+        for k, (name, meaning) in shown.items()
     ]
 
 
 def problems(cache: RunCache | None) -> list:
-    """What could not be read, by name; everything else is shown."""
+    """Return a notice about the files that could not be read; everything else is shown."""
     found = cache.problems() if cache else {}
     if not found:
         return []
     lines = [html.Li([html.Code(name), f" {why}"]) for name, why in sorted(found.items())[:12]]
     more = f" and {len(found) - 12} more" if len(found) > 12 else ""
-    one = "1 piece of this run could not be read and is left out"
-    said = (
-        one
-        if len(found) == 1
-        else f"{len(found)} pieces of this run could not be read and are left out"
-    )
-    return [notice(html.Details([html.Summary(said + more), html.Ul(lines)]), "warn")]
+    count = "1 file" if len(found) == 1 else f"{len(found)} files"
+    summary = f"{count} of this run could not be read"
+    return [notice(html.Details([html.Summary(summary + more), html.Ul(lines)]), "warn")]
 
 
 def _right() -> list:
     button = dmc.ActionIcon(
-        html.Span(className="sun"), id="theme-button", variant="subtle", color="gray", size="lg",
+        html.Span(className="sun"),
+        id="theme-button",
+        variant="subtle",
+        color="gray",
+        size="lg",
         **aria("light or dark"),
-    )  # fmt: skip
-    return [html.Div(id="standing", className="standing"), tip(button, "Light or dark")]
+    )
+    return [html.Div(id="run-status", className="run-status"), tip(button, "Light or dark")]

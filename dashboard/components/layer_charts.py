@@ -1,6 +1,4 @@
-"""What the pages of routers and of activations have in common: all layers over steps, and one layer
-in detail.
-"""
+"""Charts that the pages Routing and Activations share: all layers over steps, and one layer."""
 
 from collections.abc import Mapping, Sequence
 
@@ -32,7 +30,7 @@ from geodiag.dashboard.url.url_state import View
 from geodiag.dashboard.url.url_sync import Control, sync_url
 
 Lines = Sequence[tuple[str, Mapping[str, str]]]
-"""Strips from top to bottom: title, and metric → label."""
+"""Panels from top to bottom: title, and metric → label."""
 
 
 def one_layer(
@@ -44,7 +42,7 @@ def one_layer(
     label: str,
     tip: str,
 ) -> html.Section:
-    """The card of one layer: its experts by one of `over`, `first` at first, and lines below."""
+    """Return the card of one layer: a map of its experts by a metric of `over`, and lines."""
     shown = view.over if view.over is not None and view.over in over else first
     return card(
         "One layer",
@@ -66,9 +64,7 @@ def register(
     metric_first: str,
     over_first: str,
 ) -> None:
-    """Draws the charts of a page, and steers them by its metric, by its layer, and by clicks on a
-    row of layers.
-    """
+    """Register the callbacks of a page: its charts, its metric, its layer, clicks on a layer."""
     for chart, make in charts.items():
         register_drawing(app, library, f"{page}-{chart}", "figure", make)
     controls = {
@@ -84,7 +80,7 @@ def register(
 def all_layers(
     cache: RunCache, view: View, theme: Theme, name: str, title: str, nothing: str
 ) -> go.Figure:
-    """One metric of every layer; the chosen layer has a frame."""
+    """Draw one metric of every layer; a frame marks the selected layer."""
     (grid,) = cache.grids("layers", name)
     return heat_map(
         [Panel(grid, title)],
@@ -100,8 +96,12 @@ def all_layers(
 def experts(
     cache: RunCache, view: View, theme: Theme, name: str, shares: bool = False
 ) -> go.Figure:
-    """One metric of every expert of the chosen layer; `shares` are drawn around an even share."""
-    layer, (grid,) = layer_of(cache, view), cache.grids("experts", name)
+    """Draw one metric of every expert of the selected layer.
+
+    With `shares`, the colours are centred on an equal share per expert.
+    """
+    layer = layer_of(cache, view)
+    (grid,) = cache.grids("experts", name)
     mine = grid.of_layer(layer)
     return heat_map(
         [Panel(mine, f"<b>layer {layer}</b>  {metric('experts', name).help}")],
@@ -112,16 +112,15 @@ def experts(
         experts=True,
         centre=1 / max(1, len(mine.rows)) if shares else None,
         title="",
-        nothing="No experts recorded in this layer.",
+        nothing="No experts were recorded in this layer.",
     )
 
 
 def lines(cache: RunCache, view: View, theme: Theme, strips: Lines, lacks: str) -> go.Figure:
-    """Series of the chosen layer; `lacks` says what a layer without any has not."""
+    """Draw series of the selected layer; `lacks` names the part that a layer without series lacks."""
     layer = layer_of(cache, view)
-    cache.grids(
-        "layers", *(name for _, names in strips for name in names)
-    )  # one reading instead of one a strip
+    # Read all metrics at once instead of once per panel.
+    cache.grids("layers", *(name for _, names in strips for name in names))
     shown = [
         Strip(title, series(cache, layer, names), metric("layers", next(iter(names))).unit)
         for title, names in strips

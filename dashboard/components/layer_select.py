@@ -1,4 +1,4 @@
-"""Choosing one layer of a run: which there are, which is meant, and its series."""
+"""The selected layer of a run: the layers to choose from, the default, the series of a layer."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from geodiag.dashboard.url.url_state import View
 
 
 def layers_of(cache: RunCache) -> list[int]:
-    """The layers that have experts; where none has, every layer on record."""
+    """Return the layers with experts; all recorded layers if no layer has experts."""
 
     def read() -> list[int]:
         for grid in cache.recent("layers", "max_vio", "stream_rms", back=20):
@@ -23,7 +23,7 @@ def layers_of(cache: RunCache) -> list[int]:
 
 
 def sites_of(cache: RunCache) -> list[tuple[int, int]]:
-    """Every residual site on record, in static order."""
+    """Return all recorded residual sites, in static order."""
 
     def read() -> list[tuple[int, int]]:
         (grid,) = cache.recent("layers", "stream_rms", back=20)
@@ -33,45 +33,47 @@ def sites_of(cache: RunCache) -> list[tuple[int, int]]:
 
 
 def experts_of(cache: RunCache, layer: int) -> int:
-    """How many experts a layer has on record."""
+    """Return the number of recorded experts of a layer."""
     (grid,) = cache.memo("experts", lambda: cache.recent("experts", "load", back=20))
     return len(grid.of_layer(layer).rows)
 
 
 def layer_of(cache: RunCache, view: View) -> int:
-    """The chosen layer; else that of the chosen site, of the latest spike's first suspect, or the
-    deepest one.
+    """Return the selected layer.
+
+    Without a selection: the layer of the selected site, of the newest event, or the last layer.
     """
-    there = layers_of(cache)
+    layers = layers_of(cache)
     named = [
         e["layer"]
         for e in reversed(cache.events())
         if e["layer"] is not None and e["kind"] != "problem"
     ]
     for layer in (view.layer, view.site[0] if view.site else None, *named[:1]):
-        if layer is not None and (layer in there or not there):
+        if layer is not None and (layer in layers or not layers):
             return layer
-    return there[-1] if there else 0
+    return layers[-1] if layers else 0
 
 
 def layer_shown(library: RunLibrary, pathname: str, view: View) -> str | None:
-    """What the choice of layers shows at an address."""
+    """Return the value of the layer list at an address."""
     cache = library.at_address(pathname)
     return str(layer_of(cache, view)) if cache else None
 
 
 def layer_options(cache: RunCache) -> list[dict]:
+    """Return the options of the layer list."""
     return [{"value": str(n), "label": f"layer {n}"} for n in layers_of(cache) or [0]]
 
 
 def pick_layer(pathname: str, view: View, name: str, point: dict) -> View:
-    """A click on a row of layers chooses the layer; a click elsewhere on a chart, nothing."""
+    """Select the layer of the clicked row; ignore a click elsewhere on a chart."""
     site = View.parse(f"?site={point.get('y')}").site
     return view.replaced(layer=site[0], site=site) if site else view
 
 
 def series(cache: RunCache, layer: int, names: Mapping[str, str]) -> list[Line]:
-    """One line a metric: the layer's worst site, which for most metrics is its only one."""
+    """Return one line per metric: the worst site of the layer, for most metrics the only one."""
     lines = []
     for grid in cache.grids("layers", *names):
         value_RS = grid.of_layer(layer).values_RS

@@ -1,13 +1,15 @@
-"""A table in the page's own colours: AG Grid with its theme bound to the CSS variables of assets/."""
+"""Tables: AG Grid with a theme that uses the CSS variables of assets/style.css."""
 
 from typing import Any
 
 import dash_ag_grid as dag
 
 _THEME = (
-    "themeQuartz.withParams({backgroundColor: 'var(--g-paper)', foregroundColor: 'var(--g-ink)', "
-    "headerBackgroundColor: 'var(--g-paper)', headerTextColor: 'var(--g-soft)', borderColor: 'var(--g-line)', "
-    "accentColor: 'var(--g-accent)', rowHoverColor: 'var(--g-hover)', wrapperBorder: false, columnBorder: false, "
+    "themeQuartz.withParams({"
+    "backgroundColor: 'var(--g-paper)', foregroundColor: 'var(--g-ink)', "
+    "headerBackgroundColor: 'var(--g-paper)', headerTextColor: 'var(--g-soft)', "
+    "borderColor: 'var(--g-line)', accentColor: 'var(--g-accent)', "
+    "rowHoverColor: 'var(--g-hover)', wrapperBorder: false, columnBorder: false, "
     "fontFamily: 'inherit', fontSize: 13, headerFontSize: 12, headerFontWeight: 500, spacing: 6})"
 )
 
@@ -15,8 +17,9 @@ _THEME = (
 def table(
     name: str, columns: list[dict[str, Any]], rows: list[dict], height: str | None
 ) -> dag.AgGrid:
-    """Sortable, filterable, reachable by keyboard. Each row needs an `id`; no `height` means as
-    tall as the rows.
+    """Return a table that can be sorted, filtered and reached by keyboard.
+
+    Each row needs an `id`. Without a `height` the table is as tall as its rows.
     """
     return dag.AgGrid(
         id=name,

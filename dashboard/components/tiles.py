@@ -1,4 +1,4 @@
-"""Headline numbers: six tiles that say how the run stands, each explained in plain words."""
+"""Headline numbers of a run: six tiles, each with an explanation."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ import numpy as np
 from geodiag.dashboard.components.components import tile
 from geodiag.dashboard.components.text import (
     ROUTING,
-    about,
     factor,
     integer,
     metric,
+    metric_help,
     number,
     percent,
 )
@@ -22,39 +22,43 @@ from geodiag.health import SPIKES
 
 COMPOSITES = ("composite_gain_fwd", "composite_gain_bwd")
 _HIGH_GAIN = 2.0
-"""Composite gain from which the tile takes the warning colour; truncated Sinkhorn stays well below.
+"""Composite gain from which the tile has the warning colour.
+
+The truncation error of the Sinkhorn iteration alone stays far below this value.
 """
 
 
 def tiles(cache: RunCache) -> list:
-    """Step, loss, composite gain, flip rate, routing, spikes. How the training stands is at the top
-    of every page.
-    """
-    steps, mode = cache.steps(), cache.routing_mode()
+    """Return the tiles: step, loss, composite gain, flip rate, routing mode, spikes."""
+    steps = cache.steps()
+    mode = cache.routing_mode()
     some = len(steps["step"]) > 0
     last = int(steps["step"][-1]) if some else None
     loss = float(steps["loss"][-1]) if some else None
     lag = float(steps["routing_lag"][-1]) if some else 0.0
     seconds = steps["step_seconds"][-50:]
-    pace = f"{1 / np.nanmean(seconds):.2g} a second" if some and np.isfinite(seconds).any() else ""
-    gain, flip = worst_now(cache, *COMPOSITES), worst_now(cache, "flip_rate")
+    pace = (
+        f"{1 / np.nanmean(seconds):.2g} steps per second"
+        if some and np.isfinite(seconds).any()
+        else ""
+    )
     found = [s for s in detected_spikes(cache) if s.kind in SPIKES]
     return [
-        tile("step", integer(last), pace, "The newest step on record."),
+        tile("step", integer(last), pace, "The newest recorded step."),
         tile(
             "loss",
             number(loss),
             metric("steps", "loss").unit,
-            about(metric("steps", "loss")),
+            metric_help(metric("steps", "loss")),
             _tone(loss, np.inf),
         ),
-        _gain_tile(gain),
-        _flip_tile(flip),
+        _gain_tile(worst_now(cache, *COMPOSITES)),
+        _flip_tile(worst_now(cache, "flip_rate")),
         tile(
             "routing",
             mode,
             f"Δ = {lag:.0f} steps" if lag and lag == lag else "",
-            f"{ROUTING[mode]} {about(metric('steps', 'routing_lag'))}",
+            f"{ROUTING[mode]} {metric_help(metric('steps', 'routing_lag'))}",
         ),
         tile(
             "spikes",
@@ -66,9 +70,7 @@ def tiles(cache: RunCache) -> list:
 
 
 def worst_now(cache: RunCache, *names: str) -> Grid | None:
-    """The named metric whose newest values hold the worst; one column, or None where none was
-    measured.
-    """
+    """Return the newest values of the named metric with the worst one, None if none was measured."""
     best: tuple[float, Grid] | None = None
     for grid in cache.recent("layers", *names):
         if not grid.rows or not len(grid.steps_S):
@@ -86,14 +88,16 @@ def worst_now(cache: RunCache, *names: str) -> Grid | None:
 def _gain_tile(grid: Grid | None) -> Any:
     label = "composite gain now"
     if grid is None:
-        return tile(label, "–", "no residual maps recorded", about(metric("layers", COMPOSITES[0])))
+        return tile(
+            label, "–", "no residual maps recorded", metric_help(metric("layers", COMPOSITES[0]))
+        )
     value, _, row = grid.worst()  # type: ignore[misc]
     way = "backward" if grid.metric.name.endswith("bwd") else "forward"
     return tile(
         label,
         factor(value),
         f"{way}, at {row_name(row)}",
-        about(grid.metric),
+        metric_help(grid.metric),
         _tone(value, _HIGH_GAIN),
     )
 
@@ -101,9 +105,9 @@ def _gain_tile(grid: Grid | None) -> Any:
 def _flip_tile(grid: Grid | None) -> Any:
     label = "flip rate now"
     if grid is None:
-        return tile(label, "–", "no router probed", about(metric("layers", "flip_rate")))
+        return tile(label, "–", "no router measured", metric_help(metric("layers", "flip_rate")))
     value, _, row = grid.worst()  # type: ignore[misc]
-    return tile(label, percent(value), f"layer {row[0]}", about(grid.metric))
+    return tile(label, percent(value), f"layer {row[0]}", metric_help(grid.metric))
 
 
 def _tone(value: float | None, high: float) -> str:

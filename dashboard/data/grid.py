@@ -59,7 +59,7 @@ class Grid:
         if np.isnan(self.values_RS).all():
             return None
         pick = np.nanargmin if self.metric.worse == "low" else np.nanargmax
-        r, s = np.unravel_dense_index(int(pick(self.values_RS)), self.values_RS.shape)
+        r, s = np.unravel_index(int(pick(self.values_RS)), self.values_RS.shape)
         return float(self.values_RS[r, s]), int(self.steps_S[s]), self.rows[r]
 
     def _rows(self, keep: list[int]) -> "Grid":

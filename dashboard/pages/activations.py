@@ -7,7 +7,7 @@ from geodiag.dashboard.components import layer_charts
 from geodiag.dashboard.components.components import card, graph, notice, options, select
 from geodiag.dashboard.components.layer_charts import Lines, all_layers, experts, lines, one_layer
 from geodiag.dashboard.components.layer_select import layers_of
-from geodiag.dashboard.components.text import about, counterfactual, metric
+from geodiag.dashboard.components.text import counterfactual, metric, metric_help
 from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.figures.heat import height_of
 from geodiag.dashboard.figures.style import Theme
@@ -45,11 +45,11 @@ def layout(cache: RunCache, view: View) -> html.Div:
         "Over layers and steps",
         *_missing(cache),
         graph("activations-heat", height_of([len(layers_of(cache))])),
-        tip=" ".join(about(metric("layers", n)) for n in list(OVERALL)[:8]),
+        tip=" ".join(metric_help(metric("layers", n)) for n in list(OVERALL)[:8]),
         controls=select("activations-metric", _overall(view), options(OVERALL), "quantity", 230),
     )  # fmt: skip
     tip = (
-        " ".join(about(metric("experts", n)) for n in EXPERTS)
+        " ".join(metric_help(metric("experts", n)) for n in EXPERTS)
         + " A blank cell: no token reached the expert."
     )
     return html.Div(

@@ -5,7 +5,7 @@ from dash import Dash, html
 
 from geodiag.dashboard.components import control_panel
 from geodiag.dashboard.components.components import card, graph, notice, segments
-from geodiag.dashboard.components.text import about, integer, metric
+from geodiag.dashboard.components.text import integer, metric, metric_help
 from geodiag.dashboard.components.tiles import tiles
 from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.data.timeline_marks import routing_spans
@@ -32,7 +32,7 @@ def layout(cache: RunCache, view: View) -> html.Div:
         ["linear", "log"],
         "scale of the loss axis",
     )
-    help = f"{about(metric('steps', 'loss'))} {STAGES} Drag to zoom, double click for all."
+    help = f"{metric_help(metric('steps', 'loss'))} {STAGES} Drag to zoom, double click for all."
     main = card("Loss, gradient, stages", graph("overview-timeline", 640), tip=help, controls=scale)
     recent = card("What happened", html.Div(_recent(cache, view), id="overview-recent"))
     side = html.Div([control_panel.panel(cache), recent], className="side")

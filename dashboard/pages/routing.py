@@ -7,7 +7,7 @@ from geodiag.dashboard.components import control_panel, layer_charts
 from geodiag.dashboard.components.components import card, graph, notice, options, segments
 from geodiag.dashboard.components.layer_charts import Lines, all_layers, experts, lines, one_layer
 from geodiag.dashboard.components.layer_select import layers_of
-from geodiag.dashboard.components.text import about, metric
+from geodiag.dashboard.components.text import metric, metric_help
 from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.figures.heat import height_of
 from geodiag.dashboard.figures.style import Theme
@@ -43,7 +43,7 @@ def layout(cache: RunCache, view: View) -> html.Div:
         tip=" ".join(f"{label}: {metric('layers', n).help}" for n, label in FLIPS.items()),
         controls=segments("routing-metric", _flip(view), options(FLIPS), "kind of flip"),
     )
-    tip = " ".join(about(metric("layers", n)) for _, names in LINES for n in names)
+    tip = " ".join(metric_help(metric("layers", n)) for _, names in LINES for n in names)
     one = one_layer(NAME, cache, view, LOADS, "load", "share of", tip)
     return html.Div(
         [

@@ -9,7 +9,7 @@ from dash import Dash, Input, Output, State, dcc, html, no_update
 
 from geodiag.dashboard.components.components import card
 from geodiag.dashboard.components.table import table
-from geodiag.dashboard.components.text import about, metric, number, utc
+from geodiag.dashboard.components.text import metric, metric_help, number, utc
 from geodiag.dashboard.components.tiles import COMPOSITES, worst_now
 from geodiag.dashboard.data.grid import row_name
 from geodiag.dashboard.data.run_cache import RunCache
@@ -27,7 +27,10 @@ _DIGITS = {
 }
 _TIMES = "'×' + d3.format('.4g')(params.value) + params.data.gain_at"
 _GAIN = {"function": f"params.value == null ? params.data.no_gain : {_TIMES}"}
-_LOSS_HELP, _GAIN_HELP = about(metric("steps", "loss")), about(metric("layers", COMPOSITES[0]))
+_LOSS_HELP, _GAIN_HELP = (
+    metric_help(metric("steps", "loss")),
+    metric_help(metric("layers", COMPOSITES[0])),
+)
 _COLUMNS: list[dict[str, Any]] = [
     {"field": "name", "headerName": "run", "flex": 1, "minWidth": 104, "cellRenderer": "RunLink",
      "tooltipField": "name"},

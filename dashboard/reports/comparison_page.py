@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from dash import html
 
 from geodiag.dashboard.components.components import card, notice
-from geodiag.dashboard.components.text import about, integer, metric, number, utc
+from geodiag.dashboard.components.text import integer, metric, metric_help, number, utc
 from geodiag.dashboard.figures.event_marks import draw_superseded
 from geodiag.dashboard.figures.run_overlay import Panel, Ring, Track, overlay
 from geodiag.dashboard.figures.style import Theme
@@ -71,7 +71,7 @@ def _losses(c: Comparison, paper: HtmlFile) -> html.Div:
         paper.chart(
             partial(draw_losses, c), "Loss and gradient norm of every run over steps", "steps"
         ),
-        tip=f"{about(metric('steps', 'loss'))} Rings are spikes; grey lines, steps that were rolled back. {_ZOOM}",
+        tip=f"{metric_help(metric('steps', 'loss'))} Rings are spikes; grey lines, steps that were rolled back. {_ZOOM}",
     )
     unknown = [s.label for s in c.runs if s.tokens() is None]
     if len(unknown) == len(c.runs):

@@ -9,7 +9,7 @@ from dash import html
 
 from geodiag.dashboard.components.components import badge, notice
 from geodiag.dashboard.components.frame import problems
-from geodiag.dashboard.components.text import about, integer, number, utc
+from geodiag.dashboard.components.text import integer, metric_help, number, utc
 from geodiag.dashboard.figures.run_overlay import stroke
 from geodiag.dashboard.figures.style import DARK, LIGHT
 from geodiag.dashboard.reports.comparison import ComparedRun, Comparison
@@ -74,7 +74,7 @@ def metrics(c: Comparison) -> html.Div:
         if known:
             rows.append(html.Tr(html.Th(title, colSpan=1 + 2 * len(c.runs), scope="rowgroup")))
         for name in known:
-            cells: list[Any] = [hint(name, about(metric_of(name)))]
+            cells: list[Any] = [hint(name, metric_help(metric_of(name)))]
             for i, s in enumerate(c.runs):
                 cells += _cells(s, i, name, told[name]["better"])
             rows.append(cells)

@@ -14,7 +14,7 @@ from geodiag.dashboard.cascade.selection import cascade_of
 from geodiag.dashboard.components.components import card, notice
 from geodiag.dashboard.components.frame import legend
 from geodiag.dashboard.components.layer_select import layer_of
-from geodiag.dashboard.components.text import about, integer, metric, utc
+from geodiag.dashboard.components.text import integer, metric, metric_help, utc
 from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.figures.style import Theme
 from geodiag.dashboard.pages import activations, gain, overview, routing
@@ -129,7 +129,7 @@ def _loss(cache: RunCache, paper: HtmlFile) -> html.Section:
         "Loss, gradient, stages",
         keys,
         chart,
-        tip=f"{about(metric('steps', 'loss'))} {overview.STAGES} {_COLUMNS}",
+        tip=f"{metric_help(metric('steps', 'loss'))} {overview.STAGES} {_COLUMNS}",
     )
 
 

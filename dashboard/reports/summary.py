@@ -10,7 +10,15 @@ from geodiag.cascade.explain import Cascade
 from geodiag.dashboard.cascade import verdict_card
 from geodiag.dashboard.components.components import badge, notice, tile
 from geodiag.dashboard.components.frame import problems
-from geodiag.dashboard.components.text import STATUS, about, factor, integer, metric, number, utc
+from geodiag.dashboard.components.text import (
+    STATUS,
+    factor,
+    integer,
+    metric,
+    metric_help,
+    number,
+    utc,
+)
 from geodiag.dashboard.components.tiles import COMPOSITES
 from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.figures.cascade import STAGES
@@ -60,7 +68,7 @@ def head(cache: RunCache, health: Health, cascades: Sequence[Cascade]) -> html.S
         html.Li(html.A(verdict_card.headline(c), href=f"#spike-{c.spike_onset}")) for c in cascades
     ]
     status_line = html.Div(
-        [badge(health.status), html.Span(step, className="soft")], className="standing"
+        [badge(health.status), html.Span(step, className="soft")], className="run-status"
     )
     words = html.Ul(said, className="lead") if said else html.P(_calm(health))
     left = html.Div([html.H1(cache.run.name), status_line, words, *lacks, *problems(cache)])
@@ -90,7 +98,7 @@ def tiles(cache: RunCache, h: Health, cascades: Sequence[Cascade]) -> list:
     loss = metric("steps", "loss")
     tone = "alarm" if h.last_loss is not None and not math.isfinite(h.last_loss) else ""
     out = [
-        tile("loss", number(h.last_loss), lowest, about(loss), tone),
+        tile("loss", number(h.last_loss), lowest, metric_help(loss), tone),
         tile(
             "spikes",
             str(len(h.spikes)),
@@ -118,7 +126,7 @@ def tiles(cache: RunCache, h: Health, cascades: Sequence[Cascade]) -> list:
             "composite gain, worst",
             gain,
             _GAIN[c.verdict],
-            about(metric("layers", COMPOSITES[0])),
+            metric_help(metric("layers", COMPOSITES[0])),
             grew,
         ),
     ]

@@ -9,7 +9,7 @@ from dash import html
 
 from geodiag.cascade.words import where
 from geodiag.dashboard.components.components import card, notice
-from geodiag.dashboard.components.text import about, factor, integer, number, percent, utc
+from geodiag.dashboard.components.text import factor, integer, metric_help, number, percent, utc
 from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.events import KINDS
 from geodiag.health import Health, Worst, outside
@@ -94,7 +94,7 @@ def _row(name: str, worst: Worst) -> Sequence[Any]:
     low, high = metric.healthy or (None, None)
     healthy = f"≤ {high:,g}" if high is not None else f"≥ {low:g}" if low is not None else ""
     said = value(worst.value, metric)
-    return [hint(name, about(metric)), html.B(f"! {said}", className="alarm") if bad else said,
+    return [hint(name, metric_help(metric)), html.B(f"! {said}", className="alarm") if bad else said,
             place(worst), healthy]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What every chart of a run has in common: when it is redrawn, and what it is drawn from."""
+"""Callbacks that redraw a chart when the address, the run or the colour theme changes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,9 +23,7 @@ DrawFunction = Callable[[RunCache, View, Theme], Any]
 def register_drawing(
     app: Dash, library: RunLibrary, name: str, prop: str, make: DrawFunction
 ) -> None:
-    """`name.prop` is `make(record, view, look)`, made anew when the address, the run or the look
-    changes.
-    """
+    """Set property `prop` of component `name` to `make(cache, view, theme)` after every change."""
 
     @app.callback(
         Output(name, prop),
@@ -37,26 +35,25 @@ def register_drawing(
     def draw(search, pulse, theme_name, pathname):
         cache = library.at_address(pathname)
         if cache is None or (pulse or {}).get("run") != cache.run.name:
-            return no_update  # the pulse of this run is on its way, and draws
+            return no_update  # the pulse of this run comes next and draws the chart
         made = make(cache, View.parse(search), THEMES.get(theme_name, THEMES["light"]))
         if isinstance(made, go.Figure):
-            made.update_layout(
-                uirevision=f"{pathname}{name}"
-            )  # a live update keeps what the reader toggled
+            # A constant revision keeps what the reader toggled when live data arrive.
+            made.update_layout(uirevision=f"{pathname}{name}")
         return made
 
 
 def detected_spikes(cache: RunCache) -> list[SpikeMark]:
-    """The run's spikes, read from its events once a version."""
+    """Return the spikes of the run, oldest first."""
     return cache.memo("spikes", lambda: spikes_from_events(cache.events()))
 
 
 def event_marks(cache: RunCache) -> list[Mark]:
-    """What gets a line on every time axis of the run."""
+    """Return the events that are marked on every time axis of the run."""
     return cache.memo("marks", lambda: marks_from_events(cache.events(), detected_spikes(cache)))
 
 
 def step_extent(cache: RunCache) -> tuple[int, int] | None:
-    """First and last step, so that all charts of a page share one time axis."""
+    """Return the first and the last step: the common time axis of all charts of a page."""
     step_S = cache.steps()["step"]
     return (int(step_S[0]), int(step_S[-1])) if len(step_S) else None

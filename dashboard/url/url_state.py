@@ -1,4 +1,4 @@
-"""What a reader looks at, as the query string of the page: so that every view has an address."""
+"""The state of a page as its query string, so that every view has an address."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -11,30 +11,31 @@ from geodiag.metrics.schema import SITES
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A reader's choices; None is the page's own default. Nonsense in an address is ignored, not an
-    error.
+    """The choices of the reader; None means the default of the page.
+
+    Invalid values in an address are ignored.
     """
 
     steps: tuple[int, int] | None = None
     """The range of steps on every time axis; None for all."""
     step: int | None = None
-    """The one step that profiles and matrices are drawn at."""
+    """The step at which profiles and matrices are drawn."""
     site: tuple[int, int] | None = None
     """(layer, site index), written `3.ffn`."""
     layer: int | None = None
     metric: str | None = None
     over: str | None = None
-    """How a gain is taken over tokens: mean, max, min, of_mean."""
+    """How a gain is reduced over tokens: mean, max, min, of_mean."""
     scale: str | None = None
     """`log` for a logarithmic loss axis."""
     spike: int | None = None
-    """The step whose cascade is shown: a spike's onset, an early warning, or any other."""
+    """The step whose cascade is shown: the onset of a spike, an early warning, or another."""
     stage: int | None = None
-    """1, 2 or 3: with `layer` and `step`, a cell of the stage map."""
+    """1, 2 or 3; together with `layer` and `step` a cell of the stage map."""
 
     @classmethod
     def parse(cls, search: str | None) -> "View":
-        """The view of `?steps=100-200&site=3.ffn`."""
+        """Return the view of a query string such as `?steps=100-200&site=3.ffn`."""
         given = dict(parse_qsl((search or "").lstrip("?")))
         known: dict[str, Any] = {
             f.name: _READ[f.name](given[f.name]) for f in fields(cls) if f.name in given
@@ -42,13 +43,13 @@ class View:
         return cls(**{k: v for k, v in known.items() if v is not None})
 
     def query_string(self) -> str:
-        """The query string, `""` for a view without choices."""
-        said = {f.name: getattr(self, f.name) for f in fields(self)}
-        text = {k: _WRITE.get(k, str)(v) for k, v in said.items() if v is not None}
+        """Return the query string; `""` for a view without choices."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        text = {k: _WRITE.get(k, str)(v) for k, v in values.items() if v is not None}
         return f"?{urlencode(text)}" if text else ""
 
     def replaced(self, **changes: Any) -> "View":
-        """The same view with other choices."""
+        """Return a copy of the view with some choices changed."""
         return replace(self, **changes)
 
     @property
@@ -61,7 +62,7 @@ class View:
 
 
 def apply_zoom(view: View, relayout: dict | None) -> View:
-    """The view after a drag or a double click on any chart, as plotly tells it in `relayoutData`."""
+    """Return the view after a drag or a double click on a chart (Plotly's `relayoutData`)."""
     for key, value in (relayout or {}).items():
         if not key.startswith("xaxis"):
             continue

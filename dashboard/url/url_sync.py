@@ -1,8 +1,7 @@
-"""From a reader's hand to the address: every control, drag and click of a page becomes its query
-string.
+"""Callbacks that write every control, drag and click of a page into the query string.
 
-The address is the only state. Charts are drawn from it, so a copied link, the back button and
-another page's zoom all show the same thing; the controls follow it too.
+The address is the only state. Charts and controls are set from it, so that a copied link, the back
+button and a zoom on another page all lead to the same view.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +13,7 @@ from geodiag.dashboard.data.grid import row_name
 from geodiag.dashboard.url.url_state import View, apply_zoom
 
 _NEWEST = 20
-"""A slider that was set to the newest step may be so many steps behind a living run: that is not a
-choice.
-"""
+"""A slider this close to the newest step of a live run follows it and is not a choice."""
 
 
 class Control(NamedTuple):
@@ -24,7 +21,7 @@ class Control(NamedTuple):
 
     field: str
     default: Any = None
-    """What it shows while the field is not chosen; or a function (pathname, view) that knows."""
+    """Value while nothing is chosen, or a function of (pathname, view) that returns it."""
 
 
 OnClick = Callable[[str, View, str, dict], View]
@@ -37,7 +34,7 @@ def sync_url(
     graphs: Sequence[str],
     clicked: OnClick | None = None,
 ) -> None:
-    """Joins the page's controls and charts to the address, both ways."""
+    """Connect the controls and charts of a page with the address, in both directions."""
 
     @app.callback(
         output=Output("url", "search", allow_duplicate=True),
@@ -50,9 +47,10 @@ def sync_url(
         },
         prevent_initial_call=True,
     )
-    def turn(values, drags, clicks, search, pathname):
-        view = moved = View.parse(search)
-        # Drags first: a double click clicks too, and then means only the range.
+    def update_url(values, drags, clicks, search, pathname):
+        view = View.parse(search)
+        moved = view
+        # Drags first: a double click is also a click, but only its range counts.
         for prop in sorted(
             (e["prop_id"] for e in ctx.triggered), key=lambda p: not p.endswith(".relayoutData")
         ):
@@ -66,7 +64,7 @@ def sync_url(
     def _after_event(
         prop_id: str, view: View, pathname: str, values: list, drags: list, clicks: list
     ) -> View:
-        """The view after one thing that the reader just did."""
+        """Return the view after one action of the reader."""
         name, _, prop = prop_id.rpartition(".")
         if name in controls:
             value = values[list(controls).index(name)]
@@ -78,7 +76,7 @@ def sync_url(
 
 
 def _follow(app: Dash, controls: Mapping[str, Control]) -> None:
-    """The controls show what the address says."""
+    """Set the controls from the address."""
 
     @app.callback(
         output=[Output(name, "value") for name in controls],
@@ -90,33 +88,36 @@ def _follow(app: Dash, controls: Mapping[str, Control]) -> None:
         prevent_initial_call=True,
     )
     def follow(search, values, pathname):
-        wanted = [_component_value(View.parse(search), c, pathname) for c in controls.values()]
-        return [no_update if w in (v, None) else w for w, v in zip(wanted, values, strict=True)]
+        values_now = [_component_value(View.parse(search), c, pathname) for c in controls.values()]
+        return [
+            no_update if new in (old, None) else new
+            for new, old in zip(values_now, values, strict=True)
+        ]
 
 
 def _with_value(view: View, control: Control, value: Any, pathname: str) -> View:
-    """The view after a control took `value`; what it shows anyway is no choice."""
+    """Return the view after a control was set to `value`; a default is not a choice."""
     shown = _component_value(view, control, pathname)
     if value is None or value == shown:
         return view
     if control.field == "step" and view.step is None and abs(value - shown) <= _NEWEST:
         return view
     default = _component_value(view.replaced(**{control.field: None}), control, pathname)
-    typed = _TYPED.get(control.field, str)(value)
-    return view.replaced(**{control.field: None if value == default else typed})
+    converted = _FROM_COMPONENT.get(control.field, str)(value)
+    return view.replaced(**{control.field: None if value == default else converted})
 
 
 def _component_value(view: View, control: Control, pathname: str) -> Any:
-    """What the component shows for this view; None where it shows nothing of its own."""
+    """Return the value that the component shows for this view."""
     value = getattr(view, control.field)
     if value is None:
         return control.default(pathname, view) if callable(control.default) else control.default
-    return _SHOWN[control.field](value) if control.field in _SHOWN else value
+    return _TO_COMPONENT[control.field](value) if control.field in _TO_COMPONENT else value
 
 
-_TYPED: dict[str, Callable[[Any], Any]] = {
+_FROM_COMPONENT: dict[str, Callable[[Any], Any]] = {
     "layer": int,
     "step": int,
     "site": lambda name: View.parse(f"?site={name}").site,
 }
-_SHOWN: dict[str, Callable[[Any], str]] = {"layer": str, "site": row_name}
+_TO_COMPONENT: dict[str, Callable[[Any], str]] = {"layer": str, "site": row_name}

@@ -241,7 +241,7 @@ def test_routing_is_asked_and_then_on_and_the_page_follows_the_training(page, li
 
     page.get_by_role("textbox", name="delay in steps").fill("4")
     page.locator("#ask-on").click()
-    page.get_by_text("asked: on, Δ = 4").wait_for()
+    page.get_by_text("requested: on, Δ = 4").wait_for()
     said = json.loads((runs / "live" / "control.json").read_text())
     assert (said["routing"], said["delay_steps"], said["by"]) == ("on", 4, "dashboard")
     assert "now: off" in page.locator("#control-state").inner_text()
@@ -260,7 +260,7 @@ def test_routing_is_asked_and_then_on_and_the_page_follows_the_training(page, li
     live.append("layers", live.script.layers_columns(np.arange(40, 60)))
     page.get_by_text("now: on").wait_for()
     state = page.locator("#control-state").inner_text()
-    assert "asked" not in state.replace("dashboard asked for on", "")
+    assert "requested" not in state
     assert "since step 44" in state
     assert "dashboard asked for on" in state
     page.get_by_text("step 59", exact=True).wait_for()
