@@ -30,11 +30,11 @@ def show(
 ) -> None:
     """Show one run's health on one screen: the worst value of each key metric, where and when."""
     from geodiag.health import health
-    from geodiag.metrics.headline import KEY_METRICS
+    from geodiag.metrics.registry import headlines
     from geodiag.run import open_run
 
     opened = open_run(run)
-    shown = None if json else {name for names in KEY_METRICS.values() for name in names}
+    shown = None if json else {name for names in headlines().values() for name in names}
     found = health(opened, shown)
     if json:
         print_json(found.as_json())
@@ -58,10 +58,10 @@ def _head(h: "Health") -> str:
 def _stages(h: "Health") -> list["RenderableType"]:
     from rich.table import Table
 
-    from geodiag.metrics.headline import KEY_METRICS
+    from geodiag.metrics.registry import headlines
 
     parts: list[RenderableType] = []
-    for title, names in KEY_METRICS.items():
+    for title, names in headlines().items():
         known = [n for n in names if n in h.worst]
         stage = title[6] if title.startswith("Stage") else None
         verdict = _verdict(h, int(stage), known) if stage else ""

@@ -49,7 +49,7 @@ def cell_series(
     names = [
         n
         for (table, n), s in SIGNALS.items()
-        if table == "layers" and STAGE_OF[s.part] == cell.stage
+        if table == "layers" and s.part and STAGE_OF[s.part] == cell.stage
     ]
     first = min(window[0], before - _BEFORE)
     key = ("stretch", cell.stage, first, window[1])
@@ -75,7 +75,7 @@ def _series(grid: Grid, row: int, cell: StageCell, before: int) -> Series:
             (step_S >= cell.step - cadence) & (step_S <= cell.step + max(_NEAR, cadence))
         ]
         wide = max(high - low, 0.02 * abs(middle), 1e-6)
-        sides = SIGNALS["layers", grid.metric.name].sides
+        sides = grid.metric.abnormal_sides
         away = {"high": near - middle, "low": middle - near}.get(sides, np.abs(near - middle))
         if len(near):
             score = math.inf if np.isinf(near).any() else float(away.max() / wide)

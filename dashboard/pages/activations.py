@@ -13,31 +13,13 @@ from geodiag.dashboard.figures.heat import height_of
 from geodiag.dashboard.figures.style import Theme
 from geodiag.dashboard.server.run_library import RunLibrary
 from geodiag.dashboard.url.url_state import View
+from geodiag.metrics.registry import menu, panels
 
 NAME, TITLE = "activations", "Activations"
 
-OVERALL = {
-    "clamp_gate_rate": "gate clamped",
-    "clamp_up_high_rate": "up clamped, high",
-    "clamp_up_low_rate": "up clamped, low",
-    "gate_amax": "gate amax",
-    "up_amax": "up amax",
-    "act_amax": "activation amax",
-    "expert_norm_max_median": "expert norm, max / median",
-    "expert_norm_min_median": "expert norm, min / median",
-    "spectral_norm_gate": "gate weights' norm",
-    "spectral_norm_up": "up weights' norm",
-    "spectral_norm_down": "down weights' norm",
-}
-EXPERTS = {"act_rms": "RMS", "act_amax": "amax", "clamp_hits": "clamp hits"}
-LINES: Lines = (
-    (
-        "clamped",
-        {"clamp_gate_rate": "gate", "clamp_up_high_rate": "up high", "clamp_up_low_rate": "up low"},
-    ),
-    ("amax", {"gate_amax": "gate", "up_amax": "up", "act_amax": "activation"}),
-    ("max / median", {"expert_norm_max_median": "experts"}),
-)
+OVERALL = menu(NAME)
+EXPERTS = menu(NAME, "experts")
+LINES: Lines = panels(NAME)
 
 
 def layout(cache: RunCache, view: View) -> html.Div:

@@ -28,47 +28,13 @@ from geodiag.dashboard.server.run_library import RunLibrary
 from geodiag.dashboard.url.live_figures import event_marks, register_drawing, step_extent
 from geodiag.dashboard.url.url_state import View
 from geodiag.dashboard.url.url_sync import Control, sync_url
+from geodiag.metrics.registry import quantities
 from geodiag.metrics.schema import METRICS, SITES
 
 NAME, TITLE = "gain", "Gain"
 
 _OVER = {"mean": "mean", "max": "worst token", "min": "smallest", "of_mean": "of mean map"}
-# Quantity → the metrics of each way to look over tokens, forward then backward where there are two.
-QUANTITIES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
-    "composite": (
-        "composite gain",
-        {
-            "mean": ("composite_gain_fwd", "composite_gain_bwd"),
-            "max": ("composite_gain_fwd_max", "composite_gain_bwd_max"),
-            "min": ("composite_gain_fwd_min", "composite_gain_bwd_min"),
-            "of_mean": ("composite_gain_fwd_of_mean", "composite_gain_bwd_of_mean"),
-        },
-    ),
-    "single": (
-        "single-site gain",
-        {
-            "mean": ("amax_gain_fwd", "amax_gain_bwd"),
-            "max": ("amax_gain_fwd_max", "amax_gain_bwd_max"),
-            "min": ("gain_fwd_min", "gain_bwd_min"),
-            "of_mean": ("amax_gain_fwd_of_mean", "amax_gain_bwd_of_mean"),
-        },
-    ),
-    "transport": (
-        "transport gain",
-        {"mean": ("transport_gain_fwd", "transport_gain_bwd"), "max": ("transport_gain_fwd_max",)},
-    ),
-    "spectral": (
-        "spectral norm",
-        {"mean": ("spectral_norm_res",), "max": ("spectral_norm_res_max",)},
-    ),
-    "sinkhorn": ("Sinkhorn residual", {"max": ("sinkhorn_residual",)}),
-    "early": ("early signal share", {"mean": ("early_signal_share",)}),
-    "stream_amax": ("stream amax", {"max": ("stream_amax",)}),
-    "stream_rms": ("stream RMS", {"mean": ("stream_rms",)}),
-    "branch": ("branch share", {"mean": ("branch_share",)}),
-    "post": ("post concentration", {"mean": ("post_concentration",)}),
-    "grad": ("layer gradient norm", {"mean": ("grad_norm",)}),
-}
+QUANTITIES = quantities(NAME)
 _WAYS = ("forward", "backward")
 
 

@@ -13,26 +13,14 @@ from geodiag.dashboard.figures.heat import height_of
 from geodiag.dashboard.figures.style import Theme
 from geodiag.dashboard.server.run_library import RunLibrary
 from geodiag.dashboard.url.url_state import View
+from geodiag.metrics.registry import menu, panels
 from geodiag.metrics.schema import ROUTING_MODES
 
 NAME, TITLE = "routing", "Routing"
 
-FLIPS = {
-    "flip_rate": "flip rate",
-    "flip_top1": "top-1",
-    "flip_any": "any of K",
-    "flip_rate_router": "router alone",
-    "flip_rate_anticipatory": "anticipatory",
-}
-LOADS = {"load": "load", "gate_mass": "gate mass"}
-LINES: Lines = (
-    ("MaxVio", {"max_vio": "MaxVio"}),
-    (
-        "margin",
-        {"router_margin_mean": "mean", "router_margin_p10": "p10", "router_margin_p01": "p01"},
-    ),
-    ("entropy", {"router_entropy": "entropy"}),
-)
+FLIPS = menu(NAME)
+LOADS = menu(NAME, "experts")
+LINES: Lines = panels(NAME)
 
 
 def layout(cache: RunCache, view: View) -> html.Div:

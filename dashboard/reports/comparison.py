@@ -15,7 +15,7 @@ from geodiag.dashboard.reports.run_labels import labels_of
 from geodiag.dashboard.reports.tables import flatten, metric_of, value
 from geodiag.errors import GeodiagError
 from geodiag.health import Health, health
-from geodiag.metrics.headline import KEY_METRICS
+from geodiag.metrics.registry import headlines
 from geodiag.run import Run
 from geodiag.spikes.recorded import Seen, spikes_of
 from geodiag.store.files import plain
@@ -26,7 +26,7 @@ _TOLD = 4
 """Spikes of a run whose cascade is told, the worst ones."""
 _MEAN_OF = 50
 """Steps that a loss is averaged over: one batch says little."""
-_NAMES = [name for names in KEY_METRICS.values() for name in names]
+_NAMES = [name for names in headlines().values() for name in names]
 
 
 @dataclass(frozen=True, kw_only=True)

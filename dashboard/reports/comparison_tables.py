@@ -14,7 +14,7 @@ from geodiag.dashboard.figures.run_overlay import stroke
 from geodiag.dashboard.figures.style import DARK, LIGHT
 from geodiag.dashboard.reports.comparison import ComparedRun, Comparison
 from geodiag.dashboard.reports.tables import grid, hint, metric_of, place, setting_text, value
-from geodiag.metrics.headline import KEY_METRICS
+from geodiag.metrics.registry import headlines
 
 _LIST = 8
 """A longer list is told by its length and its ends."""
@@ -69,7 +69,7 @@ def metrics(c: Comparison) -> html.Div:
     """Every key metric, for every run its worst and its newest value."""
     told = c.metrics()
     rows: list[Any] = []
-    for title, names in KEY_METRICS.items():
+    for title, names in headlines().items():
         known = [n for n in names if n in told]
         if known:
             rows.append(html.Tr(html.Th(title, colSpan=1 + 2 * len(c.runs), scope="rowgroup")))

@@ -23,7 +23,7 @@ from geodiag.dashboard.reports.html_file import HtmlFile, mark
 from geodiag.dashboard.url.live_figures import step_extent
 from geodiag.dashboard.url.url_state import View
 from geodiag.health import Health, health
-from geodiag.metrics.headline import KEY_METRICS
+from geodiag.metrics.registry import headlines
 from geodiag.run import Run
 from geodiag.spikes.recorded import spikes_of
 from geodiag.store.files import plain
@@ -98,7 +98,7 @@ def report(run: Run) -> Report:
     worst = {s.onset: s.spike.score for s in spikes_of(run) if s.spike is not None}
     onsets = sorted(sorted(worst, key=lambda step: -worst[step])[:MOST_SPIKES])
     found = [c for c in (cascade_of(cache, step) for step in onsets) if isinstance(c, Cascade)]
-    names = {name for names in KEY_METRICS.values() for name in names}
+    names = {name for names in headlines().values() for name in names}
     return Report(
         cache=cache,
         health=health(run, names),

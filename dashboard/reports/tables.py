@@ -13,7 +13,7 @@ from geodiag.dashboard.components.text import factor, integer, metric_help, numb
 from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.events import KINDS
 from geodiag.health import Health, Worst, outside
-from geodiag.metrics.headline import KEY_METRICS
+from geodiag.metrics.registry import headlines
 from geodiag.metrics.schema import METRICS, SCHEMA_VERSION, Metric
 
 MOST_EVENTS = 300
@@ -75,7 +75,7 @@ def place(worst: Worst) -> str:
 def key_table(health: Health) -> html.Div:
     """The worst of each key metric, by stage; what lies outside its healthy range is marked."""
     rows: list[Any] = []
-    for title, names in KEY_METRICS.items():
+    for title, names in headlines().items():
         known = [n for n in names if n in health.worst]
         stage = int(title[6]) if title.startswith("Stage") else None
         stage_status = (

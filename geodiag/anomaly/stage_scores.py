@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from geodiag.anomaly.baseline import Baseline
-from geodiag.anomaly.metric_roles import SIGNALS, Series, place_of, rescaled
+from geodiag.anomaly.metric_roles import SIGNALS, Series, least_spread, place_of, rescaled
 
 
 class Scores:
@@ -27,19 +27,22 @@ class Scores:
 
     def extend(self, series: Sequence[Series]) -> None:
         """More series from here on: a probe that ran for the first time."""
-        new = [SIGNALS[s.table, s.metric].floor for s in series]
+        new = [least_spread(SIGNALS[s.table, s.metric]) for s in series]
         self.baseline.extend(np.array(new, float))
         self.series += series
         signals = [SIGNALS[s.table, s.metric] for s in self.series]
-        self._log = np.array([s.scale == "log" for s in signals], bool)
-        self._root = np.array([s.scale == "root" for s in signals], bool)
+        self._log = np.array([s.noise_scale == "log" for s in signals], bool)
+        self._root = np.array([s.noise_scale == "root" for s in signals], bool)
         mine = [place_of(s, self._hashed) for s in self.series]
-        both = [s.sides == "both" or p.part == "data" for s, p in zip(signals, mine, strict=True)]
+        both = [
+            s.abnormal_sides == "both" or p.part == "data"
+            for s, p in zip(signals, mine, strict=True)
+        ]
         self._high = np.array(
-            [b or s.sides == "high" for s, b in zip(signals, both, strict=True)], float
+            [b or s.abnormal_sides == "high" for s, b in zip(signals, both, strict=True)], float
         )
         self._low = np.array(
-            [b or s.sides == "low" for s, b in zip(signals, both, strict=True)], float
+            [b or s.abnormal_sides == "low" for s, b in zip(signals, both, strict=True)], float
         )
         self.places = sorted(set(mine), key=lambda p: (p.order, p))
         index = {p: i for i, p in enumerate(self.places)}

@@ -1,199 +1,109 @@
-"""Every quantity that geodiag records, table by table, in the order of the catalogue
-(docs/metrics.md).
+"""The registry: every metric that geodiag records, and the questions other modules ask about them.
+
+Metrics are declared in residual_metrics.py, expert_metrics.py, router_metrics.py and
+step_metrics.py, in the order in which docs/metrics.md lists them.
 """
 
-from functools import partial
+from collections.abc import Iterable, Set
 
-from geodiag.metrics.layer_metrics import BALANCE, CLAMP, NORMS, QUANTITIES_OF_LAYERS, V4
-from geodiag.metrics.metric import metric
+from geodiag.metrics import expert_metrics, router_metrics, step_metrics
+from geodiag.metrics.metric import Group, Metric
+from geodiag.metrics.residual_metrics import RESIDUAL_METRICS
 
-_step = partial(metric, "steps")
-_expert = partial(metric, "experts")
-_token = partial(metric, "tokens")
-_domain = partial(metric, "domains")
-
-_STEPS = [
-    _step("loss", "nats/token", "mean", "Training loss of the step.", source="trainer"),
-    _step(
-        "grad_norm",
-        "1",
-        "max",
-        "Norm of all gradients, before clipping where the trainer says it.",
-        source="trainer",
-    ),
-    _step(
-        "lr",
-        "1",
-        "last",
-        "Learning rate of the first parameter group.",
-        worse=None,
-        source="trainer",
-    ),
-    _step(
-        "tokens", "tokens", "sum", "Tokens trained on in this step.", worse=None, source="trainer"
-    ),
-    _step(
-        "step_seconds",
-        "s",
-        ("sum", "max"),
-        "Wall time from the end of one step to the end of the next.",
-    ),
-    _step(
-        "record_seconds",
-        "s",
-        ("sum", "max"),
-        "Time geodiag took on the training thread: end of step and probes.",
-    ),
-    _step(
-        "routing_lag",
-        "steps",
-        "last",
-        "Age of the weights that chose this step's experts.",
-        worse=None,
-        source=V4,
-    ),
-    _step(
-        "probe_seconds",
-        "s",
-        ("last", "max"),
-        "Time the device took for this step's probes; null without one.",
-    ),
-    _step(
-        "data_shift",
-        "1",
-        "mean",
-        "1 − cosine of the batch's mean input embedding to its running mean: another kind of data.",
-    ),
-    _step(
-        "spike_score",
-        "robust σ",
-        ("last", "max"),
-        "How far the loss lies above its own trend.",
-        healthy=(None, 6.0),
-    ),
-    _step(
-        "stage1_score",
-        "robust z",
-        ("last", "max"),
-        "Local curvature: worst layer against its own past.",
-        stage=1,
-    ),
-    _step(
-        "stage2_score",
-        "robust z",
-        ("last", "max"),
-        "Chart inconsistency: worst layer against its own past.",
-        stage=2,
-    ),
-    _step(
-        "stage3_score",
-        "robust z",
-        ("last", "max"),
-        "Amplification: worst layer against its own past.",
-        stage=3,
-    ),
+_DECLARED = [
+    *step_metrics.OF_STEPS,
+    *RESIDUAL_METRICS,
+    *expert_metrics.OF_LAYERS,
+    *router_metrics.OF_LAYERS,
+    *router_metrics.OF_EXPERTS,
+    *expert_metrics.OF_EXPERTS,
+    *step_metrics.OF_TOKENS,
+    *step_metrics.OF_DOMAINS,
 ]
 
-_EXPERTS = [
-    _expert(
-        "load",
-        "share",
-        ("sum", "mean"),
-        "Share of the layer's assignments that went to this expert.",
-        worse=None,
-        source=BALANCE,
-    ),
-    _expert(
-        "gate_mass",
-        "share",
-        ("sum", "mean"),
-        "Share of the layer's gate weights that went to this expert.",
-        worse=None,
-    ),
-    _expert(
-        "act_rms",
-        "1",
-        ("last", "mean"),
-        "RMS of the expert's gated activations.",
-        stage=1,
-        source=NORMS,
-    ),
-    _expert("act_amax", "1", "max", "Largest |activation| of the expert.", stage=1),
-    _expert(
-        "clamp_hits", "hits", "sum", "Clamped elements in the expert, all three kinds.", stage=1
-    ),
-    _expert(
-        "curvature",
-        "1",
-        ("last", "mean"),
-        "Curvature at the probe tokens that chose this expert, mean.",
-        every=50,
-        stage=1,
-    ),
-]
+METRICS: dict[tuple[str, str], Metric] = {(m.table, m.name): m for m in _DECLARED}
+"""(table, name) → Metric."""
 
-_TOKENS = [
-    _token("norm", "1", "last", "‖X‖_F of the token's streams after the site.", every=10),
-    _token(
-        "projection_1",
-        "1",
-        "last",
-        "The token's streams along a fixed random direction of length 1.",
-        every=10,
-        worse=None,
-    ),
-    _token(
-        "projection_2",
-        "1",
-        "last",
-        "The same along a second direction, at a right angle to the first.",
-        every=10,
-        worse=None,
-    ),
-    _token(
-        "margin", "score", "last", "Last chosen over best rejected expert.", every=10, worse="low"
-    ),
-    _token(
-        "flipped",
-        "share",
-        "last",
-        "Share of the token's experts that changed since the last probe.",
-        every=10,
-    ),
-]
+BY_KEY: dict[str, Metric] = {m.key: m for m in _DECLARED}
+"""`table.name` → Metric."""
 
-_DOMAINS = [
-    _domain(
-        "loss",
-        "nats/token",
-        "mean",
-        "Training loss on the step's sequences of this domain.",
-        source="trainer",
-    ),
-    _domain(
-        "tokens",
-        "tokens",
-        "sum",
-        "Tokens of this domain in the step.",
-        worse=None,
-        source="trainer",
-    ),
-    _domain(
-        "flip_rate",
-        "share",
-        ("last", "mean"),
-        "`flip_rate` of the probe tokens of this domain, mean over learned routers.",
-        every=10,
-        stage=2,
-    ),
-    _domain(
-        "clamp_gate_rate",
-        "share",
-        ("last", "mean"),
-        "`clamp_gate_rate` of the probe tokens of this domain, all layers.",
-        every=10,
-        **CLAMP,
-    ),
-]
+if len(BY_KEY) != len(_DECLARED):
+    raise AssertionError("a metric is declared twice")
 
-QUANTITIES = [*_STEPS, *QUANTITIES_OF_LAYERS, *_EXPERTS, *_TOKENS, *_DOMAINS]
+MATRICES = "matrices"
+"""Key of the token-mean residual maps: a table of its own, without metrics, measured with the gains."""
+
+_HEADINGS = {
+    "Outcome": "Outcome",
+    "Stage 1": "Stage 1: local curvature",
+    "Stage 2": "Stage 2: chart inconsistency",
+    "Stage 3": "Stage 3: amplification",
+}
+
+
+def by_key(key: str) -> Metric:
+    """Return the metric that `table.name` names. KeyError, which names the key, for an unknown one."""
+    if key not in BY_KEY:
+        raise KeyError(f"no metric is registered as {key!r}; declare it in geodiag/metrics")
+    return BY_KEY[key]
+
+
+def keys_of(group: Group) -> frozenset[str]:
+    """Return the keys of the metrics that are measured with `group`."""
+    found = frozenset(m.key for m in _DECLARED if m.group == group)
+    return found | {MATRICES} if group == "gains" else found
+
+
+def due_groups(groups: Iterable[Group], due: Set[str]) -> frozenset[Group]:
+    """Return those of `groups` of which some metric is due."""
+    return frozenset(g for g in groups if not _KEYS[g].isdisjoint(due))
+
+
+_KEYS: dict[Group, frozenset[str]] = {
+    group: keys_of(group) for group in {m.group for m in _DECLARED} if group is not None
+}
+
+
+def headlines() -> dict[str, list[str]]:
+    """Return heading → names of the metrics of the one-screen summary, in `steps` or in `layers`."""
+    return {
+        heading: [m.name for m in _DECLARED if m.headline == section]
+        for section, heading in _HEADINGS.items()
+    }
+
+
+def live() -> list[Metric]:
+    """Return the metrics whose largest value is shown while a training runs."""
+    return [m for m in _DECLARED if m.live]
+
+
+def charted(page: str, table: str = "layers") -> list[Metric]:
+    """Return the metrics of a table that a page draws, in the order of the registry."""
+    return [m for m in _DECLARED if m.table == table and m.chart and m.chart.page == page]
+
+
+def menu(page: str, table: str = "layers") -> dict[str, str]:
+    """Return metric name → its entry in the menu of a page's large chart."""
+    return {m.name: m.chart.menu for m in charted(page, table) if m.chart and m.chart.menu}
+
+
+def panels(page: str) -> tuple[tuple[str, dict[str, str]], ...]:
+    """Return the line charts of a page: for each its title, and metric name → the line's name."""
+    found: dict[str, dict[str, str]] = {}
+    for m in charted(page):
+        if m.chart and m.chart.panel:
+            found.setdefault(m.chart.panel, {})[m.name] = m.chart.legend or m.name
+    return tuple(found.items())
+
+
+def quantities(page: str) -> dict[str, tuple[str, dict[str, tuple[str, ...]]]]:
+    """Return quantity → its menu entry, and how it is reduced over tokens → the metrics.
+
+    Where a quantity has two metrics of one reduction, the first is forward, the second backward.
+    """
+    found: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {}
+    for m in charted(page):
+        if m.chart and m.chart.menu and m.chart.over:
+            _, over = found.setdefault(m.chart.quantity or m.name, (m.chart.menu, {}))
+            over[m.chart.over] = (*over.get(m.chart.over, ()), m.name)
+    return found

@@ -1,16 +1,16 @@
-"""The shared vocabulary: every metric by name, and the Arrow schema of every table.
+"""Arrow schema of every table of a run directory.
 
-The metrics themselves are listed in registry.py; the catalogue in docs/metrics.md is printed from
-them. A null in a table means "not sampled" or "not applicable"; a NaN is a measured NaN.
+Its columns are the keys of the table, then its metrics from the registry. A null in a table means
+"not sampled" or "not applicable"; a NaN is a measured NaN.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 
 from geodiag.metrics.metric import Metric
-from geodiag.metrics.registry import QUANTITIES
+from geodiag.metrics.registry import METRICS
 
 SCHEMA_VERSION = 2
 """2: tables `tokens` and `domains`, and the probes' columns. A run of an earlier version reads as
@@ -20,9 +20,6 @@ if they were null.
 SITES = ("attn", "ffn", "block")
 ROUTING_MODES = ("off", "warmup", "on", "drain")
 MAPS = ("pre", "post", "res")
-
-METRICS: dict[tuple[str, str], Metric] = {(m.table, m.name): m for m in QUANTITIES}
-"""The registry: (table, name) → Metric."""
 
 _RANKED = [("rank", pa.int16()), ("attempt", pa.int16()), ("step", pa.int32())]
 _SITE = pa.dictionary(pa.int8(), pa.string())
@@ -77,7 +74,25 @@ SCHEMAS: dict[str, pa.Schema] = {
 """Table → Arrow schema: rank, attempt, step, the table's keys, then its metrics as float32."""
 
 
-def registry(counterfactual: Iterable[str] = ()) -> list[dict]:
-    """The registry as plain data for run.json; names in `counterfactual` are marked as such."""
+_DESCRIBED = (
+    "name",
+    "table",
+    "unit",
+    "micro",
+    "ranks",
+    "every",
+    "healthy",
+    "worse",
+    "stage",
+    "help",
+    "source",
+)
+
+
+def registry(counterfactual: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Return what run.json describes of every metric; those in `counterfactual` are marked as such."""
     marked = set(counterfactual)
-    return [asdict(m) | {"counterfactual": m.name in marked} for m in METRICS.values()]
+    return [
+        {field: getattr(m, field) for field in _DESCRIBED} | {"counterfactual": m.name in marked}
+        for m in METRICS.values()
+    ]
