@@ -6,7 +6,11 @@
 import triton
 import triton.language as tl
 
+from geodiag.hooks.measure import formulas
+
 # S sites, T tokens, N streams
+
+SQUARINGS = tl.constexpr(formulas.SQUARINGS)
 
 
 @triton.jit
@@ -17,12 +21,10 @@ def _spread(value, gain, AXIS: tl.constexpr):
 
 @triton.jit
 def _spectral_norm(h, N: tl.constexpr):
-    """As `metrics.spectral_norm`: HᵀH squared six times over, its heaviest column, a Rayleigh
-    quotient.
-    """
+    """`formulas.spectral_norm` of a tile (BT, N, N): same steps, same error bound."""
     gram = tl.sum(h[:, :, :, None] * h[:, :, None, :], 1)
     power = tl.where(gram == gram, gram, 0.0)
-    for _ in range(6):
+    for _ in range(SQUARINGS):
         scale = 1.0 / tl.maximum(tl.max(tl.max(tl.abs(power), 2), 1), 1e-30)
         power = power * scale[:, None, None]
         power = tl.sum(power[:, :, :, None] * power[:, None, :, :], 2)

@@ -58,23 +58,26 @@ def composite_gains(res_STNN: Tensor) -> Gains:
     return Gains(f.amax(-1), f.amin(-1), b.amax(-1), b.amin(-1))
 
 
-_SQUARINGS = 6
+SQUARINGS = 16
+"""Squarings of HᵀH in `spectral_norm`, so 65 536 power iterations."""
 
 
 @torch.no_grad()
 def spectral_norm(maps: Tensor) -> Tensor:
-    """‖H‖₂ of small maps (…, N, N): power iteration on HᵀH by repeated squaring, then a Rayleigh
-    quotient.
+    """Return the spectral norm ‖H‖₂ of each small map (…, N, N).
 
-    2⁶ = 64 iterations; from below, and within 1e-3 even where the two largest singular values are
-    close.
+    Power iteration on G = HᵀH by repeated squaring, then the Rayleigh quotient of the heaviest
+    column of Gᵐ. The result is low by at most N / (4e·m) of ‖H‖₂, m = 65 536, however close the
+    singular values are: 6e-6 for N = 4, 1.2e-5 for N = 8, and float32's rounding (1e-6).
     """
+    # Why: the heaviest column has a square of at least λ₁²ᵐ/N, so an eigenvalue r·λ₁ lowers the
+    # quotient by at most N·r²ᵐ(1 − r) ≤ N / (2e·m), and its root by half of that.
     # Tokens last, products by broadcasting: thousands of 4×4 matrices are no work for a matmul
     # library.
     h = maps.flatten(0, -3).permute(1, 2, 0).contiguous()
     gram = _times(h.transpose(0, 1), h)
     power = gram
-    for _ in range(_SQUARINGS):
+    for _ in range(SQUARINGS):
         power = power / power.abs().amax((0, 1)).clamp_min(1e-30)
         power = _times(power, power)
     column = power.square().sum(0).argmax(0)

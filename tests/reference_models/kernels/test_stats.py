@@ -55,9 +55,7 @@ def test_the_maps_metrics_are_their_definitions(device, n):
         "post_concentration": (post.amax(-1) / post.mean(-1)).mean(),
     }
     for name, value in want.items():
-        assert float(got[name]) == pytest.approx(
-            float(value), rel=2e-3 if "spectral" in name else 1e-5
-        ), name
+        assert float(got[name]) == pytest.approx(float(value), rel=1e-5), name
     rows_PW = MAPS_LAYOUT.named(before.stats_PW)
     worst = torch.maximum(rows_PW["amax_gain_fwd_max"], rows_PW["amax_gain_bwd_max"]).argmax()
     assert int(rows_PW["worst_token"][worst]) == int(

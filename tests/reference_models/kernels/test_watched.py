@@ -18,9 +18,8 @@ from geodiag.reference_models.transformer import Transformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDENTITY = ("rank", "attempt", "step", "layer", "site", "expert")
-# Power iteration in the kernel, repeated squaring outside; a choice between near-ties may differ
-# once in a while.
-LOOSE = {"spectral_norm_res": 2e-3, "spectral_norm_res_max": 2e-3}
+# Where tokens are sampled, torch has the spectral norms of the sample and the kernel has all of them.
+OF_SAMPLE = {"spectral_norm_res": 2e-3, "spectral_norm_res_max": 2e-3}
 
 
 def recorded(
@@ -66,7 +65,8 @@ def test_what_kernels_measure_is_what_torch_measures(
     ours, reference = (recorded(tmp_path / k, k, residual, sample) for k in ("triton", "reference"))
     for table in ("layers", "experts", "matrices"):
         for name, error in furthest(ours.read(table), reference.read(table)).items():
-            assert error < LOOSE.get(name, 1e-3), (table, name, error)
+            limit = OF_SAMPLE.get(name, 1e-3) if sample == 5 else 1e-3
+            assert error < limit, (table, name, error)
 
 
 def test_the_kernels_numbers_are_the_ones_on_record(
