@@ -1,303 +1,294 @@
-"""The controller: verdicts in, decisions out. When to intervene, with what, for how long, and why.
+"""The controller decides after each step: when to intervene, with which actions, and for how long.
 
-`off` records what it would have done, `auto` does it, `on` keeps routing on. Every decision has its
-reason.
+    idle ──spike, warning or schedule──▶ period ──period over, loss recovered──▶ cooldown ──▶ idle
+
+A period begins with an optional rollback and keeps the policy's lasting actions (routing, lower
+learning rate, clamp) for `policy.period` steps after the routing's warm-up. A spike during a period
+extends the period; only a period that began without a rollback can still roll back. A period whose
+loss has not recovered goes on until it has, for at most one more period. During the cooldown a spike
+starts no new period, except a loss that is not finite. `policy.budget` limits the number of periods.
+Mode `off` records each decision and does nothing, `auto` acts, `on` keeps routing on. The controller
+has no clock but the step number, touches no model, and records a reason for every decision, so that
+all ranks reach the same decision from the same observations.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
+from geodiag.hooks.control.decision import (
+    Action,
+    Decision,
+    no_remedy_text,
+    plan_text,
+    spike_text,
+)
 from geodiag.hooks.control.policy import Policy, as_policy
+from geodiag.hooks.control.rollback_target import rollback_target
 from geodiag.spikes.detector import Spike, Verdict
 
-Action = Literal["enable", "disable", "none"]
 TROUBLE = ("spike", "divergence", "nonfinite")
-"""Kinds that call for something; an outlier is over when it is known."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What to do now; `acted` is False where it is only on record."""
-
-    action: Action
-    """Whether a period begins or ends."""
-    reason: str
-    acted: bool
-    actions: tuple[str, ...] = ()
-    """Of the policy's lasting ones, those that begin or end."""
-    restore: int | None = None
-    """Back to the snapshot of this step, first of all."""
-    skip: range | None = None
-    """Steps whose batches are left out when training comes by again."""
-    next_possible: int | None = None
-    """The first step at which a spike could start another period; None where none can."""
+"""Kinds of spikes that the controller acts on; an outlier is over when it is detected."""
 
 
 @dataclass(kw_only=True)
 class Controller:
-    """Decides once a step. It has no clock but the steps and touches no model."""
+    """Makes at most one decision per step. Its fields are its whole state."""
 
     policy: Policy = field(default_factory=Policy)
     delay_steps: int = 8
+    """Δ of the routing: the number of warm-up steps."""
     activations: int = 0
+    """Periods so far, to be compared with `policy.budget`."""
     period_end: int | None = None
-    """The step at which the period under way ends; also kept for periods that were only on record.
-    """
+    """The step at which the current period ends, also of a period that is only recorded."""
     cooldown_end: int = -1
+    """Before this step no spike starts a period."""
     rolled_back: bool = False
-    """Whether the period under way began, or was continued, with a rollback."""
+    """Whether the current period has used its rollback."""
     awaiting_recovery: bool = False
-    """The period is over and the loss is not back yet."""
+    """Whether the period is over but continues, because the loss has not recovered."""
     restored_step: int = -1
-    """The snapshot that training last went back to."""
+    """The snapshot of the last rollback."""
     rolled_back_from: int = -1
-    """The last step before it did."""
+    """The last step before the last rollback."""
 
-    # -- what people ask for -----------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------
 
     def begin(self, step: int) -> Decision | None:
-        """What is to be done before the first step."""
-        return (
-            self.set_mode("on", step) if self.policy.mode == "on" else self._on_schedule(step - 1)
-        )
+        """Return what to do before the first step."""
+        if self.policy.mode == "on":
+            return self.set_mode("on", step)
+        return self._on_schedule(step - 1)
 
     def set_mode(self, mode: str, step: int) -> Decision:
-        """Somebody set the mode by hand: takes effect at once, with no period, no cooldown and a
-        whole budget.
+        """Change the policy's mode on request, at once: no period, no cooldown, a full budget.
 
-        Asking for the `auto` that is there already changes nothing, a period under way included.
+        A request for `auto` while the mode is `auto` changes nothing, not even a current period.
         ValueError for an unknown mode.
         """
-        before, asked = self.policy.mode, as_policy(mode).mode
-        reason = f"asked for: {asked}"
-        if asked == before == "auto":
-            return self._decision("none", f"{reason}, as it was", acted=True)
-        self.policy = replace(self.policy, mode=asked)
-        self.period_end, self.cooldown_end, self.activations = None, -1, 0
-        self.rolled_back = self.awaiting_recovery = False
-        if asked == "on":
+        old_mode = self.policy.mode
+        new_mode = as_policy(mode).mode
+        reason = f"requested: {new_mode}"
+        if new_mode == old_mode == "auto":
+            return self._decision("none", f"{reason}, unchanged", acted=True)
+
+        self.policy = replace(self.policy, mode=new_mode)
+        self.activations = 0
+        self.period_end = None
+        self.cooldown_end = -1
+        self.rolled_back = False
+        self.awaiting_recovery = False
+
+        if new_mode == "on":
             return self._decision("enable", reason, acted=True, actions=("route",))
-        if asked == "off" or before == "on":
-            return self._decision(
-                "disable", reason, acted=True, actions=("route", "lower-lr", "clamp")
-            )
+        if new_mode == "off" or old_mode == "on":
+            actions = ("route", "lower-lr", "clamp")
+            return self._decision("disable", reason, acted=True, actions=actions)
         return self._decision("none", reason, acted=True)
 
-    # -- what a step calls for ---------------------------------------------------------------
+    # -- once a step -------------------------------------------------------------------------
 
     def decide(
         self, step: int, verdict: Verdict, warning: str | None = None, snapshots: Sequence[int] = ()
     ) -> Decision | None:
-        """What this step calls for; None where nothing is to be said.
+        """Return the decision after `step`, None if there is nothing to do and nothing to record.
 
-        warning: what an early warning said, where one was given. snapshots: steps that training
-        could go back to.
+        warning: text of the step's early warning, if any. snapshots: steps to which training can
+        roll back.
         """
-        raised = verdict.raised
-        if raised is not None and raised.kind in TROUBLE:
-            return self._on_trouble(step, raised, snapshots)
+        spike = verdict.raised
+        if spike is not None and spike.kind in TROUBLE:
+            return self._on_spike(step, spike, snapshots)
         if warning is not None and self.policy.acts_on("warning"):
             return self._on_warning(step, warning)
-        return self._on_schedule(step) or self._at_the_end(step, verdict.active)
+        return self._on_schedule(step) or self._on_period_end(step, verdict.active)
 
-    def _on_trouble(self, step: int, spike: Spike, snapshots: Sequence[int]) -> Decision | None:
-        policy, fatal = self.policy, spike.kind == "nonfinite"
-        back = self._snapshot_before(spike, snapshots) if policy.does("rollback") else None
-        if fatal and back is None:
-            return self._hopeless(spike)
-        if not fatal and (
-            not policy.acts_on("spike") or (policy.mode == "on" and not self._does_more())
-        ):
+    def _on_spike(self, step: int, spike: Spike, snapshots: Sequence[int]) -> Decision | None:
+        fatal = spike.kind == "nonfinite"
+        restore = None
+        if self.policy.does("rollback"):
+            restore = rollback_target(
+                snapshots,
+                spike.onset,
+                warm_up=self.delay_steps if self.policy.does("route") else 0,
+                restored_step=self.restored_step,
+                rolled_back_from=self.rolled_back_from,
+            )
+
+        if fatal and restore is None:
+            return self._decision("none", no_remedy_text(spike, self.policy), acted=False)
+        if not fatal and not self._acts_on_spikes():
             return None
-        what = f"{spike.kind} raised at step {step} (onset {spike.onset}, {spike.score:.1f} σ)"
-        if fatal:
-            what = f"the loss is not finite since step {spike.onset}"
-        running = self.period_end is not None
-        if not fatal and running and (back is None or self.rolled_back):
-            # The warm-up is paid already, or still to come as planned: a whole period follows the
-            # spike either way.
-            self._last_until(step + policy.period)
-            return self._decision(
-                "none",
-                f"{what} while the period was running: it lasts until step {self.period_end}",
-            )
-        if not fatal and not running and step < self.cooldown_end:
-            resting = "routing rests" if policy.actions == "route" else "the controller rests"
-            return self._decision(
-                "none", f"{what}, but {resting} until step {self.cooldown_end} (cooldown)"
-            )
-        if self.activations >= policy.budget:
-            return self._decision(
-                "none", f"{what}, but the budget of {policy.budget} activations is used up"
-            )
-        return self._begin(step, what, back, policy.skipped(spike) if back is not None else None)
+
+        what = spike_text(spike, step)
+        if not fatal:
+            postponed = self._extended_or_waiting(step, what, restore)
+            if postponed is not None:
+                return postponed
+
+        if self.activations >= self.policy.budget:
+            return self._no_action(what, self._budget_text())
+        skip = self.policy.skipped(spike) if restore is not None else None
+        return self._begin_period(step, what, restore, skip)
+
+    def _acts_on_spikes(self) -> bool:
+        """Return whether a finite spike can cause any action. Mode `on` already routes."""
+        policy = self.policy
+        has_more_than_routing = any(policy.does(a) for a in ("rollback", "lower-lr", "clamp"))
+        return policy.acts_on("spike") and (policy.mode != "on" or has_more_than_routing)
+
+    def _extended_or_waiting(self, step: int, what: str, restore: int | None) -> Decision | None:
+        """Return the decision on a spike within a period or a cooldown, None for a new period."""
+        if self.period_end is not None and (restore is None or self.rolled_back):
+            # A full period follows the latest spike. No new period begins: the warm-up was already
+            # done, or is still planned.
+            return self._extend_period(step, what)
+        if self.period_end is None and step < self.cooldown_end:
+            return self._no_action(what, self._cooldown_text())
+        return None
 
     def _on_warning(self, step: int, warning: str) -> Decision:
-        what, policy = f"early warning at step {step} ({warning})", self.policy
+        """An early warning starts or extends a period. It never rolls back: no spike happened."""
+        what = f"early warning at step {step} ({warning})"
         if self.period_end is not None:
-            self._last_until(step + policy.period)
-            return self._decision(
-                "none",
-                f"{what} while the period was running: it lasts until step {self.period_end}",
-            )
+            return self._extend_period(step, what)
         if step < self.cooldown_end:
-            return self._decision(
-                "none", f"{what}, but the controller rests until step {self.cooldown_end}"
-            )
-        if self.activations >= policy.budget or not policy.lasting:
-            why = (
-                f"the budget of {policy.budget} activations is used up"
-                if policy.lasting
-                else "nothing is to be done"
-            )
-            return self._decision("none", f"{what}, but {why}")
-        return self._begin(step, what, None, None, going_back=False)
+            return self._no_action(what, self._cooldown_text())
+        if not self.policy.lasting:
+            return self._no_action(what, "the policy has no lasting action")
+        if self.activations >= self.policy.budget:
+            return self._no_action(what, self._budget_text())
+        return self._begin_period(step, what, None, None, may_roll_back=False)
 
     def _on_schedule(self, step: int) -> Decision | None:
-        for first, after in self.policy.schedules if self.policy.mode != "on" else ():
-            if first - 1 <= step < after - 1 and (
-                self.period_end is None or self.period_end < after - 1
-            ):
-                fresh = self.period_end is None
+        """Begin or extend a scheduled period, one step ahead of its first step."""
+        if self.policy.mode == "on":
+            return None
+        for first, after in self.policy.schedules:
+            covered = self.period_end is not None and self.period_end >= after - 1
+            if first - 1 <= step < after - 1 and not covered:
+                is_new = self.period_end is None
                 self._last_until(after - 1)
-                said = f"schedule: from step {first} until step {after}"
                 return self._decision(
-                    "enable" if fresh else "none",
-                    said,
-                    actions=self.policy.lasting if fresh else (),
+                    "enable" if is_new else "none",
+                    f"schedule: from step {first} until step {after}",
+                    actions=self.policy.lasting if is_new else (),
                 )
         return None
 
-    def _at_the_end(self, step: int, active: bool) -> Decision | None:
-        policy = self.policy
-        back = self.awaiting_recovery and not active
-        if self.period_end is None or (step < self.period_end and not back):
-            return None
-        if active and not self.awaiting_recovery:
-            over = f"the period of {policy.period} steps is over, but the loss is not back in its range"
-            self.awaiting_recovery, self.period_end = True, step + policy.period
-            return self._decision(
-                "none", f"{over}: on until it is, at most until step {self.period_end}"
-            )
-        return self._end(step)
+    # -- periods -----------------------------------------------------------------------------
 
-    def _end(self, step: int) -> Decision:
-        self.period_end, self.cooldown_end = None, step + self.policy.cooldown
-        self.rolled_back = self.awaiting_recovery = False
-        return self._decision(
-            "disable",
-            f"the period of {self.policy.period} steps is over",
-            actions=self.policy.lasting,
-        )
-
-    # -- how a period begins -----------------------------------------------------------------
-
-    def _begin(
-        self, step: int, what: str, restore: int | None, skip: range | None, going_back: bool = True
+    def _begin_period(
+        self,
+        step: int,
+        what: str,
+        restore: int | None,
+        skip: range | None,
+        may_roll_back: bool = True,
     ) -> Decision:
         policy = self.policy
+        lasting = policy.lasting
         self.activations += 1
-        base = step
-        if restore is not None and policy.mode != "off":
-            base, self.restored_step, self.rolled_back_from = restore - 1, restore, step
         self.rolled_back = restore is not None
         self.awaiting_recovery = False
-        warm_up = self.delay_steps if "route" in policy.lasting else 0
-        if policy.lasting:
+
+        # After a rollback the steps count from the restored one; mode `off` does not roll back.
+        base = step
+        if restore is not None and policy.mode != "off":
+            base = restore - 1
+            self.restored_step = restore
+            self.rolled_back_from = step
+
+        warm_up = self.delay_steps if "route" in lasting else 0
+        if lasting:
             self.period_end = base + warm_up + policy.period
         else:
-            self.period_end, self.cooldown_end = None, base + policy.cooldown
-        plan = self._in_words(restore, skip, warm_up, going_back)
-        action: Action = "enable" if policy.lasting else "none"
+            self.period_end = None
+            self.cooldown_end = base + policy.cooldown
+
+        plan = plan_text(policy, restore, skip, warm_up, may_roll_back)
         return self._decision(
-            action, f"{what}: {plan}", actions=policy.lasting, restore=restore, skip=skip
+            "enable" if lasting else "none",
+            f"{what}: {plan}",
+            actions=lasting,
+            restore=restore,
+            skip=skip,
         )
 
-    def _in_words(
-        self, restore: int | None, skip: range | None, warm_up: int, going_back: bool
-    ) -> str:
-        policy, parts = self.policy, []
-        if restore is not None:
-            parts.append(f"back to the snapshot of step {restore}")
-        elif policy.does("rollback") and going_back:
-            parts.append("no snapshot from before it is kept, so no way back")
-        if skip is not None:
-            parts.append(f"without the batches of steps {skip.start} to {skip.stop - 1}")
-        if "lower-lr" in policy.lasting:
-            parts.append(f"learning rate × {policy.value('lower-lr'):g}")
-        if "clamp" in policy.lasting:
-            parts.append(f"clamp at {policy.value('clamp'):g}")
-        if policy.lasting:
-            parts.append(
-                f"on for {policy.period} steps"
-                + (f" after {warm_up} of warm-up" if warm_up else "")
-            )
-        return ", ".join(parts)
+    def _extend_period(self, step: int, what: str) -> Decision:
+        self._last_until(step + self.policy.period)
+        return self._decision(
+            "none", f"{what} during a period: the period lasts until step {self.period_end}"
+        )
 
-    def _snapshot_before(self, spike: Spike, snapshots: Sequence[int]) -> int | None:
-        """The newest from strictly before the onset; early enough for the warm-up where one is that
-        old.
+    def _last_until(self, step: int) -> None:
+        self.period_end = max(self.period_end or step, step)
+        self.awaiting_recovery = False
 
-        Where going back did not help, the one before it: the same snapshot would lead to the same
-        place.
-        """
-        before = [s for s in snapshots if s < spike.onset]
-        if not before:
+    def _on_period_end(self, step: int, active: bool) -> Decision | None:
+        """End the period when its steps are over and the loss has recovered (`active` is False)."""
+        recovered = self.awaiting_recovery and not active
+        if self.period_end is None or (step < self.period_end and not recovered):
             return None
-        if spike.onset <= self.rolled_back_from and any(s < self.restored_step for s in before):
-            return max(s for s in before if s < self.restored_step)
-        warm = (
-            [s for s in before if s + self.delay_steps <= spike.onset]
-            if self.policy.does("route")
-            else []
-        )
-        return max(warm or before)
 
-    def _hopeless(self, spike: Spike) -> Decision:
-        why = "routing cannot mend weights"
-        if self.policy.does("rollback"):
-            why = "no snapshot from before it is kept"
-        reason = f"the loss is not finite since step {spike.onset}: {why}; restart from a checkpoint before that step"
-        return self._decision("none", reason, acted=False)
+        period = self.policy.period
+        if active and not self.awaiting_recovery:
+            self.awaiting_recovery = True
+            self.period_end = step + period
+            return self._decision(
+                "none",
+                f"the period of {period} steps is over, but the loss has not recovered: "
+                f"the period goes on until the loss recovers, at most until step {self.period_end}",
+            )
+
+        self.period_end = None
+        self.cooldown_end = step + self.policy.cooldown
+        self.rolled_back = False
+        self.awaiting_recovery = False
+        return self._decision(
+            "disable", f"the period of {period} steps is over", actions=self.policy.lasting
+        )
+
+    # -- rollback ----------------------------------------------------------------------------
 
     def rollback_failed(self, step: int) -> None:
-        """The rollback that was decided on failed: the period counts from here."""
+        """Count the current period from `step`, because its rollback could not be done."""
         if self.period_end is not None:
             self.period_end += step + 1 - self.restored_step
         self.rolled_back = False
 
-    # -- odds and ends -----------------------------------------------------------------------
+    # -- decisions ---------------------------------------------------------------------------
 
-    def _does_more(self) -> bool:
-        return any(self.policy.does(a) for a in ("rollback", "lower-lr", "clamp"))
+    def _no_action(self, what: str, why: str) -> Decision:
+        return self._decision("none", f"{what}, but {why}")
 
-    def _last_until(self, step: int) -> None:
-        self.period_end, self.awaiting_recovery = max(self.period_end or step, step), False
+    def _cooldown_text(self) -> str:
+        return f"no action before step {self.cooldown_end} (cooldown)"
+
+    def _budget_text(self) -> str:
+        return f"the budget of {self.policy.budget} activations is used up"
 
     def _decision(
-        self,
-        action: Action,
-        reason: str,
-        *,
-        acted: bool | None = None,
-        **more: Any,
+        self, action: Action, reason: str, *, acted: bool | None = None, **more: Any
     ) -> Decision:
-        would = self.policy.mode == "off" and acted is None
-        possible = None
-        if self.policy.mode != "on" and self.activations < self.policy.budget:
-            possible = (
-                max(self.cooldown_end, 0)
-                if self.period_end is None
-                else self.period_end + 1 + self.policy.cooldown
-            )
+        """Return a decision of the policy, or of a request if `acted` is given."""
+        only_recorded = self.policy.mode == "off" and acted is None
         return Decision(
             action=action,
-            reason=f"would have acted: {reason}" if would else reason,
-            acted=not would if acted is None else acted,
-            next_possible=possible,
+            reason=f"would have acted: {reason}" if only_recorded else reason,
+            acted=not only_recorded if acted is None else acted,
+            next_possible=self._next_possible(),
             **more,
         )
+
+    def _next_possible(self) -> int | None:
+        """Return the first step at which a spike could start a period, None if no step can."""
+        if self.policy.mode == "on" or self.activations >= self.policy.budget:
+            return None
+        if self.period_end is None:
+            return max(self.cooldown_end, 0)
+        return self.period_end + 1 + self.policy.cooldown
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from geodiag.control import Request
-from geodiag.hooks.control.controller import Controller, Decision
+from geodiag.hooks.control.controller import Controller
+from geodiag.hooks.control.decision import Decision
 from geodiag.hooks.control.interventions import Interventions
 from geodiag.hooks.control.policy import Mode as PolicyMode
 from geodiag.hooks.record.step_observer import Observation

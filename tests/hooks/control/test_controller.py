@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from geodiag.hooks.control.controller import Controller, Decision
+from geodiag.hooks.control.controller import Controller
+from geodiag.hooks.control.decision import Decision
 from geodiag.hooks.control.policy import Policy
 from geodiag.spikes.detector import Spike, Verdict
 
@@ -62,7 +63,7 @@ def test_off_says_what_it_would_have_done_and_never_acts() -> None:
 def test_a_spike_while_on_makes_it_last_a_whole_period_from_there() -> None:
     said = drive(auto(), 60, {5: raised(5), 12: raised(12)})
     assert short(said) == {5: "enable", 12: "none", 22: "disable"}
-    assert "it lasts until step 22" in said[12].reason
+    assert "the period lasts until step 22" in said[12].reason
 
 
 def test_a_spike_during_warm_up_shortens_nothing() -> None:
@@ -81,7 +82,7 @@ def test_a_spike_at_the_very_end_of_a_period_extends_it() -> None:
 def test_nothing_starts_during_the_cooldown_and_something_may_right_after() -> None:
     said = drive(auto(), 80, {5: raised(5), 37: raised(37), 38: raised(38)})
     assert short(said) == {5: "enable", 18: "disable", 37: "none", 38: "enable", 51: "disable"}
-    assert "rests until step 38 (cooldown)" in said[37].reason
+    assert "no action before step 38 (cooldown)" in said[37].reason
 
 
 def test_the_budget_is_kept() -> None:
@@ -97,13 +98,14 @@ def test_a_divergence_acts_and_an_outlier_does_not(kind: str, actions: dict[int,
 
 
 @pytest.mark.parametrize("policy", ["off", "auto", "on"])
-def test_a_loss_that_is_not_finite_is_not_for_routing_to_mend(policy: str) -> None:
+def test_a_loss_that_is_not_finite_cannot_be_repaired_by_routing(policy: str) -> None:
     controller = auto(policy)
     said = drive(controller, 10, {5: raised(5, "nonfinite")._replace(score=math.inf)})
     assert short(said) == {5: "none"}
     assert not said[5].acted
     assert (
-        "routing cannot mend weights; restart from a checkpoint before that step" in said[5].reason
+        "routing cannot repair weights; restart from a checkpoint before that step"
+        in said[5].reason
     )
     assert controller.activations == 0
 
@@ -135,7 +137,7 @@ def test_asking_takes_effect_at_once(before: str, asked: str, action: str) -> No
     controller = auto(before)
     decision = controller.set_mode(asked, 7)
     assert (decision.action, decision.acted, controller.policy.mode) == (action, True, asked)
-    assert decision.reason.startswith(f"asked for: {asked}")
+    assert decision.reason.startswith(f"requested: {asked}")
 
 
 def test_asking_for_auto_during_a_period_does_not_keep_routing_on_for_ever() -> None:
@@ -215,7 +217,8 @@ def test_a_period_after_going_back_counts_from_there() -> None:
     controller = back()
     decision = at(controller, 50, raised(50), 40)
     assert decision.reason == (
-        "spike raised at step 50 (onset 48, 9.0 σ): back to the snapshot of step 40, on for 10 steps after 3 of warm-up"
+        "spike raised at step 50 (onset 48, 9.0 σ): roll back to the snapshot of step 40, "
+        "on for 10 steps after 3 of warm-up"
     )
     assert (decision.action, decision.actions, decision.acted) == ("enable", ("route",), True)
     assert short(drive(controller, 90, {}, start=40)) == {52: "disable"}
@@ -224,7 +227,10 @@ def test_a_period_after_going_back_counts_from_there() -> None:
 def test_without_a_snapshot_from_before_it_the_rest_is_done() -> None:
     decision = at(back(), 50, raised(50), 48, 50)
     assert decision.restore is None
-    assert "no snapshot from before it is kept, so no way back, on for 10 steps" in decision.reason
+    assert (
+        "no rollback, because no snapshot from before the onset is kept, on for 10 steps"
+        in decision.reason
+    )
     assert decision.actions == ("route",)
 
 
@@ -235,7 +241,7 @@ def test_rollback_alone_goes_back_once_and_then_lets_the_cooldown_pass() -> None
     assert (first.restore, first.actions, first.action) == (40, (), "none")
     again = at(controller, 50, raised(50), 30, 40)
     assert again.restore is None
-    assert "rests until step 59 (cooldown)" in again.reason
+    assert "no action before step 59 (cooldown)" in again.reason
     assert at(controller, 80, raised(80), 70).restore == 70
 
 
@@ -257,7 +263,7 @@ def test_a_loss_that_is_not_finite_goes_back_even_while_resting() -> None:
     decision = at(controller, 50, raised(50, "nonfinite"), 40)
     assert decision.restore == 40
     assert decision.reason.startswith(
-        "the loss is not finite since step 48: back to the snapshot of step 40"
+        "the loss is not finite since step 48: roll back to the snapshot of step 40"
     )
     spent = back(budget=0)
     assert (
@@ -266,7 +272,7 @@ def test_a_loss_that_is_not_finite_goes_back_even_while_resting() -> None:
     )
     nothing = at(back(), 50, raised(50, "nonfinite"))
     assert not nothing.acted
-    assert "no snapshot from before it is kept; restart from a checkpoint" in nothing.reason
+    assert "no snapshot from before the onset is kept; restart from a checkpoint" in nothing.reason
 
 
 def test_on_goes_back_too_and_routing_stays() -> None:
@@ -290,7 +296,7 @@ def test_one_period_goes_back_once_unless_it_began_otherwise() -> None:
     assert at(controller, 50, raised(50), 40).restore == 40, "the warning had nothing to undo"
     decision = at(controller, 51, raised(51), 40)
     assert decision.restore is None
-    assert "while the period was running" in decision.reason
+    assert "during a period" in decision.reason
 
 
 def test_a_rollback_that_failed_leaves_a_whole_period() -> None:
@@ -340,7 +346,10 @@ def test_a_period_goes_on_while_the_loss_is_not_back_but_not_for_ever() -> None:
     away = {s: Verdict(9.0, None, None, True) for s in range(6, 100)}
     said = drive(auto(), 60, {5: raised(5)} | {s: v for s, v in away.items() if s < 22})
     assert short(said) == {5: "enable", 18: "none", 22: "disable"}
-    assert "not back in its range: on until it is, at most until step 28" in said[18].reason
+    assert (
+        "has not recovered: the period goes on until the loss recovers, at most until step 28"
+        in said[18].reason
+    )
     assert short(drive(auto(), 60, {5: raised(5)} | away)) == {
         5: "enable",
         18: "none",

@@ -73,7 +73,7 @@ def test_a_request_is_obeyed_at_the_next_step_and_acknowledged_by_id(tmp_path: P
         "routing went from on to drain",
         "routing went from drain to off",
     ]
-    assert [e["message"] for e in live.events("decision")] == ["asked for: on", "asked for: off"]
+    assert [e["message"] for e in live.events("decision")] == ["requested: on", "requested: off"]
 
 
 def test_a_request_may_bring_its_delay_while_routing_is_off(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_on_from_the_start_warms_up_with_the_first_step(tmp_path: Path) -> None:
     live.monitor.close()
     assert live.modes() == ["warmup", "warmup", "on", "on"]
     (decision,) = live.events("decision")
-    assert (decision["step"], decision["message"]) == (0, "asked for: on")
+    assert (decision["step"], decision["message"]) == (0, "requested: on")
 
 
 def spiking(step: int) -> float:
@@ -226,4 +226,4 @@ def test_a_resumed_training_has_the_mode_that_it_is_given_now(
     assert routing.mode == mode
     rows = geodiag.open_run(tmp_path / "run").read_arrow("events", attempt="all").to_pylist()
     asked = [r["message"] for r in rows if r["kind"] == "decision" and r["attempt"] == 1]
-    assert any(f"asked for: {now}" in m for m in asked) == (saved != now)
+    assert any(f"requested: {now}" in m for m in asked) == (saved != now)

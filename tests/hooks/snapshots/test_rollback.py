@@ -238,7 +238,7 @@ def test_a_loss_that_is_not_finite_goes_back(tmp_path: Path) -> None:
     (back,) = live.events("rollback")
     assert back["step"] == 40
     assert (
-        "the loss is not finite since step 43: back to the snapshot of step 40"
+        "the loss is not finite since step 43: roll back to the snapshot of step 40"
         in live.events("decision")[0]["message"]
     )
     assert [live.losses[s] for s in range(STEPS)] == clean()
@@ -343,7 +343,7 @@ def test_in_another_epoch_it_goes_back_to_nothing_that_the_data_cannot_follow(
     live.train(STEPS)
     live.monitor.close()
     assert live.events("rollback") == []
-    assert "no snapshot from before it is kept" in live.events("decision")[0]["message"]
+    assert "no snapshot from before the onset is kept" in live.events("decision")[0]["message"]
     later = Live(tmp_path / "later", policy=ROLLBACK, faults=(63,)).train(42)
     later.train(90)
     later.monitor.close()
