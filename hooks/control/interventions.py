@@ -1,4 +1,4 @@
-"""What lasts for a period beside the routing: a lower learning rate, and the SwiGLU clamp."""
+"""Actions that last for a period, besides routing: a lower learning rate, and the SwiGLU clamp."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,49 +13,51 @@ from geodiag.hooks.control.policy import Policy
 
 
 class Interventions:
-    """Turns what a policy wants turned, and back. Turning twice is turning once.
+    """Applies and reverts a policy's lasting actions. Applying an action twice has no more effect.
 
-    GeodiagError where the policy is to act and its actions cannot be carried out.
+    GeodiagError if the policy acts and one of its actions is impossible in this training.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], layout: Layout, policy: Policy) -> None:
-        self._optimizers, self._layout = optimizers, layout
+        self._optimizers = optimizers
+        self._layout = layout
         self._handles: list[Removable] = []
         self._clamped = False
         self.lr_scale = 1.0
-        """Factor on the learning rates while the optimizers step; between steps they are the
-        trainer's own.
+        """Factor on the learning rates inside `optimizer.step`; between steps `param_groups` hold
+        the training's own values.
         """
+
         if policy.mode == "off":
             return
         if policy.does("lower-lr") and not optimizers:
             raise GeodiagError("lower-lr needs the optimizer; pass it to attach")
         if policy.does("clamp") and not any(e.set_limit for e in layout.experts):
             raise GeodiagError(
-                f"a {layout.family} model has no SwiGLU clamp to switch on; leave the action clamp out"
+                f"a {layout.family} model has no SwiGLU clamp to switch on; "
+                "leave the action clamp out"
             )
 
     def apply(self, action: str, policy: Policy) -> None:
-        """`lower-lr` or `clamp`, as the policy says."""
+        """Apply `lower-lr` or `clamp` with the policy's value."""
         if action == "lower-lr" and not self._handles:
             self.lr_scale = policy.value("lower-lr")
             for optimizer in self._optimizers:
-                lowered = _Lowered(self.lr_scale)
+                scaled = _ScaledLearningRates(self.lr_scale)
                 self._handles += [
-                    optimizer.register_step_pre_hook(lowered.before),
-                    optimizer.register_step_post_hook(lowered.after),
+                    optimizer.register_step_pre_hook(scaled.before_step),
+                    optimizer.register_step_post_hook(scaled.after_step),
                 ]
         if action == "clamp":
             self._clamped = True
+            limit = policy.value("clamp")
             for site in self._layout.experts:
                 if site.set_limit is not None:
-                    limit = policy.value("clamp")
-                    site.set_limit(
-                        limit if site.gate_limit is None else min(limit, site.gate_limit)
-                    )
+                    own = site.gate_limit
+                    site.set_limit(limit if own is None else min(limit, own))
 
     def revert(self, action: str) -> None:
-        """As it was before `turn`."""
+        """Restore the state before `apply`."""
         if action == "lower-lr":
             self.lr_scale = 1.0
             for handle in self._handles:
@@ -68,27 +70,33 @@ class Interventions:
                     site.set_limit(site.gate_limit)
 
 
-class _Lowered:
-    """One optimizer's learning rates while it steps; in place where they are tensors, which a
-    compiled step holds.
+class _ScaledLearningRates:
+    """Scales one optimizer's learning rates during `step` and restores them after it.
+
+    A scheduler therefore always reads its own values. A tensor learning rate is changed in place,
+    because a compiled optimizer step holds on to the tensor.
     """
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
-        self._own: list[Any] = []
+        self._original: list[Any] = []
 
     @torch.no_grad()
-    def before(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        self._own = []
+    def before_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        self._original = []
         for group in optimizer.param_groups:
             lr = group["lr"]
-            self._own.append(lr.clone() if isinstance(lr, Tensor) else lr)
-            group["lr"] = lr.mul_(self._factor) if isinstance(lr, Tensor) else lr * self._factor
+            if isinstance(lr, Tensor):
+                self._original.append(lr.clone())
+                lr.mul_(self._factor)
+            else:
+                self._original.append(lr)
+                group["lr"] = lr * self._factor
 
     @torch.no_grad()
-    def after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        for group, own in zip(optimizer.param_groups, self._own, strict=True):
-            if isinstance(own, Tensor):
-                group["lr"].copy_(own)
+    def after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        for group, original in zip(optimizer.param_groups, self._original, strict=True):
+            if isinstance(original, Tensor):
+                group["lr"].copy_(original)
             else:
-                group["lr"] = own
+                group["lr"] = original

@@ -1,4 +1,4 @@
-"""Steering: what the controller decides and what people ask for, carried out and put on record."""
+"""Steering: carries out the controller's decisions and people's requests, and records each of them."""
 
 import sys
 import time
@@ -15,45 +15,46 @@ from geodiag.hooks.record.step_observer import Observation
 from geodiag.hooks.routing.base import Mode, Rerouting
 
 
-class Tell(Protocol):
-    """Records an event at the coming step."""
+class RecordEvent(Protocol):
+    """Records an event at the next step."""
 
     def __call__(self, kind: str, message: str, **more: Any) -> None: ...
 
 
 class Steering:
-    """Joins the controller to what it may act on. Everything it does becomes an event.
+    """Connects the controller to the routing, the interventions and the rollback.
 
-    `snapshots()` are the steps that training can go back to; `go_back(step, skip)` does so and says
-    the new attempt.
+    record_event: receives an event for everything that steering does. snapshots: returns the steps
+    to which training can roll back. go_back: rolls training back to a step, with the steps whose
+    batches are skipped, and returns the new attempt's number.
     """
-
-    unreachable_ranks = False
-    """Whether there are ranks that nothing can be agreed with."""
 
     def __init__(
         self,
         routing: Rerouting | None,
         controller: Controller,
-        tell: Tell,
+        record_event: RecordEvent,
         interventions: Interventions,
         *,
         snapshots: Callable[[], list[int]] = list,
         go_back: Callable[[int, range | None], int] | None = None,
     ) -> None:
-        self.routing, self.controller, self.interventions, self._tell = (
-            routing,
-            controller,
-            interventions,
-            tell,
-        )
-        self._snapshots, self._go_back = snapshots, go_back
+        self.routing = routing
+        self.controller = controller
+        self.interventions = interventions
+        self._record_event = record_event
+        self._snapshots = snapshots
+        self._go_back = go_back
+
+        self.unreachable_ranks = False
+        """Whether other ranks exist that this rank cannot exchange messages with."""
         self.saved_mode: PolicyMode | None = None
-        """The mode of the policy that a resumed training was saved with."""
-        self.routing_failed = False
-        """Whether looking ahead failed lately: the other ranks must hear of it."""
+        """The policy's mode in the state that a resumed training was saved with."""
+        self._routing_failed = False
+
         if routing is not None:
-            routing.on_change, routing.on_failure = self._changed, self._failed
+            routing.on_change = self._on_mode_change
+            routing.on_failure = self._on_routing_failure
 
     @property
     def mode(self) -> Mode:
@@ -67,81 +68,133 @@ class Steering:
     def replaying(self) -> bool:
         return self.routing is not None and self.routing.replaying
 
+    @property
+    def must_agree(self) -> bool:
+        """Whether all ranks must act alike: the policy may act, or routing is not off."""
+        return self.controller.policy.mode != "off" or self.mode != "off"
+
+    # -- once a step -------------------------------------------------------------------------
+
     def begin(self, step: int, attempt: int, resumed: bool) -> None:
-        """What the policy wants before the first step. A resumed period goes on: its routing came
-        with the snapshot.
+        """Apply the policy before the first step.
+
+        A resumed period continues: the snapshot has restored the routing, and the lasting actions
+        are applied again here.
         """
-        began = "training began" if attempt == 0 else f"training began again: attempt {attempt}"
-        self._tell_attempt(
-            attempt,
-            f"resumed from the snapshot of step {step}: attempt {attempt}" if resumed else began,
-        )
-        wanted = self.controller.policy
-        if resumed and self.saved_mode is not None and self.saved_mode != wanted.mode:
-            # Another mode than it was saved with is as if somebody had asked for it now.
-            self.controller.policy = replace(wanted, mode=self.saved_mode)
-            self._carry_out(self.controller.set_mode(wanted.mode, step), step)
-        policy, under_way = self.controller.policy, self.controller.period_end is not None
+        message = f"training began again: attempt {attempt}" if attempt else "training began"
+        if resumed:
+            message = f"resumed from the snapshot of step {step}: attempt {attempt}"
+        self._record_attempt(attempt, message)
+
         if not resumed:
             self._carry_out(self.controller.begin(step), step)
-        elif under_way and policy.mode != "off":
+            return
+
+        requested = self.controller.policy
+        if self.saved_mode is not None and self.saved_mode != requested.mode:
+            # A resume with another mode has the effect of a request for this mode.
+            self.controller.policy = replace(requested, mode=self.saved_mode)
+            self._carry_out(self.controller.set_mode(requested.mode, step), step)
+
+        policy = self.controller.policy
+        if self.controller.period_end is not None and policy.mode != "off":
             for action in policy.lasting:
                 self.interventions.apply(action, policy)
 
-    def _tell_attempt(self, attempt: int, message: str) -> None:
-        self._tell(
-            "attempt", message, data={"attempt": attempt, "policy": self.controller.policy.mode}
+    def act_on(self, observation: Observation) -> bool:
+        """Let the controller decide on one step; return whether training was rolled back."""
+        if self.routing is not None:
+            # The controller plans a period around the warm-up of the routing.
+            self.controller.delay_steps = self.routing.delay_steps
+        return self._carry_out(self._decide(observation), observation.step)
+
+    def _decide(self, observation: Observation) -> Decision | None:
+        """The only place where geodiag decides about a training without a request."""
+        warning = None if observation.warning is None else str(observation.warning)
+        return self.controller.decide(
+            observation.step, observation.verdict, warning, self._snapshots()
         )
 
-    def act_on(self, seen: Observation) -> bool:
-        """One step's observation to the controller, and what follows from it; whether training went
-        back.
-        """
-        if self.routing is not None:
-            self.controller.delay_steps = (
-                self.routing.delay_steps
-            )  # the warm-up that a period is planned around
-        return self._carry_out(self._decide(seen), seen.step)
+    # -- other ranks and requests ------------------------------------------------------------
 
-    def _decide(self, seen: Observation) -> Decision | None:
-        """The one place where a training decides for itself."""
-        warning = None if seen.warning is None else str(seen.warning)
-        return self.controller.decide(seen.step, seen.verdict, warning, self._snapshots())
-
-    @property
-    def must_agree(self) -> bool:
-        """Whether what the ranks do must be the same on all of them."""
-        return self.controller.policy.mode != "off" or self.mode != "off"
+    def take_routing_failure(self) -> bool:
+        """Return whether the routing failed since the last call. The other ranks must know."""
+        failed = self._routing_failed
+        self._routing_failed = False
+        return failed
 
     def fall_back(self, why: str) -> None:
-        """Back to today's choice, because another rank had to."""
+        """Return to today's choice of experts, because another rank did."""
         if self.routing is not None and self.mode != "off":
             self.routing.disable()
-            self._tell("problem", f"anticipatory routing ends: {why}")
+            self._record_event("problem", f"anticipatory routing ends: {why}")
 
     def handle_request(self, request: Request, step: int) -> None:
-        """Carries out what somebody asked for, or refuses with the reason; either is acknowledged."""
-        asked = f"{request.routing} (by {request.by})"
+        """Apply a request, or refuse it with the reason. Either is acknowledged by an event."""
+        requested = f"{request.routing} (by {request.by})"
         data: dict[str, Any] = {"request": request.id, "routing": request.routing}
-        self._tell("request", f"asked for routing {asked}", data=data)
-        refusal = self._why_not(request)
+        self._record_event("request", f"asked for routing {requested}", data=data)
+
+        refusal = self._refusal(request)
         if refusal is not None:
-            self._tell("acknowledge", f"refused {asked}: {refusal}", data=data | {"obeyed": False})
+            message = f"refused {requested}: {refusal}"
+            self._record_event("acknowledge", message, data=data | {"obeyed": False})
             return
+
         if request.delay_steps is not None and self.routing is not None:
             self.routing.delay_steps = request.delay_steps
-        self._tell("acknowledge", f"obeyed: routing {asked}", data=data | {"obeyed": True})
+        message = f"obeyed: routing {requested}"
+        self._record_event("acknowledge", message, data=data | {"obeyed": True})
+
         decision = self.controller.set_mode(request.routing, step)
         if decision.action != "none":
             self.interventions.revert("lower-lr")
             self.interventions.revert("clamp")
         self._carry_out(decision, step)
 
-    # -- doing it ----------------------------------------------------------------------------
+    def _refusal(self, request: Request) -> str | None:
+        """Return why the request cannot be applied, None if it can."""
+        if self.routing is None:
+            if request.routing == "off":
+                return None
+            return "this training gave attach no AnticipatoryRouting, so there is nothing to switch"
+
+        if self.unreachable_ranks and request.routing != "off":
+            return (
+                "the other ranks cannot be reached; "
+                "call torch.distributed.init_process_group before geodiag.attach"
+            )
+
+        delay = request.delay_steps
+        if delay is not None and delay != self.routing.delay_steps and self.routing.mode != "off":
+            return f"the delay can change only while routing is off; it is in {self.routing.mode}"
+        return None
+
+    # -- decisions ---------------------------------------------------------------------------
 
     def _carry_out(self, decision: Decision | None, step: int) -> bool:
+        """Record the decision and do what it contains; return whether training was rolled back."""
         if decision is None:
             return False
+        self._record_decision(decision)
+        if not decision.acted:
+            return False
+
+        # The rollback comes first: restoring a snapshot would undo the actions after it.
+        rolled_back = decision.restore is not None and self._roll_back(decision, step)
+        for action in decision.actions:
+            if action == "route" and self.routing is not None:
+                if decision.action == "enable":
+                    self.routing.enable()
+                else:
+                    self.routing.disable()
+            elif decision.action == "enable":
+                self.interventions.apply(action, self.controller.policy)
+            else:
+                self.interventions.revert(action)
+        return rolled_back
+
+    def _record_decision(self, decision: Decision) -> None:
         policy = self.controller.policy
         data: dict[str, Any] = {
             "action": decision.action,
@@ -153,22 +206,12 @@ class Steering:
             "possible": decision.next_possible,
             "budget_left": policy.budget - self.controller.activations,
         }
-        self._tell("decision", decision.reason, data=data)
-        if not decision.acted:
-            return False
-        rolled_back = decision.restore is not None and self._back(decision, step)
-        for action in decision.actions:
-            if action == "route" and self.routing is not None:
-                (self.routing.enable if decision.action == "enable" else self.routing.disable)()
-            elif decision.action == "enable":
-                self.interventions.apply(action, policy)
-            else:
-                self.interventions.revert(action)
-        return rolled_back
+        self._record_event("decision", decision.reason, data=data)
 
-    def _back(self, decision: Decision, step: int) -> bool:
-        """Whether training stands before the snapshot's step now. A failure is on record, and
-        training goes on.
+    def _roll_back(self, decision: Decision, step: int) -> bool:
+        """Roll back to the decision's snapshot; return whether it succeeded.
+
+        A failure is recorded, and training continues where it is.
         """
         restore = decision.restore
         if restore is None or self._go_back is None:
@@ -176,57 +219,47 @@ class Steering:
         began = time.perf_counter()
         try:
             attempt = self._go_back(restore, decision.skip)
-        except (
-            Exception
-        ) as e:  # a disk that refuses, a loop that keeps no batches: training goes on where it is
+        except Exception as e:  # an unreadable disk, missing batches: the training must not end
             self.controller.rollback_failed(step)
-            line = f"could not go back to step {restore}: {type(e).__name__}: {e}".splitlines()[0]
-            print(f"geodiag: {line}; training goes on", file=sys.stderr, flush=True)
-            self._tell("problem", line)
+            self._report_problem(f"could not roll back to step {restore}", e)
             return False
+
         seconds = time.perf_counter() - began
-        data = {"from": step, "to": restore, "seconds": seconds}
-        self._tell(
-            "rollback", f"back from step {step} to step {restore} in {seconds:.2f} s", data=data
+        self._record_event(
+            "rollback",
+            f"back from step {step} to step {restore} in {seconds:.2f} s",
+            data={"from": step, "to": restore, "seconds": seconds},
         )
-        self._tell_attempt(
-            attempt, f"attempt {attempt} goes on from the snapshot of step {restore}"
+        self._record_attempt(
+            attempt, f"attempt {attempt} continues from the snapshot of step {restore}"
         )
         return True
 
-    def _why_not(self, request: Request) -> str | None:
-        if self.routing is None:
-            nothing = (
-                "this training gave attach no AnticipatoryRouting, so there is nothing to switch"
-            )
-            return None if request.routing == "off" else nothing
-        if self.unreachable_ranks and request.routing != "off":
-            return "other ranks cannot be told; call torch.distributed.init_process_group before geodiag.attach"
-        delay = request.delay_steps
-        if delay is not None and delay != self.routing.delay_steps and self.routing.mode != "off":
-            return f"the delay can change only while routing is off; it is in {self.routing.mode}"
-        return None
+    # -- events ------------------------------------------------------------------------------
 
-    def _changed(self, old: Mode, new: Mode) -> None:
+    def _record_attempt(self, attempt: int, message: str) -> None:
+        data = {"attempt": attempt, "policy": self.controller.policy.mode}
+        self._record_event("attempt", message, data=data)
+
+    def _on_mode_change(self, old: Mode, new: Mode) -> None:
         delay = self.routing.delay_steps if self.routing else 0
-        self._tell(
+        self._record_event(
             "routing",
             f"routing went from {old} to {new}",
             data={"from": old, "to": new, "delay_steps": delay},
         )
 
-    def _failed(self, error: Exception) -> None:
-        self.routing_failed = True
-        line = f"anticipatory routing went back to today's choice: {type(error).__name__}: {error}".splitlines()[
-            0
-        ]
+    def _on_routing_failure(self, error: Exception) -> None:
+        self._routing_failed = True
+        self._report_problem("anticipatory routing went back to today's choice", error)
+
+    def _report_problem(self, what: str, error: Exception) -> None:
+        line = f"{what}: {type(error).__name__}: {error}".splitlines()[0]
         print(f"geodiag: {line}; training goes on", file=sys.stderr, flush=True)
-        self._tell("problem", line)
+        self._record_event("problem", line)
 
     def close(self) -> None:
-        """The run is over: the routing goes on without being recorded, and still does not end a
-        training.
-        """
+        """Stop recording at the end of a run. The routing continues and still ends no training."""
         if self.routing is not None:
             self.routing.on_change = lambda _old, _new: None
             self.routing.on_failure = lambda _error: None
