@@ -15,7 +15,7 @@ from geodiag.metrics.schema import SCHEMA_VERSION, SCHEMAS
 from geodiag.store import heartbeat as alive
 from geodiag.store import manifest
 from geodiag.store.files import Folder, write_json
-from geodiag.store.merge_ranks import key_names, merge_ranks, too_few
+from geodiag.store.merge_ranks import incomplete_ranks, key_names, merge_ranks
 from geodiag.store.reader import Steps, read_keys, read_table
 from geodiag.store.writer import Writer
 
@@ -230,7 +230,7 @@ class Run:
         needed = columns if columns is None else list(dict.fromkeys([*columns, *key_names(table)]))
         rows = read_table(self._store, table, needed, steps, starts, which, self.problems)
         if table == "steps" and steps is None:
-            self.problems |= too_few(rows, world, running=self.status() == "running")
+            self.problems |= incomplete_ranks(rows, world, running=self.status() == "running")
         rows = merge_ranks(rows, table) if ranks == "merged" else rows
         return rows if columns is None else rows.select(columns)
 

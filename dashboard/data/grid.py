@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from geodiag.metrics.schema import METRICS, SITES, Metric
+from geodiag.store.merge_ranks import reduce_over_ranks
 
 # S steps, R rows (sites or experts), n table rows.
 
@@ -92,17 +93,13 @@ def to_grids(table: str, rows: pa.Table, names: list[str]) -> dict[str, Grid]:
     steps_S, column_n = _dense_index(step_n)
     codes_R, row_n = _dense_index(layer_n.astype(np.int32) * _MOST_ROWS + second_n)
     keys = tuple((int(c // _MOST_ROWS), int(c % _MOST_ROWS)) for c in codes_R)
+    ranks, rank_n = _dense_index(rank_n)
+    shape = (len(ranks), len(codes_R), len(steps_S))
     grids = {}
     for name in names:
-        metric, value_n = METRICS[table, name], values_of(rows[name], METRICS[table, name])
-        layers = []
-        for rank in np.flatnonzero(np.bincount(rank_n)):
-            mine = slice(None) if (rank_n == rank).all() else rank_n == rank
-            one_RS = np.full((len(codes_R), len(steps_S)), np.nan, np.float32)
-            one_RS[row_n[mine], column_n[mine]] = value_n[mine]
-            layers.append(one_RS)
-        shape = (len(codes_R), len(steps_S))
-        grids[name] = Grid(metric, keys, steps_S, merge_ranks(layers, metric, shape))
+        metric = METRICS[table, name]
+        values_RS = merged_values(rows[name], metric, (rank_n, row_n, column_n), shape)
+        grids[name] = Grid(metric, keys, steps_S, values_RS)
     return grids
 
 
@@ -140,33 +137,34 @@ def _rows_per_step(
 def values_of(column: pa.ChunkedArray, metric: Metric) -> np.ndarray:
     """Return float32 values: null becomes NaN, a value that is not finite becomes ±inf."""
     value_n = column.to_numpy().astype(np.float32, copy=False)
-    broken_n = ~np.isfinite(value_n)
-    if broken_n.any():
-        broken_n &= column.is_valid().to_numpy()
-    if broken_n.any():
-        value_n = np.where(
-            broken_n, np.float32(-np.inf if metric.worse == "low" else np.inf), value_n
-        )
-    return value_n
+    if np.isfinite(value_n).all():
+        return value_n
+    return _by_convention(np.ma.MaskedArray(value_n, column.is_null().to_numpy()), metric)
 
 
-def merge_ranks(parts: list[np.ndarray], metric: Metric, shape: tuple[int, ...]) -> np.ndarray:
-    """Several ranks' values of one metric as one; a rank without a value has no say."""
-    if len(parts) == 1:
-        return parts[0]
-    if not parts:
-        return np.full(shape, np.nan, np.float32)
-    merge = {"max": np.fmax.reduce, "min": np.fmin.reduce}.get(metric.ranks)
-    if merge:
-        return merge(parts)
-    stack = np.stack(parts)
-    known = ~np.isnan(stack)
-    count = known.sum(0)
-    total = np.where(known, stack, 0).sum(0, dtype=np.float32)
-    if metric.ranks == "last":  # every rank says the same: take the first that says anything
-        return np.take_along_axis(stack, known.argmax(0)[None], 0)[0]
-    merged = total if metric.ranks == "sum" else total / np.maximum(count, 1)
-    return np.where(count > 0, merged, np.nan).astype(np.float32)
+def merged_values(
+    column: pa.ChunkedArray, metric: Metric, at: tuple[np.ndarray, ...], shape: tuple[int, ...]
+) -> np.ndarray:
+    """Return a column, ranks merged, as an array of `shape[1:]` by the convention of this module.
+
+    `at` are the indices of the column's values in an array of `shape`, ranks along the first axis.
+    """
+    if not shape[0]:
+        return np.full(shape[1:], np.nan, np.float32)
+    values = np.zeros(shape, np.float32)
+    mask = np.ones(shape, bool)
+    values[at] = column.to_numpy()
+    mask[at] = column.is_null().to_numpy()
+    each_rank = np.ma.MaskedArray(values, mask)
+    return _by_convention(reduce_over_ranks(each_rank, metric.ranks, metric.worse), metric)
+
+
+def _by_convention(values: np.ma.MaskedArray, metric: Metric) -> np.ndarray:
+    """Return float32 values: masked becomes NaN, a value that is not finite becomes ±inf."""
+    nonfinite = np.float32(-np.inf if metric.worse == "low" else np.inf)
+    data = np.ma.getdata(values)
+    measured = np.where(np.isfinite(data), data, nonfinite)
+    return np.where(np.ma.getmaskarray(values), np.float32(np.nan), measured)
 
 
 def extend(head: Grid, tail: Grid) -> Grid | None:

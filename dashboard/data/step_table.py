@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from geodiag.dashboard.data.grid import merge_ranks, values_of
-from geodiag.metrics.schema import METRICS, ROUTING_MODES, metrics_of
+from geodiag.dashboard.data.grid import merged_values
+from geodiag.metrics.schema import ROUTING_MODES, metrics_of
 from geodiag.run import Run
 from geodiag.store.manifest import known_starts
 
@@ -29,14 +29,10 @@ def merge_step_rows(rows: pa.Table, names: Sequence[str] | None = None) -> dict[
     step_n, rank_n = rows["step"].to_numpy(), rows["rank"].to_numpy()
     steps_S, at_n = np.unique(step_n, return_inverse=True)
     out: dict[str, np.ndarray] = {"step": steps_S}
+    ranks, rank_n = np.unique(rank_n, return_inverse=True)
+    shape = (len(ranks), len(steps_S))
     for metric in [m for m in metrics_of("steps") if names is None or m.name in names]:
-        value_n = values_of(rows[metric.name], metric)
-        parts = []
-        for rank in np.unique(rank_n):
-            one_S = np.full(len(steps_S), np.nan, np.float32)
-            one_S[at_n[rank_n == rank]] = value_n[rank_n == rank]
-            parts.append(one_S)
-        out[metric.name] = merge_ranks(parts, METRICS["steps", metric.name], steps_S.shape)
+        out[metric.name] = merged_values(rows[metric.name], metric, (rank_n, at_n), shape)
     if names is not None:
         return out
     mode_S = np.full(len(steps_S), -1, np.int8)

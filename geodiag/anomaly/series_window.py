@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from geodiag.anomaly.metric_roles import SIGNALS, Series
-from geodiag.metrics.schema import METRICS, SITES
+from geodiag.metrics.schema import METRICS, SITES, Metric
 from geodiag.run import Run
 from geodiag.store.manifest import all_starts, known_starts
+from geodiag.store.merge_ranks import reduce_over_ranks
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,8 @@ def _pivot(table: str, rows: pa.Table, step_S: np.ndarray) -> tuple[list[Series]
         column = rows[name]
         if column.null_count == len(column):
             continue
-        value = column.to_numpy().astype(np.float64)
-        if column.null_count:
-            valid = column.is_valid().to_numpy()
-            value[valid & np.isnan(value)] = np.inf
-        else:
-            value[np.isnan(value)] = np.inf
-        grid = _by_rank(
-            value, rank, at, place, (len(step_S), len(keys)), METRICS[table, name].ranks
-        )
+        shape = (len(step_S), len(keys))
+        grid = _merged_values(column, METRICS[table, name], (rank, at, place), shape)
         sampled = ~np.isnan(grid).all(0)
         for i in np.flatnonzero(sampled):
             key = divmod(int(keys[i]), 65536)
@@ -141,28 +135,22 @@ def _pivot(table: str, rows: pa.Table, step_S: np.ndarray) -> tuple[list[Series]
     return series, np.concatenate([np.zeros((len(step_S), 0)), *columns], 1)
 
 
-def _by_rank(
-    value: np.ndarray,
-    rank: np.ndarray,
-    at: np.ndarray,
-    place: np.ndarray,
+def _merged_values(
+    column: pa.ChunkedArray,
+    metric: Metric,
+    at: tuple[np.ndarray, np.ndarray, np.ndarray],
     shape: tuple[int, int],
-    how: str,
 ) -> np.ndarray:
-    """One value a step and place: what the ranks saw, put together as the registry says."""
-    ranks = int(rank.max()) + 1 if len(rank) else 1
-    each = np.full((ranks, *shape), np.nan)
-    each[rank, at, place] = value
-    if ranks == 1:
-        return each[0]
-    joined = {"max": np.fmax.reduce, "min": np.fmin.reduce}.get(how)
-    if joined is not None:
-        return joined(each)
-    known = ~np.isnan(each)
-    total = np.where(known, each, 0).sum(0)
-    return np.where(
-        known.any(0), total if how == "sum" else total / np.maximum(known.sum(0), 1), np.nan
-    )
+    """One value a step and place, ranks merged; `at` are rank, step and place of each row."""
+    ranks = int(at[0].max()) + 1 if len(at[0]) else 1
+    values = np.zeros((ranks, *shape))
+    mask = np.ones(values.shape, bool)
+    values[at] = column.to_numpy()
+    mask[at] = column.is_null().to_numpy()
+    merged = reduce_over_ranks(np.ma.MaskedArray(values, mask), metric.ranks, metric.worse)
+    data = np.ma.getdata(merged)
+    measured = np.where(np.isnan(data), np.inf, data)
+    return np.where(np.ma.getmaskarray(merged), np.nan, measured)
 
 
 def _outcome(steps: pa.Table, step_S: np.ndarray) -> dict[str, np.ndarray]:
@@ -173,9 +161,7 @@ def _outcome(steps: pa.Table, step_S: np.ndarray) -> dict[str, np.ndarray]:
     for name in ("loss", "grad_norm", "lr", "data_shift"):
         out[name] = np.full(len(step_S), np.nan)
         if name in steps.column_names and steps[name].null_count < len(steps):
-            column = steps[name]
-            value = column.to_numpy().astype(np.float64)
-            value[column.is_valid().to_numpy() & np.isnan(value)] = np.inf
-            how = METRICS["steps", name].ranks
-            out[name] = _by_rank(value, rank, at, alone, (len(step_S), 1), how)[:, 0]
+            metric = METRICS["steps", name]
+            shape = (len(step_S), 1)
+            out[name] = _merged_values(steps[name], metric, (rank, at, alone), shape)[:, 0]
     return out
