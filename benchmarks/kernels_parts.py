@@ -12,16 +12,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from geodiag.benchmarks.kernels_clock import Clock, Step
 from geodiag.benchmarks.kernels_sites import SETS, STREAMS, Site, inputs
-from geodiag.reference_models.kernels.router import route
-from geodiag.reference_models.kernels.sinkhorn import sinkhorn
-from geodiag.reference_models.kernels.swiglu import clamped_swiglu, counted_glu
+from geodiag.reference_models.kernels.autograd.router import route
+from geodiag.reference_models.kernels.autograd.sinkhorn import sinkhorn
+from geodiag.reference_models.kernels.autograd.swiglu import clamped_swiglu, counted_glu
 
 MOVED = {
     "project_streams": STREAMS,
     "mix": STREAMS + 1,
-    "after_forward": 2 * STREAMS + 1,
-    "after_project": 2 * STREAMS + 1,
-    "after_backward": 2 * STREAMS + 2,
+    "post_forward": 2 * STREAMS + 1,
+    "post_project": 2 * STREAMS + 1,
+    "post_backward": 2 * STREAMS + 2,
     "inner_to_pre": STREAMS + 1,
     "dx_dphi": 3 * STREAMS + 1,
 }

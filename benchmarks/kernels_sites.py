@@ -9,9 +9,9 @@ from torch import Tensor
 
 from geodiag.benchmarks.kernels_clock import Clock, peaks
 from geodiag.reference_models.kernels import reference
-from geodiag.reference_models.kernels.mhc_after import mhc_after_linked
-from geodiag.reference_models.kernels.mhc_after_project import mhc_after_project
-from geodiag.reference_models.kernels.mhc_before import mhc_before_linked, project
+from geodiag.reference_models.kernels.autograd.mhc_post import mhc_post_linked
+from geodiag.reference_models.kernels.autograd.mhc_post_project import mhc_post_project
+from geodiag.reference_models.kernels.autograd.mhc_pre import mhc_pre_linked, project
 
 STREAMS = 4
 SETS = 2
@@ -54,10 +54,10 @@ def geodiag_site(flag: Tensor | None = None) -> Site:
     def site(
         x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor
     ) -> tuple[Tensor, Tensor]:
-        mix, link, _ = mhc_before_linked(x, phi, alpha, bias, flag=flag)
+        mix, link, _ = mhc_pre_linked(x, phi, alpha, bias, flag=flag)
         assert mix.post_TN is not None
         assert mix.res_TNN is not None
-        return mix.inner_TC, mhc_after_linked(x, f, mix.post_TN, mix.res_TNN, link, flag)[0]
+        return mix.inner_TC, mhc_post_linked(x, f, mix.post_TN, mix.res_TNN, link, flag)[0]
 
     return site
 
@@ -73,12 +73,10 @@ def chained_site(flag: Tensor | None = None) -> Site:
     ) -> tuple[Tensor, Tensor]:
         if x.data_ptr() not in given:
             given[x.data_ptr()] = project(x.detach(), phi.detach())
-        mix, link, _ = mhc_before_linked(
-            x, phi, alpha, bias, flag=flag, projected=given[x.data_ptr()]
-        )
+        mix, link, _ = mhc_pre_linked(x, phi, alpha, bias, flag=flag, projected=given[x.data_ptr()])
         assert mix.post_TN is not None
         assert mix.res_TNN is not None
-        return mix.inner_TC, mhc_after_project(x, f, mix.post_TN, mix.res_TNN, link, phi, flag)[0]
+        return mix.inner_TC, mhc_post_project(x, f, mix.post_TN, mix.res_TNN, link, phi, flag)[0]
 
     return site
 
@@ -86,10 +84,10 @@ def chained_site(flag: Tensor | None = None) -> Site:
 def reference_site(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor
 ) -> tuple[Tensor, Tensor]:
-    mix = reference.mhc_before(x, phi, alpha, bias)
+    mix = reference.mhc_pre(x, phi, alpha, bias)
     assert mix.post_TN is not None
     assert mix.res_TNN is not None
-    return mix.inner_TC, reference.mhc_after(x, f, mix.post_TN, mix.res_TNN)
+    return mix.inner_TC, reference.mhc_post(x, f, mix.post_TN, mix.res_TNN)
 
 
 def contestants(peers: Path | None) -> Iterator[Contestant]:

@@ -59,8 +59,8 @@ class HyperConnection(nn.Module):
     def forward(self, x_BSNC: Tensor, projected: Projected | None = None) -> Mix:
         c = self.config
         if c.residual == "hc":
-            return reference.hc_before(x_BSNC, self.phi, self.alpha, self.bias, c.norm_eps)
-        return select(c.kernels, x_BSNC.device).site_before(
+            return reference.hc_pre(x_BSNC, self.phi, self.alpha, self.bias, c.norm_eps)
+        return select(c.kernels, x_BSNC.device).site_pre(
             x_BSNC,
             self.phi,
             self.alpha,
@@ -102,7 +102,7 @@ class Write(nn.Module):
         """`next_phi` is the next site's, for kernels that do some of its work on the way."""
         if mix.res_TNN is None or mix.post_TN is None:
             return Written(x_BSNC + branch_BSC.unsqueeze(-2))
-        return select(self.kernels, x_BSNC.device).site_after(
+        return select(self.kernels, x_BSNC.device).site_post(
             x_BSNC, branch_BSC, mix, self.flag, next_phi
         )
 

@@ -16,16 +16,16 @@ from geodiag.reference_models.kernels.reference import Activated, Mix, Routing, 
 class Operations(NamedTuple):
     """The operations that have two implementations, with the reference's signatures."""
 
-    site_before: Callable[..., Mix]
-    site_after: Callable[..., Written]
+    site_pre: Callable[..., Mix]
+    site_post: Callable[..., Written]
     expert_glu: Callable[..., Activated]
     route: Callable[..., Routing]
     read_out: Callable[..., Tensor]
 
 
 REFERENCE = Operations(
-    reference.site_before,
-    reference.site_after,
+    reference.site_pre,
+    reference.site_post,
     reference.expert_glu,
     reference.route,
     reference.read_out,
@@ -38,7 +38,7 @@ def select(kernels: Kernels, device: torch.device) -> Operations:
     """
     if kernels == "reference" or (kernels == "auto" and device.type != "cuda"):
         return REFERENCE
-    from geodiag.reference_models.kernels import site, swiglu
-    from geodiag.reference_models.kernels.router import routed
+    from geodiag.reference_models.kernels.autograd import site, swiglu
+    from geodiag.reference_models.kernels.autograd.router import routed
 
-    return Operations(site.site_before, site.site_after, swiglu.expert_glu, routed, site.read_out)
+    return Operations(site.site_pre, site.site_post, swiglu.expert_glu, routed, site.read_out)

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from geodiag.reference_models.kernels.mhc_after import mhc_after_linked
-from geodiag.reference_models.kernels.mhc_before import mhc_before_linked
-from geodiag.reference_models.kernels.sinkhorn import sinkhorn
-from geodiag.reference_models.kernels.swiglu import clamped_swiglu
+from geodiag.reference_models.kernels.autograd.mhc_post import mhc_post_linked
+from geodiag.reference_models.kernels.autograd.mhc_pre import mhc_pre_linked
+from geodiag.reference_models.kernels.autograd.sinkhorn import sinkhorn
+from geodiag.reference_models.kernels.autograd.swiglu import clamped_swiglu
 
 
 def block(x, phi, alpha, bias, weight):
     """A site around a gated block."""
-    before = mhc_before_linked(x, phi, alpha, bias)
+    before = mhc_pre_linked(x, phi, alpha, bias)
     branch = clamped_swiglu(before.mix.inner_TC @ weight)
-    out, _ = mhc_after_linked(x, branch, before.mix.post_TN, before.mix.res_TNN, before.link)
+    out, _ = mhc_post_linked(x, branch, before.mix.post_TN, before.mix.res_TNN, before.link)
     return out, sinkhorn(before.mix.logits_TNN)
 
 
@@ -52,7 +52,7 @@ def test_torch_s_own_checks_of_the_operators_pass(device):
     )
     x, phi, alpha, bias, _ = leaves(device)
     arguments = (x, phi, alpha, bias, 5, 1e-6, 1e-6, "columns-first", None, None)
-    torch.library.opcheck(torch.ops.geodiag.mhc_before.default, arguments, test_utils=checks)
+    torch.library.opcheck(torch.ops.geodiag.mhc_pre.default, arguments, test_utils=checks)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from geodiag.reference_models.kernels.device_math import exp, inverse, sigmoid
+from geodiag.reference_models.kernels.device.math import exp, inverse, sigmoid
 
 ERROR = 1e-6
 """Relative, of values that float32 holds as normal numbers; an argument of eˣ near 80 is itself

@@ -4,26 +4,26 @@ import pytest
 import torch
 
 from geodiag.reference_models.kernels import reference
-from geodiag.reference_models.kernels.mhc_after import mhc_after, mhc_after_linked
-from geodiag.reference_models.kernels.mhc_before import mhc_before, mhc_before_linked
+from geodiag.reference_models.kernels.autograd.mhc_post import mhc_post, mhc_post_linked
+from geodiag.reference_models.kernels.autograd.mhc_pre import mhc_pre, mhc_pre_linked
 
 NAMES = ("inner", "pre", "post", "res", "logits", "streams", "dx", "dphi", "dalpha", "dbias", "df")
 
 
 def reference_site(x, phi, alpha, bias, f, **options):
-    mix = reference.mhc_before(x, phi, alpha, bias, **options)
+    mix = reference.mhc_pre(x, phi, alpha, bias, **options)
     # The block: any function of its input makes the two halves depend on each other as in a model.
-    return mix, reference.mhc_after(x, f + mix.inner_TC, mix.post_TN, mix.res_TNN)
+    return mix, reference.mhc_post(x, f + mix.inner_TC, mix.post_TN, mix.res_TNN)
 
 
 def apart(x, phi, alpha, bias, f, **options):
-    mix = mhc_before(x, phi, alpha, bias, **options)
-    return mix, mhc_after(x, f + mix.inner_TC, mix.post_TN, mix.res_TNN)
+    mix = mhc_pre(x, phi, alpha, bias, **options)
+    return mix, mhc_post(x, f + mix.inner_TC, mix.post_TN, mix.res_TNN)
 
 
 def linked(x, phi, alpha, bias, f, **options):
-    mix, link, _ = mhc_before_linked(x, phi, alpha, bias, **options)
-    return mix, mhc_after_linked(x, f + mix.inner_TC, mix.post_TN, mix.res_TNN, link)[0]
+    mix, link, _ = mhc_pre_linked(x, phi, alpha, bias, **options)
+    return mix, mhc_post_linked(x, f + mix.inner_TC, mix.post_TN, mix.res_TNN, link)[0]
 
 
 def inputs(device, dtype, n, c, tokens, scale=1.0):
@@ -93,7 +93,7 @@ def test_what_must_fail_does(device, error, tolerance, twin):
     x, _, _, _, f = leaves
     if twin == "transposed res":
         mix, _ = apart(*leaves)
-        wrong = mhc_after(x, f + mix.inner_TC, mix.post_TN, mix.res_TNN.mT)
+        wrong = mhc_post(x, f + mix.inner_TC, mix.post_TN, mix.res_TNN.mT)
         assert error(wrong, truth["streams"]) > least
     elif twin == "zero gradients":
         for name in NAMES[6:]:
@@ -130,8 +130,8 @@ def test_a_map_changed_between_the_halves_has_its_own_gradient(device, error, to
 
         return site
 
-    ours_site = changed(lambda *v: mhc_before_linked(*v)[:2], lambda *v: mhc_after_linked(*v)[0])
-    truth_site = changed(lambda *v: (reference.mhc_before(*v),), reference.mhc_after)
+    ours_site = changed(lambda *v: mhc_pre_linked(*v)[:2], lambda *v: mhc_post_linked(*v)[0])
+    truth_site = changed(lambda *v: (reference.mhc_pre(*v),), reference.mhc_post)
     leaves = inputs(device, torch.float32, 4, 32, 9)
     ours, truth = run(ours_site, leaves), run(truth_site, double(leaves))
     for name in NAMES:
@@ -175,7 +175,7 @@ def test_an_output_that_nobody_used_costs_no_gradient(device, error, tolerance):
     leaves = [v.requires_grad_() for v in inputs(device, torch.float32, 4, 32, 9)[:4]]
     truth = [v.detach().double().requires_grad_() for v in leaves]
     for field in range(5):
-        out, want = mhc_before(*leaves)[field], reference.mhc_before(*truth)[field]
+        out, want = mhc_pre(*leaves)[field], reference.mhc_pre(*truth)[field]
         up = torch.randn_like(out)
         ours = torch.autograd.grad(out, leaves, up, allow_unused=True)
         theirs = torch.autograd.grad(want, truth, up.double(), allow_unused=True)
@@ -185,7 +185,7 @@ def test_an_output_that_nobody_used_costs_no_gradient(device, error, tolerance):
 
 def test_leading_shape_is_kept_and_no_tokens_are_no_trouble(device):
     x, phi, alpha, bias, f = inputs(device, torch.float32, 4, 16, 6)
-    mix = mhc_before(x.view(2, 3, 4, 16), phi, alpha, bias)
+    mix = mhc_pre(x.view(2, 3, 4, 16), phi, alpha, bias)
     assert [tuple(m.shape) for m in mix[:5]] == [
         (2, 3, 16),
         (2, 3, 4),
@@ -193,7 +193,7 @@ def test_leading_shape_is_kept_and_no_tokens_are_no_trouble(device):
         (2, 3, 4, 4),
         (2, 3, 4, 4),
     ]
-    assert mhc_after(x.view(2, 3, 4, 16), f.view(2, 3, 16), mix.post_TN, mix.res_TNN).shape == (
+    assert mhc_post(x.view(2, 3, 4, 16), f.view(2, 3, 16), mix.post_TN, mix.res_TNN).shape == (
         2,
         3,
         4,
@@ -207,19 +207,19 @@ def test_leading_shape_is_kept_and_no_tokens_are_no_trouble(device):
 def test_what_no_kernel_serves_is_refused_by_name(device):
     x, phi, alpha, bias, _ = inputs(device, torch.float32, 4, 16, 3)
     with pytest.raises(ValueError, match="streams, not 3"):
-        mhc_before(x[:, :3], phi, alpha, bias)
+        mhc_pre(x[:, :3], phi, alpha, bias)
     with pytest.raises(ValueError, match="phi has shape"):
-        mhc_before(x, phi.T, alpha, bias)
+        mhc_pre(x, phi.T, alpha, bias)
     with pytest.raises(TypeError, match="float64"):
-        mhc_before(x.double(), phi, alpha, bias)
+        mhc_pre(x.double(), phi, alpha, bias)
     with pytest.raises(ValueError, match="res has shape"):
-        mhc_after(x, x[:, 0], x[..., 0], x[..., 0])
+        mhc_post(x, x[:, 0], x[..., 0], x[..., 0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestOnTheGPU:
     def test_a_new_number_of_tokens_compiles_nothing(self):
-        from geodiag.reference_models.kernels import mhc_before_forward as module
+        from geodiag.reference_models.kernels.device import mhc_pre_forward as module
 
         for tokens in (64, 65, 1, 1000):
             run(linked, inputs("cuda", torch.bfloat16, 4, 256, tokens))
@@ -237,12 +237,10 @@ class TestOnTheGPU:
         x = x.expand(210_000, -1, -1).contiguous()
         x[-1] = torch.randn_like(x[-1])
         with torch.no_grad():
-            mix = mhc_before(x, phi, alpha, bias)
-            last = reference.mhc_before(
-                x[-1:].double(), phi.double(), alpha.double(), bias.double()
-            )
-            out = mhc_after(x, f.expand(210_000, -1).contiguous(), mix.post_TN, mix.res_TNN)
-            want = reference.mhc_after(x[-1:].double(), f.double(), last.post_TN, last.res_TNN)
+            mix = mhc_pre(x, phi, alpha, bias)
+            last = reference.mhc_pre(x[-1:].double(), phi.double(), alpha.double(), bias.double())
+            out = mhc_post(x, f.expand(210_000, -1).contiguous(), mix.post_TN, mix.res_TNN)
+            want = reference.mhc_post(x[-1:].double(), f.double(), last.post_TN, last.res_TNN)
         assert error(mix.inner_TC[-1:], last.inner_TC) < 1e-2
         assert error(out[-1:], want) < 1e-2
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from geodiag.reference_models.kernels import reference
-from geodiag.reference_models.kernels.mhc_after import mhc_after_linked
-from geodiag.reference_models.kernels.mhc_after_project import fuses, mhc_after_project
-from geodiag.reference_models.kernels.mhc_before import mhc_before_linked
+from geodiag.reference_models.kernels.autograd.mhc_post import mhc_post_linked
+from geodiag.reference_models.kernels.autograd.mhc_post_project import fuses, mhc_post_project
+from geodiag.reference_models.kernels.autograd.mhc_pre import mhc_pre_linked
 from tests.reference_models.kernels.summaries import of_streams
 
 NAMES = ("inner", "streams", "dx", "dphi", "dalpha", "dbias", "df", "dphi of the next")
@@ -30,21 +30,21 @@ def inputs(device, dtype, n, c, tokens):
 
 def fused(x, phi, alpha, bias, f, next_phi, flag=None):
     """Two sites, each around a block; the second one's maps are made of the fused projection."""
-    first, link, _ = mhc_before_linked(x, phi, alpha, bias)
-    x, _, sums = mhc_after_project(
+    first, link, _ = mhc_pre_linked(x, phi, alpha, bias)
+    x, _, sums = mhc_post_project(
         x, f + first.inner_TC, first.post_TN, first.res_TNN, link, next_phi, flag
     )
-    second, link, _ = mhc_before_linked(x, next_phi, alpha, bias, projected=sums)
-    return second.inner_TC, mhc_after_linked(
+    second, link, _ = mhc_pre_linked(x, next_phi, alpha, bias, projected=sums)
+    return second.inner_TC, mhc_post_linked(
         x, second.inner_TC, second.post_TN, second.res_TNN, link
     )[0]
 
 
 def truth(x, phi, alpha, bias, f, next_phi):
-    first = reference.mhc_before(x, phi, alpha, bias)
-    x = reference.mhc_after(x, f + first.inner_TC, first.post_TN, first.res_TNN)
-    second = reference.mhc_before(x, next_phi, alpha, bias)
-    return second.inner_TC, reference.mhc_after(x, second.inner_TC, second.post_TN, second.res_TNN)
+    first = reference.mhc_pre(x, phi, alpha, bias)
+    x = reference.mhc_post(x, f + first.inner_TC, first.post_TN, first.res_TNN)
+    second = reference.mhc_pre(x, next_phi, alpha, bias)
+    return second.inner_TC, reference.mhc_post(x, second.inner_TC, second.post_TN, second.res_TNN)
 
 
 def run(sites, leaves):
@@ -83,21 +83,21 @@ def test_two_sites_are_the_definition_s(device, error, tolerance, n):
 def test_a_projection_of_something_else_is_seen(device, error, tolerance, twin):
     x, phi, alpha, bias, f, next_phi = inputs(*shape(device))
     want, _ = truth(*(v.double() for v in (x, phi, alpha, bias, f, next_phi)))
-    first = mhc_before_linked(x, phi, alpha, bias).mix
+    first = mhc_pre_linked(x, phi, alpha, bias).mix
     arguments = (x, f + first.inner_TC, first.post_TN, first.res_TNN, None)
-    new, _, sums = mhc_after_project(*arguments, phi if twin == "another site's φ" else next_phi)
+    new, _, sums = mhc_post_project(*arguments, phi if twin == "another site's φ" else next_phi)
     stream = x if twin == "the streams before" else new
-    wrong = mhc_before_linked(stream, next_phi, alpha, bias, projected=sums).mix.inner_TC
+    wrong = mhc_pre_linked(stream, next_phi, alpha, bias, projected=sums).mix.inner_TC
     assert error(wrong, want) > 5 * tolerance[x.dtype]
 
 
 def test_the_fused_kernel_measures_what_the_single_one_does(device):
     x, phi, alpha, bias, f, next_phi = inputs(*shape(device))
-    mix = mhc_before_linked(x, phi, alpha, bias).mix
+    mix = mhc_pre_linked(x, phi, alpha, bias).mix
     on = torch.ones((), dtype=torch.int32, device=device)
     arguments = (x, f, mix.post_TN, mix.res_TNN, None)
-    _, ours, _ = mhc_after_project(*arguments, next_phi, on)
-    _, theirs = mhc_after_linked(*arguments, on)
+    _, ours, _ = mhc_post_project(*arguments, next_phi, on)
+    _, theirs = mhc_post_linked(*arguments, on)
     elements = x.shape[1] * x.shape[2]
     a, b = (
         of_streams(ours, elements),
@@ -106,7 +106,7 @@ def test_the_fused_kernel_measures_what_the_single_one_does(device):
     assert a["stream_amax"] == b["stream_amax"]
     for name in b:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=0)
-    _, off, _ = mhc_after_project(*arguments, next_phi, torch.zeros_like(on))
+    _, off, _ = mhc_post_project(*arguments, next_phi, torch.zeros_like(on))
     assert off.isnan().all()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from geodiag.reference_models.config import ModelConfig
-from geodiag.reference_models.kernels import mhc_before
+from geodiag.reference_models.kernels.autograd import mhc_pre
 from geodiag.reference_models.transformer import Transformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,9 +50,9 @@ def test_streams_are_projected_by_the_kernel_that_wrote_them_unless_somebody_cha
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     projected = []
-    project = mhc_before.project
+    project = mhc_pre.project
     monkeypatch.setattr(
-        mhc_before, "project", lambda x, phi: projected.append(phi.shape[1]) or project(x, phi)
+        mhc_pre, "project", lambda x, phi: projected.append(phi.shape[1]) or project(x, phi)
     )
     # What the fused kernel serves on a GPU; the interpreter takes everything, bfloat16 excepted.
     served = {"channels": 128, "dtype": "bfloat16"} if DEVICE == "cuda" else {}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from geodiag.reference_models.kernels.mhc_before import mhc_before_linked
-from geodiag.reference_models.kernels.sinkhorn import sinkhorn
+from geodiag.reference_models.kernels.autograd.mhc_pre import mhc_pre_linked
+from geodiag.reference_models.kernels.autograd.sinkhorn import sinkhorn
 
 
 def leaves(device):
@@ -15,15 +15,15 @@ def leaves(device):
 
 def test_both_ways_have_the_same_bits_and_gradients(device):
     inputs = leaves(device)
-    registered = torch.ops.geodiag.mhc_before(*inputs, 5, 1e-6, 1e-6, "columns-first", None, None)
-    straight = mhc_before_linked(*inputs, iterations=5).mix
+    registered = torch.ops.geodiag.mhc_pre(*inputs, 5, 1e-6, 1e-6, "columns-first", None, None)
+    straight = mhc_pre_linked(*inputs, iterations=5).mix
     up = torch.randn(9, 16, device=device)
     for a, b in zip(straight[:5], registered[:5], strict=True):
         assert torch.equal(a, b)
     ours = torch.autograd.grad(straight.inner_TC, inputs, up)
     for a, b in zip(ours, torch.autograd.grad(registered[0], inputs, up), strict=True):
         assert torch.equal(a, b)
-    other = mhc_before_linked(*inputs, iterations=4).mix
+    other = mhc_pre_linked(*inputs, iterations=4).mix
     assert not torch.equal(other.res_TNN, registered[3])
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from geodiag.reference_models.kernels import reference, site
+from geodiag.reference_models.kernels import reference
+from geodiag.reference_models.kernels.autograd import site
 
 
 @pytest.mark.parametrize("n", [2, 4])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from geodiag.reference_models.kernels import reference
-from geodiag.reference_models.kernels.router import route
+from geodiag.reference_models.kernels.autograd.router import route
 
 
 def truth(logits, bias, k, scale):

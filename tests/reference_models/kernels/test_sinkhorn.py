@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from geodiag.reference_models.kernels import reference
-from geodiag.reference_models.kernels.sinkhorn import sinkhorn
+from geodiag.reference_models.kernels.autograd.sinkhorn import sinkhorn
 
 TOLERANCE = 1e-5
 

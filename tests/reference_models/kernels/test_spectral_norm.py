@@ -10,7 +10,8 @@ from torch import Tensor
 
 from geodiag.hooks.measure import composite_gains_kernel, formulas
 from geodiag.hooks.measure.composite_gains import launch
-from geodiag.reference_models.kernels import mhc_stats, reference
+from geodiag.reference_models.kernels import reference
+from geodiag.reference_models.kernels.device import mhc_stats
 
 # T maps, N streams
 

@@ -5,8 +5,8 @@ import torch
 
 from geodiag.hooks.adapters.base import StatsRows
 from geodiag.hooks.measure import reduce
-from geodiag.reference_models.kernels.mhc_after import mhc_after_linked
-from geodiag.reference_models.kernels.mhc_before import mhc_before_linked
+from geodiag.reference_models.kernels.autograd.mhc_post import mhc_post_linked
+from geodiag.reference_models.kernels.autograd.mhc_pre import mhc_pre_linked
 from geodiag.reference_models.kernels.stats_layout import (
     COUNTS_LAYOUT,
     MAPS_LAYOUT,
@@ -23,9 +23,9 @@ def site(device, n=4, iterations=3, scale=2.0, on=1, x=None):
     phi = torch.randn(n * CHANNELS, k, device=device) / (n * CHANNELS) ** 0.5
     alpha, bias = scale * torch.ones(3, device=device), torch.randn(k, device=device)
     flag = torch.tensor(on, dtype=torch.int32, device=device)
-    before = mhc_before_linked(x, phi, alpha, bias, iterations, flag=flag)
+    before = mhc_pre_linked(x, phi, alpha, bias, iterations, flag=flag)
     branch = torch.randn(TOKENS, CHANNELS, device=device)
-    out, rows = mhc_after_linked(
+    out, rows = mhc_post_linked(
         x, branch, before.mix.post_TN, before.mix.res_TNN, before.link, flag
     )
     return x, branch, before, out, rows

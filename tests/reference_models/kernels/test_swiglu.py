@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from geodiag.reference_models.kernels import reference
-from geodiag.reference_models.kernels.swiglu import Activation, clamped_swiglu, counted_glu
+from geodiag.reference_models.kernels.autograd.swiglu import Activation, clamped_swiglu, counted_glu
 
 GPT_OSS = Activation(7.0, 7.0, 1.702, 1.0, interleaved=True)
 STEP = Activation(5.0, 8.0, clamp_after=True)

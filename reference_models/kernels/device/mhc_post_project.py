@@ -1,4 +1,4 @@
-"""What of `mhc_after_project` runs on the device: the streams after a site, and their projection
+"""What of `mhc_post_project` runs on the device: the streams after a site, and their projection
 for the next one.
 """
 
@@ -8,8 +8,8 @@ for the next one.
 import triton
 import triton.language as tl
 
-from geodiag.reference_models.kernels.mhc_before_backward_device import tile
-from geodiag.reference_models.kernels.mhc_stats import (
+from geodiag.reference_models.kernels.device.mhc_pre_backward import tile
+from geodiag.reference_models.kernels.device.mhc_stats import (
     STREAM_AFTER,
     STREAM_AMAX,
     STREAM_BEFORE,
@@ -76,7 +76,7 @@ def _interleaved(v, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def after_project(
+def post_project(
     x_ptr,
     branch_ptr,
     post_ptr,

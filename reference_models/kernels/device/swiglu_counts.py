@@ -10,8 +10,8 @@ nearly always one.
 import triton
 import triton.language as tl
 
+from geodiag.reference_models.kernels.device.swiglu_math import clamp_up, gated, load_both
 from geodiag.reference_models.kernels.stats_layout import COUNTS_LAYOUT
-from geodiag.reference_models.kernels.swiglu_math import clamp_up, gated, load_both
 
 # A rows (one token at one expert), F expert dim, E experts
 

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from geodiag.reference_models.kernels.device_math import sigmoid
+from geodiag.reference_models.kernels.device.math import sigmoid
 
 # A rows (one token at one expert), F expert dim, E experts
 

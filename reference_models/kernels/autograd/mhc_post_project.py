@@ -5,8 +5,7 @@ read once less.
 import torch
 from torch import Tensor
 
-from geodiag.reference_models.kernels import mhc_stats
-from geodiag.reference_models.kernels.launch import (
+from geodiag.reference_models.kernels.autograd.launch import (
     cdiv,
     check_shape,
     check_streams,
@@ -16,9 +15,10 @@ from geodiag.reference_models.kernels.launch import (
     tiles,
     two_parts,
 )
-from geodiag.reference_models.kernels.mhc_after import after_grad, keep
-from geodiag.reference_models.kernels.mhc_after_project_device import after_project, split_rows
-from geodiag.reference_models.kernels.operation import operation
+from geodiag.reference_models.kernels.autograd.mhc_post import keep, post_grad
+from geodiag.reference_models.kernels.autograd.operation import operation
+from geodiag.reference_models.kernels.device import mhc_stats
+from geodiag.reference_models.kernels.device.mhc_post_project import post_project, split_rows
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number
 
@@ -73,7 +73,7 @@ def _forward(
     x, branch = (v if v.data_ptr() % 16 == 0 else v.clone() for v in (x, branch))
     bt, bc, warps, stages = TILE if two else (16, 32, 4, 1)
     block = (bt, bc) if two else None
-    after_project[(cdiv(t, bt) * SLICES,)](
+    post_project[(cdiv(t, bt) * SLICES,)](
         tiles(x, block),
         tiles(branch, block),
         post,
@@ -105,13 +105,13 @@ def _fake(x, branch, post, res, link, link_res, flag, phi):
 
 def _grad(ctx, grad, _stats, _part):
     # φ has its gradient from the site that takes the projection.
-    return *after_grad(ctx, grad, _stats), None
+    return *post_grad(ctx, grad, _stats), None
 
 
-_mhc_after_project = operation("mhc_after_project", _forward, _fake, keep, _grad)
+_mhc_post_project = operation("mhc_post_project", _forward, _fake, keep, _grad)
 
 
-def mhc_after_project(
+def mhc_post_project(
     x_TNC: Tensor,
     branch_TC: Tensor,
     post_TN: Tensor,
@@ -120,9 +120,9 @@ def mhc_after_project(
     next_phi: Tensor,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`mhc_after_linked` of streams that it `fuses`; last, their projection by the next site's φ,
+    """`mhc_post_linked` of streams that it `fuses`; last, their projection by the next site's φ,
     which that site's
-    `mhc_before_linked` takes with these streams."""
+    `mhc_pre_linked` takes with these streams."""
     tokens, n, c = check_streams(x_TNC)
     lead = x_TNC.shape[:-2]
     check_shape("branch", branch_TC, (*lead, c))
@@ -130,7 +130,7 @@ def mhc_after_project(
     check_shape("res", res_TNN, (*lead, n, n))
     check_shape("phi", next_phi, (n * c, n * n + 2 * n))
     x = x_TNC.contiguous().view(tokens, n, c)
-    out, rows, part = _mhc_after_project(
+    out, rows, part = _mhc_post_project(
         x if link is None else x.detach(),
         branch_TC.to(x.dtype).contiguous().view(tokens, c),
         post_TN.float().contiguous().view(tokens, n),

@@ -5,15 +5,15 @@ written once.
 import torch.nn.functional as F
 from torch import Tensor
 
-from geodiag.reference_models.kernels.mhc_after import mhc_after_linked
-from geodiag.reference_models.kernels.mhc_after_project import fuses, mhc_after_project
-from geodiag.reference_models.kernels.mhc_before import mhc_before_linked
+from geodiag.reference_models.kernels.autograd.mhc_post import mhc_post_linked
+from geodiag.reference_models.kernels.autograd.mhc_post_project import fuses, mhc_post_project
+from geodiag.reference_models.kernels.autograd.mhc_pre import mhc_pre_linked
 from geodiag.reference_models.kernels.reference import Mix, Projected, Written
 
 # T tokens (any leading shape), N streams, C channels
 
 
-def site_before(
+def site_pre(
     x_TNC: Tensor,
     phi: Tensor,
     alpha: Tensor,
@@ -25,27 +25,27 @@ def site_before(
     flag: Tensor | None = None,
     projected: Projected | None = None,
 ) -> Mix:
-    """`reference.site_before`; while the device-side `flag` is not 0, it measures the maps on the
+    """`reference.site_pre`; while the device-side `flag` is not 0, it measures the maps on the
     way.
 
-    `projected` is what `site_after` of the site before gave; it counts for the streams it was made
+    `projected` is what `site_post` of the site before gave; it counts for the streams it was made
     of, and no others.
     """
     sums = projected.sums_STK if projected is not None and projected.streams_TNC is x_TNC else None
-    mix, link, stats_PW = mhc_before_linked(
+    mix, link, stats_PW = mhc_pre_linked(
         x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order, flag, sums
     )
     return mix._replace(link=link, stats_PW=None if flag is None else stats_PW)
 
 
-def site_after(
+def site_post(
     x_TNC: Tensor,
     branch_TC: Tensor,
     mix: Mix,
     flag: Tensor | None = None,
     next_phi: Tensor | None = None,
 ) -> Written:
-    """`reference.site_after`; while the device-side `flag` is not 0, it measures the streams on the
+    """`reference.site_post`; while the device-side `flag` is not 0, it measures the streams on the
     way.
 
     By `next_phi`, the next site's, they are projected on the way as well, where a kernel can: they
@@ -55,10 +55,10 @@ def site_after(
     assert mix.res_TNN is not None
     site = (x_TNC, branch_TC, mix.post_TN, mix.res_TNN, mix.link)
     if next_phi is None or not fuses(x_TNC):
-        out_TNC, stats_TBF = mhc_after_linked(*site, flag)
+        out_TNC, stats_TBF = mhc_post_linked(*site, flag)
         projected = None
     else:
-        out_TNC, stats_TBF, sums_STK = mhc_after_project(*site, next_phi, flag)
+        out_TNC, stats_TBF, sums_STK = mhc_post_project(*site, next_phi, flag)
         projected = Projected(out_TNC, sums_STK)
     return Written(out_TNC, projected, None if flag is None else stats_TBF)
 
@@ -70,4 +70,4 @@ def read_out(
     n = x_TNC.shape[-2]
     more = n * n + n
     wide = F.pad(phi, (0, more)), F.pad(alpha, (0, 2)), F.pad(bias, (0, more))
-    return mhc_before_linked(x_TNC, *wide, 1, eps, norm_eps).mix.inner_TC
+    return mhc_pre_linked(x_TNC, *wide, 1, eps, norm_eps).mix.inner_TC

@@ -3,10 +3,15 @@
 import torch
 from torch import Tensor
 
-from geodiag.reference_models.kernels import mhc_stats
-from geodiag.reference_models.kernels.launch import cdiv, check_shape, check_streams, power_of_two
-from geodiag.reference_models.kernels.mhc_after_device import after_backward, after_forward
-from geodiag.reference_models.kernels.operation import operation
+from geodiag.reference_models.kernels.autograd.launch import (
+    cdiv,
+    check_shape,
+    check_streams,
+    power_of_two,
+)
+from geodiag.reference_models.kernels.autograd.operation import operation
+from geodiag.reference_models.kernels.device import mhc_stats
+from geodiag.reference_models.kernels.device.mhc_post import post_backward, post_forward
 
 # T tokens, N streams, C channels
 
@@ -35,7 +40,7 @@ def _forward(
     t, n, c = x.shape
     out, stats = _outputs(x, flag is not None)
     if t:
-        after_forward[(t,)](x, branch, post, res, out, flag, stats, N=n, C=c, **_lanes(x, 64))
+        post_forward[(t,)](x, branch, post, res, out, flag, stats, N=n, C=c, **_lanes(x, 64))
     return out, stats
 
 
@@ -47,7 +52,7 @@ def _backward(
     d_branch, d_post, d_res = (torch.empty_like(v) for v in (branch, post, res))
     if t:
         dx_ptr = dx if wants_dx else None
-        after_backward[(t,)](
+        post_backward[(t,)](
             x, branch, post, res, grad, dx_ptr, d_branch, d_post, d_res, N=n, C=c, **_lanes(x, 32)
         )
     return dx, d_branch, d_post, d_res
@@ -69,22 +74,22 @@ def keep(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def after_grad(ctx, grad, _stats):
+def post_grad(ctx, grad, _stats):
     if grad is None:
         return (None,) * 7
     grad = grad.contiguous()
     saved = ctx.saved_tensors
-    dx, *rest = _mhc_after_backward(*saved, grad, not ctx.linked)
+    dx, *rest = _mhc_post_backward(*saved, grad, not ctx.linked)
     # Through the link go the gradient of the streams after the site, as it is, and the map that
     # mixed them.
     return (None, *rest, grad, saved[3], None) if ctx.linked else (dx, *rest, None, None, None)
 
 
-_mhc_after_backward = operation("mhc_after_backward", _backward, _fake_backward)
-_mhc_after = operation("mhc_after", _forward, _fake, keep, after_grad)
+_mhc_post_backward = operation("mhc_post_backward", _backward, _fake_backward)
+_mhc_post = operation("mhc_post", _forward, _fake, keep, post_grad)
 
 
-def mhc_after_linked(
+def mhc_post_linked(
     x_TNC: Tensor,
     branch_TC: Tensor,
     post_TN: Tensor,
@@ -92,7 +97,7 @@ def mhc_after_linked(
     link: tuple[Tensor, Tensor] | None,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`mhc_after` of a site that began with `mhc_before_linked`, whose x this is: the gradient of
+    """`mhc_post` of a site that began with `mhc_pre_linked`, whose x this is: the gradient of
     the new streams goes there, through the link, to be mixed while that one writes its own dx; here
     it would be written, and read once more.
 
@@ -105,7 +110,7 @@ def mhc_after_linked(
     check_shape("post", post_TN, (*lead, n))
     check_shape("res", res_TNN, (*lead, n, n))
     x = x_TNC.contiguous().view(tokens, n, c)
-    out, stats = _mhc_after(
+    out, stats = _mhc_post(
         x if link is None else x.detach(),
         branch_TC.to(x.dtype).contiguous().view(tokens, c),
         post_TN.float().contiguous().view(tokens, n),
@@ -116,6 +121,6 @@ def mhc_after_linked(
     return out.view_as(x_TNC), stats
 
 
-def mhc_after(x_TNC: Tensor, branch_TC: Tensor, post_TN: Tensor, res_TNN: Tensor) -> Tensor:
-    """`reference.mhc_after` in one launch each way; the coefficients stay in float32."""
-    return mhc_after_linked(x_TNC, branch_TC, post_TN, res_TNN, None)[0]
+def mhc_post(x_TNC: Tensor, branch_TC: Tensor, post_TN: Tensor, res_TNN: Tensor) -> Tensor:
+    """`reference.mhc_post` in one launch each way; the coefficients stay in float32."""
+    return mhc_post_linked(x_TNC, branch_TC, post_TN, res_TNN, None)[0]

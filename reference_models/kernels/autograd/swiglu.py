@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geodiag.reference_models.kernels.launch import FLOATS, cdiv, power_of_two
-from geodiag.reference_models.kernels.operation import operation
+from geodiag.reference_models.kernels.autograd.launch import FLOATS, cdiv, power_of_two
+from geodiag.reference_models.kernels.autograd.operation import operation
+from geodiag.reference_models.kernels.device.swiglu import swiglu_bwd, swiglu_fwd
+from geodiag.reference_models.kernels.device.swiglu_counts import COUNTS_WIDTH, per_expert
 from geodiag.reference_models.kernels.reference import Activated
 from geodiag.reference_models.kernels.stats_layout import COUNTS_LAYOUT
-from geodiag.reference_models.kernels.swiglu_counts import COUNTS_WIDTH, per_expert
-from geodiag.reference_models.kernels.swiglu_device import swiglu_bwd, swiglu_fwd
 
 # A rows (one token at one expert), F expert dim, E experts
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geodiag.reference_models.kernels import mhc_before_backward, mhc_before_forward, mhc_stats
-from geodiag.reference_models.kernels.launch import (
+from geodiag.reference_models.kernels.autograd import mhc_pre_backward
+from geodiag.reference_models.kernels.autograd.launch import (
     cdiv,
     check_shape,
     check_streams,
@@ -22,9 +22,10 @@ from geodiag.reference_models.kernels.launch import (
     tiles,
     two_parts,
 )
-from geodiag.reference_models.kernels.operation import operation
+from geodiag.reference_models.kernels.autograd.operation import operation
+from geodiag.reference_models.kernels.autograd.sinkhorn import check_sinkhorn
+from geodiag.reference_models.kernels.device import mhc_pre_forward, mhc_stats
 from geodiag.reference_models.kernels.reference import Mix
-from geodiag.reference_models.kernels.sinkhorn import check_sinkhorn
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients
 
@@ -55,7 +56,7 @@ def _outputs(x: Tensor, measured: bool) -> Ten:
 
 
 def project(x: Tensor, phi: Tensor) -> Tensor:
-    """[x·φ | Σx²] in slices' partial sums (S, T, KP): what `mhc_after_project` gives of its streams
+    """[x·φ | Σx²] in slices' partial sums (S, T, KP): what `mhc_post_project` gives of its streams
     on the way.
     """
     t, n, c = x.shape
@@ -64,7 +65,7 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
     parts = torch.empty(
         w, 2 * kp if two else kp, dtype=torch.bfloat16 if two else torch.float32, device=x.device
     )
-    mhc_before_forward.split[(cdiv(w, 64),)](
+    mhc_pre_forward.split[(cdiv(w, 64),)](
         phi, parts, w, K=k, KP=kp, BW=64, TWO_PARTS=two, num_warps=4
     )
     tma = two and n <= 4 and copies_tiles(x, parts)
@@ -72,7 +73,7 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
     # Enough programs for two a multiprocessor: few tokens split the width, many do not need to.
     slices = max(min(2 * processors(x.device) // cdiv(t, bt), cdiv(w, 4 * bw)), 1)
     part = floats(x, slices, t, kp)
-    mhc_before_forward.project_streams[(cdiv(t, bt), slices)](
+    mhc_pre_forward.project_streams[(cdiv(t, bt), slices)](
         tiles(x, (bt, bw) if tma else None),
         tiles(parts, (bw, 2 * kp) if tma else None),
         part,
@@ -111,7 +112,7 @@ def _forward(
         return out
     part = project(x, phi) if projected is None else projected
     bm = mhc_stats.BLOCK
-    mhc_before_forward.mix[(cdiv(t, bm) + t,)](
+    mhc_pre_forward.mix[(cdiv(t, bm) + t,)](
         x,
         part,
         alpha,
@@ -154,25 +155,25 @@ def _grad(ctx, d_inner, d_pre, d_post, d_res, d_logits, _h, _rms, _stats, d_next
         None if d is None else d.contiguous()
         for d in (d_inner, d_pre, d_post, d_res, d_logits, d_next, res)
     ]
-    return *mhc_before_backward.backward(*ctx.saved_tensors, *given, *ctx.rest), *(None,) * 6
+    return *mhc_pre_backward.backward(*ctx.saved_tensors, *given, *ctx.rest), *(None,) * 6
 
 
-_mhc_before = operation("mhc_before", _forward, _fake, _keep, _grad)
+_mhc_pre = operation("mhc_pre", _forward, _fake, _keep, _grad)
 
 
 class Linked(NamedTuple):
-    """A site's `Mix`, and what its `mhc_after` and its monitor take from it."""
+    """A site's `Mix`, and what its `mhc_post` and its monitor take from it."""
 
     mix: Mix
     link: tuple[Tensor, Tensor]
-    """Have the shapes of the stream and of `res`, and no values: the paths by which `mhc_after`
+    """Have the shapes of the stream and of `res`, and no values: the paths by which `mhc_post`
     hands back the gradient of the streams after the site, and the `res` that mixed them.
     """
     stats_PW: Tensor
     """Rows for `mhc_stats.summarise_maps`: NaN while the flag is 0, and no rows without a flag."""
 
 
-def mhc_before_linked(
+def mhc_pre_linked(
     x_TNC: Tensor,
     phi: Tensor,
     alpha: Tensor,
@@ -184,11 +185,11 @@ def mhc_before_linked(
     flag: Tensor | None = None,
     projected: Tensor | None = None,
 ) -> Linked:
-    """`mhc_before` for a site whose `mhc_after_linked` follows: all of the stream's gradient is
+    """`mhc_pre` for a site whose `mhc_post_linked` follows: all of the stream's gradient is
     written in here.
 
     `flag` is an integer on the device; while it is not 0, the geometry of the maps is measured on
-    the way. `projected` is what `mhc_after_project` of the site before gave with this stream and
+    the way. `projected` is what `mhc_post_project` of the site before gave with this stream and
     this φ: it is not projected again.
     """
     tokens, n, c = check_streams(x_TNC)
@@ -199,12 +200,12 @@ def mhc_before_linked(
     check_sinkhorn(iterations, order)
     flat = x_TNC.contiguous().view(tokens, n, c)
     parameters = (phi.contiguous(), alpha.contiguous(), bias.contiguous())
-    out = _mhc_before(flat, *parameters, iterations, eps, norm_eps, order, flag, projected)
+    out = _mhc_pre(flat, *parameters, iterations, eps, norm_eps, order, flag, projected)
     lead = x_TNC.shape[:-2]
     return Linked(Mix(*(o.view(*lead, *o.shape[1:]) for o in out[:5])), (out[8], out[9]), out[7])
 
 
-def mhc_before(
+def mhc_pre(
     x_TNC: Tensor,
     phi: Tensor,
     alpha: Tensor,
@@ -214,5 +215,5 @@ def mhc_before(
     norm_eps: float = 1e-6,
     order: str = "columns-first",
 ) -> Mix:
-    """`reference.mhc_before` in three launches, and four in backward."""
-    return mhc_before_linked(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order).mix
+    """`reference.mhc_pre` in three launches, and four in backward."""
+    return mhc_pre_linked(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order).mix

@@ -1,4 +1,4 @@
-"""What of `mhc_after` runs on the device: one token a program, so that its coefficients are
+"""What of `mhc_post` runs on the device: one token a program, so that its coefficients are
 scalars.
 """
 
@@ -8,13 +8,13 @@ scalars.
 import triton
 import triton.language as tl
 
-from geodiag.reference_models.kernels import mhc_stats
+from geodiag.reference_models.kernels.device import mhc_stats
 
 # T tokens, N streams, C channels; BL lanes, each with VEC neighbouring channels (16 bytes)
 
 
 @triton.jit
-def after_forward(
+def post_forward(
     x_ptr,
     branch_ptr,
     post_ptr,
@@ -73,7 +73,7 @@ def after_forward(
 
 
 @triton.jit
-def after_backward(
+def post_backward(
     x_ptr,
     branch_ptr,
     post_ptr,

@@ -1,4 +1,4 @@
-"""What of the backward of `mhc_before` runs on the device: the coefficients' chain, then dx and dφ
+"""What of the backward of `mhc_pre` runs on the device: the coefficients' chain, then dx and dφ
 in one pass.
 """
 
@@ -8,8 +8,8 @@ in one pass.
 import triton
 import triton.language as tl
 
-from geodiag.reference_models.kernels.device_math import sigmoid
-from geodiag.reference_models.kernels.sinkhorn import project_vjp
+from geodiag.reference_models.kernels.autograd.sinkhorn import project_vjp
+from geodiag.reference_models.kernels.device.math import sigmoid
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
 

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geodiag.reference_models.kernels.device_math import exp, inverse
-from geodiag.reference_models.kernels.launch import STREAMS, cdiv
-from geodiag.reference_models.kernels.operation import operation
+from geodiag.reference_models.kernels.autograd.launch import STREAMS, cdiv
+from geodiag.reference_models.kernels.autograd.operation import operation
+from geodiag.reference_models.kernels.device.math import exp, inverse
 
 # T tokens, N streams; a tile is (BT, N, N)
 

@@ -11,7 +11,7 @@ columns of a row are those of `stats_layout`.
 import triton
 import triton.language as tl
 
-from geodiag.reference_models.kernels.launch import cdiv
+from geodiag.reference_models.kernels.autograd.launch import cdiv
 from geodiag.reference_models.kernels.stats_layout import MAPS_LAYOUT, STREAMS_LAYOUT
 
 # T tokens, N streams, P programs, S sites

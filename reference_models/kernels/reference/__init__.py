@@ -132,7 +132,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def mhc_before(
+def mhc_pre(
     x_TNC: Tensor,
     phi: Tensor,
     alpha: Tensor,
@@ -160,9 +160,7 @@ def mhc_before(
     return Mix(_aggregate(pre, x_TNC), pre, post, sinkhorn(logits, iterations, eps, order), logits)
 
 
-def hc_before(
-    x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_eps: float = 1e-6
-) -> Mix:
+def hc_pre(x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_eps: float = 1e-6) -> Mix:
     """Unconstrained hyper-connection: per-stream RMSNorm, tanh, static part plus dynamic part
     (arXiv 2409.19606).
 
@@ -184,13 +182,13 @@ def _aggregate(pre_TN: Tensor, x_TNC: Tensor) -> Tensor:
     return (pre_TN.unsqueeze(-1) * x_TNC).sum(-2).to(x_TNC.dtype)
 
 
-def mhc_after(x_TNC: Tensor, branch_TC: Tensor, post_TN: Tensor, res_TNN: Tensor) -> Tensor:
+def mhc_post(x_TNC: Tensor, branch_TC: Tensor, post_TN: Tensor, res_TNN: Tensor) -> Tensor:
     """X' = H_res X + H_postᵀ f (arXiv 2512.24880 eq. 3), in the stream's type."""
     mixed = res_TNN.to(x_TNC.dtype) @ x_TNC
     return mixed + post_TN.to(x_TNC.dtype).unsqueeze(-1) * branch_TC.unsqueeze(-2)
 
 
-def site_before(
+def site_pre(
     x_TNC: Tensor,
     phi: Tensor,
     alpha: Tensor,
@@ -202,26 +200,26 @@ def site_before(
     flag: Tensor | None = None,
     projected: Projected | None = None,
 ) -> Mix:
-    """`mhc_before` of a site. `flag` is for kernels that measure on the way while it is not 0,
+    """`mhc_pre` of a site. `flag` is for kernels that measure on the way while it is not 0,
     `projected` for those whose site before made something of this one's work; this one takes no
     notice of either.
     """
-    return mhc_before(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order)
+    return mhc_pre(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order)
 
 
-def site_after(
+def site_post(
     x_TNC: Tensor,
     branch_TC: Tensor,
     mix: Mix,
     flag: Tensor | None = None,
     next_phi: Tensor | None = None,
 ) -> Written:
-    """`mhc_after` of a site that began with `site_before`. Nothing is projected by `next_phi` on
+    """`mhc_post` of a site that began with `site_pre`. Nothing is projected by `next_phi` on
     the way.
     """
     assert mix.post_TN is not None, "only sites with maps come here"
     assert mix.res_TNN is not None
-    return Written(mhc_after(x_TNC, branch_TC, mix.post_TN, mix.res_TNN))
+    return Written(mhc_post(x_TNC, branch_TC, mix.post_TN, mix.res_TNN))
 
 
 def read_out(

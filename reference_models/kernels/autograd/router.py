@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geodiag.reference_models.kernels.launch import cdiv, check_shape, floats, power_of_two
-from geodiag.reference_models.kernels.operation import operation
+from geodiag.reference_models.kernels.autograd.launch import cdiv, check_shape, floats, power_of_two
+from geodiag.reference_models.kernels.autograd.operation import operation
 from geodiag.reference_models.kernels.reference import Routing
 
 # T tokens, E experts, K experts per token

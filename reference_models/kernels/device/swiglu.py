@@ -6,14 +6,14 @@
 import triton
 import triton.language as tl
 
-from geodiag.reference_models.kernels.swiglu_counts import (
+from geodiag.reference_models.kernels.device.swiglu_counts import (
     COUNTS_WIDTH,
     most,
     nan_max,
     record_share,
     record_whole,
 )
-from geodiag.reference_models.kernels.swiglu_math import clamp_up, columns, gated, load_both
+from geodiag.reference_models.kernels.device.swiglu_math import clamp_up, columns, gated, load_both
 
 # A rows (one token at one expert), F expert dim, E experts
 

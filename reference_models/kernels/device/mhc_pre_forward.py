@@ -1,4 +1,4 @@
-"""Forward kernels of `mhc_before`.
+"""Forward kernels of `mhc_pre`.
 
 `split` prepares φ for the tensor cores; `project_streams` forms x·φ and Σx² in one pass over the
 stream; `mix` turns them into gates and a doubly stochastic map in registers, and sums the streams
@@ -11,9 +11,9 @@ in another pass.
 import triton
 import triton.language as tl
 
-from geodiag.reference_models.kernels import mhc_stats
-from geodiag.reference_models.kernels.device_math import sigmoid
-from geodiag.reference_models.kernels.sinkhorn import project
+from geodiag.reference_models.kernels.autograd.sinkhorn import project
+from geodiag.reference_models.kernels.device import mhc_stats
+from geodiag.reference_models.kernels.device.math import sigmoid
 
 # T tokens, N streams, C channels, W = N·C, K = N² + 2N coefficients, KP their padded number, S
 # slices of W

@@ -1,4 +1,4 @@
-"""Backward of `mhc_before`: the coefficients' gradients, then dx and dφ in one pass over the
+"""Backward of `mhc_pre`: the coefficients' gradients, then dx and dφ in one pass over the
 stream.
 
 Deterministic: partial sums are written per program and added in a fixed order.
@@ -7,7 +7,7 @@ Deterministic: partial sums are written per program and added in a fixed order.
 import torch
 from torch import Tensor
 
-from geodiag.reference_models.kernels.launch import (
+from geodiag.reference_models.kernels.autograd.launch import (
     cdiv,
     copies_tiles,
     floats,
@@ -17,13 +17,13 @@ from geodiag.reference_models.kernels.launch import (
     tiles,
     two_parts,
 )
-from geodiag.reference_models.kernels.mhc_before_backward_device import (
+from geodiag.reference_models.kernels.autograd.operation import operation
+from geodiag.reference_models.kernels.device.mhc_pre_backward import (
     add_up,
     coefficients,
     dx_dphi,
     inner_to_pre,
 )
-from geodiag.reference_models.kernels.operation import operation
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
 
@@ -158,4 +158,4 @@ def _fake(x, phi, alpha, bias, *rest):
     )
 
 
-backward = operation("mhc_before_backward", _backward, _fake)
+backward = operation("mhc_pre_backward", _backward, _fake)
