@@ -8,7 +8,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from geodiag.cli.train_options import Size
+    from geodiag.reference_models.config import Residual
 
 EARLIEST, LATEST = 90, 120
 """Between these steps a fault is planted: after the steep descent, with a past to stand out from.
@@ -64,8 +68,8 @@ class Trial:
     """One training: a seed, and one fault or none."""
 
     seed: int
-    residual: str
-    size: str
+    residual: "Residual"
+    size: "Size"
     steps: int
     kind: str | None = None
     step: int | None = None
@@ -95,7 +99,11 @@ class Trial:
 
 
 def plan(
-    seeds: Sequence[int], residuals: Sequence[str], size: str, kinds: Sequence[str], clean: int
+    seeds: Sequence[int],
+    residuals: Sequence["Residual"],
+    size: "Size",
+    kinds: Sequence[str],
+    clean: int,
 ) -> list[Trial]:
     """Every kind of fault once per seed and residual, its step, layer and magnitude drawn from the
     seed; and twins.
@@ -144,7 +152,8 @@ def train(trial: Trial, folder: Path, sequences: int, device: str) -> None:
         return
     import torch
 
-    from geodiag.cli.training import Options, Training
+    from geodiag.cli.train_options import Options
+    from geodiag.cli.training import Training
 
     torch.set_num_threads(1)
     shutil.rmtree(rough, ignore_errors=True)

@@ -15,16 +15,16 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from geodiag.cli.train_options import Options
+from geodiag.cli.train_options import Options, Parallel, Size
 from geodiag.cli.training import Training
 from geodiag.hooks.probes import runner as probes
 
-PARALLEL = ("ddp", "fsdp")
+PARALLEL: tuple[Parallel, ...] = ("ddp", "fsdp")
 COMPARED = 12
 """Steps whose losses are compared, probes among them."""
 
 
-def measure(out: Path, device: str, size: str, sequences: int, steps: int) -> None:
+def measure(out: Path, device: str, size: Size, sequences: int, steps: int) -> None:
     """`worker.json`: sameness and cost for each way of spreading; what is through is there,
     whatever comes after it.
     """
@@ -103,7 +103,7 @@ def _training(options: Options) -> Iterator[Training]:
 
 def _step(training: Training, number: int, watched: bool) -> tuple[float, float]:
     """Loss and seconds of one step."""
-    (batch,) = training._parts(training.loader.batch(number % 8))
+    (batch,) = training._split(training.loader.batch(number % 8))
     batch = training._to_device(batch)
     _wait(training)
     began = time.perf_counter()

@@ -1,6 +1,5 @@
 """`geodiag demo`: the whole story on one machine in two minutes."""
 
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,19 +47,23 @@ def demo(
     """
     from geodiag.cli.output import prose, screen
     from geodiag.cli.progress import watch
-    from geodiag.cli.training import Options, Training
+    from geodiag.cli.train_options import Options, new_run_folder
+    from geodiag.cli.training import Training
     from geodiag.run import open_run
 
-    path = run or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    path = run or new_run_folder("demo")
     screen().print(prose(_INTRODUCTION))
     screen().print()
-    watch(
-        Training(
-            Options(
-                steps=STEPS, routing="auto", rollback="memory", period=40, inject=(FAULT,), run=path
-            )
-        )
+    options = Options(
+        steps=STEPS,
+        routing="auto",
+        rollback="memory",
+        snapshot_every=25,
+        period=40,
+        inject=(FAULT,),
+        run=path,
     )
+    watch(Training(options))
     _tell(open_run(path))
     if serve:
         from geodiag.cli.dashboard import dashboard

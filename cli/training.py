@@ -1,100 +1,118 @@
-"""One instrumented training of a reference model: what `geodiag train` and `geodiag demo` run."""
+"""One recorded training of a reference model: what `geodiag train` and `geodiag demo` run."""
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geodiag.cli.micro_batches import MicroBatches
+from geodiag.cli.model_setup import Setup, build_loader, build_model, configure, find_device
 from geodiag.cli.torchrun import Place
 from geodiag.cli.train_options import Options
 from geodiag.errors import GeodiagError
 
 if TYPE_CHECKING:
-    import torch
-
+    from geodiag.hooks.control.policy import Policy
+    from geodiag.hooks.faults import Fault
     from geodiag.hooks.monitor import Monitor
     from geodiag.hooks.record.step_observer import Observation
-    from geodiag.hooks.snapshots.snapshots import Snapshots
-    from geodiag.reference_models.data import Batch, Loader
+    from geodiag.hooks.routing.base import Rerouting
+    from geodiag.reference_models.data import Batch
 
 PROBE_STEP = 1 << 30
 """The probe batch is the batch of a step that no training reaches."""
-_STATES = 3
-"""A weight, its gradient and its momentum: the least that a parameter takes while it trains."""
 
 
 class Training:
-    """Everything a training needs, made from `Options`; iterate `steps()`, then `close`.
+    """A training made from `Options`: iterate over `steps()`, then call `close`.
 
-    GeodiagError for whatever the user can mend: unknown size, fault or device, data that is not
-    there, a run folder that is taken or cannot be written.
+    GeodiagError for everything that the user can fix: an unknown size, fault or device, missing
+    data, a run directory that holds a run already or cannot be written.
     """
 
     def __init__(self, options: Options, quiet: bool = False) -> None:
         import torch
 
         from geodiag.hooks.adapters import find_layout
-        from geodiag.hooks.attach import attach
         from geodiag.hooks.faults import Fault, Faults
-        from geodiag.hooks.probes.batch import PROBE_TOKENS
-        from geodiag.hooks.probes.token_trace import parse_trace
-        from geodiag.hooks.routing.factory import create_routing
-        from geodiag.metrics.cadence import parse_every
         from geodiag.reference_models.train import Trainer
-        from geodiag.run import looks_like_a_run
-        from geodiag.store.files import Folder
 
         if options.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for
+            # cuBLAS computes repeatable results only with this workspace; torch demands it.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.place = Place(options.device)
-        options = replace(
-            options, device=self.place.device_name, run=Path(self.place.same(str(options.run)))
+        run = Path(self.place.same(str(options.run)))
+        self.options = options = replace(options, device=self.place.device_name, run=run)
+
+        # Everything that can be refused is refused before the run directory is made.
+        faults = [Fault.parse(text) for text in options.inject]
+        self._check_faults(faults)
+        policy = options.policy()
+        self._check_run_folder()
+
+        self.device = find_device(options.device)
+        share = self.place.share(options.sequences, options.micro_batches)
+        setup = configure(options, share, self.device)
+        torch.manual_seed(options.seed)
+        self.model = build_model(setup.model, self.device)
+        called_model = self.place.spread(self.model, options.parallel)
+        self.trainer = Trainer(self.model, setup.train, called_model)
+        self.loader = build_loader(setup.corpus, options, setup.model.sequence)
+
+        self.faults = Faults(faults, find_layout(self.model), self._record_event)
+        self.routing = self._build_routing()
+        self.snapshots = options.snapshots(
+            self.model, self.trainer.optimizers, self.trainer.progress
         )
-        self.options = options
-        planned = [Fault.parse(text) for text in options.inject]
-        late = [f for f in planned if f.step >= options.steps]
-        if late:
-            raise GeodiagError(
-                f"{late[0].kind}@{late[0].step} comes after the last step; pass --steps {late[0].step + 50}"
-            )
-        if (
-            self.place.world > 1
-            and options.parallel == "fsdp"
-            and any(f.kind == "grad-scale" for f in planned)
-        ):
+        if self.snapshots is not None:
+            self.snapshots.resume_only["faults"] = self.faults
+        self.monitor = self._attach(policy, setup, quiet)
+
+    def _check_faults(self, faults: list["Fault"]) -> None:
+        options = self.options
+        for fault in faults:
+            if fault.step >= options.steps:
+                raise GeodiagError(
+                    f"{fault.kind}@{fault.step} comes after the last step; "
+                    f"pass --steps {fault.step + 50}"
+                )
+        sharded = self.place.world > 1 and options.parallel == "fsdp"
+        if sharded and any(f.kind == "grad-scale" for f in faults):
             raise GeodiagError(
                 "grad-scale cannot be planted in sharded weights; pass --parallel ddp"
             )
-        policy = options.policy()
-        if not options.resume and looks_like_a_run(Folder.of(options.run)):
-            raise GeodiagError(
-                f"{options.run} already holds a run; pass another --run, or move it away"
-            )
-        self.device = _device(options.device)
-        share = self.place.share(options.sequences, options.micro_batches)
-        model_config, train_config, corpus = _plan(replace(options, sequences=share), self.device)
-        torch.manual_seed(options.seed)
-        self.model = _model(model_config, self.device)
-        self.trainer = Trainer(
-            self.model, train_config, self.place.spread(self.model, options.parallel)
-        )
-        self.loader = _loader(corpus, options, model_config.sequence)
-        # Before the run directory is made: a fault that cannot be planted leaves nothing behind.
-        self.faults = Faults(planned, find_layout(self.model), self._tell)
-        self.routing = create_routing(
-            options.routing_mode,
+
+    def _check_run_folder(self) -> None:
+        from geodiag.run import looks_like_a_run
+        from geodiag.store.files import Folder
+
+        run = self.options.run
+        if not self.options.resume and looks_like_a_run(Folder.of(run)):
+            raise GeodiagError(f"{run} already holds a run; pass another --run, or move it away")
+
+    def _build_routing(self) -> "Rerouting":
+        from geodiag.hooks.routing.factory import create_routing
+
+        return create_routing(
+            self.options.routing_mode,
             self.model,
-            options.delay,
+            self.options.delay,
             forward=lambda model, batch: model(self._to_device(batch).token_ids_BS),
-            micro_batches=options.micro_batches,
+            micro_batches=self.options.micro_batches,
         )
-        self.snapshots = _snapshots(options, self.model, self.trainer)
-        if self.snapshots is not None:
-            self.snapshots.resume_only["faults"] = self.faults
+
+    def _attach(self, policy: "Policy", setup: Setup, quiet: bool) -> "Monitor":
+        from geodiag.hooks.attach import attach
+        from geodiag.hooks.probes.batch import PROBE_TOKENS
+        from geodiag.hooks.probes.token_trace import parse_trace
+        from geodiag.metrics.cadence import parse_every
+
+        options = self.options
         probe = self._to_device(self.place.mine(self.loader.batch(PROBE_STEP)))
-        self.monitor: Monitor = attach(
+        probe_length = max(1, PROBE_TOKENS // len(probe.domain_B))
+        return attach(
             self.model,
             self.trainer.optimizers,
             options.run,
@@ -102,34 +120,34 @@ class Training:
             policy=policy,
             snapshots=self.snapshots,
             resume=options.resume,
-            probe=(probe.token_ids_BS[:, : max(1, PROBE_TOKENS // len(probe.domain_B))],),
+            probe=(probe.token_ids_BS[:, :probe_length],),
             probe_domains=probe.domain_B,
             probe_every=options.probe_every,
             every=parse_every(options.every),
             layers=options.layers,
             trace=parse_trace(options.trace),
             micro_batches=options.micro_batches,
-            config=_recorded(options, model_config, train_config, corpus),
+            config=_manifest_config(options, setup),
             quiet=quiet,
         )
 
     def steps(self) -> Iterator["Observation | None"]:
-        """Trains step by step; yields what is known of the newest step that is through."""
+        """Train step by step; yield the observation of the newest recorded step after each."""
         import torch
 
         try:
-            with closing(_Data(self.loader, self._parts)) as data:
-                yield from self._trained(data)
+            with closing(MicroBatches(self.loader, self._split)) as data:
+                yield from self._train(data)
         except torch.OutOfMemoryError:
             fix = "pass fewer --sequences, or more --micro-batches"
             raise GeodiagError(
                 f"out of memory on {self.device} at step {self.trainer.steps_done}; {fix}"
             ) from None
 
-    def _trained(self, data: "_Data") -> Iterator["Observation | None"]:
+    def _train(self, data: MicroBatches) -> Iterator["Observation | None"]:
         for batch in self.monitor.batches(data):
             if self.trainer.first:
-                self._plant(self.trainer.steps_done)
+                self._plant_faults(self.trainer.steps_done)
             self.trainer.accumulate(self._to_device(batch))
             if not self.trainer.ready:
                 continue
@@ -146,173 +164,41 @@ class Training:
                 return
 
     def close(self, status: Any = "finished") -> None:
-        """Closes the run; what was recorded stays."""
+        """Close the run; what was recorded stays."""
         self.monitor.close(status)
         self.routing.remove()
         self.faults.remove()
         self.place.leave()
 
-    def _tell(self, kind: str, message: str, **more: Any) -> None:
-        self.monitor.event(kind, message, **more)
+    def _record_event(self, kind: str, message: str, **details: Any) -> None:
+        self.monitor.event(kind, message, **details)
 
-    def _plant(self, step: int) -> None:
+    def _plant_faults(self, step: int) -> None:
         if self.snapshots is not None and any(step in f.planted for f in self.faults.faults):
             self.snapshots.settle()  # a fault changes weights that may still be being copied
         self.faults.before_step(step)
         self.trainer.lr_scale = self.faults.lr_scale
 
-    def _parts(self, batch: "Batch") -> list["Batch"]:
-        """A step's micro-batches, as they are before routing sees them: ids are captured for what
-        is trained on.
+    def _split(self, batch: "Batch") -> list["Batch"]:
+        """Return this rank's micro-batches of a step.
+
+        Faults of the batch come first: routing captures expert ids for the tokens that are trained
+        on.
         """
         tokens = self.faults.batch(batch.step, batch.token_ids_BS, self.model.config.vocab)
-        return self.place.mine(batch._replace(token_ids_BS=tokens)).split(
-            self.options.micro_batches
-        )
+        mine = self.place.mine(batch._replace(token_ids_BS=tokens))
+        return mine.split(self.options.micro_batches)
 
     def _to_device(self, batch: "Batch") -> "Batch":
         return batch if self.device.type == "cpu" else batch.to(self.device)
 
 
-class _Data:
-    """The loader's batches in micro-batches; where it stands is where the loader does, between
-    steps.
-    """
-
-    def __init__(self, loader: "Loader", parts: Callable[["Batch"], list["Batch"]]) -> None:
-        self._loader, self._parts = loader, parts
-        self._making: Generator[Batch] | None = None
-
-    def __iter__(self) -> Iterator["Batch"]:
-        self._making = self._micro_batches()
-        return self._making
-
-    def _micro_batches(self) -> Generator["Batch"]:
-        for batch in self._loader:
-            yield from self._parts(batch)
-
-    def close(self) -> None:
-        if self._making is not None:
-            self._making.close()
-
-    def state_dict(self) -> dict[str, int]:
-        return self._loader.state_dict()
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._loader.load_state_dict(state)
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as e:
-        why = str(e).splitlines()[0].split(" device type at start of device string")[0].rstrip(".")
-        raise GeodiagError(f"no device {name!r} here ({why}); pass --device cpu") from None
-    return device
-
-
-def _plan(options: Options, device: "torch.device") -> tuple[Any, Any, Any]:
-    from geodiag.reference_models.config import sized
-    from geodiag.reference_models.text import open_corpus
-    from geodiag.reference_models.train import TrainConfig
-
-    try:
-        corpus = open_corpus(options.data)
-        config = sized(
-            options.size,
-            options.residual,  # type: ignore[arg-type]
-            swiglu_limit=options.clamp,
-            kernels=options.kernels,
-        )
-        config = replace(
-            config,
-            vocab=max(config.vocab, corpus.vocab),
-            recompute=options.recompute or config.recompute,  # type: ignore[arg-type]
-            dtype=config.dtype if device.type == "cuda" else "float32",
-        )
-        train = TrainConfig(
-            steps=options.steps,
-            sequences=options.sequences,
-            micro_batches=options.micro_batches,
-            lr=TrainConfig.lr if options.lr is None else options.lr,
-            deterministic=options.deterministic,
-        )
-    except FileNotFoundError as e:
-        raise GeodiagError(str(e)) from None
-    except OSError as e:
-        raise GeodiagError(
-            f"cannot read {e.filename or options.data}: {e.strerror}; pass data you may read"
-        ) from None
-    except ValueError as e:
-        raise GeodiagError(str(e)) from None
-    if options.kernels == "triton" and device.type != "cuda":
-        raise GeodiagError(
-            f"Triton kernels need a GPU, and this is {device}; pass --kernels reference"
-        )
-    return config, train, corpus
-
-
-def _model(config: Any, device: "torch.device") -> Any:
-    import torch
-
-    from geodiag.reference_models.transformer import Transformer
-
-    with torch.device("meta"):
-        weights = sum(p.numel() * p.element_size() for p in Transformer(config).parameters())
-    need, have = _STATES * weights, _memory(device)
-    if need > have:
-        sizes = f"{need / 1e9:,.0f} GB for weights, gradients and optimizer, and {device} has {have / 1e9:,.0f}"
-        raise GeodiagError(f"the model needs {sizes}; pass a smaller --size")
-    try:
-        with device:
-            return Transformer(config)
-    except torch.OutOfMemoryError:
-        raise GeodiagError(f"the model does not fit on {device}; pass a smaller --size") from None
-
-
-def _memory(device: "torch.device") -> float:
-    """Bytes that the device could hold at most."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(getattr(os, "sysconf_names", ()))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else float("inf")
-
-
-def _loader(corpus: Any, options: Options, sequence: int) -> Any:
-    from geodiag.reference_models.data import Loader
-
-    try:
-        return Loader(corpus, options.sequences, sequence, options.seed)
-    except ValueError as e:
-        raise GeodiagError(f"{options.data}: {e}") from None
-
-
-def _snapshots(options: Options, model: Any, trainer: Any) -> "Snapshots | None":
-    """What a rollback or a resume needs, if the options ask for either."""
-    from geodiag.hooks.snapshots.snapshots import Snapshots
-
-    if options.rollback == "none":
-        return None
-    budget = None if options.snapshot_bytes is None else int(options.snapshot_bytes)
-    where: Any = options.rollback
-    try:
-        things = (model, trainer.optimizers, trainer.progress)
-        return Snapshots(*things, every=options.snapshot_every, where=where, max_bytes=budget)
-    except ValueError as e:
-        raise GeodiagError(str(e)) from None
-
-
-def _recorded(options: Options, model: Any, train: Any, corpus: Any) -> dict[str, Any]:
+def _manifest_config(options: Options, setup: Setup) -> dict[str, Any]:
+    """Return what run.json holds about the training."""
+    tokens = {domain: len(ids) for domain, ids in setup.corpus.domains.items()}
     return {
-        "options": options.recorded(),
-        "model": asdict(model),
-        "train": asdict(train),
-        "data": {"domains": {d: len(t) for d, t in corpus.domains.items()}, "vocab": corpus.vocab},
+        "options": options.manifest(),
+        "model": asdict(setup.model),
+        "train": asdict(setup.train),
+        "data": {"domains": tokens, "vocab": setup.corpus.vocab},
     }

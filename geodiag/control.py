@@ -5,6 +5,7 @@ import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from geodiag.defaults import MAX_DELAY_STEPS
 from geodiag.events import details
 from geodiag.store.files import Folder, write_json
 
@@ -24,8 +25,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.routing not in MODES:
             raise ValueError(f"routing is one of {', '.join(MODES)}, not {self.routing!r}")
-        if self.delay_steps is not None and not 0 <= self.delay_steps <= 64:
-            raise ValueError(f"delay_steps is 0 to 64, not {self.delay_steps}")
+        if self.delay_steps is not None and not 0 <= self.delay_steps <= MAX_DELAY_STEPS:
+            raise ValueError(f"delay_steps is 0 to {MAX_DELAY_STEPS}, not {self.delay_steps}")
 
 
 def write_request(folder: Path, request: Request) -> None:

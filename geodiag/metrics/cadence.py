@@ -5,11 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from geodiag.defaults import PROBE_EVERY
 from geodiag.errors import GeodiagError
 from geodiag.metrics.schema import METRICS
 
-PROBE_EVERY = 10
-"""The cadence of most probes; slower ones are given as a multiple of it, and keep that ratio."""
 _OF_PROBES = {"matrices": PROBE_EVERY}
 """Tables without metrics of their own."""
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from geodiag.defaults import DELAY_STEPS
 from geodiag.hooks.control.decision import (
     Action,
     Decision,
@@ -36,7 +37,7 @@ class Controller:
     """Makes at most one decision per step. Its fields are its whole state."""
 
     policy: Policy = field(default_factory=Policy)
-    delay_steps: int = 8
+    delay_steps: int = DELAY_STEPS
     """Δ of the routing: the number of warm-up steps."""
     activations: int = 0
     """Periods so far, to be compared with `policy.budget`."""

@@ -4,9 +4,10 @@ people write it.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from geodiag.spikes.detector import Spike
+if TYPE_CHECKING:
+    from geodiag.spikes.event import Spike
 
 Mode = Literal["off", "auto", "on"]
 MODES = ("off", "auto", "on")
@@ -101,7 +102,7 @@ class Policy:
         kept = ("lower-lr", "clamp") if self.mode == "on" else ("route", "lower-lr", "clamp")
         return tuple(a for a in kept if self.does(a))
 
-    def skipped(self, spike: Spike) -> range | None:
+    def skipped(self, spike: "Spike") -> range | None:
         """The steps whose batches are left out after going back: from the update that led to the
         onset to detection.
         """

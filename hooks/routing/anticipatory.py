@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from geodiag.defaults import DELAY_STEPS
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters.base import RouterSite, register_first_hook
 from geodiag.hooks.distributed.sharded_weights import CollectiveAborted, complete_on_all_ranks
@@ -70,7 +71,7 @@ class AnticipatoryRouting(Rerouting):
     def __init__(
         self,
         model: nn.Module,
-        delay_steps: int = 8,
+        delay_steps: int = DELAY_STEPS,
         *,
         forward: Forward = call_model,
         micro_batches: int = 1,

@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from geodiag.defaults import MAX_DELAY_STEPS
 from geodiag.hooks.adapters import Layout, find_layout
 from geodiag.hooks.adapters.base import Removable, RouterSite
 
 Mode = Literal["off", "warmup", "on", "drain"]
-MAX_DELAY = 64
 
 
 class Rerouting(ABC):
@@ -139,8 +139,8 @@ class Rerouting(ABC):
 
     @staticmethod
     def _checked(delay_steps: int) -> int:
-        if not 0 <= delay_steps <= MAX_DELAY:
-            raise ValueError(f"delay_steps is 0 to {MAX_DELAY}, not {delay_steps}")
+        if not 0 <= delay_steps <= MAX_DELAY_STEPS:
+            raise ValueError(f"delay_steps is 0 to {MAX_DELAY_STEPS}, not {delay_steps}")
         return delay_steps
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from geodiag.defaults import DELAY_STEPS
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters.base import RouterSite, RouterView
 from geodiag.hooks.distributed.sharded_weights import full_from_local, is_dtensor, local
@@ -36,7 +37,7 @@ class RouterLag(Rerouting):
     def __init__(
         self,
         model: nn.Module,
-        delay_steps: int = 8,
+        delay_steps: int = DELAY_STEPS,
         *,
         micro_batches: int = 1,
         device_bytes: int = DEVICE_BYTES,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from geodiag.defaults import SNAPSHOT_EVERY
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters.base import Removable
 from geodiag.hooks.snapshots.disk_store import DiskSnapshots, folder_of
@@ -62,7 +63,7 @@ class Snapshots:
     def __init__(
         self,
         *things: Any,
-        every: int = 50,
+        every: int = SNAPSHOT_EVERY,
         where: Where = "memory",
         max_bytes: int | None = None,
         keep: int = 4,

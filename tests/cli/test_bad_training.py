@@ -138,7 +138,7 @@ def test_triton_kernels_on_a_cpu(train, tmp_path: Path) -> None:
 
 
 def test_a_model_that_no_memory_here_could_hold(train, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("geodiag.cli.training._memory", lambda device: 8e9)
+    monkeypatch.setattr("geodiag.cli.model_setup.device_memory", lambda device: 8e9)
     said(
         tmp_path,
         train("--size", "3b", "--device", "cpu"),

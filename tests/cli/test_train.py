@@ -263,7 +263,7 @@ def test_what_cannot_be_resumed_is_refused_with_the_fix(
     [
         (
             ["--actions", "rollback"],
-            "the action rollback needs snapshots; pass --rollback memory, or disk",
+            "the action rollback needs snapshots; pass --rollback memory or disk",
         ),
         (["--actions", "pray"], "there is no action 'pray'"),
         (["--on", "monday"], "cannot act on 'monday'"),
