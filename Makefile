@@ -58,7 +58,7 @@ $(BIN)/python:
 
 .venv/.installed: $(PINS) | $(BIN)/python
 	echo "Installing geodiag and its pinned dependencies into .venv (once; a few minutes)"
-	$(PIP) -e .
+	$(PIP) -e '.[all]'
 	touch $@
 
 .venv/.installed-test: $(PINS) .venv/.installed

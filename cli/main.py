@@ -26,6 +26,7 @@ from geodiag.cli.show import show
 from geodiag.cli.spikes import spikes
 from geodiag.cli.train import train
 from geodiag.errors import GeodiagError
+from geodiag.extras import requires_extra
 
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
@@ -43,7 +44,8 @@ class _Polite(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            result = super().invoke(ctx)
+            with requires_extra("this command"):
+                result = super().invoke(ctx)
             sys.stdout.flush()
             return result
         except GeodiagError as error:

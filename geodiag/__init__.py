@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from geodiag.errors import GeodiagError
+from geodiag.extras import requires_extra
 
 if TYPE_CHECKING:
     from geodiag.cascade.explain import explain
@@ -51,15 +52,16 @@ _HOMES = {
 
 
 _MODULES = {"faults": "geodiag.hooks.faults"}
-"""Public modules that live in another room."""
+"""Public modules of another folder."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(_MODULES[name])
-    if name not in _HOMES:
+    if name not in _HOMES and name not in _MODULES:
         raise AttributeError(f"module 'geodiag' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    with requires_extra(f"geodiag.{name}"):
+        if name in _MODULES:
+            return import_module(_MODULES[name])
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
