@@ -21,7 +21,8 @@ from tests.project.import_graph import (
 
 ROOMS = {
     "geodiag": """
-        errors, defaults, log, jsonable, extras
+        errors
+        < log, jsonable, extras, defaults
         < store
         < events
         < metrics, control
