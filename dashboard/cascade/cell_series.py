@@ -1,6 +1,4 @@
-"""One cell of the stage map: the series behind its stage in its layer, each beside what is usual
-for it.
-"""
+"""The metric series behind one cell of the stage map, each with its usual range."""
 
 import math
 from collections.abc import Sequence
@@ -15,22 +13,22 @@ from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.metrics.schema import SITES, Metric
 
 _BEFORE = 96
-"""Samples before the cell, or before its cascade, that say what is usual."""
-_MIN_BYTES = 8
+"""Samples before the cell or the cascade from which the usual range is computed."""
+_MIN_SAMPLES = 8
 _NEAR = 8
 
 
 class Series(NamedTuple):
-    """One metric at one site, and the range that it kept to before."""
+    """One metric at one site, with its range before the cascade."""
 
     metric: Metric
     site: str
     step_S: np.ndarray
     value_S: np.ndarray
     usual: tuple[float, float] | None
-    """Where all but the odd one of the samples before lay; None where there are too few."""
+    """2 % and 98 % quantile of the samples before; None if there are too few."""
     score: float
-    """How far outside it went near the cell, in widths of that range."""
+    """Distance from the median near the cell, in widths of the usual range."""
 
 
 def cell_series(
@@ -38,13 +36,13 @@ def cell_series(
     cell: StageCell,
     window: tuple[int, int],
     before: int,
-    told: Sequence[str] = (),
+    first_metrics: Sequence[str] = (),
     most: int = 5,
 ) -> list[Series]:
-    """The metrics that speak for the cell's stage in its layer: what is `told`, then what left its
-    range the furthest.
+    """Return the metrics of the cell's stage in its layer, at most `most`.
 
-    `before` is the step up to which things were usual.
+    Metrics named in `first_metrics` come first, then those that left their usual range the furthest. `before` is
+    the step before which the values count as usual.
     """
     names = [
         n
@@ -58,7 +56,7 @@ def cell_series(
     for grid in grids:
         mine = grid.of_layer(cell.layer).measured()
         found += [_series(mine, i, cell, before) for i in range(len(mine.rows))]
-    found.sort(key=lambda s: (s.metric.name not in told, -s.score))
+    found.sort(key=lambda s: (s.metric.name not in first_metrics, -s.score))
     return _one_a_metric(found)[:most]
 
 
@@ -66,8 +64,9 @@ def _series(grid: Grid, row: int, cell: StageCell, before: int) -> Series:
     known = ~np.isnan(grid.values_RS[row])
     step_S, value_S = grid.steps_S[known], grid.values_RS[row][known]
     past = value_S[(step_S < before) & np.isfinite(value_S)][-_BEFORE:]
-    usual, score = None, -math.inf
-    if len(past) >= _MIN_BYTES:
+    usual = None
+    score = -math.inf
+    if len(past) >= _MIN_SAMPLES:
         low, middle, high = (float(np.quantile(past, q)) for q in (0.02, 0.5, 0.98))
         usual = (low, high)
         cadence = int(np.median(np.diff(step_S))) if len(step_S) > 1 else 1
@@ -83,8 +82,8 @@ def _series(grid: Grid, row: int, cell: StageCell, before: int) -> Series:
 
 
 def _one_a_metric(ranked: list[Series]) -> list[Series]:
-    """Of attention and feed-forward, the site that stands out more."""
-    seen: dict[str, Series] = {}
+    """Keep the site with the highest score of each metric: attention or feed-forward."""
+    best: dict[str, Series] = {}
     for s in ranked:
-        seen.setdefault(s.metric.name, s)
-    return list(seen.values())
+        best.setdefault(s.metric.name, s)
+    return list(best.values())

@@ -1,6 +1,4 @@
-"""Which cascade the reader looks at: the spikes and warnings there are, the one that is chosen, its
-window and cell.
-"""
+"""The selected cascade: spikes and warnings to choose from, the chosen one, its window and cell."""
 
 from typing import NamedTuple
 
@@ -17,24 +15,23 @@ from geodiag.errors import GeodiagError
 from geodiag.spikes.recorded import Seen, spikes_of
 
 LONGEST = 1500
-"""Steps that a stage map shows at most: each of its columns is judged against the steps before it.
-"""
+"""Most steps of a stage map. Each column is compared with the steps before it, which takes time."""
 _QUIET, _PAD, _AFTER = 240, 24, 8
 _STEPS_A_REFRESH = 60
-"""A living run's map is worked out anew when it has grown by one so-many-th of the window."""
+"""The stage map of a live run is recomputed after each 1/60 of the window."""
 
 
 class SpikeOrWarning(NamedTuple):
-    """Something whose cascade can be shown."""
+    """A spike or an early warning whose cascade can be shown."""
 
     step: int
     kind: str
     attempt: int | None = None
-    """The attempt that lived it; None for the newest."""
+    """The attempt in which it happened; None for the newest."""
 
 
 class StageCell(NamedTuple):
-    """One place of the stage map."""
+    """One cell of the stage map."""
 
     stage: int
     layer: int
@@ -42,7 +39,7 @@ class StageCell(NamedTuple):
 
 
 def spikes_and_warnings(cache: RunCache) -> list[SpikeOrWarning]:
-    """Spikes and early warnings, in time."""
+    """Return spikes and early warnings in order of steps."""
     found = [
         SpikeOrWarning(s.onset, s.spike.kind, s.attempt)
         for s in _spikes(cache)
@@ -55,20 +52,21 @@ def spikes_and_warnings(cache: RunCache) -> list[SpikeOrWarning]:
 
 
 def chosen_step(cache: RunCache, view: View) -> int | None:
-    """The step whose cascade is shown: the reader's, else the newest spike's, else the newest
-    warning's.
+    """Return the step whose cascade is shown.
+
+    Without a choice of the reader: the newest spike, or else the newest early warning.
     """
     if view.spike is not None:
         return view.spike
-    there = spikes_and_warnings(cache)
+    candidates = spikes_and_warnings(cache)
     return next(
-        (c.step for c in reversed(there) if c.kind != "early_warning"),
-        there[-1].step if there else None,
+        (c.step for c in reversed(candidates) if c.kind != "early_warning"),
+        candidates[-1].step if candidates else None,
     )
 
 
 def cache_of_spike(cache: RunCache, step: int | None) -> RunCache:
-    """The run as the attempt lived it in which the loss spiked at `step`."""
+    """Return the run as it was in the attempt whose loss spiked at `step`."""
     attempts = [s.attempt for s in _spikes(cache) if s.onset == step]
     return cache.as_of_attempt(attempts[-1] if attempts else None)
 
@@ -78,10 +76,9 @@ def _spikes(cache: RunCache) -> list[Seen]:
 
 
 def most_unusual_step(cache: RunCache) -> tuple[int, int, float] | None:
-    """(step, stage, score) of the highest stage score on record: where to look in a run without a
-    spike.
-    """
-    steps, best = cache.steps(), None
+    """Return (step, stage, score) of the highest stage score of the run, or None."""
+    steps = cache.steps()
+    best: tuple[int, int, float] | None = None
     for stage in STAGES:
         score_S = steps[f"stage{stage}_score"]
         if len(score_S) and not np.isnan(score_S).all():
@@ -92,52 +89,58 @@ def most_unusual_step(cache: RunCache) -> tuple[int, int, float] | None:
 
 
 def cascade_of(cache: RunCache, step: int | None) -> Cascade | str | None:
-    """The cascade behind a step, or one line that says why there is none."""
+    """Return the cascade behind a step, or one line with the reason why there is none."""
     if step is None or not len(cache.steps()["step"]):
         return None
     known = _spikes(cache)
-    mine = [i for i, seen in enumerate(known) if seen.onset == step]
+    indices = [i for i, seen in enumerate(known) if seen.onset == step]
     newest = int(cache.steps()["step"][-1])
-    said = known[mine[-1]] if mine else step
-    key = ("cascade", said, min(newest, step + _AFTER), len(cache.attempt_starts()))
+    subject = known[indices[-1]] if indices else step
+    key = ("cascade", subject, min(newest, step + _AFTER), len(cache.attempt_starts()))
     try:
-        return cache.cached(key, lambda: explain(cache.run, mine[-1] if mine else step))
+        return cache.cached(key, lambda: explain(cache.run, indices[-1] if indices else step))
     except GeodiagError as e:
         return str(e)
 
 
 def window_of(cache: RunCache, view: View, cascade: Cascade | None) -> tuple[int, int]:
-    """The steps to show: the reader's, else from well before the origin to where the loss is back."""
+    """Return the first and last step to show: the choice of the reader, or all of the cascade."""
     step_S = cache.steps()["step"]
     first, last = (int(step_S[0]), int(step_S[-1])) if len(step_S) else (0, 0)
     if view.steps is not None:
-        low, high = view.steps
-        if high - low > LONGEST:
-            middle = (
-                cascade.spike_onset
-                if cascade is not None and low <= cascade.spike_onset <= high
-                else high
-            )
-            low = max(low, min(middle - LONGEST // 2, high - LONGEST))
-            high = low + LONGEST
+        low, high = _at_most_longest(view.steps, cascade)
     elif cascade is not None:
-        start = min(
-            cascade.spike_onset, cascade.spike_onset if cascade.onset is None else cascade.onset
-        )
-        pad = max(_PAD, round(1.2 * (cascade.spike_onset - start)))
-        end = (cascade.spike or {}).get("end") or cascade.spike_onset
-        low, high = (
-            start - pad,
-            cascade.spike_onset + max(pad, min(end + _AFTER - cascade.spike_onset, 2 * pad)),
-        )
+        low, high = _around(cascade)
     else:
         low, high = last - _QUIET, last
     return max(first, low), max(first + 1, min(last, high))
 
 
+def _at_most_longest(steps: tuple[int, int], cascade: Cascade | None) -> tuple[int, int]:
+    """Cut a range to LONGEST steps: around the cascade, or else at its end."""
+    low, high = steps
+    if high - low <= LONGEST:
+        return steps
+    inside = cascade is not None and low <= cascade.spike_onset <= high
+    middle = cascade.spike_onset if cascade is not None and inside else high
+    low = max(low, min(middle - LONGEST // 2, high - LONGEST))
+    return low, low + LONGEST
+
+
+def _around(cascade: Cascade) -> tuple[int, int]:
+    """From well before the origin to the step at which the loss has recovered."""
+    spike = cascade.spike_onset
+    start = spike if cascade.onset is None else min(spike, cascade.onset)
+    pad = max(_PAD, round(1.2 * (spike - start)))
+    end = (cascade.spike or {}).get("end") or spike
+    return start - pad, spike + max(pad, min(end + _AFTER - spike, 2 * pad))
+
+
 def scene_in(cache: RunCache, window: tuple[int, int], newest: RunCache) -> CascadeScene:
-    """What was recorded in the window, as `record` lived it; `newest` is the run as it stands now."""
-    steps, stages, now = cache.steps(), stages_of(cache, window), newest.steps()
+    """Return the data of a window in the attempt `cache`; `newest` is the newest attempt."""
+    steps = cache.steps()
+    stages = stages_of(cache, window)
+    now = newest.steps()
     later = [
         SupersededSteps(
             max(newest.attempt_starts(), default=0), now["step"], now["loss"], now["grad_norm"]
@@ -155,7 +158,7 @@ def scene_in(cache: RunCache, window: tuple[int, int], newest: RunCache) -> Casc
 
 
 def stages_of(cache: RunCache, window: tuple[int, int]) -> StageMap:
-    """The stage map of a window; of a window that still grows, not more often than can be seen."""
+    """Return the stage map of a window; a window that still grows is recomputed rarely."""
     newest = int(cache.steps()["step"][-1])
     stride = max(1, (window[1] - window[0]) // _STEPS_A_REFRESH)
     first = window[0] - window[0] % stride
@@ -165,7 +168,7 @@ def stages_of(cache: RunCache, window: tuple[int, int]) -> StageMap:
 
 
 def cell_of(view: View, cascade: Cascade | None, stages: StageMap) -> StageCell | None:
-    """The reader's cell, else the origin, else the worst there is in the map."""
+    """Return the cell of the reader, else the origin, else the cell with the highest score."""
     if view.stage is not None and view.layer is not None and view.step is not None:
         return StageCell(view.stage, view.layer, view.step)
     if cascade is not None and cascade.onset is not None:
@@ -184,14 +187,14 @@ def cell_of(view: View, cascade: Cascade | None, stages: StageMap) -> StageCell 
 
 def _missing(cache: RunCache, stages: StageMap) -> dict[int, str]:
     if not len(stages.layers):
-        nothing = "The table layers has no rows here: call geodiag.attach before the first step."
-        return dict.fromkeys(STAGES, nothing)
+        no_rows = "Table layers has no rows here: call geodiag.attach before the first step."
+        return dict.fromkeys(STAGES, no_rows)
     if not np.isfinite(stages.scores).any():
-        return dict.fromkeys(STAGES, "Too few samples so far to know what is usual.")
+        return dict.fromkeys(STAGES, "Too few samples so far to estimate the usual range.")
     found = cache.manifest_section("found")
     out = {}
     if "experts" in found and not found["experts"]:
-        out[1] = "This model has no experts: nothing is measured here."
+        out[1] = "This model has no experts, so nothing is measured here."
     if "routers" in found and not found["routers"]:
-        out[2] = "This model has no router: there is nothing to flip."
+        out[2] = "This model has no router, so no choice of experts can change."
     return out

@@ -1,7 +1,6 @@
-"""The verdict of a cascade on the page: what there is to choose from, the answer, how sure it is,
-and the evidence.
-"""
+"""The verdict of a cascade: links to all spikes, the verdict card, the rows of the evidence."""
 
+import re
 from typing import Any
 from urllib.parse import quote
 
@@ -22,15 +21,19 @@ from geodiag.dashboard.figures.cascade import STAGES
 from geodiag.dashboard.url.url_state import View
 
 _KINDS = {
-    "spike": "Spike", "divergence": "Divergence", "nonfinite": "Loss not finite", "early_warning": "Early warning",
-}  # fmt: skip
+    "spike": "Spike",
+    "divergence": "Divergence",
+    "nonfinite": "Loss not finite",
+    "early_warning": "Early warning",
+}
 _NUMBER = {"filter": "agNumberColumnFilter", "type": "rightAligned"}
 _COMMAS = {"function": "params.value == null ? '–' : d3.format(',')(params.value)"}
 COLUMNS: list[dict[str, Any]] = [
     {"field": "stage", "headerName": "stage", "width": 80},
     {"field": "where", "headerName": "where", "width": 190},
     {"field": "metric", "headerName": "metric", "flex": 1, "minWidth": 170, "tooltipField": "help"},
-    {"field": "step", "headerName": "from step", "width": 106, "valueFormatter": _COMMAS, **_NUMBER},
+    {"field": "step", "headerName": "from step", "width": 106,
+     "valueFormatter": _COMMAS, **_NUMBER},
     {"field": "value", "headerName": "value", "width": 104, "type": "rightAligned"},
     {"field": "usual", "headerName": "usually", "width": 104, "type": "rightAligned"},
     {"field": "score", "headerName": "robust z", "width": 104,
@@ -39,14 +42,17 @@ COLUMNS: list[dict[str, Any]] = [
 
 
 def spike_links(cache: RunCache, view: View) -> Any:
-    """The spikes and warnings of the run as links, the chosen one marked."""
-    there, now = spikes_and_warnings(cache), chosen_step(cache, view)
-    links = [_link(cache, c.step, _name(cache, c), c.kind, c.step == now) for c in there]
-    if now is not None and now not in [c.step for c in there]:
+    """Return links to the spikes and warnings of the run; the selected one is marked."""
+    candidates = spikes_and_warnings(cache)
+    now = chosen_step(cache, view)
+    links = [_link(cache, c.step, _name(cache, c), c.kind, c.step == now) for c in candidates]
+    if now is not None and now not in [c.step for c in candidates]:
         links.append(_link(cache, now, f"step {integer(now)}", "step", True))
-    odd = most_unusual_step(cache) if not there else None
-    if odd is not None and odd[0] != now:
-        links.append(_link(cache, odd[0], f"most unusual step {integer(odd[0])}", "step", False))
+    unusual = most_unusual_step(cache) if not candidates else None
+    if unusual is not None and unusual[0] != now:
+        links.append(
+            _link(cache, unusual[0], f"most unusual step {integer(unusual[0])}", "step", False)
+        )
     return (
         html.Nav(links, className="choices", **aria("spikes and warnings of this run"))
         if links
@@ -55,14 +61,14 @@ def spike_links(cache: RunCache, view: View) -> Any:
 
 
 def verdict_card(cache: RunCache, view: View, found: Cascade | str | None) -> Any:
-    """The answer in words, with what would have stopped it."""
+    """Return the card with the verdict in words, the origin, the confidence, the suggested fix."""
     if found is None:
         return html.Section(
             html.Div([html.H1("No spike so far"), html.P(_calm(cache))]), className="card verdict"
         )
     if isinstance(found, str):
         return html.Section(
-            html.Div([html.H1("Nothing to explain"), notice(found)]), className="card verdict"
+            html.Div([html.H1("No cascade for this step"), notice(found)]), className="card verdict"
         )
     caveats = [notice(c, "warn") for c in found.caveats]
     warned = (found.spike_onset, "early_warning") in [
@@ -84,7 +90,7 @@ def verdict_card(cache: RunCache, view: View, found: Cascade | str | None) -> An
 
 
 def headline(found: Cascade, warned: bool = False) -> str:
-    """`Spike at step 1,251: an expert outlier`."""
+    """Return the heading of a verdict: `Spike at step 1,251: an expert outlier`."""
     kind = (found.spike or {}).get("kind") or ("early_warning" if warned else None)
     what = _KINDS.get(str(kind))
     step = f"step {integer(found.spike_onset)}"
@@ -92,7 +98,7 @@ def headline(found: Cascade, warned: bool = False) -> str:
 
 
 def evidence_rows(found: Cascade) -> list[dict[str, Any]]:
-    """The evidence as the table takes it."""
+    """Return the rows of the evidence table."""
     out = []
     for i, e in enumerate(found.evidence):
         table = "experts" if e.expert is not None else "layers" if e.layer is not None else "steps"
@@ -103,7 +109,7 @@ def evidence_rows(found: Cascade) -> list[dict[str, Any]]:
             )
         )
         out.append({
-            "id": str(i), "stage": e.stage or "–", "layer": e.layer, "where": place or "the run",
+            "id": str(i), "stage": e.stage or "–", "layer": e.layer, "where": place or "whole run",
             "metric": e.metric,
             "help": known.help if known else "", "step": e.step, "value": _value(e.value, e.unit),
             "usual": _value(e.usual, e.unit), "score": round(float(e.score), 2),
@@ -119,8 +125,8 @@ def _cause(found: Cascade) -> str:
     if found.stage == 1:
         return "an expert outlier" if found.expert is not None else "extreme activations"
     if found.stage == 2:
-        return "routing that no longer fits"
-    return "amplification" if found.stage == 3 else "no internal precursor found"
+        return "routing instability"
+    return "amplification over depth" if found.stage == 3 else "no cause found inside the model"
 
 
 def _facts(found: Cascade) -> list:
@@ -146,25 +152,27 @@ def _facts(found: Cascade) -> list:
         _fact(
             "origin",
             place,
-            "Where the first quantity left its range that nothing before it explains.",
+            "The first place where a metric left its usual range without an earlier cause.",
         ),
         _fact(
             "before the loss" if found.spike else "before this step",
             lead,
-            "Steps from there to the step shown.",
+            "Steps from the origin to the step shown.",
         ),
         _fact(
             "confidence",
             [f"{found.confidence:.2f}", bar],
-            "How much better this answer is than the next one.",
+            "How much better this verdict explains the record than the next best one, from 0 to 1.",
         ),
-        _fact("what fits", found.defence or "–", "What addresses a cascade that begins so."),
+        _fact(
+            "suggested fix", found.defence or "–", "What prevents a cascade with such an origin."
+        ),
     ]
 
 
 def _without_defence(found: Cascade) -> str:
-    """The words, less the last of them: what fits stands beside."""
-    return found.words.removesuffix(f" Fits: {found.defence}.")
+    """Return the words without the suggested fix, which is shown beside them."""
+    return re.sub(rf" [A-Z][a-z ]+: {re.escape(str(found.defence))}\.$", "", found.words)
 
 
 def _fact(label: str, value: Any, text: str) -> Any:
@@ -181,14 +189,14 @@ def _others(view: View, found: Cascade) -> list:
     items: list[Any] = []
     for a in found.alternatives:
         place = " · ".join(where(a.layer, a.site, a.expert).split(", ")) or str(a.stage)
-        said: list[Any] = [
+        text: list[Any] = [
             html.B(f"{a.confidence:.2f}"),
             f" {place}, stage {a.stage}, from step {integer(a.onset)}: {a.why}",
         ]
-        there = a.layer is not None and a.stage in STAGES
+        linked = a.layer is not None and a.stage in STAGES
         cell = view.replaced(stage=a.stage, layer=a.layer, step=a.onset, spike=found.spike_onset)
-        items.append(html.Li(dcc.Link(said, href=cell.query_string()) if there else said))
-    count = f"{len(items)} other origin{'s' * (len(items) != 1)} that the record allows"
+        items.append(html.Li(dcc.Link(text, href=cell.query_string()) if linked else text))
+    count = f"{len(items)} other possible origin{'s' * (len(items) != 1)}"
     return [html.Details([html.Summary(count), html.Ul(items)], className="others")]
 
 
@@ -209,8 +217,11 @@ def _link(cache: RunCache, step: int, label: str, kind: str, here: bool) -> Any:
 
 def _calm(cache: RunCache) -> str:
     if not len(cache.steps()["step"]):
-        return "The cascade behind the first one will be shown here."
-    return "The loss never left its trend. The maps show how far each layer stands from its own past; click any cell."
+        return "The cascade behind the first spike will be shown here."
+    return (
+        "The loss never left its trend. The maps show how far each layer is from its own past; "
+        "click any cell for details."
+    )
 
 
 def _value(value: float, unit: str) -> str:

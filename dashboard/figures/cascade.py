@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from geodiag.cascade.defence import NAMES
 from geodiag.cascade.explain import Cascade, StageMap
 from geodiag.dashboard.data.grid import Grid
 from geodiag.dashboard.data.step_table import SupersededSteps
@@ -24,10 +25,11 @@ from geodiag.metrics.schema import METRICS
 # S steps, L layers.
 
 STAGES = {
-    1: ("local curvature", "an expert's activation grows extreme"),
-    2: ("chart inconsistency", "the router's map is stale: wrong expert"),
-    3: ("amplification", "residual maps and gradients compound it over depth"),
+    1: (NAMES[1], "activations of an expert grow extreme"),
+    2: (NAMES[2], "tokens go to experts that no longer fit them"),
+    3: (NAMES[3], "residual maps and gradients amplify the error over depth"),
 }
+"""Stage → its name and a short explanation."""
 _LOSS_PX, _TITLE_PX, _GAP_PX, _AXIS_PX = 150, 24, 10, 46
 _LEAST_PX, _MOST_PX = 96, 190
 

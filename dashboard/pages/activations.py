@@ -1,4 +1,4 @@
-"""Activations: what is clamped, how large it grew, and which expert grew it."""
+"""Page Activations: how often activations are clamped, how large they grow, in which expert."""
 
 import plotly.graph_objects as go
 from dash import Dash, html
@@ -23,16 +23,17 @@ LINES: Lines = panels(NAME)
 
 
 def layout(cache: RunCache, view: View) -> html.Div:
+    """Return the page: one metric of all layers, and one layer in detail."""
     overall = card(
         "Over layers and steps",
         *_missing(cache),
         graph("activations-heat", height_of([len(layers_of(cache))])),
         tip=" ".join(metric_help(metric("layers", n)) for n in list(OVERALL)[:8]),
         controls=select("activations-metric", _overall(view), options(OVERALL), "quantity", 230),
-    )  # fmt: skip
+    )
     tip = (
         " ".join(metric_help(metric("experts", n)) for n in EXPERTS)
-        + " A blank cell: no token reached the expert."
+        + " An empty cell: no token was routed to the expert."
     )
     return html.Div(
         [overall, one_layer(NAME, cache, view, EXPERTS, "act_rms", "per expert", tip)],
@@ -41,6 +42,7 @@ def layout(cache: RunCache, view: View) -> html.Div:
 
 
 def register(app: Dash, library: RunLibrary) -> None:
+    """Register the callbacks of the page."""
     charts = {"heat": draw_heat, "experts": _experts, "lines": draw_lines}
     layer_charts.register(app, library, NAME, charts, "gate_amax", "act_rms")
 
@@ -50,10 +52,11 @@ def _overall(view: View) -> str:
 
 
 def draw_heat(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    """Draw the selected metric of every layer over steps."""
     name = _overall(view)
     title = metric("layers", name).help
     if counterfactual(cache.run.manifest, "layers", name):
-        title += "  (counterfactual: this model has no clamp)"
+        title += "  (this model has no clamp: hits that a clamp would have)"
     return all_layers(cache, view, theme, name, title, _nothing(cache))
 
 
@@ -62,6 +65,7 @@ def _experts(cache: RunCache, view: View, theme: Theme) -> go.Figure:
 
 
 def draw_lines(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    """Draw the clamp rates and maxima of the selected layer."""
     return lines(cache, view, theme, LINES, "gated units")
 
 
@@ -69,12 +73,12 @@ def _nothing(cache: RunCache) -> str:
     return (
         "Waiting for the first step."
         if not len(cache.steps()["step"])
-        else "Not recorded in this run: it has no gated units."
+        else "Not recorded: this model has no gated units."
     )
 
 
 def _missing(cache: RunCache) -> list:
     found = cache.manifest_section("found")
     if "experts" in found and not found["experts"]:
-        return [notice("This run has no experts: the per-expert charts stay empty.")]
+        return [notice("This model has no experts, so the charts per expert stay empty.")]
     return []

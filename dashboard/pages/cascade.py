@@ -1,9 +1,10 @@
-"""Cascade: where did it start, how did it spread, and what would have stopped it.
+"""Page Cascade: where a spike started, how it spread, and what would have prevented it.
 
-url.search ─► spike ─► verdict, picture ─► cell (the origin, until another is clicked) ─► the four
-cards beside it
+url.search ─► spike ─► verdict, picture ─► cell (the origin until another one is clicked) ─► the
+four cards beside the picture
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -42,42 +43,56 @@ from geodiag.dashboard.url.url_sync import sync_url
 NAME, TITLE = "cascade", "Cascade"
 
 _EXPERTS = {"load": "share of the layer's assignments", "act_rms": "RMS of the activations"}
-_NO_MAPS = "No residual maps near this step; attach(every={'matrices': 10}) samples them."
-_NO_HYPER = "This model has no hyper-connections, so no residual maps."
-_NO_TOKENS = "No traced tokens near this step; attach(trace='flipped') follows some."
+_NO_MAPS = "No residual maps near this step. attach(every={'matrices': 10}) samples more of them."
+_NO_HYPER = "This model has no hyper-connections, so it has no residual maps."
+_NO_TOKENS = "No traced tokens near this step. attach(trace='flipped') traces some."
 PICTURE = (
-    "Each map is one stage: a row is a layer, the first on top; a column is a step; the colour says how far the layer "
-    "stands from its own past, of which a change that has lasted for 64 samples is part. Rings mark where a stage left "
-    "its range, the line leads from the origin to the loss. Click a cell for what was measured there; drag to zoom in "
-    "time."
+    "Each map shows one stage of the cascade: rows are layers, the first on top; columns are steps. "
+    "The colour is the distance of the layer from its own past, in robust z (standard deviations, "
+    "estimated from the median). A change that lasts for 64 samples becomes part of that past. "
+    "Rings mark where a stage left its usual range; the line leads from the origin to the loss. "
+    "Click a cell to see its measurements; drag to zoom in time."
 )
-"""How the picture is read."""
+"""Explanation of the cascade figure."""
+_EVIDENCE = "Metrics that left their usual range at the origin. Click a row to see its series."
+_SERIES = "The metrics behind this stage in this layer. The band is their range before the cascade."
+_EXPERTS_TIP = "Every expert of the layer. A frame marks the expert of the origin."
+_MAPS = (
+    "Token means of the residual maps H_res of this layer, and their product from the first site to "
+    "this layer (composite map), before the cascade and at the cell. Rows are streams out, columns "
+    "streams in; the gain is the largest absolute row sum."
+)
+_TOKENS = (
+    "The same few tokens, followed through the layers in two fixed random projections. The colour is "
+    "the expert, a ring marks a changed choice of experts; faint lines are the same tokens before "
+    "the cascade."
+)
 
 
 def layout(cache: RunCache, view: View) -> html.Div:
-    tall = height_of(len({layer for layer, _ in sites_of(cache)}))
-    main = card("From the origin to the loss", graph("cascade-picture", tall), tip=PICTURE)
-    proof = card(
-        "Evidence",
-        table("cascade-evidence", verdict_card.COLUMNS, _evidence(cache, view), height=None),
-        tip="What left its range at the origin. Click a row to see its series.",
-        id="cascade-proof",
-        style=_only_with_rows(_evidence(cache, view)),
+    """Return the page: verdict, picture, evidence, and the four cards of one cell."""
+    layers = len({layer for layer, _ in sites_of(cache)})
+    rows = _evidence(cache, view)
+    main = card(
+        "From the origin to the loss", graph("cascade-picture", height_of(layers)), tip=PICTURE
     )
+    evidence = card(
+        "Evidence",
+        table("cascade-evidence", verdict_card.COLUMNS, rows, height=None),
+        tip=_EVIDENCE,
+        id="cascade-proof",
+        style=_hidden_without(rows),
+    )
+    cell = html.Div(id="cascade-where", className="where")
     side = [
-        card("In this cell", html.Div(id="cascade-where", className="where"), graph("cascade-series", 430),
-             tip="The quantities behind the stage in this layer; the band is where each lay before."),
-        card("Its experts", graph("cascade-experts", 250), tip="Every expert of the layer; the frame is the origin's."),
-    ]  # fmt: skip
+        card("Selected cell", cell, graph("cascade-series", 430), tip=_SERIES),
+        card("Experts of the layer", graph("cascade-experts", 250), tip=_EXPERTS_TIP),
+    ]
     below = [
-        card("Its residual maps", graph("cascade-maps", 200),
-             tip="Token means of H_res, alone and multiplied from the first site to this layer; before the cascade and "
-             "at the cell. Rows are streams out, columns streams in; the gain is the largest absolute row sum."),
-        card("Traced tokens", graph("cascade-tokens", 230),
-             tip="The same few tokens, followed down the layers in two fixed random projections. Colour is the expert, "
-             "a ring a changed choice; faint lines are the same tokens before the cascade."),
-    ]  # fmt: skip
-    columns = [html.Div([main, proof], className="column"), html.Div(side, className="side")]
+        card("Residual maps of the layer", graph("cascade-maps", 200), tip=_MAPS),
+        card("Traced tokens", graph("cascade-tokens", 230), tip=_TOKENS),
+    ]
+    columns = [html.Div([main, evidence], className="column"), html.Div(side, className="side")]
     return html.Div(
         [
             html.Div(verdict_card.spike_links(cache, view), id="cascade-choices"),
@@ -89,28 +104,18 @@ def layout(cache: RunCache, view: View) -> html.Div:
 
 
 def register(app: Dash, library: RunLibrary) -> None:
-    register_drawing(
-        app,
-        library,
-        "cascade-choices",
-        "children",
-        lambda r, v, theme: verdict_card.spike_links(r, v),
-    )
-    register_drawing(
-        app, library, "cascade-verdict", "children", lambda r, v, theme: _verdict(r, v)
-    )
-    register_drawing(app, library, "cascade-picture", "figure", draw_picture)
-    register_drawing(
-        app, library, "cascade-evidence", "rowData", lambda r, v, theme: _evidence(r, v)
-    )
-    register_drawing(
-        app, library, "cascade-proof", "style", lambda r, v, theme: _only_with_rows(_evidence(r, v))
-    )
-    register_drawing(app, library, "cascade-where", "children", lambda r, v, theme: _where(r, v))
-    register_drawing(app, library, "cascade-series", "figure", draw_series)
-    register_drawing(app, library, "cascade-experts", "figure", draw_experts)
-    register_drawing(app, library, "cascade-maps", "figure", _maps)
-    register_drawing(app, library, "cascade-tokens", "figure", _tokens)
+    """Register the callbacks of the page."""
+    draw = partial(register_drawing, app, library)
+    draw("cascade-choices", "children", lambda c, v, _: verdict_card.spike_links(c, v))
+    draw("cascade-verdict", "children", lambda c, v, _: _verdict(c, v))
+    draw("cascade-picture", "figure", draw_picture)
+    draw("cascade-evidence", "rowData", lambda c, v, _: _evidence(c, v))
+    draw("cascade-proof", "style", lambda c, v, _: _hidden_without(_evidence(c, v)))
+    draw("cascade-where", "children", lambda c, v, _: _where(c, v))
+    draw("cascade-series", "figure", draw_series)
+    draw("cascade-experts", "figure", draw_experts)
+    draw("cascade-maps", "figure", _maps)
+    draw("cascade-tokens", "figure", _tokens)
     sync_url(app, {}, ["cascade-picture", "cascade-series"], _clicked)
 
     @app.callback(
@@ -120,15 +125,14 @@ def register(app: Dash, library: RunLibrary) -> None:
         State("url", "search"),
         prevent_initial_call=True,
     )
-    def show(cell, shown, search):
-        row = next((r for r in shown or [] if cell and r["id"] == str(cell.get("rowId"))), None)
+    def show(cell, rows, search):
+        row = next((r for r in rows or [] if cell and r["id"] == str(cell.get("rowId"))), None)
         if row is None or row["layer"] is None or row["stage"] not in STAGES:
             return no_update
-        return (
-            View.parse(search)
-            .replaced(stage=row["stage"], layer=row["layer"], step=row["step"])
-            .query_string()
-        )
+        view = View.parse(search)
+        return view.replaced(
+            stage=row["stage"], layer=row["layer"], step=row["step"]
+        ).query_string()
 
 
 def _found(cache: RunCache, view: View) -> Cascade | None:
@@ -145,83 +149,89 @@ def _evidence(cache: RunCache, view: View) -> list[dict]:
     return verdict_card.evidence_rows(found) if found else []
 
 
-def _only_with_rows(rows: list[dict]) -> dict:
+def _hidden_without(rows: list[dict]) -> dict:
     return {} if rows else {"display": "none"}
 
 
 def draw_picture(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    """Draw the loss above the maps of the three stages, with the path of the cascade."""
     if not len(cache.steps()["step"]):
         return empty("Waiting for the first step.", theme, 420)
-    found, cache_then = _found(cache, view), cache_of_spike(cache, chosen_step(cache, view))
-    scene = scene_in(cache_then, window_of(cache_then, view, found), cache)
+    found = _found(cache, view)
+    attempt = cache_of_spike(cache, chosen_step(cache, view))
+    scene = scene_in(attempt, window_of(attempt, view, found), cache)
     return cascade_figure(scene, theme, found, cell_of(view, found, scene.stages))
 
 
-class _Place(NamedTuple):
-    """What the cards beside the picture speak of."""
+class _CellContext(NamedTuple):
+    """The cell that the cards beside the picture show."""
 
     cache: RunCache
-    """The run, as the attempt lived it that the cascade belongs to."""
+    """The run as it was in the attempt of the cascade."""
     cell: StageCell | None
     window: tuple[int, int]
     found: Cascade | None
 
     @property
     def before(self) -> int:
-        """The step up to which things were usual."""
+        """The step before which the values count as usual."""
         step = self.cell.step if self.cell else 0
-        return (
-            step if self.found is None or self.found.onset is None else min(self.found.onset, step)
-        )
+        if self.found is None or self.found.onset is None:
+            return step
+        return min(self.found.onset, step)
 
 
-def _place(cache: RunCache, view: View) -> _Place:
-    found, cache_then = _found(cache, view), cache_of_spike(cache, chosen_step(cache, view))
-    window = window_of(cache_then, view, found)
-    some = len(cache_then.steps()["step"]) > 0
-    return _Place(
-        cache_then,
-        cell_of(view, found, stages_of(cache_then, window)) if some else None,
+def _context(cache: RunCache, view: View) -> _CellContext:
+    found = _found(cache, view)
+    attempt = cache_of_spike(cache, chosen_step(cache, view))
+    window = window_of(attempt, view, found)
+    some = len(attempt.steps()["step"]) > 0
+    return _CellContext(
+        attempt,
+        cell_of(view, found, stages_of(attempt, window)) if some else None,
         window,
         found,
     )
 
 
 def _where(cache: RunCache, view: View) -> Any:
-    _, cell, _, found = _place(cache, view)
+    _, cell, _, found = _context(cache, view)
     if cell is None:
-        return "Nothing is measured yet."
+        return "Nothing was measured so far."
     origin = found is not None and view.stage is None and found.cause == "layer"
     name = f"layer {cell.layer} · {STAGES[cell.stage][0]} · step {integer(cell.step)}"
     return [html.B(name), ", the origin" if origin else ""]
 
 
 def draw_series(cache: RunCache, view: View, theme: Theme) -> go.Figure:
-    at = _place(cache, view)
-    cell, found = at.cell, at.found
+    """Draw the metrics behind the stage of the cell, each with its usual range."""
+    context = _context(cache, view)
+    cell = context.cell
+    found = context.found
     if cell is None:
-        return empty("Nothing is measured yet.", theme, 120)
+        return empty("Nothing was measured so far.", theme, 120)
     rows = found.evidence if found is not None else ()
-    told = [e.metric for e in rows if (e.stage, e.layer) == (cell.stage, cell.layer)]
+    first_metrics = [e.metric for e in rows if (e.stage, e.layer) == (cell.stage, cell.layer)]
     strips = []
-    for s in cell_series(at.cache, cell, at.window, at.before, told):
+    for s in cell_series(context.cache, cell, context.window, context.before, first_metrics):
         share = s.metric.unit == "share"
         usual = " to ".join(percent(v) if share else number(v, 3) for v in s.usual or ())
-        said = f"usually {usual}" if usual else ""
+        note = f"usually {usual}" if usual else ""
         strips.append(
-            Strip(f"{s.metric.name} · {s.site}", said, s.step_S, s.value_S, s.usual, s.metric.unit)
+            Strip(f"{s.metric.name} · {s.site}", note, s.step_S, s.value_S, s.usual, s.metric.unit)
         )
-    nothing = f"Layer {cell.layer} has nothing of stage {cell.stage} on record."
-    return small_multiples(strips, theme, at.window, cell.step, nothing)
+    nothing = f"Layer {cell.layer} has no measurements of stage {cell.stage}."
+    return small_multiples(strips, theme, context.window, cell.step, nothing)
 
 
 def draw_experts(cache: RunCache, view: View, theme: Theme) -> go.Figure:
-    cache_then, cell, window, found = _place(cache, view)
+    """Draw the experts of the layer of the cell over steps."""
+    attempt, cell, window, found = _context(cache, view)
     if cell is None:
-        return empty("Nothing is measured yet.", theme, 120)
+        return empty("Nothing was measured so far.", theme, 120)
     name = "act_rms" if cell.stage == 1 else "load"
-    (grid,) = cache_then.memo(
-        ("experts", name, window), lambda: cache_then.read_steps("experts", [name], *window)
+    (grid,) = attempt.memo(
+        ("experts", name, window), lambda: attempt.read_steps("experts", [name], *window)
     )
     grid = grid.of_layer(cell.layer)
     mine = found is not None and found.expert is not None and cell.layer == found.layer
@@ -233,42 +243,48 @@ def draw_experts(cache: RunCache, view: View, theme: Theme) -> go.Figure:
         step=cell.step,
         row=str(found.expert) if found is not None and mine else None,
         experts=True,
-        centre=1 / max(1, len(grid.rows)) if name == "load" else None,  # an even share
+        centre=1 / max(1, len(grid.rows)) if name == "load" else None,  # an equal share
         title="",
-        nothing=f"No experts on record in layer {cell.layer}.",
+        nothing=f"No experts were recorded in layer {cell.layer}.",
     )
     fig.update_layout(margin={"l": 48, "r": 60}, xaxis={"nticks": 5, "tickangle": 0})
     return fig
 
 
 def _maps(cache: RunCache, view: View, theme: Theme) -> go.Figure:
-    at = _place(cache, view)
+    context = _context(cache, view)
     none = _NO_MAPS if cache.has_maps() else _NO_HYPER
-    if at.cell is None:
+    if context.cell is None:
         return empty(none, theme, 120)
-    layer, run = at.cell.layer, at.cache
-    there = samples_around(run, "matrices", at.before, at.cell.step)
+    layer = context.cell.layer
+    run = context.cache
+    samples = samples_around(run, "matrices", context.before, context.cell.step)
     groups = [
         (f"{name}, step {integer(s)}", [Tile(*t) for t in composite_maps(run, layer, s)])
-        for name, s in there
+        for name, s in samples
     ]
     return residual_maps(groups, theme, none)
 
 
 def _tokens(cache: RunCache, view: View, theme: Theme) -> go.Figure:
-    at = _place(cache, view)
-    if at.cell is None:
+    context = _context(cache, view)
+    if context.cell is None:
         return empty(_NO_TOKENS, theme, 120)
-    there = samples_around(at.cache, "tokens", at.before, at.cell.step)
-    usual = token_trajectories(at.cache, there[0][1]) if len(there) == 2 else []
+    samples = samples_around(context.cache, "tokens", context.before, context.cell.step)
+    usual = token_trajectories(context.cache, samples[0][1]) if len(samples) == 2 else []
     return trajectories(
-        token_trajectories(at.cache, there[-1][1]) if there else [], usual, theme, _NO_TOKENS
+        token_trajectories(context.cache, samples[-1][1]) if samples else [],
+        usual,
+        theme,
+        _NO_TOKENS,
     )
 
 
 def _clicked(pathname: str, view: View, name: str, point: dict) -> View:
-    """A click on a map chooses its cell; a click on a series, another step of it."""
-    x, y, trace = point.get("x"), str(point.get("y", "")), point.get("curveNumber")
+    """Select the clicked cell of a map, or the clicked step of a series."""
+    x = point.get("x")
+    y = str(point.get("y", ""))
+    trace = point.get("curveNumber")
     if not isinstance(x, int | float):
         return view
     if name == "cascade-picture" and trace in (0, 1, 2) and y.isdigit():

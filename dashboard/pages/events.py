@@ -1,4 +1,4 @@
-"""Events: the audit trail. What was seen, asked, decided and done, each row with its reason."""
+"""Page Events: the audit trail of spikes, requests, decisions and actions, with reasons."""
 
 from typing import Any
 from urllib.parse import quote
@@ -17,14 +17,16 @@ from geodiag.health import SPIKES
 
 NAME, TITLE = "events", "Events"
 _AROUND = 60
-"""Steps shown before and after an event that was jumped to."""
+"""Steps shown before and after an event that was clicked."""
 
 _NUMBER = {"filter": "agNumberColumnFilter", "type": "rightAligned"}
 _COMMAS = {"function": "d3.format(',')(params.value)"}
 _COLUMNS: list[dict[str, Any]] = [
     {"field": "step", "headerName": "step", "width": 92, "valueFormatter": _COMMAS, **_NUMBER},
-    {"field": "kind", "headerName": "kind", "width": 128, "cellRenderer": "Kind", "tooltipField": "meaning"},
-    {"field": "message", "headerName": "message", "flex": 1, "minWidth": 280, "wrapText": True, "autoHeight": True},
+    {"field": "kind", "headerName": "kind", "width": 128, "cellRenderer": "Kind",
+     "tooltipField": "meaning"},
+    {"field": "message", "headerName": "message", "flex": 1, "minWidth": 280, "wrapText": True,
+     "autoHeight": True},
     {"field": "layer", "headerName": "layer", "width": 88, **_NUMBER},
     {"field": "site", "headerName": "site", "width": 84},
     {"field": "expert", "headerName": "expert", "width": 92, **_NUMBER},
@@ -34,6 +36,7 @@ _COLUMNS: list[dict[str, Any]] = [
 
 
 def layout(cache: RunCache, view: View) -> html.Div:
+    """Return the page: the table of all events."""
     trail = table("events-table", _COLUMNS, rows(cache), height="calc(100vh - 190px)")
     return html.Div(
         [
@@ -42,7 +45,7 @@ def layout(cache: RunCache, view: View) -> html.Div:
                 html.Div(_none(cache), id="events-none"),
                 trail,
                 tip="Every spike, request, answer, decision and change of state. "
-                "Click a row for its step, a spike for its cascade. "
+                "Click a row to open its step, a spike to open its cascade. "
                 + " ".join(f"{k}: {v}." for k, v in KINDS.items()),
             ),
             dcc.Location(id="events-jump", refresh="callback-nav"),
@@ -51,8 +54,9 @@ def layout(cache: RunCache, view: View) -> html.Div:
 
 
 def register(app: Dash, library: RunLibrary) -> None:
-    register_drawing(app, library, "events-table", "rowData", lambda r, v, theme: rows(r))
-    register_drawing(app, library, "events-none", "children", lambda r, v, theme: _none(r))
+    """Register the callbacks of the page."""
+    register_drawing(app, library, "events-table", "rowData", lambda c, v, _: rows(c))
+    register_drawing(app, library, "events-none", "children", lambda c, v, _: _none(c))
 
     @app.callback(
         Output("events-jump", "href"),
@@ -68,10 +72,9 @@ def register(app: Dash, library: RunLibrary) -> None:
 
 
 def jump(cache: RunCache, event: dict[str, Any]) -> str:
-    """Where an event is looked at: a spike or a warning in its cascade, the rest in the middle of
-    the overview.
-    """
-    step, run = event["step"], quote(cache.run.name)
+    """Return the address of an event: the cascade of a spike or a warning, else the overview."""
+    step = event["step"]
+    run = quote(cache.run.name)
     if event["kind"] in (*SPIKES, "cascade", "early_warning"):
         onset = details(event["data"]).get("spike_onset" if event["kind"] == "cascade" else "onset")
         at = onset if isinstance(onset, int) else step
@@ -81,7 +84,7 @@ def jump(cache: RunCache, event: dict[str, Any]) -> str:
 
 
 def rows(cache: RunCache) -> list[dict[str, Any]]:
-    """The trail as the table takes it, newest first: by time, for a rollback repeats steps."""
+    """Return the rows of the table, newest first by time, because a rollback repeats steps."""
     out = []
     for i, e in enumerate(cache.events()):
         row = {k: e[k] for k in ("step", "kind", "message", "layer", "site", "expert", "attempt")}
@@ -92,4 +95,4 @@ def rows(cache: RunCache) -> list[dict[str, Any]]:
 
 
 def _none(cache: RunCache) -> list:
-    return [] if cache.events() else [notice("No events yet.")]
+    return [] if cache.events() else [notice("No events so far.")]

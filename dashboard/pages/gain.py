@@ -1,6 +1,6 @@
-"""Gain: how every layer stretches what passes through it, over steps, and down the stack at one
-step.
-"""
+"""Page Gain: how much every layer amplifies its input, over steps and over depth."""
+
+from functools import partial
 
 import plotly.graph_objects as go
 from dash import Dash, dcc, html
@@ -36,86 +36,108 @@ NAME, TITLE = "gain", "Gain"
 _OVER = {"mean": "mean", "max": "worst token", "min": "smallest", "of_mean": "of mean map"}
 QUANTITIES = quantities(NAME)
 _WAYS = ("forward", "backward")
+_MAIN = (
+    "Rows are residual sites (attention and feed-forward of each layer), the first on top. A gain "
+    "above 1 amplifies what passes, a gain below 1 damps it; the composite gain is that of all maps "
+    "between the site and the input (forward) or the output (backward). Click a cell to select its "
+    "step and site; drag to zoom in time."
+)
+_DEPTH = (
+    "Every site at one step. Forward gains multiply from the input, backward gains from the output."
+)
+_MAPS = "Token means at the newest sample up to the step. Rows are streams out, columns streams in."
 
 
 def quantity(cache: RunCache, view: View) -> str:
-    """The quantity that the view asks for; else composite gain, or transport gain where there are
-    no maps.
-    """
-    return (
-        view.metric
-        if view.metric in QUANTITIES
-        else "composite"
-        if cache.has_maps()
-        else "transport"
-    )
+    """Return the selected quantity; by default composite gain, without maps transport gain."""
+    if view.metric in QUANTITIES:
+        return view.metric
+    return "composite" if cache.has_maps() else "transport"
 
 
 def chosen_metrics(cache: RunCache, view: View) -> tuple[str, ...]:
-    """The metrics that the view asks for; an unknown way over tokens is the quantity's first."""
+    """Return the selected metrics; an unknown reduction over tokens gives the first one."""
     over = QUANTITIES[quantity(cache, view)][1]
     return over.get(view.over or "mean") or next(iter(over.values()))
 
 
 def layout(cache: RunCache, view: View) -> html.Div:
+    """Return the page: a map over layers and steps, a profile over depth, the maps of one site."""
+    side = html.Div([_depth_card(cache, view), _maps_card(cache, view)], className="side")
+    return html.Div([_main_card(cache, view), side], className="split wide-side")
+
+
+def _main_card(cache: RunCache, view: View) -> html.Section:
+    quantities = options({k: v[0] for k, v in QUANTITIES.items()})
+    over = view.over if view.over in _OVER else "mean"
     controls = [
-        select("gain-metric", quantity(cache, view), options({k: v[0] for k, v in QUANTITIES.items()}), "quantity"),
-        segments("gain-over", view.over if view.over in _OVER else "mean", options(_OVER), "over tokens"),
-    ]  # fmt: skip
-    main = card(
+        select("gain-metric", quantity(cache, view), quantities, "quantity"),
+        segments("gain-over", over, options(_OVER), "over tokens"),
+    ]
+    rows = [len(sites_of(cache))] * len(chosen_metrics(cache, view))
+    return card(
         "Over layers and steps",
         html.Div(_missing(cache), id="gain-missing"),
-        graph("gain-heat", height_of([len(sites_of(cache))] * len(chosen_metrics(cache, view)))),
-        tip="Rows are sites in the order in which the streams pass them; the first is on top. "
-        "Click a cell for its step and its site; drag to zoom in time.",
+        graph("gain-heat", height_of(rows)),
+        tip=_MAIN,
         controls=controls,
     )
+
+
+def _depth_card(cache: RunCache, view: View) -> html.Section:
     slider = dcc.Slider(
-        id="gain-step", min=0, max=max(1, _last(cache)), step=1, marks=None,
+        id="gain-step",
+        min=0,
+        max=max(1, _last(cache)),
+        step=1,
+        marks=None,
         value=step_of(cache, view) or 0,
-        updatemode="mouseup", tooltip={"placement": "bottom"}, allow_direct_input=False,
-    )  # fmt: skip
-    deep = card(
-        "Down the stack",
+        updatemode="mouseup",
+        tooltip={"placement": "bottom"},
+        allow_direct_input=False,
+    )
+    return card(
+        "Over depth",
         html.Div(id="gain-where", className="where"),
         html.Div(slider, className="slider", **aria("step")),
         graph("gain-profile", 310),
-        tip="Every site at one step. Forward gains multiply from the input, backward gains from the output.",
+        tip=_DEPTH,
     )
-    maps = card(
+
+
+def _maps_card(cache: RunCache, view: View) -> html.Section:
+    site = row_name(_site(cache, view))
+    return card(
         "Maps of one site",
         html.Div(id="gain-site", className="where"),
         graph("gain-matrices", 250),
-        controls=select(
-            "gain-site-choice", row_name(_site(cache, view)), _sites(cache), "site", 110
-        ),
-        tip="Token means at their newest sample up to the step. Rows are streams out, columns streams in.",
+        controls=select("gain-site-choice", site, _sites(cache), "site", 110),
+        tip=_MAPS,
         style={} if cache.has_maps() else {"display": "none"},
     )
-    return html.Div([main, html.Div([deep, maps], className="side")], className="split wide-side")
 
 
 def register(app: Dash, library: RunLibrary) -> None:
-    register_drawing(app, library, "gain-heat", "figure", draw_heat)
-    register_drawing(app, library, "gain-profile", "figure", draw_profile)
-    register_drawing(app, library, "gain-matrices", "figure", _matrices)
-    register_drawing(app, library, "gain-where", "children", lambda r, v, theme: _when(r, v))
-    register_drawing(app, library, "gain-site", "children", lambda r, v, theme: _where(r, v))
-    register_drawing(app, library, "gain-step", "max", lambda r, v, theme: max(1, _last(r)))
-    register_drawing(app, library, "gain-missing", "children", lambda r, v, theme: _missing(r))
+    """Register the callbacks of the page."""
+    draw = partial(register_drawing, app, library)
+    draw("gain-heat", "figure", draw_heat)
+    draw("gain-profile", "figure", draw_profile)
+    draw("gain-matrices", "figure", _matrices)
+    draw("gain-where", "children", lambda c, v, _: _when(c, v))
+    draw("gain-site", "children", lambda c, v, _: _where(c, v))
+    draw("gain-step", "max", lambda c, v, _: max(1, _last(c)))
+    draw("gain-missing", "children", lambda c, v, _: _missing(c))
     controls = {
-        "gain-metric": Control("metric", lambda pathname, view: _usual(library, pathname, view)),
+        "gain-metric": Control("metric", partial(_default_quantity, library)),
         "gain-over": Control("over", "mean"),
-        "gain-site-choice": Control(
-            "site", lambda pathname, view: _worst_site(library, pathname, view)
-        ),
-        "gain-step": Control("step", lambda pathname, view: _newest(library, pathname, view)),
+        "gain-site-choice": Control("site", partial(_worst_site, library)),
+        "gain-step": Control("step", partial(_newest, library)),
     }
-    sync_url(app, controls, ["gain-heat", "gain-profile"], lambda *a: _clicked(library, *a))
+    sync_url(app, controls, ["gain-heat", "gain-profile"], partial(_clicked, library))
 
 
 def step_of(cache: RunCache, view: View) -> int | None:
-    """The step that the page speaks of: the chosen one, else the newest in view."""
+    """Return the selected step, else the newest step in view."""
     if view.step is not None:
         return view.step
     last = _last(cache) if len(cache.steps()["step"]) else None
@@ -123,13 +145,14 @@ def step_of(cache: RunCache, view: View) -> int | None:
 
 
 def draw_heat(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    """Draw the selected metrics of every site over steps."""
     grids = cache.grids("layers", *chosen_metrics(cache, view))
     panels = [Panel(g, _sentence(g.metric.name, theme)) for g in grids]
     site = row_name(view.site) if view.site else None
     waiting = (
         "Waiting for the first step."
         if not len(cache.steps()["step"])
-        else "Not recorded in this run: it has no such map."
+        else "Not recorded: this model has no such map."
     )
     return heat_map(
         panels,
@@ -144,6 +167,7 @@ def draw_heat(cache: RunCache, view: View, theme: Theme) -> go.Figure:
 
 
 def draw_profile(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    """Draw the selected metrics of every site at one step."""
     step = step_of(cache, view)
     if step is None:
         return empty("Waiting for the first step.", theme, 310)
@@ -173,7 +197,7 @@ def _where(cache: RunCache, view: View) -> str:
 
 
 def _site(cache: RunCache, view: View) -> tuple[int, int]:
-    """The chosen site, else the one whose composite gain is worst now."""
+    """Return the selected site, else the site with the highest composite gain now."""
     if view.site is not None:
         return view.site
     worst = [w for g in cache.recent("layers", "composite_gain_fwd", back=20) if (w := g.worst())]
@@ -184,7 +208,7 @@ def _sites(cache: RunCache) -> list[str]:
     return [row_name(r) for r in sites_of(cache) or [(0, 0)]]
 
 
-def _usual(library: RunLibrary, pathname: str, view: View) -> str | None:
+def _default_quantity(library: RunLibrary, pathname: str, view: View) -> str | None:
     cache = library.at_address(pathname)
     return quantity(cache, view.replaced(metric=None)) if cache else None
 
@@ -219,8 +243,12 @@ def _newest(library: RunLibrary, pathname: str, view: View) -> int:
 def _missing(cache: RunCache) -> list:
     if cache.has_maps():
         return []
-    return [notice("This run has no hyper-connections: there are no residual maps, so no composite gain. "
-                   "Transport gain, stream and gradient norms are recorded.")]  # fmt: skip
+    return [
+        notice(
+            "This model has no hyper-connections, so it has no residual maps and no composite gain. "
+            "Transport gain, stream norms and gradient norms are recorded."
+        )
+    ]
 
 
 def _sentence(name: str, theme: Theme) -> str:

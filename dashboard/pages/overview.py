@@ -1,4 +1,6 @@
-"""Overview: is it healthy, and if not, when did it begin."""
+"""Page Overview: whether the run is healthy, and if not, since when."""
+
+from typing import Any
 
 import plotly.graph_objects as go
 from dash import Dash, html
@@ -20,21 +22,25 @@ from geodiag.health import SPIKES
 
 NAME, TITLE = "overview", "Overview"
 _RECENT = 7
-STAGES = "Robust z of the worst layer against its own past. " + " ".join(
-    f"Stage {i}: {metric('steps', f'stage{i}_score').help}" for i in (1, 2, 3)
+STAGES = (
+    "Stage scores: distance of the worst layer from its own past in robust z (standard deviations, estimated from the median). "
+    + " ".join(f"Stage {i}: {metric('steps', f'stage{i}_score').help}" for i in (1, 2, 3))
 )
 
 
 def layout(cache: RunCache, view: View) -> html.Div:
+    """Return the page: tiles, timeline, control panel, newest events."""
     scale = segments(
         "overview-scale",
         "log" if view.scale == "log" else "linear",
         ["linear", "log"],
         "scale of the loss axis",
     )
-    help = f"{metric_help(metric('steps', 'loss'))} {STAGES} Drag to zoom, double click for all."
-    main = card("Loss, gradient, stages", graph("overview-timeline", 640), tip=help, controls=scale)
-    recent = card("What happened", html.Div(_recent(cache, view), id="overview-recent"))
+    help = f"{metric_help(metric('steps', 'loss'))} {STAGES} Drag to zoom, double click to reset."
+    main = card(
+        "Loss, gradient norm, stages", graph("overview-timeline", 640), tip=help, controls=scale
+    )
+    recent = card("Newest events", html.Div(_recent(cache, view), id="overview-recent"))
     side = html.Div([control_panel.panel(cache), recent], className="side")
     return html.Div(
         [
@@ -45,6 +51,7 @@ def layout(cache: RunCache, view: View) -> html.Div:
 
 
 def register(app: Dash, library: RunLibrary) -> None:
+    """Register the callbacks of the page."""
     register_drawing(app, library, "overview-timeline", "figure", draw_timeline)
     register_drawing(
         app, library, "overview-tiles", "children", lambda cache, view, theme: tiles(cache)
@@ -60,6 +67,7 @@ def register(app: Dash, library: RunLibrary) -> None:
 
 
 def draw_timeline(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    """Draw loss, gradient norm and stage scores over steps."""
     steps = cache.steps()
     modes = routing_spans(steps["step"], steps["routing_mode"])
     return timeline(
@@ -82,19 +90,21 @@ def _clicked(pathname: str, view: View, name: str, point: dict) -> View:
 
 
 def _recent(cache: RunCache, view: View) -> list:
-    """The newest events, newest first; each leads to its step, a spike to its cascade."""
-    trail = cache.events()[::-1]
-    newest = trail[:_RECENT]
-    spike = next((e for e in trail if e["kind"] in SPIKES), None)
+    """Return the newest events as links, newest first; a spike links to its cascade."""
+    events = cache.events()[::-1]
+    newest = events[:_RECENT]
+    spike = next((e for e in events if e["kind"] in SPIKES), None)
     if spike is not None and spike not in newest:
-        newest[-1] = spike  # whatever happened since, the way to its cascade stays
+        newest[-1] = spike  # keep the link to the cascade of the newest spike
     if not newest:
-        return [notice("Nothing yet. Spikes, decisions and requests will be listed here.")]
-    return [
-        html.A(
-            [html.Span(integer(e["step"]), className="when"), html.Span(e["kind"], className=f"kind kind-{e['kind']}"),
-             html.Span(e["message"] or "", className="what")],
-            href=jump(cache, e), className="event",
-        )
-        for e in newest
-    ]  # fmt: skip
+        return [notice("No events so far. Spikes, decisions and requests will be listed here.")]
+    return [_event_link(cache, e) for e in newest]
+
+
+def _event_link(cache: RunCache, event: dict[str, Any]) -> html.A:
+    parts = [
+        html.Span(integer(event["step"]), className="when"),
+        html.Span(event["kind"], className=f"kind kind-{event['kind']}"),
+        html.Span(event["message"] or "", className="what"),
+    ]
+    return html.A(parts, href=jump(cache, event), className="event")

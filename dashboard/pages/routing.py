@@ -1,4 +1,4 @@
-"""Routing: do the routers still agree with themselves, are they sure, and is the load even."""
+"""Page Routing: stability, confidence and load balance of the routers."""
 
 import plotly.graph_objects as go
 from dash import Dash, html
@@ -24,8 +24,9 @@ LINES: Lines = panels(NAME)
 
 
 def layout(cache: RunCache, view: View) -> html.Div:
+    """Return the page: flips of all layers, one layer in detail, the control panel."""
     flips = card(
-        "Flips",
+        "Changed expert choices (flips)",
         *_missing(cache),
         graph("routing-flips", height_of([len(layers_of(cache))])),
         tip=" ".join(f"{label}: {metric('layers', n).help}" for n, label in FLIPS.items()),
@@ -43,6 +44,7 @@ def layout(cache: RunCache, view: View) -> html.Div:
 
 
 def register(app: Dash, library: RunLibrary) -> None:
+    """Register the callbacks of the page."""
     charts = {"flips": draw_flips, "experts": _experts, "lines": draw_lines}
     layer_charts.register(app, library, NAME, charts, "flip_rate", "load")
 
@@ -52,6 +54,7 @@ def _flip(view: View) -> str:
 
 
 def draw_flips(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    """Draw the selected flip rate of every layer over steps."""
     name = _flip(view)
     return all_layers(cache, view, theme, name, metric("layers", name).help, _nothing(cache, name))
 
@@ -61,6 +64,7 @@ def _experts(cache: RunCache, view: View, theme: Theme) -> go.Figure:
 
 
 def draw_lines(cache: RunCache, view: View, theme: Theme) -> go.Figure:
+    """Draw load balance, margins and entropy of the selected layer."""
     return lines(cache, view, theme, LINES, "learned router")
 
 
@@ -69,8 +73,8 @@ def _nothing(cache: RunCache, name: str) -> str:
         return "Waiting for the first step."
     if name == "flip_rate_anticipatory":
         on = (cache.steps()["routing_mode"] == ROUTING_MODES.index("on")).any()
-        return "Recorded while anticipatory routing is on." + (
-            "" if on else " It has not been on in this run."
+        return "Recorded only while anticipatory routing is on." + (
+            "" if on else " It was never on in this run."
         )
     return "Not recorded in this run."
 
@@ -78,5 +82,7 @@ def _nothing(cache: RunCache, name: str) -> str:
 def _missing(cache: RunCache) -> list:
     found = cache.manifest_section("found")
     if "routers" in found and not found["routers"]:
-        return [notice("This run has no router: it is a dense model, so there is nothing to flip.")]
+        return [
+            notice("This model has no router: it is dense, so no choice of experts can change.")
+        ]
     return []

@@ -1,4 +1,4 @@
-"""The list of runs: which there are, how each stands, and which needs a look."""
+"""Page Runs: the list of runs with status, loss, spikes and composite gain."""
 
 from functools import partial
 from typing import Any
@@ -36,8 +36,8 @@ _COLUMNS: list[dict[str, Any]] = [
      "tooltipField": "name"},
     {"field": "status", "headerName": "status", "width": 106, "cellRenderer": "Status"},
     {"field": "step", "headerName": "last step", "width": 86, "valueFormatter": _COMMAS, **_NUMBER},
-    {"field": "spark", "headerName": "loss over steps", "width": 128, "cellRenderer": "Spark", "cellDataType": False,
-     "sortable": False, "filter": False},
+    {"field": "spark", "headerName": "loss over steps", "width": 128, "cellRenderer": "Spark",
+     "cellDataType": False, "sortable": False, "filter": False},
     {"field": "loss", "headerName": "loss", "width": 82, "headerTooltip": _LOSS_HELP,
      "valueFormatter": _DIGITS, **_NUMBER},
     {"field": "spikes", "headerName": "spikes", "width": 82, **_NUMBER},
@@ -49,17 +49,20 @@ _COLUMNS: list[dict[str, Any]] = [
 
 
 def layout(library: RunLibrary) -> html.Div:
+    """Return the page: the table of runs."""
     now = rows(library)
     runs = table(
         "runs-table", _COLUMNS, now, height="calc(100vh - 180px)" if len(now) > _MANY else None
     )
-    help = "Every run in the folder that is being served. Click one to open it. The list follows the folder."
+    help = "All runs in the served folder, updated while you watch. Click a run to open it."
     return html.Div(
         [card("Runs", runs, tip=help), dcc.Location(id="runs-jump", refresh="callback-nav")]
     )
 
 
 def register(app: Dash, library: RunLibrary) -> None:
+    """Register the callbacks of the page."""
+
     @app.callback(
         Output("runs-table", "rowData"),
         Input("tick", "data"),
@@ -82,7 +85,7 @@ def register(app: Dash, library: RunLibrary) -> None:
 
 
 def rows(library: RunLibrary) -> list[dict[str, Any]]:
-    """One row a run; each is worked out once a version of its run."""
+    """Return one row per run, computed once for each version of the run."""
     caches = [r for r in map(library.get, library.names()) if r is not None]
     return [r.memo("row", partial(_row, r)) | {"status": r.run.status()} for r in caches]
 
@@ -91,7 +94,7 @@ def _row(cache: RunCache) -> dict[str, Any]:
     steps = cache.steps()
     some = len(steps["step"]) > 0
     worst = worst_now(cache, *COMPOSITES)
-    value, _, at = worst.worst() if worst else (None, None, None)  # type: ignore[misc]
+    gain, _, at = worst.worst() if worst else (None, None, None)  # type: ignore[misc]
     loss = float(steps["loss"][-1]) if some and np.isfinite(steps["loss"][-1]) else None
     return {
         "id": cache.run.name,
@@ -101,11 +104,11 @@ def _row(cache: RunCache) -> dict[str, Any]:
         "loss": loss,
         "no_loss": number(float(steps["loss"][-1]) if some else None),
         "spikes": len([s for s in detected_spikes(cache) if s.kind in SPIKES]),
-        "gain": value if value is not None and np.isfinite(value) else None,
-        "no_gain": number(value),
+        "gain": gain if gain is not None and np.isfinite(gain) else None,
+        "no_gain": number(gain),
         "gain_at": f" at {row_name(at)}" if at else "",
         "model": ", ".join(
-            str(said) for key in ("residual", "size") if (said := cache.setting(key))
+            str(value) for key in ("residual", "size") if (value := cache.setting(key))
         )
         or "–",
         "began": utc(cache.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
@@ -113,7 +116,7 @@ def _row(cache: RunCache) -> dict[str, Any]:
 
 
 def _spark(steps: dict[str, np.ndarray]) -> list[float | None]:
-    """The loss at a glance: the largest of each of a few dozen stretches, so that a spike shows."""
+    """Return the largest loss of each of a few dozen parts, so that a spike stays visible."""
     loss_S = np.where(np.isinf(steps["loss"]), np.nan, steps["loss"])
     parts = np.array_split(loss_S, min(_SPARK, max(1, len(loss_S))))
     return [

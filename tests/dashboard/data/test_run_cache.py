@@ -276,20 +276,20 @@ def test_the_list_follows_the_folder(tmp_path):
     assert library.at_address("/nothing") is None
 
 
-def test_a_request_is_asked_and_then_answered(tmp_path):
-    from geodiag.dashboard.components.control_panel import _ask, policy, state
+def test_a_request_is_shown_until_the_training_answers_it(tmp_path):
+    from geodiag.dashboard.components.control_panel import _send_request, policy, state
 
     run = synthetic.create(tmp_path / "r", SHORT)
     synthetic.write_rows(run, SHORT, 0, 10)
     library = RunLibrary(tmp_path)
-    answer = _ask(library, "/run/r/overview", "on", 4)
-    said = json.loads((tmp_path / "r" / "control.json").read_text())
-    assert (said["routing"], said["delay_steps"], said["id"]) == ("on", 4, answer["id"])
-    assert "asked: on" in str(state(library.get("r")))
-    data = {"request": said["id"], "routing": "on"}
+    answer = _send_request(library, "/run/r/overview", "on", 4)
+    request = json.loads((tmp_path / "r" / "control.json").read_text())
+    assert (request["routing"], request["delay_steps"], request["id"]) == ("on", 4, answer["id"])
+    assert "requested: on" in str(state(library.get("r")))
+    data = {"request": request["id"], "routing": "on"}
     run.event(Event(step=10, kind="acknowledge", message="routing on", data=data, time=time.time()))
     cache = library.get("r")
-    assert "asked" not in str(state(cache))
+    assert "requested" not in str(state(cache))
     assert policy(cache) == "on"
     run.close()
-    assert "not running" in _ask(library, "/run/r/overview", "off", 4)["error"]
+    assert "not running" in _send_request(library, "/run/r/overview", "off", 4)["error"]
