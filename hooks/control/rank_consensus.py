@@ -21,12 +21,8 @@ import numpy as np
 from geodiag.control import Request, RequestWatch
 from geodiag.errors import GeodiagError
 from geodiag.hooks.control.steering import Steering
-from geodiag.hooks.distributed.rank_exchange import (
-    SNAPSHOT_FIELDS,
-    RankMessage,
-    RankMessages,
-    Ranks,
-)
+from geodiag.hooks.distributed.rank_exchange import Ranks
+from geodiag.hooks.distributed.rank_messages import SNAPSHOT_FIELDS, RankMessage, RankMessages
 
 # R ranks, S snapshots per rank
 

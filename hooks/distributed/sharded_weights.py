@@ -1,8 +1,8 @@
-"""Weights that are spread over ranks: what of them lies here, and the whole of them for as long as
-it is needed.
+"""Weights that are sharded over ranks: this rank's part, and the full weights for a short time.
 
-What is a collective says so; the rest asks the other ranks for nothing. A DTensor is told by its
-`placements`, and a module that `fully_shard` manages by its class.
+A function that communicates is marked "Collective": every rank must call it. All other functions
+are local. A DTensor is recognized by its `placements`, a module managed by `fully_shard` by its class
+name, so that this module works with every torch version that geodiag supports.
 """
 
 import math
@@ -18,10 +18,10 @@ V = TypeVar("V")
 
 
 class CollectiveAborted(BaseException):
-    """This rank has left the other ranks alone in collectives that it cannot make up for.
+    """This rank left a forward whose collectives the other ranks are still waiting in.
 
-    No Exception: who swallowed it would let the training's next collective meet the one that was
-    left.
+    A BaseException: if it were caught and ignored, the training's next collective on this rank would
+    be matched with the abandoned one on the other ranks.
     """
 
 
@@ -30,13 +30,14 @@ def is_dtensor(value: Any) -> bool:
 
 
 def local(value: Any) -> Tensor:
-    """What of `value` lies on this rank; all of it where it is not spread."""
+    """Return this rank's part of `value`; a plain tensor itself."""
     return value.to_local() if is_dtensor(value) else value
 
 
 def replica_count(value: Any, ranks: int) -> float:
-    """On how many of the `ranks` each element of `value` lies. A plain tensor is taken to be alike
-    on all of them.
+    """Return how many of the `ranks` hold each element of `value`.
+
+    A plain tensor is assumed to be replicated on all of them.
     """
     if not is_dtensor(value):
         return ranks
@@ -46,26 +47,31 @@ def replica_count(value: Any, ranks: int) -> float:
 
 
 def full_value(value: Any) -> Any:
-    """A number that may be spread over ranks (a norm, a loss) as a plain tensor. Collective where
-    it is spread.
+    """Return a number that may be a DTensor (a norm, a loss) as a plain tensor.
+
+    Collective for a DTensor.
     """
     return value.full_tensor() if is_dtensor(value) else value
 
 
 def full_from_local(part: Tensor, like: Any) -> Tensor:
-    """The whole of what `part` is this rank's part of, spread as `like` is. Collective where that
-    is spread.
+    """Return the full tensor of which `part` is this rank's part, sharded like `like`.
+
+    Collective if `like` is a DTensor.
     """
     if not is_dtensor(like):
         return part
-    spread = type(like).from_local(
+    dtensor = type(like).from_local(
         part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
     )
-    return spread.full_tensor()
+    return dtensor.full_tensor()
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` or FSDP manages the weights: a forward that it began it must also end."""
+    """Return whether `fully_shard` or FSDP manages weights of `model`.
+
+    A forward of such a model must run to its end once it has begun, because it is collective.
+    """
     return any(
         c.__name__ in ("FSDPModule", "FullyShardedDataParallel")
         for m in model.modules()
@@ -73,10 +79,16 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
+def fsdp_modules(module: nn.Module) -> list[Any]:
+    """Return the modules in `module`, itself included, that `fully_shard` gathers and frees."""
+    return [m for m in module.modules() if any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
+
+
 @contextmanager
 def complete_on_all_ranks(model: nn.Module) -> Iterator[None]:
-    """Inside, all ranks are in the same collectives of a sharded `model`; CollectiveAborted where this one
-    cannot go on.
+    """Context for a forward of `model` that all ranks run together.
+
+    An error on one rank of a sharded model becomes CollectiveAborted.
     """
     try:
         yield
@@ -89,30 +101,23 @@ def complete_on_all_ranks(model: nn.Module) -> Iterator[None]:
         ) from e
 
 
-def fsdp_modules(module: nn.Module) -> list[Any]:
-    """The modules in `module`, itself included, that `fully_shard` gathers and frees."""
-    return [m for m in module.modules() if any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
-
-
 def edit_full(weight: Any, change: Callable[[Tensor], Any]) -> None:
-    """`change`s the whole of `weight` in place, wherever it lies. Collective where it is spread
-    over ranks.
-    """
+    """Apply `change` in place to the full `weight`. Collective if `weight` is a DTensor."""
     if not is_dtensor(weight):
         change(weight)
         return
     from torch.distributed.tensor import distribute_tensor
 
-    all_of_it = weight.full_tensor()
-    change(all_of_it)
-    weight.to_local().copy_(
-        distribute_tensor(all_of_it, weight.device_mesh, weight.placements).to_local()
-    )
+    # Every rank changes its own copy of the full weight alike and keeps its part of the result.
+    full = weight.full_tensor()
+    change(full)
+    part = distribute_tensor(full, weight.device_mesh, weight.placements).to_local()
+    weight.to_local().copy_(part)
 
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Inside, the weights of `module` are whole on every rank. Collective where they are spread."""
+    """Context in which every rank holds the full weights of `module`. Collective if sharded."""
     parts = fsdp_modules(module)
     with complete_on_all_ranks(module):
         for part in parts:
@@ -127,28 +132,28 @@ def gathered(module: nn.Module) -> Iterator[None]:
 def for_each_gathered(
     modules: Iterable[tuple[K, nn.Module]], work: Callable[[K], V | None]
 ) -> dict[K, V]:
-    """What `work` makes of each key while its module's weights are whole; None is left out.
+    """Return `work(key)` for each key, called while its module's weights are gathered.
 
-    Every rank gathers all of them, whatever it has to do there, and whatever fails: that is raised
-    at the end.
+    Results that are None are left out. Every rank gathers all modules, even if its `work` fails,
+    since the other ranks gather them too; the first error is raised at the end.
     """
-    found: dict[K, V] = {}
+    results: dict[K, V] = {}
     failure: Exception | None = None
     for key, module in modules:
         with gathered(module):
             try:
-                value = work(key)
-            except Exception as e:
+                result = work(key)
+            except Exception as e:  # raised after the loop
                 failure = failure or e
                 continue
-        if value is not None:
-            found[key] = value
+        if result is not None:
+            results[key] = result
     if failure is not None:
         raise failure
-    return found
+    return results
 
 
 def reshard(module: nn.Module) -> None:
-    """Frees what a forward without a backward left gathered; between steps everything is spread."""
+    """Free full weights that a forward without a backward left gathered."""
     for part in fsdp_modules(module):
         part.reshard()

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from geodiag.events import Event
 from geodiag.hooks.adapters.base import Layout
-from geodiag.hooks.distributed.rank_exchange import RankMessage, Ranks
+from geodiag.hooks.distributed.rank_exchange import Ranks
+from geodiag.hooks.distributed.rank_messages import RankMessage
 from geodiag.hooks.record import probe_table_rows as probe_rows
 from geodiag.hooks.record import table_rows as rows
 from geodiag.hooks.record.cascade_recorder import Teller

@@ -13,7 +13,7 @@ import numpy as np
 from geodiag import __version__
 from geodiag.anomaly.stage_scores import Scores
 from geodiag.cascade.early_warning import EarlyWarning, Held, Warning
-from geodiag.hooks.distributed.rank_exchange import RankMessages
+from geodiag.hooks.distributed.rank_messages import RankMessages
 from geodiag.hooks.record.table_rows import Host, Places, series_of
 from geodiag.spikes.detector import SpikeDetector, Verdict
 

@@ -17,7 +17,8 @@ import torch
 
 import geodiag
 from geodiag.cli.torchrun import Place
-from geodiag.hooks.distributed.rank_exchange import RankMessage, RankMessages, Ranks
+from geodiag.hooks.distributed.rank_exchange import Ranks
+from geodiag.hooks.distributed.rank_messages import RankMessage, RankMessages
 from geodiag.run import Run
 from tests.hooks.distributed import scenarios
 from tests.hooks.distributed.launch import Rank, ranks
@@ -302,7 +303,7 @@ def test_a_killed_rank_loses_no_completed_step_and_no_rank_hangs(
 ) -> None:
     first, second = ranks(tmp_path, f"killed:{policy}")
     assert second.code == -9
-    assert "no longer hears the other rank" in first.heard
+    assert "lost the connection to the other rank" in first.heard
     folder = tmp_path / f"killed:{policy}"
     run = geodiag.open_run(folder / "run")
     steps = run.read("steps", ["rank", "step", "loss"])
