@@ -97,7 +97,7 @@ def run(size: str, sequences: int, rounds: int, device: str, free: bool = False)
         with_snapshot.append(bench.timed(both))
     bench.trainer.config = replace(bench.trainer.config, deterministic=not free)
     copies = [bench.timed(bench.take) for _ in range(2)]
-    before, size_bytes = bench.state(), bench.snapshots._taken[-1].arena.size
+    before, size_bytes = bench.state(), bench.snapshots._in_memory[-1].buffer.size
     once = [bench.step() for _ in range(2)]
     changed = sum(not torch.equal(a, b) for a, b in zip(before, bench.state(), strict=True))
     restore = bench.timed(lambda: bench.snapshots.restore(bench._taken))

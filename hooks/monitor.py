@@ -211,10 +211,10 @@ class Monitor:
 
     def _keep(self) -> None:
         """A snapshot, where one is due."""
-        self._rollback.after_step(self.next_step, self._calm)
+        self._rollback.after_step(self.next_step, self._healthy)
 
     @property
-    def _calm(self) -> bool:
+    def _healthy(self) -> bool:
         """Nobody wants to come back to a training whose loss is out of its range."""
         return self.last is None or not (self.last.verdict.active or self.last.verdict.raised)
 
@@ -297,7 +297,7 @@ class Monitor:
     def _last_snapshot(self, status: Status) -> int | None:
         """The step to be kept at the end, if any."""
         self._recorder.wait()
-        return self.next_step if status == "finished" and self._calm else None
+        return self.next_step if status == "finished" and self._healthy else None
 
     def __enter__(self) -> "Monitor":
         return self

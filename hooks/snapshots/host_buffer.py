@@ -1,6 +1,4 @@
-"""Room for one snapshot's tensors in host memory: one flat block, page-locked where they come from
-a GPU.
-"""
+"""One flat buffer in host memory for the tensors of one snapshot; page-locked for a GPU."""
 
 import weakref
 from collections.abc import Iterable
@@ -9,10 +7,11 @@ import torch
 from torch import Tensor
 
 _ALIGN = 64
+"""Bytes; every tensor starts at a multiple, which suits every dtype."""
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """What an arena needs for `tensors`."""
+    """Return the size of a buffer for `tensors`."""
     return sum(_padded(t.numel() * t.element_size()) for t in tensors)
 
 
@@ -21,15 +20,16 @@ def _padded(size: int) -> int:
 
 
 class HostBuffer:
-    """Copies tensors in, all at once; `tensors` are the copies.
+    """Copies tensors to host memory; `tensors` are the copies.
 
-    On a GPU the copy runs on a stream of its own, beside the forward and backward of the next step,
-    and `settle` makes the device wait for it where the weights are about to change. MemoryError
-    where the host has no room.
+    On a GPU the copy runs on its own stream, in parallel with the forward and backward of the next
+    step. `order_after_copy` then makes the device wait for the copy before weights change.
+    MemoryError if the host has too little memory.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.size, self.device = size, device
+        self.size = size
+        self.device = device
         try:
             self._block = torch.empty(size, dtype=torch.uint8)
         except RuntimeError as e:
@@ -40,45 +40,58 @@ class HostBuffer:
         if self._stream is not None and size:
             _page_lock(self, self._block)
 
-    def fill(self, tensors: list[Tensor], passing: frozenset[int] = frozenset()) -> None:
-        """Starts copying. Those whose index is in `passing` may change at once; the others not
-        before `settle`.
+    def fill(self, tensors: list[Tensor], volatile: frozenset[int] = frozenset()) -> None:
+        """Start copying `tensors`.
+
+        volatile: indices of tensors that may change at once. All others must not change before
+        `order_after_copy`.
         """
-        self.tensors, start = [], 0
-        for t in tensors:
-            size = t.numel() * t.element_size()
-            self.tensors.append(self._block[start : start + size].view(t.dtype).view(t.shape))
-            start += _padded(size)
+        self.tensors = self._views_like(tensors)
         if self._stream is None:
-            for mine, t in zip(self.tensors, tensors, strict=True):
-                mine.copy_(t)
+            for copy, t in zip(self.tensors, tensors, strict=True):
+                copy.copy_(t)
             return
-        tensors = [t.clone() if i in passing and t.is_cuda else t for i, t in enumerate(tensors)]
+
+        # A volatile tensor (a module's buffer) may change in the next forward, before the copy
+        # stream reaches it. Its clone is made on the training's own stream, before that forward.
+        tensors = [t.clone() if i in volatile and t.is_cuda else t for i, t in enumerate(tensors)]
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            for mine, t in zip(self.tensors, tensors, strict=True):
-                mine.copy_(t, non_blocking=True)
+            for copy, t in zip(self.tensors, tensors, strict=True):
+                copy.copy_(t, non_blocking=True)
                 if t.is_cuda:
-                    t.record_stream(self._stream)
+                    t.record_stream(self._stream)  # its memory is not reused before the copy
             self._copied = torch.cuda.Event()
             self._copied.record(self._stream)
 
-    def settle(self) -> None:
-        """Work of this stream that is queued from here on comes after the copy. The host does not
-        wait.
-        """
+    def _views_like(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return views of the block with the shapes and dtypes of `tensors`."""
+        views = []
+        start = 0
+        for t in tensors:
+            size = t.numel() * t.element_size()
+            views.append(self._block[start : start + size].view(t.dtype).view(t.shape))
+            start += _padded(size)
+        return views
+
+    def order_after_copy(self) -> None:
+        """Make later work on the current stream wait for the copy. The host does not wait."""
         if self._copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self._copied)
 
     def wait(self) -> None:
-        """The host waits until the copies are there."""
+        """Block the host until the copy is complete."""
         if self._copied is not None:
             self._copied.synchronize()
 
 
 def _page_lock(owner: HostBuffer, block: Tensor) -> None:
-    """Exactly these bytes, unlike torch's own pinned memory, which comes in powers of two."""
-    block.zero_()  # touched by many threads first: locking untouched pages is slow
+    """Page-lock exactly the block, until `owner` is freed.
+
+    torch's own pinned memory is rounded up to a power of two, which for a snapshot can be twice the
+    size.
+    """
+    block.zero_()  # in many threads; locking pages that were never touched is slow
     cuda = torch.cuda.cudart()
     if int(cuda.cudaHostRegister(block.data_ptr(), block.numel(), 0)) == 0:
         weakref.finalize(owner, cuda.cudaHostUnregister, block.data_ptr())

@@ -1,4 +1,4 @@
-"""The tape: batches as a loader gives them, kept while training could come back to them."""
+"""A data loader whose recent batches can be replayed, because training may return to them."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,35 +6,40 @@ from typing import Any
 
 
 class ReplayableLoader:
-    """An iterator of batches that can be rewound. Positions count what the loader gave, from 0.
+    """An iterator of batches that can be rewound. Positions count the loader's batches from 0.
 
-    A loader that has `state_dict` is asked for it at every mark, so that a resume need not count
-    through all the data.
+    A loader with `state_dict` is asked for its state at every mark, so that a resume does not need
+    to iterate over all data from the start.
     """
 
     def __init__(self, source: Iterable[Any], position: int = 0) -> None:
         self._source = source
         self._data: Iterator[Any] | None = None
         self.position = position
-        """Of the batch that comes next."""
+        """Position of the batch that comes next."""
         self._head = position
-        """Of the batch that the loader gives next."""
-        self._kept: deque[Any] = deque()
-        """Batches `_head - len(_kept)` to `_head - 1`."""
-        self._given: deque[int] = deque(maxlen=1 << 16)
-        self._left_out: list[range] = []
+        """Position of the batch that the loader yields next; more than `position` during a replay."""
+        self._buffer: deque[Any] = deque()
+        """Batches `_head - len(_buffer)` to `_head - 1`."""
+        self._handed_out: deque[int] = deque(maxlen=1 << 16)
+        """Positions of the batches that were handed out, in order."""
+        self._skipped: list[range] = []
         self._marks: dict[int, Any] = {position: _state(source)}
+        """Position → the loader's state at that position."""
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        """The next batch, from the tape or from the loader. After its end, a rewound tape goes on."""
-        while any(self.position in r for r in self._left_out):
+        """Return the next batch, from the buffer or from the loader.
+
+        A rewind after the end of the data makes the iterator continue.
+        """
+        while any(self.position in skipped for skipped in self._skipped):
             self._read(self.position)
             self.position += 1
         batch = self._read(self.position)
-        self._given.append(self.position)
+        self._handed_out.append(self.position)
         self.position += 1
         return batch
 
@@ -42,84 +47,88 @@ class ReplayableLoader:
         if position == self._head:
             if self._data is None:
                 self._data = iter(self._source)
-            self._kept.append(next(self._data))
+            self._buffer.append(next(self._data))
             self._head += 1
-        return self._kept[position - self._head]
+        return self._buffer[position - self._head]
 
     def next_to_train(self, queued: int) -> int:
-        """The position of the next batch to train on, while `queued` of those handed out still
-        wait.
+        """Return the position of the next batch to train on.
+
+        queued: how many of the batches handed out wait in the routing's queue.
         """
-        return self._given[-queued] if queued else self.position
+        return self._handed_out[-queued] if queued else self.position
 
     def mark(self) -> None:
-        """A snapshot is taken here: remembers where the loader stands."""
+        """Keep the loader's state at this position, for a snapshot."""
+        # During a replay the loader is ahead of the position, and its state is of no use.
         if self.position == self._head:
             self._marks[self.position] = _state(self._source)
 
-    def rewind(self, position: int, waiting: Sequence[int] = ()) -> None:
-        """The next batch is that of `position`, and `waiting` are handed out. ValueError where it
-        is not kept.
+    def rewind(self, position: int, queued: Sequence[int] = ()) -> None:
+        """Continue with the batch of `position`; the batches of `queued` count as handed out.
+
+        ValueError if the batch is no longer buffered.
         """
-        if not self._head - len(self._kept) <= position <= self._head:
+        if not self._head - len(self._buffer) <= position <= self._head:
             raise ValueError(f"the batches from {position} on are no longer kept")
         self.position = position
-        self._given = deque(waiting, maxlen=self._given.maxlen)
+        self._handed_out = deque(queued, maxlen=self._handed_out.maxlen)
 
     def discard(self, before: int) -> None:
-        """Nobody will come back to positions below `before`."""
-        while self._kept and self._head - len(self._kept) < before:
-            self._kept.popleft()
+        """Free the batches of positions below `before`; no rewind will go there."""
+        while self._buffer and self._head - len(self._buffer) < before:
+            self._buffer.popleft()
         newest = max((m for m in self._marks if m <= before), default=None)
         self._marks = {p: s for p, s in self._marks.items() if newest is None or p >= newest}
-        self._left_out = [r for r in self._left_out if r.stop > before]
+        self._skipped = [skipped for skipped in self._skipped if skipped.stop > before]
 
     def skip(self, positions: range) -> None:
-        """From now on these positions are passed over."""
-        self._left_out.append(positions)
+        """Pass over these positions from now on, in every replay."""
+        self._skipped.append(positions)
 
     # -- resume ------------------------------------------------------------------------------
 
     def state_dict(self, queued: int) -> dict[str, Any]:
-        """Where to go on, by the newest mark at or before here; `queued` of those handed out still
-        wait.
+        """Return the position, and the loader's state at the newest mark at or before it.
+
+        queued: how many of the batches handed out wait in the routing's queue.
         """
         mark = max((m for m in self._marks if m <= self.position), default=None)
         return {
             "position": self.position,
-            "waiting": list(self._given)[-queued:] if queued else [],
+            "queued": list(self._handed_out)[-queued:] if queued else [],
             "mark": mark,
             "source": None if mark is None else self._marks[mark],
-            "left_out": [(r.start, r.stop) for r in self._left_out],
+            "skipped": [(r.start, r.stop) for r in self._skipped],
         }
 
     @classmethod
     def resumed(cls, source: Any, state: dict[str, Any]) -> "ReplayableLoader":
-        """A tape over a new `source`, at the place where `state` was taken. ValueError where the
-        data ends before.
+        """Return a loader over a new `source`, at the position of `state`.
+
+        The source continues from its saved state, or else is iterated from the start. ValueError if
+        the data end before the position.
         """
-        known = state["source"] is not None
-        if known:
+        has_state = state["source"] is not None
+        if has_state:
             source.load_state_dict(state["source"])
-        tape = cls(source, state["mark"] if known else 0)
+        loader = cls(source, state["mark"] if has_state else 0)
         try:
-            while tape.position < state["position"]:
-                tape._read(tape.position)
-                tape.position += 1
-                tape.discard(tape.position)
+            while loader.position < state["position"]:
+                loader._read(loader.position)
+                loader.position += 1
+                loader.discard(loader.position)
         except StopIteration:
             raise ValueError(
-                f"the data ends after {tape.position} batches; pass the loader of the run"
+                f"the data ends after {loader.position} batches; pass the loader of the run"
             ) from None
-        tape._left_out = [range(*r) for r in state["left_out"]]
-        tape.rewind(tape.position, state["waiting"])
-        return tape
+        loader._skipped = [range(*r) for r in state["skipped"]]
+        loader.rewind(loader.position, state["queued"])
+        return loader
 
 
 def _state(source: Any) -> Any:
-    """Where a loader stands, if it can say."""
-    return (
-        source.state_dict()
-        if hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
-        else None
-    )
+    """Return the loader's state, None if it has none."""
+    if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
+        return source.state_dict()
+    return None

@@ -386,8 +386,8 @@ def test_where_no_snapshot_is_taken_any_more_batches_are_kept_for_a_while_and_no
     def watched(step: int, loss: float) -> float:
         if step == 12:
             monkeypatch.setattr(geodiag.Snapshots, "take", lambda *_: False)
-        assert rollback._tape is not None
-        sizes[step] = len(rollback._tape._kept), len(rollback._first), rollback.steps
+        assert rollback._loader is not None
+        sizes[step] = len(rollback._loader._buffer), len(rollback._first_batch), rollback.steps
         return loss
 
     live.train(60, spoil=watched).monitor.close()

@@ -166,7 +166,7 @@ def test_a_model_that_exceeds_the_budget_is_refused_at_once_and_one_with_its_opt
     snapshots = Snapshots(model, optimizer, max_bytes=60_000)
     model(torch.ones(1, 100)).sum().backward()
     optimizer.step()
-    with pytest.raises(geodiag.GeodiagError, match="keep them on disk"):
+    with pytest.raises(geodiag.GeodiagError, match="keep snapshots on disk"):
         snapshots.take(1, {})
 
 
