@@ -17,7 +17,7 @@ import geodiag
 from geodiag.events import details
 from geodiag.hooks.adapters import find_layout
 from geodiag.hooks.attach import attach
-from geodiag.hooks.control.policy import Policy
+from geodiag.hooks.control.policy import Mode, Policy
 from geodiag.hooks.faults import Fault, Faults
 from geodiag.hooks.routing.base import Rerouting
 from geodiag.hooks.routing.factory import create_routing
@@ -43,7 +43,7 @@ class Arm:
     """What may be done about a spike."""
 
     name: str
-    mode: str = "auto"
+    mode: Mode = "auto"
     actions: str = "route"
     variant: str = "anticipatory"
     delay: int = DELAY
@@ -203,7 +203,7 @@ def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[
             trainer.optimizers,
             Path(folder) / "run",
             routing=routing,
-            policy=Policy(mode=arm.mode, actions=arm.actions, period=PERIOD, cooldown=20, budget=6),  # type: ignore[arg-type]
+            policy=Policy.parse(arm.actions, mode=arm.mode, period=PERIOD, cooldown=20, budget=6),
             snapshots=snapshots,
             probe=(loader.batch(1 << 30).token_ids_BS[:2].to(where),),
             every=dict.fromkeys(("layers", "experts", "matrices", "tokens", "domains"), _NEVER)

@@ -12,7 +12,8 @@ import typer
 
 from geodiag.defaults import DELAY_STEPS, MAX_DELAY_STEPS, PROBE_EVERY, SNAPSHOT_EVERY
 from geodiag.errors import GeodiagError
-from geodiag.hooks.control.policy import Mode, Policy
+from geodiag.hooks.control.policy import Mode, Policy, Rollback
+from geodiag.hooks.control.policy_parts import as_text
 from geodiag.reference_models.config import Kernels, ModelConfig, Recompute, Residual
 
 if TYPE_CHECKING:
@@ -144,13 +145,13 @@ class LoopOptions:
         typer.Option(
             help="What auto responds to, separated by commas: spike, warning, schedule:START-END."
         ),
-    ] = "spike"
+    ] = as_text(Policy.on)
     actions: Annotated[
         str | None,
         typer.Option(
             help="What auto does, separated by commas: "
             "rollback, skip-batch, route, lower-lr=FACTOR, clamp=LIMIT.",
-            show_default=f"route; {ACTIONS_WITH_ROLLBACK} with --rollback",
+            show_default=f"{as_text(Policy.actions)}; {ACTIONS_WITH_ROLLBACK} with --rollback",
         ),
     ] = None
     period: Annotated[
@@ -184,19 +185,19 @@ class LoopOptions:
         """Return the policy of these options. GeodiagError where they contradict each other."""
         actions = self.actions
         if actions is None:
-            actions = "route" if self.rollback == "none" else ACTIONS_WITH_ROLLBACK
+            actions = as_text(Policy.actions) if self.rollback == "none" else ACTIONS_WITH_ROLLBACK
         try:
-            policy = Policy(
-                mode=self.routing,
+            policy = Policy.parse(
+                actions,
                 on=self.on,
-                actions=actions,
+                mode=self.routing,
                 period=self.period,
                 cooldown=self.cooldown,
                 budget=self.budget,
             )
         except ValueError as e:
             raise GeodiagError(str(e)) from None
-        if policy.does("rollback") and self.rollback == "none":
+        if policy.does(Rollback) and self.rollback == "none":
             raise GeodiagError(
                 "the action rollback needs snapshots; pass --rollback memory or disk"
             )

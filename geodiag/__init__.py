@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from geodiag.cascade.explain import explain
     from geodiag.hooks import faults
     from geodiag.hooks.attach import attach
+    from geodiag.hooks.control import policy
     from geodiag.hooks.control.policy import Policy
     from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
     from geodiag.hooks.routing.router_lag import RouterLag
@@ -36,6 +37,7 @@ __all__ = [
     "explain",
     "faults",
     "open_run",
+    "policy",
 ]
 
 _HOMES = {
@@ -51,7 +53,7 @@ _HOMES = {
 }
 
 
-_MODULES = {"faults": "geodiag.hooks.faults"}
+_MODULES = {"faults": "geodiag.hooks.faults", "policy": "geodiag.hooks.control.policy"}
 """Public modules of another folder."""
 
 

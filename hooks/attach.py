@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters import Layout, find_layout
 from geodiag.hooks.control.controller import Controller
-from geodiag.hooks.control.policy import Policy, as_policy
+from geodiag.hooks.control.policy import Policy, Rollback, Route, as_policy
 from geodiag.hooks.distributed.rank_exchange import Ranks
 from geodiag.hooks.measure.gradient_norms import optimizers_in
 from geodiag.hooks.monitor import Monitor
@@ -154,11 +154,11 @@ def _check_means(policy: Policy, routing: Rerouting | None, snapshots: Snapshots
     """GeodiagError where the policy is to act and has not got what it acts with."""
     if policy.mode == "off":
         return
-    if routing is None and (policy.does("route") or policy.mode == "on"):
+    if routing is None and (policy.does(Route) or policy.mode == "on"):
         raise GeodiagError(
             f"routing {policy.mode} needs an AnticipatoryRouting; pass attach(..., routing=...)"
         )
-    if snapshots is None and policy.does("rollback"):
+    if snapshots is None and policy.does(Rollback):
         raise GeodiagError(
             "the action rollback needs something to go back to; pass attach(..., snapshots=...)"
         )
@@ -178,18 +178,13 @@ def _check_folder(path: Path, rank: int, snapshots: Snapshots | None, resume: bo
 
 def _planned(policy: Policy, routing: Rerouting | None) -> dict[str, Any]:
     """What the manifest says of steering."""
-    plan = {
-        "policy": policy.mode,
-        "on": policy.on,
-        "actions": policy.actions,
-        "period": policy.period,
-    }
-    limits = {"cooldown": policy.cooldown, "budget": policy.budget}
-    way = {
+    settings = policy.as_dict()
+    return {
+        "policy": settings.pop("mode"),
+        **settings,
         "variant": routing.variant if routing else None,
         "delay_steps": routing.delay_steps if routing else None,
     }
-    return plan | limits | way
 
 
 def _introduction(layout: Layout, path: str | os.PathLike) -> str:

@@ -13,7 +13,7 @@ all ranks reach the same decision from the same observations.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from geodiag.defaults import DELAY_STEPS
@@ -24,7 +24,16 @@ from geodiag.hooks.control.decision import (
     plan_text,
     spike_text,
 )
-from geodiag.hooks.control.policy import Policy, as_policy
+from geodiag.hooks.control.policy import (
+    Clamp,
+    LowerLr,
+    OnSpike,
+    OnWarning,
+    Policy,
+    Rollback,
+    Route,
+    as_policy,
+)
 from geodiag.hooks.control.rollback_target import rollback_target
 from geodiag.spikes.detector import Spike, Verdict
 
@@ -101,18 +110,18 @@ class Controller:
         spike = verdict.raised
         if spike is not None and spike.kind in TROUBLE:
             return self._on_spike(step, spike, snapshots)
-        if warning is not None and self.policy.acts_on("warning"):
+        if warning is not None and self.policy.acts_on(OnWarning):
             return self._on_warning(step, warning)
         return self._on_schedule(step) or self._on_period_end(step, verdict.active)
 
     def _on_spike(self, step: int, spike: Spike, snapshots: Sequence[int]) -> Decision | None:
         fatal = spike.kind == "nonfinite"
         restore = None
-        if self.policy.does("rollback"):
+        if self.policy.does(Rollback):
             restore = rollback_target(
                 snapshots,
                 spike.onset,
-                warm_up=self.delay_steps if self.policy.does("route") else 0,
+                warm_up=self.delay_steps if self.policy.does(Route) else 0,
                 restored_step=self.restored_step,
                 rolled_back_from=self.rolled_back_from,
             )
@@ -136,8 +145,8 @@ class Controller:
     def _acts_on_spikes(self) -> bool:
         """Return whether a finite spike can cause any action. Mode `on` already routes."""
         policy = self.policy
-        has_more_than_routing = any(policy.does(a) for a in ("rollback", "lower-lr", "clamp"))
-        return policy.acts_on("spike") and (policy.mode != "on" or has_more_than_routing)
+        has_more_than_routing = any(policy.does(a) for a in (Rollback, LowerLr, Clamp))
+        return policy.acts_on(OnSpike) and (policy.mode != "on" or has_more_than_routing)
 
     def _extended_or_waiting(self, step: int, what: str, restore: int | None) -> Decision | None:
         """Return the decision on a spike within a period or a cooldown, None for a new period."""
@@ -166,7 +175,8 @@ class Controller:
         """Begin or extend a scheduled period, one step ahead of its first step."""
         if self.policy.mode == "on":
             return None
-        for first, after in self.policy.schedules:
+        for schedule in self.policy.schedules:
+            first, after = schedule.start, schedule.end
             covered = self.period_end is not None and self.period_end >= after - 1
             if first - 1 <= step < after - 1 and not covered:
                 is_new = self.period_end is None
@@ -292,8 +302,21 @@ class Controller:
         return self.period_end + 1 + self.policy.cooldown
 
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        state = {f.name: getattr(self, f.name) for f in fields(self)}
+        return state | {"policy": self.policy.as_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            setattr(self, name, Policy(**value) if name == "policy" else value)
+            name = _OLD_NAMES.get(name, name)
+            setattr(self, name, Policy.parse(**value) if name == "policy" else value)
+
+
+_OLD_NAMES = {
+    "until": "period_end",
+    "resting_until": "cooldown_end",
+    "went_back": "rolled_back",
+    "lingering": "awaiting_recovery",
+    "restored": "restored_step",
+    "reached": "rolled_back_from",
+}
+"""Fields in snapshots of geodiag before version 0.2, by the name that they had."""

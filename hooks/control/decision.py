@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from geodiag.hooks.control.policy import Policy
+from geodiag.hooks.control.policy import Policy, Rollback
 from geodiag.spikes.detector import Spike
 
 Action = Literal["enable", "disable", "none"]
@@ -38,7 +38,7 @@ def spike_text(spike: Spike, step: int) -> str:
 def no_remedy_text(spike: Spike, policy: Policy) -> str:
     """Return why nothing can be done about a loss that is not finite."""
     why = "routing cannot repair weights"
-    if policy.does("rollback"):
+    if policy.does(Rollback):
         why = "no snapshot from before the onset is kept"
     return f"{spike_text(spike, spike.onset)}: {why}; restart from a checkpoint before that step"
 
@@ -50,15 +50,15 @@ def plan_text(
     parts = []
     if restore is not None:
         parts.append(f"roll back to the snapshot of step {restore}")
-    elif policy.does("rollback") and may_roll_back:
+    elif policy.does(Rollback) and may_roll_back:
         parts.append("no rollback, because no snapshot from before the onset is kept")
 
     if skip is not None:
         parts.append(f"skip the batches of steps {skip.start} to {skip.stop - 1}")
-    if "lower-lr" in policy.lasting:
-        parts.append(f"learning rate × {policy.value('lower-lr'):g}")
-    if "clamp" in policy.lasting:
-        parts.append(f"clamp at {policy.value('clamp'):g}")
+    if policy.lower_lr is not None:
+        parts.append(f"learning rate × {policy.lower_lr.factor:g}")
+    if policy.clamp is not None:
+        parts.append(f"clamp at {policy.clamp.limit:g}")
 
     if policy.lasting:
         after = f" after {warm_up} of warm-up" if warm_up else ""

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters.base import Layout, Removable
-from geodiag.hooks.control.policy import Policy
+from geodiag.hooks.control.policy import Clamp, LowerLr, Policy
 
 
 class Interventions:
@@ -30,9 +30,9 @@ class Interventions:
 
         if policy.mode == "off":
             return
-        if policy.does("lower-lr") and not optimizers:
+        if policy.does(LowerLr) and not optimizers:
             raise GeodiagError("lower-lr needs the optimizer; pass it to attach")
-        if policy.does("clamp") and not any(e.set_limit for e in layout.experts):
+        if policy.does(Clamp) and not any(e.set_limit for e in layout.experts):
             raise GeodiagError(
                 f"a {layout.family} model has no SwiGLU clamp to switch on; "
                 "leave the action clamp out"
@@ -40,17 +40,17 @@ class Interventions:
 
     def apply(self, action: str, policy: Policy) -> None:
         """Apply `lower-lr` or `clamp` with the policy's value."""
-        if action == "lower-lr" and not self._handles:
-            self.lr_scale = policy.value("lower-lr")
+        if action == LowerLr.name and policy.lower_lr is not None and not self._handles:
+            self.lr_scale = policy.lower_lr.factor
             for optimizer in self._optimizers:
                 scaled = _ScaledLearningRates(self.lr_scale)
                 self._handles += [
                     optimizer.register_step_pre_hook(scaled.before_step),
                     optimizer.register_step_post_hook(scaled.after_step),
                 ]
-        if action == "clamp":
+        if action == Clamp.name and policy.clamp is not None:
             self._clamped = True
-            limit = policy.value("clamp")
+            limit = policy.clamp.limit
             for site in self._layout.experts:
                 if site.set_limit is not None:
                     own = site.gate_limit

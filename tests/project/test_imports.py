@@ -229,6 +229,7 @@ def test_commands_import_what_is_heavy_only_when_they_run() -> None:
         "geodiag.errors",
         "geodiag.extras",
         "geodiag.hooks.control.policy",
+        "geodiag.hooks.control.policy_parts",
         "geodiag.reference_models.config",
     )
     assert {f for f in found if f not in light and not f.startswith(allowed_too)} == set()

@@ -24,6 +24,7 @@ def test_the_public_names_are_these_and_each_can_be_imported() -> None:
         "explain",
         "faults",
         "open_run",
+        "policy",
     ]
     assert sorted(geodiag.__all__) == public
     for name in public:

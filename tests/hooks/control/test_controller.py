@@ -35,9 +35,8 @@ def short(said: dict[int, Decision]) -> dict[int, str]:
 
 
 def auto(mode: str = "auto", **changes: Any) -> Controller:
-    return Controller(
-        policy=Policy(mode=mode, **({"period": 10, "cooldown": 20} | changes)), delay_steps=3
-    )  # type: ignore[arg-type]
+    settings = {"actions": "route", "mode": mode, "period": 10, "cooldown": 20} | changes
+    return Controller(policy=Policy.parse(**settings), delay_steps=3)
 
 
 def test_a_spike_starts_a_period_that_ends_after_warm_up_and_period() -> None:

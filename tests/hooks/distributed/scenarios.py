@@ -110,7 +110,7 @@ def steer(folder: Path, parallel: str) -> dict[str, Any]:
         ),
     )
     snapshots = geodiag.Snapshots(t.model, t.optimizers, t.progress, every=4)
-    policy = Policy(mode="auto", actions="rollback,route", period=5, cooldown=5)
+    policy = Policy.parse("rollback,route", mode="auto", period=5, cooldown=5)
     run = geodiag.attach(
         t.model,
         t.optimizers,

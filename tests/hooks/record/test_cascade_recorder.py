@@ -86,7 +86,7 @@ def test_what_the_end_cuts_off_is_told_at_the_end(tmp_path: Path) -> None:
 def test_a_spike_that_was_rolled_back_is_told_as_its_attempt_lived_it(tmp_path: Path) -> None:
     t = small.trainer()
     snapshots = geodiag.Snapshots(t.model, t.optimizers, every=10, where="memory")
-    policy = geodiag.Policy(mode="auto", actions="rollback")
+    policy = geodiag.Policy.parse("rollback", mode="auto")
     with small.watch(t, tmp_path / "run", snapshots=snapshots, policy=policy) as monitor:
         for lived, _ in enumerate(monitor.batches(iter(lambda: 0, 1))):
             step = monitor.next_step

@@ -92,7 +92,7 @@ def clean(steps: int = STEPS, micro_batches: int = 1) -> list[float]:
     return small.train(small.trainer("plain", micro_batches=micro_batches), steps)
 
 
-ROLLBACK = geodiag.Policy(mode="auto", actions="rollback")
+ROLLBACK = geodiag.Policy.parse("rollback", mode="auto")
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -140,7 +140,7 @@ def test_the_repeated_steps_are_another_attempt_and_the_first_ones_stay_readable
 
 
 def test_after_going_back_the_spike_is_over_and_a_new_one_is_seen(tmp_path: Path) -> None:
-    policy = geodiag.Policy(mode="auto", actions="rollback", cooldown=5)
+    policy = geodiag.Policy.parse("rollback", mode="auto", cooldown=5)
     live = Live(tmp_path / "run", policy=policy, faults=(43, 63)).train(90)
     live.monitor.close()
     assert [e["data"]["to"] for e in live.events("rollback")] == [40, 60]
@@ -154,7 +154,7 @@ def test_with_routing_it_goes_back_far_enough_to_be_on_at_the_onset(tmp_path: Pa
     def ahead(model: Any) -> AnticipatoryRouting:
         return AnticipatoryRouting(model, 6, forward=lambda m, item: m(item[1][:, :-1]))
 
-    policy = geodiag.Policy(mode="auto", actions="rollback,route", period=12)
+    policy = geodiag.Policy.parse("rollback,route", mode="auto", period=12)
     live = Live(tmp_path / "run", policy=policy, routing=ahead).train(STEPS)
     live.monitor.close()
     (back,) = live.events("rollback")
@@ -179,7 +179,7 @@ def test_delay_0_and_rollback_together_are_still_the_clean_run(tmp_path: Path) -
     def ahead(model: Any) -> AnticipatoryRouting:
         return AnticipatoryRouting(model, 0, forward=lambda m, item: m(item[1][:, :-1]))
 
-    policy = geodiag.Policy(mode="auto", actions="rollback,route", period=12)
+    policy = geodiag.Policy.parse("rollback,route", mode="auto", period=12)
     live = Live(tmp_path / "run", policy=policy, routing=ahead).train(STEPS)
     live.monitor.close()
     assert len(live.events("rollback")) == 1
@@ -198,7 +198,7 @@ def test_a_snapshot_taken_while_routing_is_on_brings_its_past_back(
             return RouterLag(model, 3)
         return AnticipatoryRouting(model, 3, forward=lambda m, item: m(item[1][:, :-1]))
 
-    policy = geodiag.Policy(mode="on", actions="rollback")
+    policy = geodiag.Policy.parse("rollback", mode="on")
     live = Live(tmp_path / "run", policy=policy, routing=make).train(STEPS)
     live.monitor.close()
     (back,) = live.events("rollback")
@@ -212,7 +212,7 @@ def test_a_snapshot_taken_while_routing_is_on_brings_its_past_back(
 
 
 def test_skipped_batches_are_never_trained_on_again(tmp_path: Path) -> None:
-    policy = geodiag.Policy(mode="auto", actions="rollback,skip-batch")
+    policy = geodiag.Policy.parse("rollback,skip-batch", mode="auto")
     live = Live(tmp_path / "run", policy=policy).train(STEPS)
     live.monitor.close()
     (spike,) = live.events("spike")
@@ -267,7 +267,7 @@ def test_nothing_is_kept_while_the_routing_warms_up_or_drains(tmp_path: Path) ->
     def ahead(model: Any) -> AnticipatoryRouting:
         return AnticipatoryRouting(model, 4, forward=lambda m, item: m(item[1][:, :-1]))
 
-    policy = geodiag.Policy(mode="auto", on="schedule:10-20", actions="route")
+    policy = geodiag.Policy.parse("route", mode="auto", on="schedule:10-20")
     live = Live(tmp_path / "run", policy=policy, routing=ahead, every=1, keep=100, faults=()).train(
         40
     )
@@ -294,7 +294,7 @@ def test_a_loop_that_keeps_no_batches_is_told_and_not_taken_back(
 
 
 def test_a_period_at_a_lower_learning_rate_is_that_and_ends(tmp_path: Path) -> None:
-    policy = geodiag.Policy(mode="auto", on="schedule:5-9", actions="lower-lr=0.5")
+    policy = geodiag.Policy.parse("lower-lr=0.5", mode="auto", on="schedule:5-9")
     live = Live(tmp_path / "run", policy=policy, faults=()).train(12)
     live.monitor.close()
     t, expected = small.trainer("plain"), []
@@ -309,7 +309,7 @@ def test_a_period_at_a_lower_learning_rate_is_that_and_ends(tmp_path: Path) -> N
 
 
 def test_a_clamp_for_a_period_is_the_clamped_model_and_ends(tmp_path: Path) -> None:
-    policy = geodiag.Policy(mode="auto", on="schedule:5-9", actions="clamp=0.01")
+    policy = geodiag.Policy.parse("clamp=0.01", mode="auto", on="schedule:5-9")
     live = Live(tmp_path / "run", policy=policy, faults=()).train(12)
     live.monitor.close()
     t, expected = small.trainer("plain"), []
@@ -330,7 +330,7 @@ def test_what_a_policy_needs_is_asked_for_at_once(tmp_path: Path) -> None:
         small.watch(t, tmp_path / "a", policy=ROLLBACK)
     model = small.Blocks()
     optimizer = torch.optim.SGD(model.parameters())
-    clamp = geodiag.Policy(mode="auto", actions="clamp=3")
+    clamp = geodiag.Policy.parse("clamp=3", mode="auto")
     with pytest.raises(geodiag.GeodiagError, match="has no SwiGLU clamp to switch on"):
         geodiag.attach(model, optimizer, tmp_path / "b", quiet=True, policy=clamp)
 
@@ -358,7 +358,7 @@ def test_a_warning_turns_routing_on_at_the_next_step(tmp_path: Path) -> None:
     def ahead(model: Any) -> AnticipatoryRouting:
         return AnticipatoryRouting(model, 2, forward=lambda m, item: m(item[1][:, :-1]))
 
-    policy = geodiag.Policy(mode="auto", on="warning", actions="rollback,route", period=5)
+    policy = geodiag.Policy.parse("rollback,route", mode="auto", on="warning", period=5)
     live = Live(tmp_path / "run", policy=policy, routing=ahead, faults=())
     observe = live.monitor._recorder.observer.observe
 
@@ -486,7 +486,7 @@ def test_a_resumed_training_remembers_what_was_decided(tmp_path: Path) -> None:
     """Resumed inside a rollback's cooldown, it is still resting, and still has one intervention
     fewer.
     """
-    policy = geodiag.Policy(mode="auto", actions="rollback", cooldown=100)
+    policy = geodiag.Policy.parse("rollback", mode="auto", cooldown=100)
     first = Live(tmp_path / "run", policy=policy, where="disk").train(65)
     first.monitor._rollback.snapshots.wait()  # type: ignore[union-attr]
     before = first.monitor.steering.controller.state_dict()
