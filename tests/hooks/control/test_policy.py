@@ -67,7 +67,7 @@ def test_a_policy_is_rebuilt_from_its_dictionary() -> None:
 
 def test_text_in_the_constructor_works_and_is_deprecated() -> None:
     written: dict[str, Any] = {"on": "warning", "actions": "rollback,lower-lr=0.5"}
-    with pytest.warns(DeprecationWarning) as caught:
+    with pytest.warns(DeprecationWarning, match="is deprecated; write") as caught:
         policy = Policy(mode="auto", **written)
     messages = [str(w.message) for w in caught]
     assert "write on=[OnWarning()]" in messages[0]
