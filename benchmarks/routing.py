@@ -10,7 +10,8 @@ natural spikes against the training's own trend. Trials run side by side, on all
 where there are any, seed by seed; those that answer a spike only where there was one to answer.
 Once the time is up, nothing begins but answers to spikes that were seen, and what is under way
 ends. Each is kept as it ends, and `--add` joins the trials of earlier sessions. Results:
-routing.json and routing.md in benchmarks/results, and all trials in routing_trials.jsonl.gz.
+routing.json (the pooled differences) and routing.md (every scenario) in benchmarks/results, and all
+trials in routing_trials.jsonl.gz, which is large and stays out of git.
 """
 
 import gzip
@@ -118,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     result["places"] = sorted({t["place"] for t in trials})
     result["steps"] = sum(len(t["steps"]) for t in trials if not t.get("same"))
     result["rows"], result["pooled"] = summarise(trials), pooled(trials)
-    save("routing", result, page(result), options.out)
+    kept = {name: value for name, value in result.items() if name != "rows"}
+    save("routing", kept, page(result), options.out)
     (options.out / "routing_trials.jsonl.gz").write_bytes(
         gzip.compress("".join(json.dumps(t) + "\n" for t in trials).encode(), mtime=0)
     )

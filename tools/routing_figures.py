@@ -1,5 +1,6 @@
-"""The pictures of docs/routing.md, from the trials of its bench: `python tools/routing_figures.py
-[TRIALS]`.
+"""The pictures of docs/routing.md, from the trials that `geodiag bench routing` wrote:
+
+python tools/routing_figures.py routing_trials.jsonl.gz
 """
 
 import argparse
@@ -19,7 +20,6 @@ from geodiag.benchmarks.routing_measures import losses, summarise
 from geodiag.dashboard.figures.style import FONT, LIGHT
 
 HERE = Path(__file__).resolve().parents[1] / "docs"
-TRIALS = HERE.parent / "benchmarks" / "results" / "routing_trials.jsonl.gz"
 PALE = "#c3cad6"
 ROLLED_BACK = "#d6336c"
 
@@ -157,8 +157,10 @@ def shoot(figures: Mapping[Path, go.Figure]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("trials", type=Path, nargs="?", default=TRIALS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("trials", type=Path, help="trials of the bench, .jsonl or .jsonl.gz")
     parser.add_argument("--out", type=Path, default=HERE / "screenshots")
     options = parser.parse_args()
     trials = sorted(read([options.trials]), key=order)

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -70,15 +68,6 @@ def run_commands(environment: Environment, folder: Path, *lines: str) -> list[st
     done = environment.python("-c", COMMANDS, json.dumps(words), cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stderr.splitlines()
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", out, ROOT]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return next(out.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")

@@ -32,16 +32,6 @@ def files_to_ship() -> set[str]:
     return ship
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An sdist, and the wheel that is made from it: the longest way a user's copy can come."""
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return out
-
-
 @pytest.mark.slow
 def test_the_wheel_made_from_the_sdist_holds_every_module_and_asset_as_a_real_file(
     built: Path,
@@ -93,7 +83,7 @@ def test_the_rooms_are_real_folders_and_their_import_names_are_relative_links() 
         assert importlib.import_module(f"geodiag.{room}").__file__
 
 
-def test_the_version_is_said_in_one_place(cli) -> None:
+def test_the_version_is_written_once(cli) -> None:
     assert cli("--version").output == f"geodiag {geodiag.__version__}\n"
     assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
 
