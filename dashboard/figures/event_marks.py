@@ -1,6 +1,4 @@
-"""What happened, as thin lines across a chart: one colour and one dash for each kind, the same on
-every page.
-"""
+"""Events as vertical lines across a chart: one colour and one dash per kind, on every page."""
 
 from collections.abc import Sequence
 
@@ -15,7 +13,13 @@ _MOST = 60
 _DASH = {"spike": "dash", "early_warning": "dot", "rollback": "solid", "attempt": "dashdot"}
 
 
+def routing_colour(mode: str, theme: Theme) -> str:
+    """Return the colour of a routing mode: warmup, on or drain."""
+    return {"warmup": theme.warmup, "on": theme.on, "drain": theme.drain}[mode]
+
+
 def colour_of(kind: str, theme: Theme) -> str:
+    """Return the colour of a kind of event."""
     return {"spike": theme.spike, "early_warning": theme.warn, "rollback": theme.drain}.get(
         kind, theme.cursor
     )
@@ -28,8 +32,9 @@ def draw_marks(
     theme: Theme,
     domains: Sequence[tuple[float, float]] = ((0.0, 1.0),),
 ) -> None:
-    """Lines at the marks within `reach`, over each of the vertical `domains`; the newest where
-    there are too many.
+    """Draw a line at each mark within `reach`, in each of the vertical `domains`.
+
+    Only the newest 60 marks are drawn.
     """
     inside = [m for m in marks if reach[0] <= m.step <= reach[1]][-_MOST:]
     shapes = [
@@ -48,14 +53,17 @@ def draw_superseded(
     theme: Theme,
     panels: dict[str, str],
 ) -> None:
-    """Steps that were rolled back, as faint lines under what took their place; `panels`: metric →
-    its y axis.
-    """
+    """Draw steps that later attempts replaced as faint lines; `panels`: metric → its y axis."""
     for old in superseded:
         inside = (old.step_S >= low - 1) & (old.step_S <= high + 1)
         for name, y in panels.items():
             points = downsampled(old.step_S[inside], getattr(old, f"{name}_S")[inside])
             fig.add_scatter(
-                x=points.x, y=points.y, yaxis=y, mode="lines", line={"color": faded(theme.soft, 0.45), "width": 1.2},
-                name=f"{name.replace('_', ' ')}, attempt {old.attempt}", hovertemplate="%{y:.4g}",
-            )  # fmt: skip
+                x=points.x,
+                y=points.y,
+                yaxis=y,
+                mode="lines",
+                line={"color": faded(theme.soft, 0.45), "width": 1.2},
+                name=f"{name.replace('_', ' ')}, attempt {old.attempt}",
+                hovertemplate="%{y:.4g}",
+            )

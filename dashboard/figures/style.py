@@ -1,6 +1,4 @@
-"""How every chart looks, in light and in dark: ink, paper, the few colours with a meaning, and a
-template.
-"""
+"""Colours, axes and texts that all charts share, in a light and in a dark theme."""
 
 from dataclasses import dataclass
 from textwrap import wrap
@@ -11,41 +9,41 @@ import plotly.graph_objects as go
 from geodiag.dashboard.figures.colours import Scale, diverging, sequential
 
 _LINE = 46
-"""Letters of a sentence that fit side by side in the narrowest card."""
+"""Characters per line of a sentence in the narrowest card."""
 FEW_STEPS = 9
-"""A time axis of fewer steps names each of them."""
+"""A time axis with fewer steps has a tick at each of them."""
 EMPTY_PX = 220
-"""Height of a sentence where a chart would be, unless a page says otherwise."""
+"""Default height of a sentence in place of a chart."""
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
-    """One colour scheme."""
+    """One colour theme."""
 
     name: str
     ink: str
     soft: str
-    """Ink for what is not the data: ticks, titles of axes."""
+    """Colour of ticks, axis titles and notes."""
     line: str
     """Grid lines and frames."""
     paper: str
     spike: str
-    """A spike, and whatever else is alarming."""
+    """Spikes and other alarms."""
     forward: str
     backward: str
     warn: str
-    """A warning before anything is wrong yet."""
+    """Early warnings."""
     warmup: str
     on: str
     drain: str
     cursor: str
     heat: Scale
-    """For what is bad when it is high: paper to deep."""
+    """For metrics that are bad when high: from the paper colour to a deep one."""
     gain: Scale
-    """For gains: the middle is exactly 1."""
+    """For gains: the middle is a gain of 1."""
     series: tuple[str, ...] = ()
-    """Lines of one chart, told apart by hue and by lightness."""
+    """Lines of one chart; they differ in hue and in lightness."""
 
 
 LIGHT = Theme(
@@ -88,7 +86,7 @@ THEMES = {"light": LIGHT, "dark": DARK}
 
 
 def base(theme: Theme, height: int, **layout: Any) -> go.Figure:
-    """An empty figure in this look."""
+    """Return an empty figure in this theme."""
     fig = go.Figure()
     fig.update_layout(
         height=height,
@@ -110,7 +108,7 @@ def base(theme: Theme, height: int, **layout: Any) -> go.Figure:
 
 
 def axis(theme: Theme, title: str = "", **more: Any) -> dict:
-    """An axis: a thin grid, no box, a title that says the unit."""
+    """Return an axis with a thin grid, without a box; the title names the unit."""
     return {
         "title": {"text": title, "font": {"size": 12, "color": theme.ink}, "standoff": 8},
         "gridcolor": theme.line,
@@ -125,11 +123,11 @@ def axis(theme: Theme, title: str = "", **more: Any) -> dict:
 def time_axis(
     theme: Theme, reach: tuple[float, float] | None, title: str = "step", **more: Any
 ) -> dict:
-    """The step axis that all charts of a page share: a drag on it zooms. `reach` fixes its range."""
+    """Return the axis of steps; a drag zooms it. `reach` sets its range."""
     given: dict[str, Any] = {"range": list(reach)} if reach else {}
     if reach and reach[1] - reach[0] < FEW_STEPS:
-        given["dtick"] = 1  # a step between two steps is none
-    # The address knows the range: whatever it says wins over what the browser remembers.
+        given["dtick"] = 1  # no ticks between two steps
+    # The range comes from the address; it replaces the zoom that the browser remembers.
     usual: dict[str, Any] = {
         "fixedrange": False,
         "tickformat": ",d",
@@ -141,7 +139,7 @@ def time_axis(
 
 
 def upright(x: float, colour: str, dash: str, domain: tuple[float, float] = (0, 1)) -> dict:
-    """A thin line at one step, over part of the height of the figure."""
+    """Return a vertical line at one step, over part of the height of the figure."""
     line = {"color": colour, "width": 1, "dash": dash}
     return {
         "type": "line",
@@ -156,17 +154,17 @@ def upright(x: float, colour: str, dash: str, domain: tuple[float, float] = (0, 
 
 
 def ticks_of(unit: str) -> str:
-    """How the numbers on an axis are written: shares as percent."""
+    """Return the number format of an axis: percent for shares."""
     return ".3~p" if unit == "share" else ".3~g"
 
 
 def titled(name: str, unit: str) -> str:
-    """`loss, nats/token`; a pure number has no unit to say, and the ticks of a share say it."""
+    """Return `loss, nats/token`; pure numbers and shares need no unit."""
     return name if unit in ("1", "", "share") else f"{name}, {unit}"
 
 
 def empty(text: str, theme: Theme, height: int = EMPTY_PX) -> go.Figure:
-    """A calm sentence where a chart would be."""
+    """Return a figure that shows a sentence in place of a chart."""
     fig = base(theme, height)
     fig.update_xaxes(visible=False)
     fig.update_yaxes(visible=False)
@@ -177,6 +175,17 @@ def empty(text: str, theme: Theme, height: int = EMPTY_PX) -> go.Figure:
     return fig
 
 
+def add_text(
+    fig: go.Figure, text: str, x: float, y: float, colour: str, size: float = 12.5, **more: Any
+) -> None:
+    """Write a text whose lower left corner is at (x, y), as shares of the plot's width and height."""
+    place: dict[str, Any] = {"xref": "paper", "yref": "paper", "xanchor": "left"}
+    place |= {"yanchor": "bottom", "align": "left"} | more
+    fig.add_annotation(
+        text=text, x=x, y=y, showarrow=False, font={"size": size, "color": colour}, **place
+    )
+
+
 def faded(colour: str, alpha: float) -> str:
-    """`#rrggbb` as rgba."""
+    """Return the colour `#rrggbb` as rgba with the given opacity."""
     return f"rgba({int(colour[1:3], 16)},{int(colour[3:5], 16)},{int(colour[5:7], 16)},{alpha})"
