@@ -53,7 +53,10 @@ def draw_path(
     onsets = [k for k in cascade.path if k.stage in (1, 2, 3) and k.layer in panels.layers]
     first_onsets = first_of_each_stage(onsets, cascade)
     end = (float(cascade.spike_onset), panels.of_loss(loss))
-    points = [(float(k.step), panels.of_layer(int(k.stage), int(k.layer))) for k in first_onsets]  # type: ignore[arg-type]
+    points = [
+        (float(k.step), panels.of_layer(int(k.stage), int(k.layer)))  # type: ignore[arg-type]
+        for k in first_onsets
+    ]
     outside = cascade.cause in ("lr", "data") and cascade.onset is not None
     if outside:
         points = [(float(cascade.onset or 0), panels.domains[0][0]), *points]
@@ -63,15 +66,8 @@ def draw_path(
     _draw_line(fig, [*points, end], theme)
     _draw_rings(fig, onsets, first_onsets, panels, theme)
     for first_onset, point in zip(first_onsets, points[outside:], strict=True):
-        _draw_label(
-            fig,
-            point,
-            _onset_label(first_onset, onsets, cascade),
-            panels,
-            int(first_onset.stage or 1),
-            reach,
-            theme,
-        )
+        text = _onset_label(first_onset, onsets, cascade)
+        _draw_label(fig, point, text, panels, int(first_onset.stage or 1), reach, theme)
     if outside:
         _draw_label(fig, points[0], _outside_label(cascade, end_label), panels, 0, reach, theme)
     fig.add_scatter(

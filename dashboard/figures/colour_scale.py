@@ -1,6 +1,4 @@
-"""How a metric's values become colour: gains around 1 on a log scale, shares from 0, wide ranges as
-logarithms.
-"""
+"""Colour axes of metrics: gains around 1 on a log scale, shares from 0, wide ranges on a log scale."""
 
 from typing import Any, NamedTuple
 
@@ -10,25 +8,23 @@ from geodiag.dashboard.figures.style import Theme, ticks_of
 from geodiag.metrics.schema import Metric
 
 _LEAST_GAIN = 1.05
-"""The colours of a gain reach at least this far, so that rounding noise around 1 stays pale."""
+"""Smallest end of the colour axis of a gain, so that rounding noise around 1 stays pale."""
 
 
 class Shade(NamedTuple):
-    """A colour axis, and whether values enter it as base-10 logarithms."""
+    """A colour axis; with `log`, values enter it as base-10 logarithms."""
 
     axis: dict[str, Any]
     log: bool
 
 
 def is_gain(metric: Metric) -> bool:
-    """Whether 1 means "as it came in"."""
+    """True if a value of 1 means that the input is passed on unchanged."""
     return "gain" in metric.name or metric.name.startswith("spectral_norm_res")
 
 
 def shade(metric: Metric, values: np.ndarray, theme: Theme, centre: float | None = None) -> Shade:
-    """The colour axis for these values of `metric`; `centre` is the value that is drawn as neither
-    high nor low.
-    """
+    """Return the colour axis for values of `metric`; `centre` gets the middle colour."""
     finite = values[np.isfinite(values)]
     if not len(finite):
         return Shade({"colorscale": theme.heat, "cmin": 0, "cmax": 1, "showscale": False}, False)
@@ -50,29 +46,38 @@ def shade(metric: Metric, values: np.ndarray, theme: Theme, centre: float | None
         return Shade(_axis(scale, a, b, metric.unit, _ticks(a, b)), True)
     if metric.unit == "share":
         low = min(low, 0.0)
-    # Noise stays pale: the full range of colour is for what at least doubles.
+    # Noise stays pale: only values that at least double use the full range of colours.
     high = max(high, 2 * low, low + 1e-9) if metric.worse != "low" else max(high, low + 1e-9)
     return Shade(_axis(scale, low, high, metric.unit, None), False)
 
 
 Z_MIN, Z_MAX = 3.0, 60.0
-"""The colours of robust z: below the first it is the noise of a worst-of-many. Logarithmic: what
-began as a whisper and what is far out of range are both there to be seen.
+"""Ends of the colour axis of robust z.
+
+The worst of many layers reaches 3 by noise alone. The axis is logarithmic, so that both a weak
+start and an extreme score are visible.
 """
 
 
 def z_shade(score: np.ndarray) -> np.ndarray:
-    """Scores as they enter the colour axis `robust_z`; infinite is as far as there is."""
+    """Return scores as values on the colour axis `robust_z`; infinity becomes its upper end."""
     return np.log10(np.clip(np.where(np.isinf(score), Z_MAX, score), Z_MIN / 2, None))
 
 
 def robust_z(theme: Theme, length: float) -> dict[str, Any]:
-    """The colour axis of stage scores; `length` is its bar's share of the height, from the bottom."""
+    """Return the colour axis of stage scores; `length` is the height of its bar, as a share."""
     bar = {
-        "len": length, "y": 0, "yanchor": "bottom", "thickness": 10, "outlinewidth": 0, "x": 1.01,
-        "title": {"text": "robust z", "font": {"size": 11}}, "tickfont": {"size": 11},
-        "tickvals": np.log10([3, 6, 12, 24, 48]).tolist(), "ticktext": ["≤ 3", "6", "12", "24", "48"],
-    }  # fmt: skip
+        "len": length,
+        "y": 0,
+        "yanchor": "bottom",
+        "thickness": 10,
+        "outlinewidth": 0,
+        "x": 1.01,
+        "title": {"text": "robust z", "font": {"size": 11}},
+        "tickfont": {"size": 11},
+        "tickvals": np.log10([3, 6, 12, 24, 48]).tolist(),
+        "ticktext": ["≤ 3", "6", "12", "24", "48"],
+    }
     return {
         "colorscale": theme.heat,
         "cmin": float(np.log10(Z_MIN)),
@@ -91,7 +96,8 @@ def _axis(
         "x": 1.01,
         "nticks": 6,
     }
-    share, gain = unit == "share", unit == "×"
+    share = unit == "share"
+    gain = unit == "×"
     bar["title"] = {"text": "" if share or gain or unit == "1" else unit, "font": {"size": 12}}
     if ticks is not None:
         text = [f"{100 * t:.4g}%" if share else f"×{t:.4g}" if gain else f"{t:.4g}" for t in ticks]
@@ -110,14 +116,12 @@ _ROUND: tuple[tuple[float, ...], ...] = (
     (1.05, 9.5),
     (1.02, 9.8),
 )
-"""Round numbers, the roundest first."""
+"""Mantissas of tick values, the roundest first."""
 _MOST_TICKS = 9
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between 10^low and 10^high, the rounder the likelier, none too close to
-    another.
-    """
+    """Return round numbers between 10^low and 10^high that are not too close to each other."""
     picked: list[float] = []
     decades = range(int(np.floor(low)) - 1, int(np.ceil(high)) + 1)
     for mantissas in _ROUND:

@@ -1,8 +1,7 @@
-"""Colour maps that tell the truth: equal steps of value are equal steps of lightness, for every
-kind of eye.
+"""Perceptually uniform colour maps, readable with colour blindness.
 
-Each map is a few anchor colours; between them we walk through OKLab, with the lightness made
-linear.
+Equal steps of value are equal steps of lightness. A map interpolates a few anchor colours in the
+OKLab colour space, with linear lightness.
 """
 
 from collections.abc import Sequence
@@ -28,21 +27,25 @@ Scale = list[tuple[float, str]]
 
 
 def oklab(colour: str) -> np.ndarray:
-    """`#rrggbb` → (lightness, a, b) of OKLab."""
+    """Return (lightness, a, b) in OKLab of `#rrggbb`.
+
+    sRGB is decoded to linear light, mixed to cone responses, whose cube roots give OKLab
+    (Ottosson 2020).
+    """
     s = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     linear = np.where(s <= 0.04045, s / 12.92, ((s + 0.055) / 1.055) ** 2.4)
     return _TO_LAB @ np.cbrt(_TO_LMS @ linear)
 
 
 def to_hex(lab: np.ndarray) -> str:
-    """OKLab → the nearest `#rrggbb`."""
+    """Return the nearest `#rrggbb` of an OKLab colour."""
     linear = np.clip(np.linalg.inv(_TO_LMS) @ (np.linalg.inv(_TO_LAB) @ lab) ** 3, 0, 1)
     s = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
     return "#" + "".join(f"{round(v * 255):02x}" for v in s)
 
 
 def sequential(anchors: Sequence[str], stops: int = 17) -> Scale:
-    """A map through the anchors whose lightness runs evenly from the first to the last."""
+    """Return a colour map through the anchors with linear lightness."""
     labs = np.array([oklab(a) for a in anchors])
     light = np.linspace(labs[0, 0], labs[-1, 0], stops)
     rising = labs[:, 0] if labs[0, 0] < labs[-1, 0] else labs[::-1, 0]
@@ -54,16 +57,14 @@ def sequential(anchors: Sequence[str], stops: int = 17) -> Scale:
 
 
 def diverging(low: Sequence[str], high: Sequence[str], stops: int = 17) -> Scale:
-    """Two maps that start from one shared middle, the first anchor of both."""
+    """Return two colour maps joined at a common middle, the first anchor of both."""
     left = [(0.5 - p / 2, c) for p, c in reversed(sequential(low, stops))]
     right = [(0.5 + p / 2, c) for p, c in sequential(high, stops)]
     return left + right[1:]
 
 
 def hues(count: int, dark: bool) -> list[str]:
-    """Colours for things without an order: as far apart as they can be, of one lightness. They
-    repeat from 12 on.
-    """
+    """Return `count` colours of equal lightness, as different as possible; they repeat after 12."""
     light, chroma, most = (0.76, 0.125, 12) if dark else (0.58, 0.135, 12)
     angles = 2 * np.pi * (np.arange(min(count, most)) / min(count, most) + 0.08)
     ring = [to_hex(np.array([light, chroma * np.cos(a), chroma * np.sin(a)])) for a in angles]

@@ -1,6 +1,4 @@
-"""One measured line: as few points as show it all, its gaps, and a cross wherever a value was not
-finite.
-"""
+"""One line over steps, with its gaps and a cross at each value that is not finite."""
 
 from typing import Any
 
@@ -27,23 +25,35 @@ def draw_curve(
     extra: str = "",
     few: int = 2,
 ) -> None:
-    """Draws it on the axis `y`, in ink or in `colour`; fewer points than `few` are dots as well.
+    """Draw a series on the axis `y`, in `colour` or else in the colour of text.
 
-    `hover` says a value in other words than its own number, `extra` ends both hover texts.
+    A series with fewer points than `few` also gets dots. `hover` replaces the number in the hover
+    text, `extra` is appended to it.
     """
     points = downsampled(step_S, value_S)
-    said = "%{y:.3p}" if unit == "share" else "%{y:.4g}"
+    number = "%{y:.3p}" if unit == "share" else "%{y:.4g}"
     line: dict[str, Any] = {"color": colour or theme.ink, "width": 1.4}
     fig.add_scatter(
-        x=points.x, y=points.y, yaxis=y, mode="lines+markers" if len(points.x) < few else "lines", name=name,
-        line=line, marker={"size": 4}, connectgaps=False, hovertemplate=(hover or said) + extra,
-    )  # fmt: skip
-    lost = nonfinite_steps(step_S, value_S)
-    if not len(lost):
+        x=points.x,
+        y=points.y,
+        yaxis=y,
+        mode="lines+markers" if len(points.x) < few else "lines",
+        name=name,
+        line=line,
+        marker={"size": 4},
+        connectgaps=False,
+        hovertemplate=(hover or number) + extra,
+    )
+    nonfinite = nonfinite_steps(step_S, value_S)
+    if not len(nonfinite):
         return
     finite = points.y[np.isfinite(points.y)]
     fig.add_scatter(
-        x=lost, y=np.full(len(lost), finite.max() if len(finite) else 1.0), yaxis=y, mode="markers",
-        name=f"{name} not finite", marker={"symbol": "x", "size": 8, "color": theme.spike},
+        x=nonfinite,
+        y=np.full(len(nonfinite), finite.max() if len(finite) else 1.0),
+        yaxis=y,
+        mode="markers",
+        name=f"{name} not finite",
+        marker={"symbol": "x", "size": 8, "color": theme.spike},
         hovertemplate="NaN or infinite" + extra,
-    )  # fmt: skip
+    )

@@ -1,6 +1,4 @@
-"""One step, seen over depth: the gain of every site, forward and backward, down the stack of
-layers.
-"""
+"""The values of every site at one step, over depth: forward and backward gain."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +12,7 @@ from geodiag.dashboard.figures.style import Theme, axis, base, empty, titled
 
 
 class Curve(NamedTuple):
-    """One line of the profile: its name, its rows, and each row's value."""
+    """One line of the profile: its label, its grid, and the value of each row."""
 
     label: str
     grid: Grid
@@ -24,7 +22,7 @@ class Curve(NamedTuple):
 def profile(
     curves: Sequence[Curve], theme: Theme, row: str | None = None, height: int = 310
 ) -> go.Figure:
-    """Layer 0 on top, as in the heat maps beside it; a dotted line marks a gain of 1."""
+    """Draw the curves with layer 0 on top; a dotted line marks a gain of 1."""
     curves = [c for c in curves if np.isfinite(c.value_R).any()]
     if not curves:
         return empty("No value at this step.", theme, height)
@@ -41,20 +39,35 @@ def profile(
     }
     ticks = names[:: max(1, -(-len(names) // 16))]
     fig.update_layout(
-        xaxis=axis(theme, titled("", metric.unit).strip(", ") or "value", type="log" if wide else "linear", nticks=6),
+        xaxis=axis(
+            theme,
+            titled("", metric.unit).strip(", ") or "value",
+            type="log" if wide else "linear",
+            nticks=6,
+        ),
         yaxis=axis(theme, tickvals=ticks, **rows),
         margin={"l": 64, "r": 16, "t": 36, "b": 42},
         showlegend=True,
-        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 12, "color": theme.ink}},
-    )  # fmt: skip
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": 1.0,
+            "yanchor": "bottom",
+            "font": {"size": 12, "color": theme.ink},
+        },
+    )
     for curve, colour, symbol in zip(
         curves, (theme.forward, theme.backward), ("circle", "diamond"), strict=False
     ):
         fig.add_scatter(
-            x=np.where(np.isfinite(curve.value_R), curve.value_R, np.nan), y=names, mode="lines+markers",
-            name=curve.label, line={"color": colour, "width": 1.6},
-            marker={"size": 6 if len(names) <= 24 else 4, "symbol": symbol}, hovertemplate="%{x:.5g}",
-        )  # fmt: skip
+            x=np.where(np.isfinite(curve.value_R), curve.value_R, np.nan),
+            y=names,
+            mode="lines+markers",
+            name=curve.label,
+            line={"color": colour, "width": 1.6},
+            marker={"size": 6 if len(names) <= 24 else 4, "symbol": symbol},
+            hovertemplate="%{x:.5g}",
+        )
     if is_gain(metric):
         fig.add_vline(x=1, line={"color": theme.cursor, "width": 1, "dash": "dot"})
         if not wide:

@@ -1,4 +1,4 @@
-"""Fewer points, the same picture: no extreme is lost, and what was not measured stays a gap."""
+"""Downsampling of series that keeps every extreme and every gap."""
 
 from typing import NamedTuple
 
@@ -6,31 +6,28 @@ import numpy as np
 from tsdownsample import MinMaxDownsampler, MinMaxLTTBDownsampler
 
 _SHAPE, _EXTREMES = 1200, 1200
-"""Points that keep the shape of the line, and points that are each pixel's smallest and largest
-value.
-"""
+"""Points chosen by shape (LTTB), and points chosen as minimum and maximum of each pixel."""
 
 
 class Points(NamedTuple):
-    """A line to draw: NaN in y breaks it."""
+    """The points of a line; NaN in y breaks it."""
 
     x: np.ndarray
     y: np.ndarray
 
 
 def downsampled(step_S: np.ndarray, value_S: np.ndarray) -> Points:
-    """At most a few thousand points of a series: NaN is "no value" and breaks the line, ±inf is
-    left to `broken`.
+    """Return at most a few thousand points of a series; NaN breaks the line.
 
-    LTTB alone may drop one of two opposite spikes that share a bucket, and the NaN-aware variants
-    keep the NaN and drop the spike beside it; so the finite values are thinned, by shape and by
-    extremes, and the gaps put back.
+    LTTB alone may drop one of two opposite spikes in the same bucket, and its variants for NaN may
+    drop a spike beside a gap. Therefore the finite values are downsampled, by shape and by
+    extremes, and the gaps are inserted again. ±inf is left out, see `nonfinite_steps`.
     """
     kept = np.flatnonzero(np.isfinite(value_S))
     if not len(kept):
         return Points(np.array([]), np.array([]))
     x, y = step_S[kept], value_S[kept].astype(np.float32)
-    # A gap is where more steps are missing than the series' own cadence explains.
+    # A gap is a distance between samples of more than 1.5 times the usual one.
     cadence = np.median(np.diff(x)) if len(x) > 1 else 1
     gap_after = np.flatnonzero(np.diff(x) > 1.5 * cadence)
     if len(x) > _SHAPE + _EXTREMES:
@@ -47,9 +44,7 @@ def downsampled(step_S: np.ndarray, value_S: np.ndarray) -> Points:
 
 
 def nonfinite_steps(step_S: np.ndarray, value_S: np.ndarray, most: int = 400) -> np.ndarray:
-    """Steps at which the value was measured and was not finite; evenly fewer where there are very
-    many.
-    """
+    """Return the steps with a measured value that is not finite, evenly spaced if too many."""
     return _evenly(step_S[np.isinf(value_S)], most)
 
 

@@ -1,7 +1,7 @@
 """Heat maps of rows over steps, stacked on one time axis and one colour axis."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -10,7 +10,16 @@ from geodiag.dashboard.data.grid import Grid, row_name
 from geodiag.dashboard.data.timeline_marks import Mark
 from geodiag.dashboard.figures.colour_scale import shade
 from geodiag.dashboard.figures.event_marks import draw_marks
-from geodiag.dashboard.figures.style import EMPTY_PX, Theme, axis, base, empty, time_axis, upright
+from geodiag.dashboard.figures.style import (
+    EMPTY_PX,
+    Theme,
+    add_text,
+    axis,
+    base,
+    empty,
+    time_axis,
+    upright,
+)
 from geodiag.dashboard.figures.time_bins import Binned, binned
 from geodiag.metrics.schema import SITES
 
@@ -18,13 +27,15 @@ from geodiag.metrics.schema import SITES
 
 
 class Panel(NamedTuple):
-    """One heat map: a grid and the sentence above it."""
+    """One heat map: a grid and the title above it."""
 
     grid: Grid
     title: str
 
 
-_TITLE_PX, _AXIS_PX, _MOST_CROSSES = 30, 46, 300
+_TITLE_PX = 30
+_AXIS_PX = 46
+_MOST_CROSSES = 300
 
 
 def heat_map(
@@ -41,111 +52,175 @@ def heat_map(
     title: str = "step",
     nothing: str = "Not recorded in this run.",
 ) -> go.Figure:
-    """Rows in static order, the first on top. Thin lines are `marks`, a cursor is `step`, a frame
-    is `row`.
+    """Draw panels of rows over steps, the first row on top.
 
-    `centre` is the value that is drawn as neither high nor low, `extent` the time axis's range
-    where no window is given, `title` what that axis is called.
+    Vertical lines are `marks`, a dotted line is `step`, a frame marks `row`. `centre` is the value
+    in the middle of the colours, `step_extent` the range of the time axis if there is no window,
+    `title` the title of the time axis.
     """
     low, high = window or (None, None)
-    shown = [(p, p.grid.window(low, high).measured()) for p in panels]
-    shown = [(p, g) for p, g in shown if g.rows]
+    shown = [Panel(p.grid.window(low, high).measured(), p.title) for p in panels]
+    shown = [p for p in shown if p.grid.rows]
     if not shown:
         return empty(nothing, theme)
-    columns = [binned(g) for _, g in shown]
-    tall = _panel_pixels([len(g.rows) for _, g in shown])
-    inner = sum(tall) + _TITLE_PX * len(tall)
-    fig = base(theme, height_of([len(g.rows) for _, g in shown]))
-    every = np.concatenate([c.values_RB.ravel() for c in columns])
-    colours = shade(shown[0][1].metric, every, theme, centre)
-    bar = colours.axis.get("colorbar", {}) | {
-        "len": 1 - _TITLE_PX / inner,
-        "y": 0,
-        "yanchor": "bottom",
-    }
-    fig.update_layout(coloraxis=colours.axis | {"colorbar": bar}, margin={"t": 4, "b": 42})
-    top, domains = 1.0, []
-    for i, ((panel, grid), column, pixels) in enumerate(zip(shown, columns, tall, strict=True), 1):
-        top -= _TITLE_PX / inner
-        names = _names(grid, experts)
-        _panel(fig, column, names, i, colours.log, grid, theme)
-        ticks = _ticks(grid, names, experts)
-        fig.update_layout({
-            f"yaxis{_n(i)}": axis(
-                theme, "expert" if experts else "layer", domain=[max(0.0, top - pixels / inner), top],
-                type="category", autorange="reversed",
-                tickvals=[t[0] for t in ticks], ticktext=[t[1] for t in ticks], showgrid=False, anchor="x", ticks="",
-                categoryorder="array", categoryarray=names,
-            )
-        })  # fmt: skip
-        fig.add_annotation(
-            text=panel.title, x=0, y=top, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
-            showarrow=False, font={"size": 12.5, "color": theme.ink}, yshift=3, align="left",
-        )  # fmt: skip
-        if row in names:
-            at = names.index(row)
-            fig.add_shape(
-                type="rect", x0=0, x1=1, xref="x domain", y0=at - 0.5, y1=at + 0.5, yref=f"y{_n(i)}",
-                line={"color": theme.cursor, "width": 1},
-            )  # fmt: skip
-        domains.append((max(0.0, top - pixels / inner), top))
-        top -= pixels / inner
-    first, last = min(c.left_B[0] for c in columns), max(c.left_B[-1] + c.width for c in columns)
-    reach = window or (
-        (step_extent[0] - 0.5, step_extent[1] + 0.5) if step_extent else (first - 0.5, last - 0.5)
-    )
-    fig.update_layout(
-        xaxis=time_axis(theme, reach, title, anchor=f"y{_n(len(shown))}", showgrid=False)
-    )
+    rows = [len(p.grid.rows) for p in shown]
+    columns = [binned(p.grid) for p in shown]
+    domains = _domains(rows)
+    fig = base(theme, height_of(rows))
+    log = _layout_colours(fig, shown, columns, centre, theme)
+    for i, (panel, column) in enumerate(zip(shown, columns, strict=True), 1):
+        _draw_panel(fig, panel, column, i, domains[i - 1], log, experts, theme)
+        _frame_row(fig, panel.grid, row, i, experts, theme)
+    first = min(c.left_B[0] for c in columns)
+    last = max(c.left_B[-1] + c.width for c in columns)
+    reach = window or _half_step_around(step_extent or (first, last - 1))
+    anchor = f"y{_n(len(shown))}"
+    fig.update_layout(xaxis=time_axis(theme, reach, title, anchor=anchor, showgrid=False))
     draw_marks(fig, marks, (first, last), theme, domains)
     if step is not None:
-        fig.update_layout(
-            shapes=[*fig.layout.shapes, *(upright(step, theme.ink, "dot", d) for d in domains)]
-        )
+        cursor = [upright(step, theme.ink, "dot", d) for d in domains]
+        fig.update_layout(shapes=[*fig.layout.shapes, *cursor])
     return fig
 
 
+def _half_step_around(steps: tuple[int, int]) -> tuple[float, float]:
+    return steps[0] - 0.5, steps[1] + 0.5
+
+
+def _domains(rows: Sequence[int]) -> list[tuple[float, float]]:
+    """The vertical domain of each panel, with room for its title above it."""
+    heights = _panel_pixels(rows)
+    plot_px = sum(heights) + _TITLE_PX * len(heights)
+    top = 1.0
+    domains = []
+    for pixels in heights:
+        top -= _TITLE_PX / plot_px
+        bottom = top - pixels / plot_px
+        domains.append((max(0.0, bottom), top))
+        top = bottom
+    return domains
+
+
+def _layout_colours(
+    fig: go.Figure,
+    panels: Sequence[Panel],
+    columns: Sequence[Binned],
+    centre: float | None,
+    theme: Theme,
+) -> bool:
+    """Set the common colour axis; return True if values enter it as logarithms."""
+    values = np.concatenate([c.values_RB.ravel() for c in columns])
+    colours = shade(panels[0].grid.metric, values, theme, centre)
+    heights = _panel_pixels([len(p.grid.rows) for p in panels])
+    length = 1 - _TITLE_PX / (sum(heights) + _TITLE_PX * len(heights))
+    bar = colours.axis.get("colorbar", {}) | {"len": length, "y": 0, "yanchor": "bottom"}
+    fig.update_layout(coloraxis=colours.axis | {"colorbar": bar}, margin={"t": 4, "b": 42})
+    return colours.log
+
+
+def _frame_row(
+    fig: go.Figure, grid: Grid, row: str | None, i: int, experts: bool, theme: Theme
+) -> None:
+    names = _names(grid, experts)
+    if row not in names:
+        return
+    at = names.index(row)
+    fig.add_shape(
+        type="rect",
+        x0=0,
+        x1=1,
+        xref="x domain",
+        y0=at - 0.5,
+        y1=at + 0.5,
+        yref=f"y{_n(i)}",
+        line={"color": theme.cursor, "width": 1},
+    )
+
+
 def height_of(rows: Sequence[int]) -> int:
-    """Pixels of a heat map whose panels have so many rows; of the sentence in its place where there
-    are none.
+    """Return the height in pixels of a heat map whose panels have so many rows.
+
+    Without any row: the height of the sentence in its place.
     """
-    tall = _panel_pixels(rows)
-    return round(sum(tall) + _TITLE_PX * len(tall) + _AXIS_PX) if tall else EMPTY_PX
+    heights = _panel_pixels(rows)
+    if not heights:
+        return EMPTY_PX
+    return round(sum(heights) + _TITLE_PX * len(heights) + _AXIS_PX)
 
 
 def _panel_pixels(rows: Sequence[int]) -> list[float]:
     return [_row_pixels(n) * n for n in rows if n]
 
 
-def _panel(
-    fig: go.Figure, column: Binned, names: list[str], i: int, log: bool, grid: Grid, theme: Theme
+def _draw_panel(
+    fig: go.Figure,
+    panel: Panel,
+    column: Binned,
+    i: int,
+    domain: tuple[float, float],
+    log: bool,
+    experts: bool,
+    theme: Theme,
+) -> None:
+    """Draw the axis, the title and the values of panel `i`."""
+    names = _names(panel.grid, experts)
+    ticks = _ticks(panel.grid, names, experts)
+    rows: dict[str, Any] = {"type": "category", "autorange": "reversed"}
+    rows |= {"categoryorder": "array", "categoryarray": names}
+    rows |= {"tickvals": [t[0] for t in ticks], "ticktext": [t[1] for t in ticks], "ticks": ""}
+    title = "expert" if experts else "layer"
+    fig.update_layout(
+        {f"yaxis{_n(i)}": axis(theme, title, domain=domain, showgrid=False, anchor="x", **rows)}
+    )
+    add_text(fig, panel.title, 0, domain[1], theme.ink, yshift=3)
+    _draw_values(fig, column, names, i, log, panel.grid)
+    _draw_crosses(fig, column, names, i, theme)
+
+
+def _draw_values(
+    fig: go.Figure, column: Binned, names: list[str], i: int, log: bool, grid: Grid
 ) -> None:
     value_RB = np.where(np.isinf(column.values_RB), np.nan, column.values_RB)
-    when = (
-        f"worst of {column.width} steps around %{{x:,.0f}}" if column.merged else "step %{x:,.0f}"
-    )
+    when = "step %{x:,.0f}"
+    if column.merged:
+        when = f"worst of {column.width} steps around %{{x:,.0f}}"
     shown = {"z": value_RB}
     if log:
-        # A zero is a value, the lowest colour there is; only NaN may look like a gap.
+        # A zero gets the lowest colour: only NaN may be drawn as a gap.
         shown = {"z": np.log10(np.maximum(value_RB, 1e-30)), "customdata": value_RB}
     number = _hover("customdata" if log else "z", grid.metric.unit)
     fig.add_heatmap(
-        **shown, x0=float(column.left_B[0]) + (column.width - 1) / 2, dx=column.width, y=names, coloraxis="coloraxis",
-        yaxis=f"y{_n(i)}", hovertemplate=f"<b>%{{y}}</b> · {when}<br>{grid.metric.name} {number}<extra></extra>",
-        hoverongaps=False, name=grid.metric.name,
-    )  # fmt: skip
+        **shown,
+        x0=float(column.left_B[0]) + (column.width - 1) / 2,
+        dx=column.width,
+        y=names,
+        coloraxis="coloraxis",
+        yaxis=f"y{_n(i)}",
+        hovertemplate=f"<b>%{{y}}</b> · {when}<br>{grid.metric.name} {number}<extra></extra>",
+        hoverongaps=False,
+        name=grid.metric.name,
+    )
+
+
+def _draw_crosses(fig: go.Figure, column: Binned, names: list[str], i: int, theme: Theme) -> None:
+    """A cross at each value that was measured and is not finite, fewer if there are very many."""
     r, b = np.nonzero(np.isinf(column.values_RB))
-    if len(r):
-        some = slice(None, None, max(1, len(r) // _MOST_CROSSES))
-        fig.add_scatter(
-            x=column.left_B[b[some]] + (column.width - 1) / 2, y=[names[k] for k in r[some]], yaxis=f"y{_n(i)}",
-            mode="markers", marker={"symbol": "x-thin", "size": 6, "line": {"width": 1.5, "color": theme.spike}},
-            hovertemplate="<b>%{y}</b> · step %{x:,.0f}<br>NaN or infinite<extra></extra>",
-        )  # fmt: skip
+    if not len(r):
+        return
+    some = slice(None, None, max(1, len(r) // _MOST_CROSSES))
+    line = {"width": 1.5, "color": theme.spike}
+    fig.add_scatter(
+        x=column.left_B[b[some]] + (column.width - 1) / 2,
+        y=[names[k] for k in r[some]],
+        yaxis=f"y{_n(i)}",
+        mode="markers",
+        marker={"symbol": "x-thin", "size": 6, "line": line},
+        hovertemplate="<b>%{y}</b> · step %{x:,.0f}<br>NaN or infinite<extra></extra>",
+    )
 
 
 def _hover(value: str, unit: str) -> str:
-    """A value under the pointer: `59.4%`, `×1.019`, `3.2 nats`."""
+    """Return the hover text of a value: `59.4%`, `×1.019`, `3.2 nats`."""
     if unit == "share":
         return f"%{{{value}:.3p}}"
     if unit == "×":
@@ -158,9 +233,7 @@ def _names(grid: Grid, experts: bool) -> list[str]:
 
 
 def _ticks(grid: Grid, names: list[str], experts: bool) -> list[tuple[str, str]]:
-    """(row, label) of the rows that get a label: every row where there is room, else every so many
-    layers.
-    """
+    """Return (row, label) of the rows that get a label: every row if there is room."""
     several = len({r[1] for r in grid.rows}) > 1
     if len(names) <= 16:
         label = [
@@ -177,7 +250,10 @@ def _ticks(grid: Grid, names: list[str], experts: bool) -> list[tuple[str, str]]
 
 
 def _row_pixels(rows: int) -> float:
-    return 24 if rows <= 12 else 18 if rows <= 16 else 8 if rows <= 40 else max(2.5, 280 / rows)
+    for most, pixels in ((12, 24.0), (16, 18.0), (40, 8.0)):
+        if rows <= most:
+            return pixels
+    return max(2.5, 280 / rows)
 
 
 def _n(i: int) -> str:

@@ -1,6 +1,4 @@
-"""Lines over steps: a few small panels on one time axis, each with its unit, its colours named
-beside it.
-"""
+"""Lines over steps: a few panels on one time axis, each with its unit and a legend beside it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,9 +13,7 @@ from geodiag.dashboard.figures.style import Theme, axis, base, empty, ticks_of, 
 
 
 class Line(NamedTuple):
-    """One series: what it is called beside the panel, and its values (see
-    `geodiag.dashboard.data.grid`).
-    """
+    """One series: its label beside the panel, and its values (see `geodiag.dashboard.data.grid`)."""
 
     label: str
     step_S: np.ndarray
@@ -32,7 +28,8 @@ class Strip(NamedTuple):
     unit: str = ""
 
 
-_GAP_PX, _STRIP_PX = 18, 118
+_GAP_PX = 18
+_STRIP_PX = 118
 
 
 def over_steps(
@@ -44,9 +41,9 @@ def over_steps(
     step_extent: tuple[int, int] | None = None,
     nothing: str = "Not recorded in this run.",
 ) -> go.Figure:
-    """Panels of lines; series without a single value are left out, and panels without series too.
+    """Draw panels of lines. Series without any value and panels without series are left out.
 
-    `extent` is the range of the time axis where there is no window.
+    `step_extent` is the range of the time axis if there is no window.
     """
     shown = [s._replace(lines=[_cut(n, window) for n in s.lines]) for s in strips]
     shown = [s._replace(lines=[n for n in s.lines if not np.isnan(n.value_S).all()]) for s in shown]
@@ -59,7 +56,7 @@ def over_steps(
     for i, strip in enumerate(shown, 1):
         n = "" if i == 1 else str(i)
         domain = [max(0.0, top - _STRIP_PX / inner), top]
-        # A rate that stayed 0 must not be drawn as if it could be negative.
+        # The axis of a rate that is always 0 must not extend below 0.
         below = any((line.value_S < 0).any() for line in strip.lines)
         mode = "normal" if below else "nonnegative"
         kind = {"domain": domain, "anchor": "x", "nticks": 5, "rangemode": mode}
@@ -81,12 +78,20 @@ def over_steps(
             for x, c in zip(strip.lines, theme.series, strict=False)
         ]
         fig.add_annotation(
-            text="<br>".join(names), x=1.005, y=top, xref="paper", yref="paper", xanchor="left", yanchor="top",
-            align="left", showarrow=False, font={"size": 11},
-        )  # fmt: skip
+            text="<br>".join(names),
+            x=1.005,
+            y=top,
+            xref="paper",
+            yref="paper",
+            xanchor="left",
+            yanchor="top",
+            align="left",
+            showarrow=False,
+            font={"size": 11},
+        )
         top -= (_STRIP_PX + _GAP_PX) / inner
     reach = window or ((step_extent[0] - 0.5, step_extent[1] + 0.5) if step_extent else None)
-    fig.update_layout(margin={"t": 22})  # where the buttons appear, above the names of the lines
+    fig.update_layout(margin={"t": 22})  # room for the buttons above the legend
     fig.update_layout(
         xaxis=time_axis(theme, reach, anchor=f"y{'' if len(shown) == 1 else len(shown)}")
     )

@@ -1,6 +1,4 @@
-"""Residual maps of one layer beside what they compound to: small heat maps with their numbers, then
-and now.
-"""
+"""Residual maps of one layer and their product as small heat maps, before a step and at it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,14 +12,14 @@ from geodiag.dashboard.figures.style import Theme, axis, base, empty
 
 
 class Tile(NamedTuple):
-    """One matrix and what it is called."""
+    """One matrix and its title."""
 
     title: str
     cell_NN: np.ndarray
 
     @property
     def gain(self) -> float:
-        """Its largest absolute row sum: how much it can stretch what passes forward."""
+        """Largest absolute row sum: the largest factor by which the map can amplify a stream."""
         return float(np.abs(self.cell_NN.sum(1)).max())
 
 
@@ -31,8 +29,9 @@ _TITLE_PX, _GAP, _APART, _FEW = 19, 0.02, 0.05, 6
 def residual_maps(
     groups: Sequence[tuple[str, Sequence[Tile]]], theme: Theme, nothing: str, tile_px: int = 132
 ) -> go.Figure:
-    """Groups of (when, tiles), side by side. Rows of a matrix are streams out, columns streams in;
-    0 has no colour.
+    """Draw groups of (when, tiles) side by side.
+
+    Rows of a matrix are streams out, columns streams in; 0 has the paper colour.
     """
     groups = [(when, tiles) for when, tiles in groups if tiles]
     if not groups:
@@ -49,7 +48,7 @@ def residual_maps(
     reach = max(1.0, *(float(np.nanmax(np.abs(t.cell_NN))) for _, tiles in groups for t in tiles))
     left, i, high = 0.0, 0, tile_px / inner
     for when, tiles in groups:
-        _say(fig, when, left, high + 2 * _TITLE_PX / inner, theme.soft, 11.5)
+        _draw_text(fig, when, left, high + 2 * _TITLE_PX / inner, theme.soft, 11.5)
         for tile in tiles:
             i += 1
             _tile(fig, tile, i, (left, min(1.0, left + wide)), (0, high), theme)
@@ -67,28 +66,44 @@ def _tile(
 ) -> None:
     n = "" if i == 1 else str(i)
     hidden = axis(theme, showgrid=False, showticklabels=False, ticks="")
-    fig.update_layout({
-        f"xaxis{n}": hidden | {"domain": x, "anchor": f"y{n}"},
-        f"yaxis{n}": hidden | {"domain": y, "anchor": f"x{n}", "autorange": "reversed"},
-    })  # fmt: skip
+    fig.update_layout(
+        {
+            f"xaxis{n}": hidden | {"domain": x, "anchor": f"y{n}"},
+            f"yaxis{n}": hidden | {"domain": y, "anchor": f"x{n}", "autorange": "reversed"},
+        }
+    )
     fig.add_heatmap(
-        z=tile.cell_NN, text=[[_short(v) for v in row] for row in tile.cell_NN],
-        xaxis=f"x{n}", yaxis=f"y{n}", coloraxis="coloraxis", xgap=1, ygap=1,
-        texttemplate="%{text}" if len(tile.cell_NN) <= 4 else None, textfont={"size": 9.5},
+        z=tile.cell_NN,
+        text=[[_short(v) for v in row] for row in tile.cell_NN],
+        xaxis=f"x{n}",
+        yaxis=f"y{n}",
+        coloraxis="coloraxis",
+        xgap=1,
+        ygap=1,
+        texttemplate="%{text}" if len(tile.cell_NN) <= 4 else None,
+        textfont={"size": 9.5},
         hovertemplate=f"{tile.title}<br>out %{{y}}, in %{{x}}: %{{z:.4f}}<extra></extra>",
-    )  # fmt: skip
-    _say(fig, f"<b>{tile.title}</b><br>gain ×{tile.gain:.3g}", x[0], y[1], theme.ink, 11)
+    )
+    _draw_text(fig, f"<b>{tile.title}</b><br>gain ×{tile.gain:.3g}", x[0], y[1], theme.ink, 11)
 
 
-def _say(fig: go.Figure, text: str, x: float, y: float, colour: str, size: float) -> None:
+def _draw_text(fig: go.Figure, text: str, x: float, y: float, colour: str, size: float) -> None:
     fig.add_annotation(
-        text=text, x=x, y=y, xref="paper", yref="paper", xanchor="left", yanchor="bottom", showarrow=False,
-        font={"size": size, "color": colour}, align="left",
-    )  # fmt: skip
+        text=text,
+        x=x,
+        y=y,
+        xref="paper",
+        yref="paper",
+        xanchor="left",
+        yanchor="bottom",
+        showarrow=False,
+        font={"size": size, "color": colour},
+        align="left",
+    )
 
 
 def _short(value: float) -> str:
-    """Three characters at most, so that four fit side by side: `.91`, `−.04`, `1.5`, `12`."""
+    """Format a number in at most four characters: `.91`, `−.04`, `1.5`, `12`."""
     if abs(value) < 0.995:
         return f"{value:.2f}".replace("0.", ".", 1).replace("-", "−").replace("−.00", ".00")
     return (

@@ -1,4 +1,4 @@
-"""The maps of one site as small heat maps with their numbers: H_res N×N, H_pre and H_post 1×N."""
+"""The maps of one site as heat maps with numbers: H_res (N×N), H_pre and H_post (1×N)."""
 
 import numpy as np
 import plotly.graph_objects as go
@@ -11,39 +11,57 @@ _DOMAINS = {
     "pre": ((0.7, 1.0), (0.56, 0.74)),
     "post": ((0.7, 1.0), (0.08, 0.26)),
 }
-"""Where each map stands: (x, y) in the figure."""
+"""Domains (x, y) of each map in the figure."""
 
 
 def map_matrices(maps: dict[str, np.ndarray], theme: Theme, height: int = 250) -> go.Figure:
-    """Rows are streams out, columns streams in. Colour runs from −1 to 1 at least, with 0 in the
-    middle.
+    """Draw the maps: rows are streams out, columns streams in.
+
+    The colours reach at least from −1 to 1, with 0 in the middle.
     """
     if not maps:
-        return empty("No token-mean maps on record for this site up to this step.", theme, height)
+        return empty(
+            "No token-mean maps were recorded for this site up to this step.", theme, height
+        )
     if not any(np.isfinite(m).any() for m in maps.values()):
         return empty("The maps of this site are not finite here.", theme, height)
     fig = base(theme, height)
     reach = max(1.0, *(float(np.nanmax(np.abs(m))) for m in maps.values()))
     rows = {
         k: m.reshape(1, -1) if 1 in m.shape else m for k, m in maps.items()
-    }  # a column of numbers reads as a row
+    }  # a column is drawn as a row
     for i, (name, cell_NN) in enumerate(((k, rows[k]) for k in _NAMES if k in rows), 1):
         x, y = _DOMAINS[name]
         n = "" if i == 1 else str(i)
         hidden = axis(theme, showgrid=False, showticklabels=False, ticks="")
-        fig.update_layout({
-            f"xaxis{n}": hidden | {"domain": x, "anchor": f"y{n}", "constrain": "domain"},
-            f"yaxis{n}": hidden | {"domain": y, "anchor": f"x{n}", "autorange": "reversed"},
-        })  # fmt: skip
+        fig.update_layout(
+            {
+                f"xaxis{n}": hidden | {"domain": x, "anchor": f"y{n}", "constrain": "domain"},
+                f"yaxis{n}": hidden | {"domain": y, "anchor": f"x{n}", "autorange": "reversed"},
+            }
+        )
         fig.add_heatmap(
-            z=cell_NN, xaxis=f"x{n}", yaxis=f"y{n}", coloraxis="coloraxis", xgap=2, ygap=2,
-            texttemplate="%{z:.2f}" if cell_NN.shape[1] <= 8 else None, textfont={"size": 11 if name == "res" else 9},
+            z=cell_NN,
+            xaxis=f"x{n}",
+            yaxis=f"y{n}",
+            coloraxis="coloraxis",
+            xgap=2,
+            ygap=2,
+            texttemplate="%{z:.2f}" if cell_NN.shape[1] <= 8 else None,
+            textfont={"size": 11 if name == "res" else 9},
             hovertemplate=f"{_NAMES[name]} out %{{y}}, in %{{x}}<br>%{{z:.4f}}<extra></extra>",
-        )  # fmt: skip
+        )
         fig.add_annotation(
-            text=_NAMES[name], x=x[0], y=y[1], xref="paper", yref="paper", xanchor="left", yanchor="bottom",
-            showarrow=False, font={"size": 13, "color": theme.ink},
-        )  # fmt: skip
+            text=_NAMES[name],
+            x=x[0],
+            y=y[1],
+            xref="paper",
+            yref="paper",
+            xanchor="left",
+            yanchor="bottom",
+            showarrow=False,
+            font={"size": 13, "color": theme.ink},
+        )
     fig.update_layout(
         coloraxis={"colorscale": theme.gain, "cmin": -reach, "cmax": reach, "showscale": False},
         margin={"l": 12, "r": 12, "t": 8, "b": 8},

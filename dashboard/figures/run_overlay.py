@@ -1,5 +1,6 @@
-"""Several runs on one axis: a panel a quantity, a line a run, told apart by colour, from the fifth
-on by dashes too.
+"""Several runs on one axis: one panel per metric, one line per run.
+
+Runs differ in colour, from the fifth on also in the dashes of their lines.
 """
 
 from collections.abc import Sequence
@@ -15,14 +16,16 @@ from geodiag.dashboard.figures.style import Theme, axis, base, empty, time_axis,
 # S steps.
 
 DASHES = ("solid", "dash", "dot")
-_TOP_PX, _LINE_PX, _GAP_PX, _AXIS_PX = 14, 20, 20, 46
+_TOP_PX = 14
+_LINE_PX = 20
+_GAP_PX = 20
+_AXIS_PX = 46
 _LETTER_PX, _LEGEND_PX = 7, 560
-"""Room that a name takes in the legend, and that there is in a row of it, in the narrowest window.
-"""
+"""Width of a character in the legend, and of a row of the legend in the narrowest window."""
 
 
 class Ring(NamedTuple):
-    """A spike: where it began, and what is said of it."""
+    """A spike: the step and loss of its onset, and its hover text."""
 
     step: int
     value: float | None
@@ -30,7 +33,7 @@ class Ring(NamedTuple):
 
 
 class Track(NamedTuple):
-    """One run: its name, its steps, where each stands on the axis, and its spikes."""
+    """One run: its label, its steps, the position of each step on the axis, its spikes."""
 
     label: str
     step_S: np.ndarray
@@ -39,32 +42,33 @@ class Track(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One quantity of every run, in the order of the tracks."""
+    """One metric of every run, in the order of the tracks."""
 
     title: str
     unit: str
     values: Sequence[np.ndarray]
     pixels: int
     floor: float | None = None
-    """Of scores, which have a logarithmic axis: what lies below is drawn here."""
+    """Lower end of a logarithmic axis of scores; smaller values are drawn there."""
     alert: float | None = None
-    """A dotted line at the value from which it is not noise."""
+    """Position of a dotted line: scores above it are not noise."""
 
 
 def stroke(i: int, theme: Theme) -> tuple[str, str]:
-    """Colour and dash of the run number `i`."""
+    """Return colour and dash of run number `i`."""
     return theme.series[i % len(theme.series)], DASHES[i // len(theme.series) % len(DASHES)]
 
 
 def overlay(
     tracks: Sequence[Track], panels: Sequence[Panel], theme: Theme, of: str = "step"
 ) -> go.Figure:
-    """Panels from top to bottom; the first has the rings. `of` is what the axis counts: `step`,
-    `tokens`.
+    """Draw the panels from top to bottom; rings mark spikes in the first one.
+
+    `of` is the unit of the axis: `step` or `tokens`.
     """
     panels = [p for p in panels if any(np.isfinite(v).any() for v in p.values)]
     if not panels:
-        return empty("None of these runs has it on record.", theme, 160)
+        return empty("Not recorded in any of these runs.", theme, 160)
     inner = sum(p.pixels for p in panels) + _GAP_PX * (len(panels) - 1)
     rows = -(-sum(_LETTER_PX * len(t.label) + 48 for t in tracks) // _LEGEND_PX)
     above = _TOP_PX + _LINE_PX * rows
@@ -80,9 +84,15 @@ def overlay(
                 _rings(fig, track, k, theme)
         if panel.alert is not None:
             fig.add_shape(
-                type="line", x0=0, x1=1, xref="x domain", y0=panel.alert, y1=panel.alert, yref=f"y{n}",
+                type="line",
+                x0=0,
+                x1=1,
+                xref="x domain",
+                y0=panel.alert,
+                y1=panel.alert,
+                yref=f"y{n}",
                 line={"color": theme.spike, "width": 1, "dash": "dot"},
-            )  # fmt: skip
+            )
         top = domain[0] - _GAP_PX / inner
     ends = [float(x) for t in tracks for x in (t.x_S[:1], t.x_S[-1:]) for x in x]
     pad = 0.5 if of == "step" else 0.0
@@ -114,7 +124,7 @@ def _height(panel: Panel, domain: tuple[float, float], theme: Theme) -> dict:
         return axis(theme, titled(panel.title, panel.unit), **kind)
     finite = [float(v[np.isfinite(v)].max()) for v in panel.values if np.isfinite(v).any()]
     reach = max(*finite, 2 * (panel.alert or panel.floor), 2 * panel.floor)
-    ticks = [3.0 * 2**i for i in range(20)]  # those of robust z elsewhere
+    ticks = [3.0 * 2**i for i in range(20)]  # the same ticks as on other axes of robust z
     kind |= {"type": "log", "range": [float(np.log10(panel.floor)), float(np.log10(1.15 * reach))]}
     return axis(
         theme,
@@ -126,7 +136,7 @@ def _height(panel: Panel, domain: tuple[float, float], theme: Theme) -> dict:
 def _line(
     fig: go.Figure, track: Track, panel: Panel, value_S: np.ndarray, k: int, n: str, theme: Theme
 ) -> None:
-    """Thinned by steps, of which each knows its place on the axis: gaps are gaps in steps."""
+    """Downsample by steps, then move each point to its position on the axis."""
     colour, dash = stroke(k, theme)
     before = len(fig.data)
     shown_S = value_S if panel.floor is None else np.maximum(value_S, panel.floor)  # NaN stays NaN
@@ -157,8 +167,18 @@ def _rings(fig: go.Figure, track: Track, k: int, theme: Theme) -> None:
         return
     colour, _ = stroke(k, theme)
     fig.add_scatter(
-        x=np.interp([r.step for r in known], track.step_S, track.x_S), y=[r.value for r in known], mode="markers",
-        marker={"symbol": "circle-open", "size": 13, "color": colour, "line": {"width": 2.4, "color": colour}},
-        name=escape(track.label), legendgroup=str(k), showlegend=False, text=[escape(r.text) for r in known],
+        x=np.interp([r.step for r in known], track.step_S, track.x_S),
+        y=[r.value for r in known],
+        mode="markers",
+        marker={
+            "symbol": "circle-open",
+            "size": 13,
+            "color": colour,
+            "line": {"width": 2.4, "color": colour},
+        },
+        name=escape(track.label),
+        legendgroup=str(k),
+        showlegend=False,
+        text=[escape(r.text) for r in known],
         hovertemplate="%{text}<extra></extra>",
-    )  # fmt: skip
+    )

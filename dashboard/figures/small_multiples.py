@@ -1,6 +1,4 @@
-"""Small multiples: one strip a series on one time axis, each with its name above it and its usual
-range behind it.
-"""
+"""Small multiples: one strip per series on one time axis, with its usual range as a band."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,25 +20,26 @@ from geodiag.dashboard.figures.style import (
 
 
 class Strip(NamedTuple):
-    """One series: its name, what is said beside it, its values, and the range that is usual for it."""
+    """One series: its name, a note beside the name, its values, and its usual range."""
 
     name: str
-    said: str
+    note: str
     step_S: np.ndarray
     value_S: np.ndarray
     usual: tuple[float, float] | None
     unit: str = ""
 
 
-_STRIP_PX, _TITLE_PX = 52, 27
+_STRIP_PX = 52
+_TITLE_PX = 27
 _FEW = 24
-"""Fewer samples than this are seen as dots too: a line alone would hide how few they are."""
+"""Series with fewer samples also get dots, because a line alone hides how few they are."""
 
 
 def small_multiples(
     strips: Sequence[Strip], theme: Theme, window: tuple[int, int], cursor: int | None, nothing: str
 ) -> go.Figure:
-    """Strips from top to bottom; a dotted line at `cursor`."""
+    """Draw the strips from top to bottom, with a dotted line at step `cursor`."""
     low, high = window
     shown = [
         s for s in strips if ((s.step_S >= low) & (s.step_S <= high) & ~np.isnan(s.value_S)).any()
@@ -62,15 +61,31 @@ def small_multiples(
             }
         )
         fig.add_annotation(
-            text=f'<b>{strip.name}</b>  <span style="color:{theme.soft}">{strip.said}</span>', x=0, y=top, xref="paper",
-            yref="paper", xanchor="left", yanchor="bottom", yshift=3, showarrow=False,
-            xshift=-40, font={"size": 11.5, "color": theme.ink},
-        )  # fmt: skip
+            text=f'<b>{strip.name}</b>  <span style="color:{theme.soft}">{strip.note}</span>',
+            x=0,
+            y=top,
+            xref="paper",
+            yref="paper",
+            xanchor="left",
+            yanchor="bottom",
+            yshift=3,
+            showarrow=False,
+            xshift=-40,
+            font={"size": 11.5, "color": theme.ink},
+        )
         if strip.usual is not None:
             fig.add_shape(
-                type="rect", x0=0, x1=1, xref="x domain", y0=strip.usual[0], y1=strip.usual[1], yref=f"y{n}",
-                fillcolor=faded(theme.on, 0.16), line_width=0, layer="below",
-            )  # fmt: skip
+                type="rect",
+                x0=0,
+                x1=1,
+                xref="x domain",
+                y0=strip.usual[0],
+                y1=strip.usual[1],
+                yref=f"y{n}",
+                fillcolor=faded(theme.on, 0.16),
+                line_width=0,
+                layer="below",
+            )
         if cursor is not None:
             fig.add_shape(upright(cursor, theme.ink, "dot", domain))
         inside = (strip.step_S >= low - 1) & (strip.step_S <= high + 1)

@@ -1,6 +1,4 @@
-"""Columns of a heat map: one a sampled step while there is room, else the worst value of each run
-of steps.
-"""
+"""Columns of a heat map: one per sampled step, or the worst value of several steps."""
 
 from typing import NamedTuple
 
@@ -9,7 +7,7 @@ import numpy as np
 from geodiag.dashboard.data.grid import Grid
 
 COLUMNS = 1200
-"""About the pixels there are; more would cost time and show nothing."""
+"""Most columns of a heat map, about as many as pixels on a screen."""
 
 
 class Binned(NamedTuple):
@@ -19,11 +17,11 @@ class Binned(NamedTuple):
     width: int
     values_RB: np.ndarray
     merged: bool
-    """Whether a column stands for more than one sample."""
+    """True if a column holds more than one sample."""
 
 
 def binned(grid: Grid, columns: int = COLUMNS) -> Binned:
-    """The worst value of each column, see `_worst`. NaN only where all are NaN."""
+    """Return the worst value of each column (see `_worst`), NaN only where all are NaN."""
     sampled = np.flatnonzero(~np.isnan(grid.values_RS).all(0))
     steps, values_RS = grid.steps_S[sampled].astype(np.int64), grid.values_RS[:, sampled]
     if not len(steps):
@@ -40,8 +38,9 @@ def binned(grid: Grid, columns: int = COLUMNS) -> Binned:
 
 
 def _worst(values_RS: np.ndarray, starts: np.ndarray, worse: str | None) -> np.ndarray:
-    """One value a run of columns. Where neither end is bad, the value furthest from the row's usual
-    one.
+    """Return the worst value of each group of columns.
+
+    If neither high nor low is bad: the value furthest from the median of the row.
     """
     if worse == "low":
         return np.fmin.reduceat(values_RS, starts, axis=1)
@@ -54,10 +53,10 @@ def _worst(values_RS: np.ndarray, starts: np.ndarray, worse: str | None) -> np.n
 
 
 def worst_step(grid: Grid, row: int, left: int, width: int) -> int | None:
-    """The step of `row`'s worst value in one column: what a click on the column means."""
-    part = grid.window(left, left + width - 1)
-    values = part.values_RS[row]
+    """Return the step of the worst value of `row` in one column, e.g. a clicked one."""
+    column = grid.window(left, left + width - 1)
+    values = column.values_RS[row]
     if np.isnan(values).all():
         return None
     pick = np.nanargmin if grid.metric.worse == "low" else np.nanargmax
-    return int(part.steps_S[pick(values)])
+    return int(column.steps_S[pick(values)])

@@ -1,6 +1,4 @@
-"""The overview: loss with what happened to it, gradient norm, and the three stages, on one time
-axis.
-"""
+"""The timeline of the overview: loss with events, gradient norm, stage scores."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +11,7 @@ from geodiag.dashboard.data.step_table import SupersededSteps
 from geodiag.dashboard.data.timeline_marks import Mark, RoutingSpan, SpikeMark
 from geodiag.dashboard.figures.colour_scale import robust_z, z_shade
 from geodiag.dashboard.figures.curve import draw_curve
-from geodiag.dashboard.figures.event_marks import draw_marks, draw_superseded
+from geodiag.dashboard.figures.event_marks import draw_marks, draw_superseded, routing_colour
 from geodiag.dashboard.figures.style import (
     FEW_STEPS,
     Theme,
@@ -30,10 +28,10 @@ from geodiag.metrics.schema import METRICS
 
 # S steps.
 
-STAGES = ("1 curvature", "2 chart", "3 amplification")
+STAGES = ("1 curvature", "2 routing", "3 amplification")
+"""Short names of the stages, for axes."""
 _DOMAINS = {"loss": (0.5, 1.0), "grad_norm": (0.25, 0.44), "stages": (0.0, 0.19)}
 _MOST_BANDS = 80
-_WORDS = {"warmup": "routing warms up", "on": "anticipatory routing on", "drain": "draining"}
 
 
 def timeline(
@@ -48,10 +46,10 @@ def timeline(
     superseded: Sequence[SupersededSteps] = (),
     height: int = 640,
 ) -> go.Figure:
-    """`steps` is table `steps` by column; `window` the visible range of steps; `step` gets a
-    cursor.
+    """Draw the timeline.
 
-    `undone` is what was rolled back: it stays, faintly.
+    `steps` is table `steps` by column, `window` the visible range; a dotted line marks `step`.
+    Steps that later attempts replaced (`superseded`) are faint lines.
     """
     if not len(steps["step"]):
         return empty("Waiting for the first step.", theme, height)
@@ -101,39 +99,61 @@ def _stages(fig: go.Figure, seen: dict[str, np.ndarray], theme: Theme) -> None:
         yaxis3={"tickvals": [0, 1, 2], "ticktext": list(STAGES)}, coloraxis=robust_z(theme, 0.19)
     )
     if not len(columns.left_B):
-        fig.add_scatter(
-            x=[None], y=[None], yaxis="y3", hoverinfo="skip"
-        )  # keeps the axis, and the steps below it
+        fig.add_scatter(x=[None], y=[None], yaxis="y3", hoverinfo="skip")  # keeps the axis
         fig.update_layout(
             yaxis3={"autorange": False, "range": [2.5, -0.5]}, coloraxis={"showscale": False}
         )
         fig.add_annotation(
-            text="No stage scores here.", x=0.5, xref="paper", y=sum(_DOMAINS["stages"]) / 2, yref="paper",
-            showarrow=False, font={"size": 13, "color": theme.soft},
-        )  # fmt: skip
+            text="No stage scores in this range.",
+            x=0.5,
+            xref="paper",
+            y=sum(_DOMAINS["stages"]) / 2,
+            yref="paper",
+            showarrow=False,
+            font={"size": 13, "color": theme.soft},
+        )
         return
     fig.add_heatmap(
-        z=z_shade(columns.values_RB), customdata=columns.values_RB,
-        x0=float(columns.left_B[0]) + (columns.width - 1) / 2, dx=columns.width, y=[0, 1, 2],
-        yaxis="y3", coloraxis="coloraxis", ygap=3, name="stage",
-        hovertemplate="%{customdata:.1f} robust z<extra>stage %{y}</extra>", hoverongaps=False,
-    )  # fmt: skip
+        z=z_shade(columns.values_RB),
+        customdata=columns.values_RB,
+        x0=float(columns.left_B[0]) + (columns.width - 1) / 2,
+        dx=columns.width,
+        y=[0, 1, 2],
+        yaxis="y3",
+        coloraxis="coloraxis",
+        ygap=3,
+        name="stage",
+        hovertemplate="%{customdata:.1f} robust z<extra>stage %{y}</extra>",
+        hoverongaps=False,
+    )
 
 
 def _bands(fig: go.Figure, spans: Sequence[RoutingSpan], low: int, high: int, theme: Theme) -> None:
     wide = max((high - low) / 14, 1)
     for span in spans[-_MOST_BANDS:]:
-        colour = {"warmup": theme.warmup, "on": theme.on, "drain": theme.drain}[span.mode]
+        colour = routing_colour(span.mode, theme)
         fig.add_shape(
-            type="rect", x0=span.start - 0.5, x1=span.end + 0.5, y0=_DOMAINS["grad_norm"][0], y1=1, yref="paper",
-            fillcolor=faded(colour, 0.14), line_width=0, layer="below",
-        )  # fmt: skip
+            type="rect",
+            x0=span.start - 0.5,
+            x1=span.end + 0.5,
+            y0=_DOMAINS["grad_norm"][0],
+            y1=1,
+            yref="paper",
+            fillcolor=faded(colour, 0.14),
+            line_width=0,
+            layer="below",
+        )
         a, b = max(span.start, low), min(span.end, high)
         if span.mode == "on" and b - a > wide:
             fig.add_annotation(
-                x=(a + b) / 2, y=0.982, yref="paper", yanchor="top", text=_WORDS["on"], showarrow=False,
+                x=(a + b) / 2,
+                y=0.982,
+                yref="paper",
+                yanchor="top",
+                text="anticipatory routing on",
+                showarrow=False,
                 font={"size": 11, "color": theme.on},
-            )  # fmt: skip
+            )
 
 
 def _spike_marks(
@@ -145,33 +165,49 @@ def _spike_marks(
 ) -> None:
     for spike in spikes[-_MOST_BANDS:]:
         end = spike.end or spike.peak
-        if end:  # a bar at the top: a second tint over the routing bands would be mud
+        if end:  # a bar at the top, because the routing bands already tint the background
             fig.add_shape(
-                type="rect", x0=spike.onset, x1=end, y0=0.988, y1=1, yref="paper",
-                fillcolor=theme.spike, opacity=0.75, line_width=0,
-            )  # fmt: skip
-    texts = [_words(s) for s in spikes]
-    told: dict[str, Any] = {"hovertemplate": "%{text}<extra></extra>"}
+                type="rect",
+                x0=spike.onset,
+                x1=end,
+                y0=0.988,
+                y1=1,
+                yref="paper",
+                fillcolor=theme.spike,
+                opacity=0.75,
+                line_width=0,
+            )
+    texts = [_hover_text(s) for s in spikes]
+    hover_text: dict[str, Any] = {"hovertemplate": "%{text}<extra></extra>"}
     for name, at, symbol, size, hover in (
-        ("onset", [s.onset for s in spikes], "circle-open", 12, told),
+        ("onset", [s.onset for s in spikes], "circle-open", 12, hover_text),
         (
             "peak",
             [s.peak for s in spikes],
             "diamond",
             9,
             {"hoverinfo": "skip"},
-        ),  # its onset tells of both
+        ),  # the hover text of the onset covers both
     ):
         known = [(x, t, s) for x, t, s in zip(at, texts, spikes, strict=True) if x is not None]
         if known:
             fig.add_scatter(
-                x=[x for x, *_ in known], y=[loss_at(seen, superseded, s.attempt, x) for x, _, s in known], mode="markers",
-                marker={"symbol": symbol, "size": size, "color": theme.spike, "line": {"width": 2, "color": theme.spike}},
-                name=f"spike {name}", text=[t for _, t, _ in known], **hover,
-            )  # fmt: skip
+                x=[x for x, *_ in known],
+                y=[loss_at(seen, superseded, s.attempt, x) for x, _, s in known],
+                mode="markers",
+                marker={
+                    "symbol": symbol,
+                    "size": size,
+                    "color": theme.spike,
+                    "line": {"width": 2, "color": theme.spike},
+                },
+                name=f"spike {name}",
+                text=[t for _, t, _ in known],
+                **hover,
+            )
 
 
-def _words(spike: SpikeMark) -> str:
+def _hover_text(spike: SpikeMark) -> str:
     parts = [
         f"onset {spike.onset:,}",
         f"peak {spike.peak:,}" if spike.peak else "",
@@ -187,7 +223,7 @@ def loss_at(
     attempt: int | None,
     step: int,
 ) -> float | None:
-    """The loss that an attempt, a spike's own, had at a step."""
+    """Return the loss at a step in the attempt of a spike, None if it is unknown."""
     for old in superseded:
         if (
             old.attempt == attempt

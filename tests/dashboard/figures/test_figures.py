@@ -144,11 +144,11 @@ def test_the_loss_axis_says_its_unit():
 def test_without_stage_scores_the_steps_stay_below_and_it_says_so():
     steps = steps_table() | {f"stage{i}_score": np.full(100, np.nan, np.float32) for i in (1, 2, 3)}
     fig = timeline(steps, [], [], LIGHT)
-    assert "No stage scores here." in [a.text for a in fig.layout.annotations]
+    assert "No stage scores in this range." in [a.text for a in fig.layout.annotations]
     assert "y3" in [t.yaxis for t in fig.data]  # the axis that the steps are anchored to
     assert fig.layout.xaxis.anchor == "y3"
     scored = timeline(steps_table(), [], [], LIGHT)
-    assert "No stage scores here." not in [a.text for a in scored.layout.annotations]
+    assert "No stage scores in this range." not in [a.text for a in scored.layout.annotations]
 
 
 def test_a_run_of_one_step_is_seen_and_its_axis_names_that_step():
@@ -180,7 +180,7 @@ def test_maps_that_are_not_finite_say_so():
 def test_a_long_sentence_in_an_empty_chart_is_broken_where_the_narrowest_card_ends():
     fig = map_matrices({}, LIGHT)
     lines = fig.layout.annotations[0].text.split("<br>")
-    assert " ".join(lines) == "No token-mean maps on record for this site up to this step."
+    assert " ".join(lines) == "No token-mean maps were recorded for this site up to this step."
     assert len(lines) == 2
 
 
