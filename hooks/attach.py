@@ -1,7 +1,6 @@
 """attach: find a model's sites, routers and experts, say what was found, and begin its run."""
 
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from geodiag import log
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters import Layout, find_layout
-from geodiag.hooks.control.controller import Controller
+from geodiag.hooks.build_monitor import build_monitor
 from geodiag.hooks.control.policy import Policy, Rollback, Route, as_policy
 from geodiag.hooks.distributed.rank_exchange import Ranks
 from geodiag.hooks.measure.gradient_norms import optimizers_in
@@ -122,22 +122,22 @@ def attach(
         create, attempt_of=lambda made: made.attempt, undo=lambda made: made.close("failed")
     )
     if not quiet and ranks.rank == 0:
-        print(_introduction(layout, path), file=sys.stderr, flush=True)
+        log.info(_introduction(layout, path))
     monitor = None
     try:
         if snapshots is not None:
             snapshots.keep_in(Path(path), ranks.rank)
-        monitor = Monitor(
+        monitor = build_monitor(
             model,
             optimizers,
             run,
             layout,
+            plan,
+            ranks,
             routing=routing,
-            controller=Controller(policy=policy, delay_steps=routing.delay_steps if routing else 0),
+            policy=policy,
             snapshots=snapshots,
-            plan=plan,
             first_step=first_step,
-            ranks=ranks,
         )
         monitor.begin(resume)
     except (

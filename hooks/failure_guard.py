@@ -8,7 +8,7 @@ guard, because monitoring must not end a training:
     guard.run("layer 3 router", work, retry=False)               # not called again after a failure
     if guard.disabled("layer 3 router"): ...
 
-The guard catches `Exception` only. `KeyboardInterrupt`, `SystemExit` and `Halfway` (a failure that
+The guard catches `Exception` only. `KeyboardInterrupt`, `SystemExit` and `CollectiveAborted` (a failure that
 all ranks must end for) pass through it.
 """
 
@@ -83,6 +83,11 @@ class FailureGuard:
             self._report(name, error)
         except Exception:  # the report itself failed (closed stderr): nothing is left to report to
             return
+
+
+def describe(error: BaseException) -> str:
+    """Return `TypeError: what is wrong`, the first line of it."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class FirstFailure:

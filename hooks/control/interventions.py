@@ -38,6 +38,15 @@ class Interventions:
                 "leave the action clamp out"
             )
 
+    def effective_lr(self, lr: float | None) -> float | None:
+        """Return the learning rate that the optimizers step with.
+
+        lr: the trainer's own; default: that of the first group of the first optimizer.
+        """
+        if lr is None and self._optimizers and self._optimizers[0].param_groups:
+            lr = float(self._optimizers[0].param_groups[0]["lr"])
+        return None if lr is None else lr * self.lr_scale
+
     def apply(self, action: str, policy: Policy) -> None:
         """Apply `lower-lr` or `clamp` with the policy's value."""
         if action == LowerLr.name and policy.lower_lr is not None and not self._handles:

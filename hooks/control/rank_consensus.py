@@ -59,7 +59,6 @@ class RankConsensus:
 
     def apply(self, messages: RankMessages | None, step: int) -> None:
         """Apply the request and the failures in the messages of all ranks."""
-        self._steering.unreachable_ranks = self._ranks.unreachable_ranks
         if self._ranks.single_process or messages is None:
             return
 

@@ -1,16 +1,18 @@
 """Steering: carries out the controller's decisions and people's requests, and records each of them."""
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
+from geodiag import log
 from geodiag.control import Request
 from geodiag.hooks.control.controller import Controller
 from geodiag.hooks.control.decision import Decision
 from geodiag.hooks.control.interventions import Interventions
 from geodiag.hooks.control.policy import Mode as PolicyMode
+from geodiag.hooks.distributed.rank_exchange import Ranks
+from geodiag.hooks.failure_guard import describe
 from geodiag.hooks.record.step_observer import Observation
 from geodiag.hooks.routing.base import Mode, Rerouting
 
@@ -21,33 +23,32 @@ class RecordEvent(Protocol):
     def __call__(self, kind: str, message: str, **more: Any) -> None: ...
 
 
+GoBack = Callable[[int, range | None], int]
+"""Rolls training back to a step, skips the batches of some steps, returns the new attempt."""
+
+
 class Steering:
     """Connects the controller to the routing, the interventions and the rollback.
 
-    record_event: receives an event for everything that steering does. snapshots: returns the steps
-    to which training can roll back. go_back: rolls training back to a step, with the steps whose
-    batches are skipped, and returns the new attempt's number.
+    record_event: receives an event for everything that steering does.
     """
 
     def __init__(
         self,
         routing: Rerouting | None,
         controller: Controller,
-        record_event: RecordEvent,
         interventions: Interventions,
-        *,
-        snapshots: Callable[[], list[int]] = list,
-        go_back: Callable[[int, range | None], int] | None = None,
+        ranks: Ranks,
+        record_event: RecordEvent,
+        go_back: GoBack,
     ) -> None:
         self.routing = routing
         self.controller = controller
         self.interventions = interventions
+        self._ranks = ranks
         self._record_event = record_event
-        self._snapshots = snapshots
         self._go_back = go_back
 
-        self.unreachable_ranks = False
-        """Whether other ranks exist that this rank cannot exchange messages with."""
         self.saved_mode: PolicyMode | None = None
         """The policy's mode in the state that a resumed training was saved with."""
         self._routing_failed = False
@@ -63,10 +64,6 @@ class Steering:
     @property
     def lag(self) -> int:
         return self.routing.lag if self.routing else 0
-
-    @property
-    def replaying(self) -> bool:
-        return self.routing is not None and self.routing.replaying
 
     @property
     def must_agree(self) -> bool:
@@ -101,19 +98,20 @@ class Steering:
             for action in policy.lasting:
                 self.interventions.apply(action, policy)
 
-    def act_on(self, observation: Observation) -> bool:
-        """Let the controller decide on one step; return whether training was rolled back."""
+    def act_on(self, observation: Observation, snapshots: list[int]) -> bool:
+        """Let the controller decide on one step; return whether training was rolled back.
+
+        snapshots: the steps to which training can roll back.
+        """
         if self.routing is not None:
             # The controller plans a period around the warm-up of the routing.
             self.controller.delay_steps = self.routing.delay_steps
-        return self._carry_out(self._decide(observation), observation.step)
+        return self._carry_out(self._decide(observation, snapshots), observation.step)
 
-    def _decide(self, observation: Observation) -> Decision | None:
+    def _decide(self, observation: Observation, snapshots: list[int]) -> Decision | None:
         """The only place where geodiag decides about a training without a request."""
         warning = None if observation.warning is None else str(observation.warning)
-        return self.controller.decide(
-            observation.step, observation.verdict, warning, self._snapshots()
-        )
+        return self.controller.decide(observation.step, observation.verdict, warning, snapshots)
 
     # -- other ranks and requests ------------------------------------------------------------
 
@@ -159,7 +157,7 @@ class Steering:
                 return None
             return "this training gave attach no AnticipatoryRouting, so there is nothing to switch"
 
-        if self.unreachable_ranks and request.routing != "off":
+        if self._ranks.unreachable_ranks and request.routing != "off":
             return (
                 "the other ranks cannot be reached; "
                 "call torch.distributed.init_process_group before geodiag.attach"
@@ -214,7 +212,7 @@ class Steering:
         A failure is recorded, and training continues where it is.
         """
         restore = decision.restore
-        if restore is None or self._go_back is None:
+        if restore is None:
             return False
         began = time.perf_counter()
         try:
@@ -254,9 +252,18 @@ class Steering:
         self._report_problem("anticipatory routing went back to today's choice", error)
 
     def _report_problem(self, what: str, error: Exception) -> None:
-        line = f"{what}: {type(error).__name__}: {error}".splitlines()[0]
-        print(f"geodiag: {line}; training goes on", file=sys.stderr, flush=True)
+        line = f"{what}: {describe(error)}"
+        log.warning(f"geodiag: {line}; training goes on")
         self._record_event("problem", line)
+
+    # -- resume and end ----------------------------------------------------------------------
+
+    def load_controller(self, state: dict[str, Any]) -> None:
+        """Load the controller's state. The controller keeps the policy that it has now."""
+        policy = self.controller.policy
+        self.controller.load_state_dict(state)
+        self.saved_mode = self.controller.policy.mode
+        self.controller.policy = policy
 
     def close(self) -> None:
         """Stop recording at the end of a run. The routing continues and still ends no training."""

@@ -40,8 +40,6 @@ class Ranks:
         self.rank = rank
         self.world = world
         self._group = group
-        self.sum_count = 0
-        """How many sums a message contains."""
         self.connection_error: str | None = None
         """Why the other ranks are no longer reachable; None while they are."""
 
@@ -90,14 +88,14 @@ class Ranks:
         Blocks until every rank has sent its message.
         """
         if self._group is None:
-            return own_messages(message, self.sum_count)
+            return own_messages(message)
 
-        buffer = pack(message, self.rank, self.world, self.sum_count)
+        buffer = pack(message, self.rank, self.world)
         try:
             dist.all_reduce(torch.from_numpy(buffer), group=self._group)  # in place
         except Exception as e:  # gloo raises several types for a broken connection
             self._disconnect(e)
-            return own_messages(message, self.sum_count)
+            return own_messages(message)
         return unpack(buffer, self.world)
 
     def _disconnect(self, error: Exception) -> None:

@@ -36,8 +36,8 @@ class RankMessage:
 
     numbers: dict[str, float] = field(default_factory=dict)
     """Values of `FIELDS`; missing ones are sent as NaN."""
-    sums: np.ndarray | None = None
-    """Values to be added up over the ranks; `Ranks.sum_count` of them."""
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """Values to be added up over the ranks: at every step equally many on every rank."""
     note: dict[str, Any] = field(default_factory=dict)
     """Plain data, sent by rank 0 only: a request, an early warning."""
 
@@ -71,16 +71,16 @@ class RankMessages(NamedTuple):
         return float(np.average(losses, weights=tokens if (tokens > 0).all() else None))
 
 
-def pack(message: RankMessage, rank: int, world: int, sum_count: int) -> np.ndarray:
+def pack(message: RankMessage, rank: int, world: int) -> np.ndarray:
     """Return the flat buffer with this rank's part of the message."""
-    buffer = np.zeros(world * len(FIELDS) + NOTE_BYTES + sum_count)
+    buffer = np.zeros(world * len(FIELDS) + NOTE_BYTES + len(message.sums))
     by_rank, note, sums = _parts(buffer, world)
     by_rank[rank] = [message.numbers.get(name, np.nan) for name in FIELDS]
     if rank == 0 and message.note:
         text = json.dumps(message.note).encode()
         if len(text) <= NOTE_BYTES:  # a longer note is not sent
             note[: len(text)] = np.frombuffer(text, np.uint8)
-    sums[:] = own_sums(message, sum_count)
+    sums[:] = message.sums
     return buffer
 
 
@@ -92,14 +92,10 @@ def unpack(buffer: np.ndarray, world: int) -> RankMessages:
     return RankMessages(fields, sums, json.loads(text) if text else {})
 
 
-def own_messages(message: RankMessage, sum_count: int) -> RankMessages:
+def own_messages(message: RankMessage) -> RankMessages:
     """Return the messages of a training in which only this rank exists or is reachable."""
     fields = {name: np.array([message.numbers.get(name, np.nan)]) for name in FIELDS}
-    return RankMessages(fields, own_sums(message, sum_count), message.note)
-
-
-def own_sums(message: RankMessage, sum_count: int) -> np.ndarray:
-    return np.full(sum_count, np.nan) if message.sums is None else message.sums
+    return RankMessages(fields, message.sums, message.note)
 
 
 def _parts(buffer: np.ndarray, world: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,5 +1,7 @@
-"""What only all ranks together know: loads of experts over the whole batch, gradient norms of
-sharded weights.
+"""RankSums: values that need the sums over all ranks.
+
+Expert loads are those of the whole batch, and the gradient norm of a layer whose weights are sharded
+is the root of the sum of each rank's squares.
 """
 
 import numpy as np
@@ -10,71 +12,75 @@ from geodiag.hooks.record.table_rows import Host
 # L layers, R routers, E experts
 
 
-class Sums:
-    """Packs a step's summands for the exchange, and puts what comes of it into the step's host
-    values.
+class RankSums:
+    """Packs a step's summands into one vector, and computes the step's values from the sums.
+
+    The vector is [measured, gradient squares (L + 1), measured, tokens of each expert (R · E)].
+    `measured` is 1 if this rank measured the group behind it: the sum is the number of ranks that
+    did.
     """
 
     def __init__(self, layout: Layout) -> None:
-        layers, routers = len(layout.layers), len(layout.routers)
+        layers = len(layout.layers)
+        routers = len(layout.routers)
         self._shape_RE = (routers, max((r.experts for r in layout.routers), default=0))
         self._squares = slice(1, layers + 2)
-        self._load = slice(layers + 3, layers + 3 + routers * self._shape_RE[1])
+        self._counts = slice(layers + 3, layers + 3 + routers * self._shape_RE[1])
+        self.size = self._counts.stop
 
-    @property
-    def size(self) -> int:
-        return self._load.stop
-
-    def of(self, host: Host) -> np.ndarray:
-        """This rank's summands, a 1 before each group that it measured."""
-        out = np.zeros(self.size)
+    def summands(self, host: Host) -> np.ndarray:
+        """Return this rank's vector; zeros where it measured nothing."""
+        vector = np.zeros(self.size)
         if "grad_squares" in host:
-            out[self._squares.start - 1], out[self._squares] = 1, host["grad_squares"]
+            vector[self._squares.start - 1] = 1
+            vector[self._squares] = host["grad_squares"]
         if "load" in host:
-            out[self._load.start - 1], out[self._load] = 1, (host["load"] * host["tokens"]).ravel()
-        return out
+            vector[self._counts.start - 1] = 1
+            vector[self._counts] = (host["load"] * host["tokens"]).ravel()
+        return vector
 
-    def estimated(self, host: Host, ranks: int) -> np.ndarray:
-        """`of`; and until the others were heard, the host values are as if they had measured the
-        same.
+    def estimate(self, host: Host, ranks: int) -> np.ndarray:
+        """Return `summands`, and fill in `host` as if all `ranks` had measured the same.
+
+        The estimate stays if the other ranks cannot be reached.
         """
-        sums = self.of(host)
-        self.into(host, sums * ranks, ranks)
-        return sums
+        summands = self.summands(host)
+        self.apply(host, summands * ranks, ranks)
+        return summands
 
-    def into(self, host: Host, sums: np.ndarray, ranks: int) -> None:
-        """Norms and loads of all `ranks`, in place of what this rank alone could say; nothing where
-        one is missing.
+    def apply(self, host: Host, sums: np.ndarray, ranks: int) -> None:
+        """Fill in `host` from the sums over `ranks`.
+
+        If a rank did not measure a group, its values are not known and are left out.
         """
         if "grad_squares" in host:
-            self._gradients(
-                host, sums[self._squares], all_there=sums[self._squares.start - 1] == ranks
-            )
+            complete = sums[self._squares.start - 1] == ranks
+            self._apply_gradients(host, sums[self._squares], complete)
         if "load" in host and ranks > 1:
-            known = sums[self._load.start - 1] == ranks
-            load_RE = (
-                sums[self._load].reshape(self._shape_RE)
-                if known
-                else np.full(self._shape_RE, np.nan)
-            )
-            mean = load_RE.mean(-1)
-            host["router/max_vio"] = (load_RE.max(-1) / mean - 1).astype(np.float32)
-            host["router/load_cv"] = (load_RE.std(-1) / mean).astype(np.float32)
+            complete = sums[self._counts.start - 1] == ranks
+            load_RE = sums[self._counts].reshape(self._shape_RE)
+            if not complete:
+                load_RE = np.full(self._shape_RE, np.nan)
+            mean_R = load_RE.mean(-1)
+            host["router/max_vio"] = (load_RE.max(-1) / mean_R - 1).astype(np.float32)
+            host["router/load_cv"] = (load_RE.std(-1) / mean_R).astype(np.float32)
 
-    def _gradients(self, host: Host, squares: np.ndarray, all_there: bool) -> None:
-        before = float(host["grad_total"][0])
-        known = not np.isnan(before)
-        if not all_there:
+    def _apply_gradients(self, host: Host, squares: np.ndarray, complete: bool) -> None:
+        before_clip = float(host["grad_total"][0])
+        clip_known = not np.isnan(before_clip)
+        if not complete:
             for name in ("layer/grad_norm", "grad_norm"):
                 host.pop(name, None)
-            if known:
-                host["grad_norm"] = np.array([before], np.float32)
+            if clip_known:
+                host["grad_norm"] = np.array([before_clip], np.float32)
             return
-        norms, total = np.sqrt(squares), np.sqrt(squares.sum())
-        # The optimizer sees clipped gradients; a trainer that knows the norm before says it: back
-        # by that factor. An infinite norm over another is a NaN, and is recorded so.
+
+        norms = np.sqrt(squares)
+        total = np.sqrt(squares.sum())
+        # The optimizer receives clipped gradients. If the trainer passed the norm before clipping,
+        # each layer's norm is scaled back by the same factor. Infinity over infinity is NaN, and is
+        # recorded as NaN.
         with np.errstate(invalid="ignore", divide="ignore"):
-            host["layer/grad_norm"] = (norms[:-1] * (before / total if known else 1.0)).astype(
-                np.float32
-            )
-        host["grad_norm"] = np.array([before if known else total], np.float32)
+            scale = before_clip / total if clip_known else 1.0
+            host["layer/grad_norm"] = (norms[:-1] * scale).astype(np.float32)
+        host["grad_norm"] = np.array([before_clip if clip_known else total], np.float32)

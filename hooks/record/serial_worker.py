@@ -1,7 +1,8 @@
-"""One daemon thread that does things in order.
+"""One thread that runs submitted work in order.
 
-concurrent.futures refuses work once the interpreter begins to end, before `atexit` runs, and a
-training that never called `close` must still be closed there.
+A daemon thread rather than a `concurrent.futures` executor: an executor refuses work once the
+interpreter begins to shut down, before the functions registered with `atexit` run, and a run that
+the training script did not close is closed in one of those.
 """
 
 import queue
@@ -14,7 +15,7 @@ T = TypeVar("T")
 
 
 class Worker:
-    """`submit` work, in order, to one thread."""
+    """Runs what is submitted, one item after another, on one thread."""
 
     def __init__(self, name: str) -> None:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -22,22 +23,20 @@ class Worker:
         self._thread.start()
 
     def submit(self, work: Callable[[], T]) -> "Future[T]":
-        """Does `work` after everything submitted before it; the future has its result or its
-        exception.
-        """
+        """Run `work` after everything submitted before it. The future has its result or error."""
         done: Future[T] = Future()
 
-        def do() -> None:
+        def run() -> None:
             try:
                 done.set_result(work())
-            except BaseException as e:  # carried to whoever asks for the result
-                done.set_exception(e)
+            except BaseException as error:  # raised by `Future.result` in the caller's thread
+                done.set_exception(error)
 
-        self._work.put(do)
+        self._work.put(run)
         return done
 
     def stop(self) -> None:
-        """Finishes what was submitted and ends the thread."""
+        """Finish what was submitted and end the thread."""
         self._work.put(None)
         self._thread.join()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from geodiag.hooks.distributed.sharded_weights import Halfway
+from geodiag.hooks.distributed.sharded_weights import CollectiveAborted
 from geodiag.hooks.failure_guard import FailureGuard, FirstFailure
 
 
@@ -62,7 +62,7 @@ def test_a_report_that_fails_does_not_reach_the_training():
     assert FailureGuard(report).run("rows", fail, 7) == 7
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Halfway])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, CollectiveAborted])
 def test_errors_that_must_end_the_training_pass_through(error):
     reports = Reports()
 

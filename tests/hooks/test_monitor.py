@@ -399,8 +399,8 @@ def test_a_broken_tap_is_reported_once_and_training_goes_on(
     assert geodiag.open_run(tmp_path / "run").read("steps")["step"].tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("broken", ["measurement.summarise", "probes.Probes.run"])
-def test_a_failure_at_the_end_of_a_step_is_said_once_and_the_loss_is_kept(
+@pytest.mark.parametrize("broken", ["step_measurement.summarise", "probes.runner.Probes.run"])
+def test_a_failure_at_the_end_of_a_step_is_reported_once_and_the_loss_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture, broken: str
 ) -> None:
     def fail(*_: Any) -> None:

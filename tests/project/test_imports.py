@@ -34,12 +34,13 @@ ROOMS = {
         < export
     """,
     "geodiag.hooks": """
-        failure_guard, torch_internals
+        failure_guard, step_context, torch_internals
         < adapters, distributed
         < measure, routing, record, faults
         < probes, snapshots, control
         < step_measurement
         < monitor
+        < build_monitor
         < attach
         < autorecord
     """,

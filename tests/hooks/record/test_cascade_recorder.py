@@ -14,7 +14,7 @@ import geodiag
 from geodiag.cascade.explain import AFTER
 from geodiag.events import details
 from geodiag.hooks.faults import plant
-from geodiag.hooks.record import cascade_recorder as teller
+from geodiag.hooks.record import cascade_recorder
 from tests.hooks import small
 from tests.paths import ROOT
 
@@ -103,13 +103,13 @@ def test_a_spike_that_was_rolled_back_is_told_as_its_attempt_lived_it(tmp_path: 
 
 
 def test_nobody_waits_for_it_until_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go, explained, steps = threading.Event(), teller.told, []
+    go, explained, steps = threading.Event(), cascade_recorder.told, []
 
     def slow(*a: Any) -> Any:
         assert go.wait(60)
         return explained(*a)
 
-    monkeypatch.setattr(teller, "told", slow)
+    monkeypatch.setattr(cascade_recorder, "told", slow)
     monitor = small.watch(small.trainer(), tmp_path / "run")
     for step in range(130):
         monitor.step(3.0 + 0.01 * (step % 2) + (3.0 if step in RISEN else 0.0))
@@ -129,7 +129,7 @@ def test_a_failure_is_said_once_and_training_goes_on(
     def broken(*_: Any) -> Any:
         raise ZeroDivisionError("no such window")
 
-    monkeypatch.setattr(teller, "told", broken)
+    monkeypatch.setattr(cascade_recorder, "told", broken)
     assert train(tmp_path / "run", 125) == plain
     run = geodiag.open_run(tmp_path / "run")
     assert run.status() == "finished"
