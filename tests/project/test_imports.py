@@ -39,6 +39,7 @@ ROOMS = {
         < measure, routing, record, faults
         < probes, snapshots, control
         < step_measurement
+        < rewind, step_recording
         < monitor
         < build_monitor
         < attach
