@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from geodiag.reference_models.kernels import Kernels
+
 Residual = Literal["plain", "hc", "mhc"]
-Kernels = Literal["auto", "reference", "triton"]
 Order = Literal["columns-first", "rows-first"]
 DType = Literal["float32", "bfloat16"]
 Recompute = Literal["none", "mhc", "layers"]

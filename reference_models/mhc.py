@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from geodiag.reference_models.config import Kernels, ModelConfig
-from geodiag.reference_models.kernels import reference
+from geodiag.reference_models.config import ModelConfig
+from geodiag.reference_models.kernels import Kernels, reference
 from geodiag.reference_models.kernels.reference import Mix, Projected, Written
 from geodiag.reference_models.kernels.select import select
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geodiag.reference_models.config import Kernels, ModelConfig
-from geodiag.reference_models.kernels import reference
+from geodiag.reference_models.config import ModelConfig
+from geodiag.reference_models.kernels import Kernels, reference
 from geodiag.reference_models.kernels.reference import Activated, Routing
 from geodiag.reference_models.kernels.select import select
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geodiag.reference_models.config import Kernels
-from geodiag.reference_models.kernels import reference
+from geodiag.reference_models.kernels import Kernels, reference
 from geodiag.reference_models.kernels.reference import Activated, Mix, Routing, Written
 
 

@@ -21,9 +21,9 @@ from geodiag.reference_models.kernels.autograd.operation import operation
 from geodiag.reference_models.kernels.device.mhc_pre_backward import (
     add_up,
     coefficients,
-    dx_dphi,
     inner_to_pre,
 )
+from geodiag.reference_models.kernels.device.mhc_pre_dx_dphi import dx_dphi
 
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
 

@@ -8,7 +8,6 @@ for the next one.
 import triton
 import triton.language as tl
 
-from geodiag.reference_models.kernels.device.mhc_pre_backward import tile
 from geodiag.reference_models.kernels.device.mhc_stats import (
     STREAM_AFTER,
     STREAM_AMAX,
@@ -17,6 +16,7 @@ from geodiag.reference_models.kernels.device.mhc_stats import (
     STREAM_MIXED,
     STREAMS_WIDTH,
 )
+from geodiag.reference_models.kernels.device.tiles import tile
 
 # T tokens, N streams, C channels, W = N·C, K = N² + 2N coefficients, KP their padded number, P
 # parts of φ

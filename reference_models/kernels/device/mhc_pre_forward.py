@@ -11,9 +11,9 @@ in another pass.
 import triton
 import triton.language as tl
 
-from geodiag.reference_models.kernels.autograd.sinkhorn import project
 from geodiag.reference_models.kernels.device import mhc_stats
 from geodiag.reference_models.kernels.device.math import sigmoid
+from geodiag.reference_models.kernels.device.sinkhorn import project
 
 # T tokens, N streams, C channels, W = N·C, K = N² + 2N coefficients, KP their padded number, S
 # slices of W

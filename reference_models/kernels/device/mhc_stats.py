@@ -11,7 +11,6 @@ columns of a row are those of `stats_layout`.
 import triton
 import triton.language as tl
 
-from geodiag.reference_models.kernels.autograd.launch import cdiv
 from geodiag.reference_models.kernels.stats_layout import MAPS_LAYOUT, STREAMS_LAYOUT
 
 # T tokens, N streams, P programs, S sites
@@ -48,7 +47,7 @@ STREAM_BEFORE = tl.constexpr(STREAMS_LAYOUT.index("before"))
 
 
 def maps_shape(tokens: int) -> tuple[int, int]:
-    return cdiv(tokens, BLOCK), MAPS_WIDTH.value
+    return triton.cdiv(tokens, BLOCK), MAPS_WIDTH.value
 
 
 def streams_shape(tokens: int, blocks: int) -> tuple[int, int, int]:
