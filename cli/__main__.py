@@ -1,4 +1,4 @@
-"""The script `geodiag`, and `python -m geodiag.cli`: the command line, or what to install for it."""
+"""The script `geodiag` and `python -m geodiag.cli`: run the command line."""
 
 import sys
 

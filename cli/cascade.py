@@ -1,4 +1,4 @@
-"""`geodiag cascade`: the cascade behind each spike, in words and as data."""
+"""`geodiag cascade`: print the cascade behind each spike, in words or as JSON."""
 
 import math
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,29 +15,31 @@ if TYPE_CHECKING:
 
 _STYLE = {1: "magenta", 2: "cyan", 3: "yellow", "data": "green", None: "red"}
 _KINDS = {"nonfinite": "Loss not finite"}
-_KNOTS = 8
-"""Places of the path that are shown; the words tell of all."""
-_ROWS = 5
+_MAX_PATH_ROWS = 8
+"""Rows of the path that are printed; the words describe the whole path."""
+
+_MAX_EVIDENCE_ROWS = 5
 
 
 def cascade(
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="A run directory; a path or a URL. It may be training."),
+        typer.Argument(
+            metavar="RUN", help="A run directory; a path or a URL. It may be still training."
+        ),
     ],
     spike: Annotated[
         int | None,
         typer.Option(
-            help="Number of the spike, 0 the first, -1 the last; or a step.  (default: all spikes)"
+            help="One spike only: its number (0 the first, -1 the last) or a step.",
+            show_default="all spikes",
         ),
     ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print a JSON list, one object a spike.")
     ] = False,
 ) -> None:
-    """Tell the cascade behind each spike: where it began, how it spread, and what would have
-    stopped it.
-    """
+    """Explain each spike: where it began, how it spread, and which defence fits."""
     from geodiag.cascade.explain import cascades, explain
     from geodiag.run import open_run
 
@@ -48,24 +50,24 @@ def cascade(
         return
     if not found:
         screen().print(
-            "Nothing happened to the loss: there is no cascade to tell. A step can be asked about: --spike N"
+            "No spikes in this run, so there is no cascade. To examine a step: --spike STEP"
         )
     for i, c in enumerate(found):
-        for part in ["", *_told(c)] if i else _told(c):
+        for part in ["", *_parts(c)] if i else _parts(c):
             screen().print(part)
     for piece, why in opened.problems.items():
         screen().print(f"not read: {piece}: {why}", style="yellow", markup=False)
 
 
-def _told(c: "Cascade") -> list["RenderableType"]:
+def _parts(c: "Cascade") -> list["RenderableType"]:
     parts: list[RenderableType] = [_head(c), prose(c.words), ""]
     if c.onset is not None:
         parts += [_path(c), "", _evidence(c), ""]
     parts.append(_verdict(c))
     for caveat in c.caveats:
-        said = prose(f"but {caveat}", indent=2)
-        said.stylize("yellow")
-        parts.append(said)
+        line = prose(f"but {caveat}", indent=2)
+        line.stylize("yellow")
+        parts.append(line)
     return parts
 
 
@@ -74,14 +76,18 @@ def _head(c: "Cascade") -> str:
         return f"[bold]Step {c.spike_onset:,}[/]  [dim]the loss did not leave its trend here[/]"
     peak, end = c.spike["peak"], c.spike["end"]
     tail = "" if peak is None else f"  peak at step {peak:,}"
-    over = "over at" if end is None or end > c.spike_onset else "training went back to"
-    tail += "  still on" if end is None else f"  {over} step {end:,}"
+    if end is None:
+        tail += "  still on"
+    elif end > c.spike_onset:
+        tail += f"  over at step {end:,}"
+    else:
+        tail += f"  rolled back to step {end:,}"
     kind = _KINDS.get(c.spike["kind"], c.spike["kind"].capitalize())
     return f"[bold red]{kind} at step {c.spike_onset:,}[/][dim]{tail}[/]"
 
 
 def _path(c: "Cascade") -> "RenderableType":
-    """Knot under knot in time, from the origin to the loss."""
+    """Return the path from the origin to the loss, one row per place, in order of time."""
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -89,28 +95,29 @@ def _path(c: "Cascade") -> "RenderableType":
         table.add_column(justify=side, no_wrap=True)
     if c.cause == "lr":
         table.add_row(f"step {c.onset:,}", "[bold red]●[/]", "learning rate", "", "")
-    knots = [*c.path[:-1][:_KNOTS], c.path[-1]]
-    for i, knot in enumerate(knots):
-        if knot is c.path[-1] and len(c.path) - 1 > _KNOTS:
-            table.add_row("", "", f"[dim]and {len(c.path) - 1 - _KNOTS} more places[/]", "", "")
-        mark = "●" if i == 0 and c.cause != "lr" else "◆" if knot is c.path[-1] else "│"
-        table.add_row(*_knot(c, knot, mark))
+    *places, loss = c.path
+    for i, onset in enumerate(places[:_MAX_PATH_ROWS]):
+        table.add_row(*_path_row(c, onset, "●" if i == 0 and c.cause != "lr" else "│"))
+    left_out = len(places) - _MAX_PATH_ROWS
+    if left_out > 0:
+        table.add_row("", "", f"[dim]and {left_out} more places[/]", "", "")
+    table.add_row(*_path_row(c, loss, "◆" if places or c.cause == "lr" else "●"))
     return table
 
 
-def _knot(c: "Cascade", knot: "Onset", mark: str) -> tuple[str, ...]:
+def _path_row(c: "Cascade", onset: "Onset", mark: str) -> tuple[str, ...]:
     from geodiag.cascade.defence import NAMES
 
-    style = _STYLE[knot.stage]
-    early = c.spike_onset - knot.step
+    style = _STYLE[onset.stage]
+    early = c.spike_onset - onset.step
     when = f"{early} before" if early > 0 else "with the loss" if early == 0 else f"{-early} after"
-    if knot.metric == "loss" and c.spike is None:
-        return f"step {knot.step:,}", f"[{style}]{mark}[/]", "[bold]asked about[/]", "", ""
-    if knot.stage is None:
-        return f"step {knot.step:,}", f"[{style}]{mark}[/]", "[bold]loss[/]", "", ""
-    where = place(knot.layer, knot.site, knot.expert) or "the batch"
-    name = "" if knot.stage == "data" else f"[{style}]{knot.stage} {NAMES[knot.stage]}[/]"
-    return f"step {knot.step:,}", f"[{style}]{mark}[/]", where, name, f"[dim]{when}[/]"
+    if onset.metric == "loss" and c.spike is None:
+        return f"step {onset.step:,}", f"[{style}]{mark}[/]", "[bold]examined step[/]", "", ""
+    if onset.stage is None:
+        return f"step {onset.step:,}", f"[{style}]{mark}[/]", "[bold]loss[/]", "", ""
+    where = place(onset.layer, onset.site, onset.expert) or "the batch"
+    name = "" if onset.stage == "data" else f"[{style}]{onset.stage} {NAMES[onset.stage]}[/]"
+    return f"step {onset.step:,}", f"[{style}]{mark}[/]", where, name, f"[dim]{when}[/]"
 
 
 def _evidence(c: "Cascade") -> "RenderableType":
@@ -128,7 +135,7 @@ def _evidence(c: "Cascade") -> "RenderableType":
     )
     for column in table.columns[1:4]:
         column.justify = "right"
-    for e in c.evidence[:_ROWS]:
+    for e in c.evidence[:_MAX_EVIDENCE_ROWS]:
         table.add_row(*_evidence_row(e))
     return table
 
@@ -150,7 +157,6 @@ def _verdict(c: "Cascade") -> "RenderableType":
     for other in c.alternatives[:2]:
         stage = other.stage if other.stage == "data" else f"stage {other.stage}"
         where = place(other.layer, other.site, other.expert) or "the batch"
-        rows.append(
-            f"[dim]or         {stage}, {where}, step {other.onset:,} ({other.confidence:.2f}): {other.why}[/]"
-        )
+        what = f"{stage}, {where}, step {other.onset:,} ({other.confidence:.2f}): {other.why}"
+        rows.append(f"[dim]or         {what}[/]")
     return "\n".join(rows)

@@ -1,6 +1,4 @@
-"""A command as a child process, as if it were started by hand: its input, output, signals and exit
-code.
-"""
+"""Run a command as a child process that keeps its input, output, signals and exit code."""
 
 import os
 import shutil
@@ -11,7 +9,7 @@ from contextlib import contextmanager
 
 from geodiag.errors import GeodiagError
 
-_PASSED_ON = {
+_FORWARDED = {
     signal.SIGINT,
     signal.SIGTERM,
     signal.SIGHUP,
@@ -19,60 +17,55 @@ _PASSED_ON = {
     signal.SIGUSR1,
     signal.SIGUSR2,
 }
-_HEARD = {*_PASSED_ON, signal.SIGCHLD}
-_SECONDS = 1.0
-"""Between looks at the command, should the news of its end be lost."""
+_AWAITED = {*_FORWARDED, signal.SIGCHLD}
+_POLL_SECONDS = 1.0
+"""Longest wait before the child is polled again, in case its SIGCHLD is lost."""
 
 
 @contextmanager
-def signals_kept() -> Iterator[set]:
-    """Inside, signals wait for `carry_out`; yields which were blocked before.
+def signals_blocked() -> Iterator[set]:
+    """Block the forwarded signals for `run_command`; yield the signals that were blocked before.
 
-    To be entered before anything heavy is imported: a thread that was started earlier may take them
-    for itself.
+    Enter it before heavy imports: a thread that was started earlier could receive the signals.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
     try:
         yield before
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def carry_out(command: Sequence[str], environment: Mapping[str, str], mask: set) -> int:
-    """Runs the command to its end; its exit code, 128 + N where signal N ended it, as shells say
-    it.
+def run_command(command: Sequence[str], environment: Mapping[str, str], mask: set) -> int:
+    """Run the command to its end and return its exit code; 128 + N if signal N ended it.
 
-    Signals are passed on, but not those that the terminal sends: Ctrl-C reaches the command by
-    itself, and once is enough. `mask`: the signals that the command begins with blocked.
-    GeodiagError where it cannot be started.
+    Signals from other processes are forwarded to the command. Signals from the terminal (Ctrl-C)
+    are not, because the terminal sends them to the command as well. mask: signals that are blocked
+    when the command starts. GeodiagError if it cannot be started.
     """
-    child = _started(command, environment, mask)
+    child = _start(command, environment, mask)
     while child.poll() is None:
-        info = signal.sigtimedwait(_HEARD, _SECONDS)
-        if (
-            info is not None and info.si_signo in _PASSED_ON and info.si_code <= 0
-        ):  # a process sent it, no terminal
+        info = signal.sigtimedwait(_AWAITED, _POLL_SECONDS)
+        sent_by_a_process = info is not None and info.si_code <= 0
+        if info is not None and sent_by_a_process and info.si_signo in _FORWARDED:
             child.send_signal(info.si_signo)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
 def check(program: str) -> None:
-    """GeodiagError where there is no such program, or it is no program."""
+    """GeodiagError if there is no such program, or the file is not executable."""
     if shutil.which(program) is not None:
         return
     if os.path.isfile(program):
         raise GeodiagError(
-            f"cannot run {program}: it is no program of its own; write python {program}"
+            f"cannot run {program}: the file is not executable; write python {program}"
         )
-    fix = (
-        f"write python {program}"
-        if program.endswith(".py")
-        else "is it spelt right, and installed here?"
-    )
+    fix = "check its spelling, or install it"
+    if program.endswith(".py"):
+        fix = f"write python {program}"
     raise GeodiagError(f"no command {program!r}; {fix}")
 
 
-def _started(
+def _start(
     command: Sequence[str], environment: Mapping[str, str], mask: set
 ) -> subprocess.Popen[bytes]:
     def unblock() -> None:
@@ -82,5 +75,5 @@ def _started(
         return subprocess.Popen(command, env=environment, preexec_fn=unblock)
     except OSError as e:
         raise GeodiagError(
-            f"cannot run {command[0]}: {e.strerror}; write what runs it in front, e.g. bash"
+            f"cannot run {command[0]}: {e.strerror}; write its interpreter in front, e.g. bash"
         ) from None

@@ -1,4 +1,4 @@
-"""`geodiag demo`: the whole story on one machine in two minutes."""
+"""`geodiag demo`: a training with a planted fault, found and repaired, in two minutes."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,13 +13,14 @@ FAULT = f"lr-shock@{FAULT_STEP}=30"
 STEPS = 240
 
 _INTRODUCTION = (
-    f"geodiag demo: {STEPS} steps of a small mixture-of-experts model with hyper-connections on real text: the source "
-    f"of this Python's own library. At step {FAULT_STEP} the learning rate becomes 30 times too large for ten steps, a "
-    "real fault in a real training. Nobody tells the detector or the controller. When they find it, training goes back "
-    "to a snapshot from before it and takes the same batches again, routed by older weights and at half the learning "
-    "rate for a while."
+    f"geodiag demo: {STEPS} steps of a small mixture-of-experts model with hyper-connections, "
+    "trained on the source code of the Python standard library. "
+    f"At step {FAULT_STEP} the learning rate becomes 30 times too large for ten steps. "
+    "The detector and the controller get no hint of it. When the detector reports the spike, "
+    "the controller rolls training back to a snapshot from before the fault. Training then repeats "
+    "the same batches, with experts chosen by older weights and at half the learning rate."
 )
-_LINES = (
+_KINDS_IN_TABLE = (
     "fault",
     "spike",
     "divergence",
@@ -33,18 +34,16 @@ _LINES = (
 
 def demo(
     serve: Annotated[
-        bool, typer.Option("--serve/--no-serve", help="Serve the page at the end, or just end.")
+        bool, typer.Option("--serve/--no-serve", help="Serve the dashboard at the end, or exit.")
     ] = True,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes a free one.")
+        int, typer.Option(min=0, max=65535, help="Port of the dashboard; 0 takes a free one.")
     ] = 0,
     run: Annotated[
-        Path | None, typer.Option(help="Run directory.  (default: runs/demo-TIME)")
+        Path | None, typer.Option(help="Run directory.", show_default="runs/demo-TIME")
     ] = None,
 ) -> None:
-    """Train a small model on real text, tear it on purpose, and see it found, answered and
-    recovered.
-    """
+    """Train a small model, plant a fault, and show how geodiag finds and repairs it."""
     from geodiag.cli.output import prose, screen
     from geodiag.cli.progress import watch
     from geodiag.cli.train_options import Options, new_run_folder
@@ -64,7 +63,7 @@ def demo(
         run=path,
     )
     watch(Training(options))
-    _tell(open_run(path))
+    _print_events(open_run(path))
     if serve:
         from geodiag.cli.dashboard import dashboard
 
@@ -73,30 +72,28 @@ def demo(
         screen().print(f"\nSee it: geodiag dashboard {path}")
 
 
-def _tell(run: "Run") -> None:
-    """What happened, from the run's own record."""
+def _print_events(run: "Run") -> None:
+    """Print the recorded events and the loss before, during and after the fault."""
     from rich.table import Table
 
     from geodiag.cli.output import screen
 
     events = run.read("events")
-    table = Table(
-        title="\nWhat the run directory says", title_justify="left", box=None, padding=(0, 2, 0, 0)
-    )
+    events = events[events["kind"].isin(_KINDS_IN_TABLE)]
+    events = events.sort_values(["attempt", "step"], kind="stable")
+    table = Table(title="\nRecorded events", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("step", "what", "why"):
         table.add_column(name, justify="right" if name == "step" else "left", overflow="fold")
-    for event in (
-        events[events["kind"].isin(_LINES)]
-        .sort_values(["attempt", "step"], kind="stable")
-        .to_dict("records")
-    ):
+    for event in events.to_dict("records"):
         table.add_row(str(event["step"]), str(event["kind"]), str(event["message"]))
     screen().print(table)
-    loss = run.read("steps", ["step", "loss"]).set_index("step")["loss"]
-    before, after = loss.loc[FAULT_STEP - 30 : FAULT_STEP - 1].mean(), loss.iloc[-20:].mean()
-    peak = run.read("steps", ["step", "loss"], steps=(FAULT_STEP, None), attempt="all")[
-        "loss"
-    ].max()
+
+    columns = ["step", "loss"]
+    loss = run.read("steps", columns).set_index("step")["loss"]
+    before = loss.loc[FAULT_STEP - 30 : FAULT_STEP - 1].mean()
+    end = loss.iloc[-20:].mean()
+    peak = run.read("steps", columns, steps=(FAULT_STEP, None), attempt="all")["loss"].max()
     screen().print(
-        f"\nloss before the fault {before:.2f}, at its peak {peak:.2f}, at the end {after:.2f} nats/token"
+        f"\nloss in nats/token: {before:.2f} before the fault, {peak:.2f} at its peak, "
+        f"{end:.2f} at the end"
     )

@@ -1,4 +1,4 @@
-"""`geodiag doctor`: what this machine can do, and what would make it do more."""
+"""`geodiag doctor`: check what this machine can do, and name the fix for what it cannot."""
 
 import os
 import platform
@@ -14,12 +14,12 @@ from geodiag.cli.output import print_json, screen
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FREE_GB = 5.0
-"""Less free disk than this is worth a word: a monitored run writes about that much in a day."""
+"""Below this free disk space the check warns: a recorded run writes about as much in a day."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One line of the doctor's: what was looked at, what was found, and what to do about it."""
+    """One line of the output: what was checked, what was found, and the fix."""
 
     name: str
     state: Literal["ok", "warn", "missing"]
@@ -28,8 +28,9 @@ class Check:
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Look at this machine: Python, torch, GPUs, Triton, browser, disk, versions. Exit 1 where
-    training cannot work.
+    """Check this machine: Python, torch, GPUs, Triton, browser, disk, versions.
+
+    Exit code 1 if training is impossible because torch is missing.
     """
     checks = [
         _python(),
@@ -49,7 +50,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 
 
 def find_chromium() -> str | None:
-    """The system's Chromium or Chrome, if there is one."""
+    """Return the path of Chromium or Chrome, None if there is neither."""
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
@@ -88,7 +89,7 @@ def _torch() -> list[Check]:
         fix = (
             ""
             if shutil.which("nvidia-smi") is None
-            else "there is an NVIDIA driver: install torch's CUDA build"
+            else "this machine has an NVIDIA driver: install the CUDA build of torch"
         )
         checks.append(
             Check(
@@ -97,7 +98,7 @@ def _torch() -> list[Check]:
         )
     grouped = hasattr(torch.nn.functional, "grouped_mm") or hasattr(torch, "_grouped_mm")
     fix = "" if grouped else "pip install 'torch>=2.11'"
-    found = "available" if grouped else "not in this torch; experts run one after the other"
+    found = "available" if grouped else "not in this torch; experts run one after another"
     checks.append(
         Check(name="grouped matmul", state="ok" if grouped else "warn", found=found, fix=fix)
     )
@@ -111,7 +112,7 @@ def _triton() -> Check:
         return Check(
             name="triton",
             state="missing",
-            found="not installed; kernels: reference",
+            found="not installed; reference kernels are used",
             fix="pip install triton",
         )
     return Check(name="triton", state="ok", found=triton.__version__)
@@ -120,7 +121,7 @@ def _triton() -> Check:
 def _chromium() -> Check:
     path = find_chromium()
     if path is None:
-        fix = "only the browser tests need it: apt-get install chromium"
+        fix = "apt-get install chromium; only the browser tests need it"
         return Check(name="chromium", state="warn", found="none", fix=fix)
     return Check(name="chromium", state="ok", found=path)
 
@@ -132,7 +133,7 @@ def _disk(where: Path) -> Check:
             name="disk",
             state="warn",
             found=f"{where} cannot be written",
-            fix="work in a folder of your own",
+            fix="work in a folder that you may write",
         )
     fix = "" if free >= FREE_GB else "free some space, or record to another disk with --run"
     return Check(
@@ -151,21 +152,19 @@ def _cores() -> Check:
 
 
 def _constraints() -> Path:
-    """constraints.txt of the checkout that this code runs from; absent where it was installed from
-    a wheel.
-    """
+    """Return the path of the checkout's constraints.txt; an installed wheel has none."""
     return Path(__file__).resolve().parent.parent / "constraints.txt"
 
 
 def _pins(constraints: Path) -> Check:
-    """The installed versions against those that the tests ran with."""
+    """Compare the installed versions with the versions that were tested."""
     from importlib.metadata import PackageNotFoundError, version
 
     if not constraints.is_file():
         return Check(
             name="versions",
             state="ok",
-            found="no constraints.txt beside this installation to compare with",
+            found="not compared: this installation has no constraints.txt",
         )
     lines = [line.split(";")[0].strip() for line in constraints.read_text().splitlines()]
     pins = dict(line.split("==", 1) for line in lines if "==" in line and not line.startswith("#"))
@@ -174,7 +173,7 @@ def _pins(constraints: Path) -> Check:
         try:
             have = version(name).split("+")[0]  # 2.13.0+cpu is 2.13.0, built for another machine
         except PackageNotFoundError:
-            continue  # only the tests need it
+            continue  # only the tests need this package
         if have != pinned:
             differ.append(f"{name} {have} (tested: {pinned})")
     if differ:

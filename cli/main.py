@@ -1,5 +1,7 @@
-"""The command line: `geodiag COMMAND …`. Commands parse, call and print; the heavy imports are
-inside them.
+"""The command line `geodiag COMMAND …`.
+
+Commands parse, call and print. They import heavy modules inside their functions, so that `geodiag
+--help` is fast.
 """
 
 import os
@@ -31,16 +33,14 @@ from geodiag.extras import requires_extra
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
 
-class _Polite(TyperGroup):
-    """The one place where a user's mistake becomes one line and exit code 1, and going away is no
-    mistake.
-    """
+class _OneLineErrors(TyperGroup):
+    """Prints a user's mistake as one line and exits with code 1; all other errors propagate."""
 
     def make_context(self, *args: Any, **more: Any) -> Any:
         try:
             return super().make_context(*args, **more)
         except _UsageError as error:
-            raise _said(error) from None
+            raise _usage_error(error) from None
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -52,27 +52,28 @@ class _Polite(TyperGroup):
             print_error(error)
             raise typer.Exit(1) from None
         except _UsageError as error:
-            raise _said(error) from None
+            raise _usage_error(error) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # `geodiag runs | head -1`: the reader has seen enough
+        except BrokenPipeError:
+            # `geodiag runs | head -1` closes stdout early; Python must not flush to it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(141) from None
 
 
-def _said(error: Any) -> Exception:
-    """A mistyped command or option, told like every other mistake."""
+def _usage_error(error: Any) -> Exception:
+    """Print a mistyped command or option like every other mistake; return the exit."""
     if type(error).__name__ == "NoArgsIsHelpError":
-        return error  # no arguments at all: the help is the answer
+        return error  # no arguments at all: typer prints the help
     command = error.ctx.command_path if error.ctx else "geodiag"
-    what = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
-    print_error(GeodiagError(f"{what}; see {command} --help"))
+    message = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
+    print_error(GeodiagError(f"{message}; see {command} --help"))
     return typer.Exit(1)
 
 
 app = typer.Typer(
     name="geodiag",
-    cls=_Polite,
+    cls=_OneLineErrors,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
@@ -98,23 +99,26 @@ def geodiag(
     """Where and why a mixture-of-experts training run is about to tear, and what stops it."""
 
 
-_TRAIN, _LOOK, _HERE = "Train", "Look and steer", "This machine"
+_TRAIN = "Train"
+_READ = "Read and steer runs"
+_MACHINE = "This machine"
+
 app.command(rich_help_panel=_TRAIN)(train)
 app.command(rich_help_panel=_TRAIN, context_settings={"allow_interspersed_args": False})(run)
 app.command(rich_help_panel=_TRAIN)(demo)
-app.command(rich_help_panel=_LOOK)(dashboard)
-app.command(rich_help_panel=_LOOK)(runs)
-app.command(rich_help_panel=_LOOK)(show)
-app.command(rich_help_panel=_LOOK)(spikes)
-app.command(rich_help_panel=_LOOK)(cascade)
-app.command(rich_help_panel=_LOOK)(report)
-app.command(rich_help_panel=_LOOK)(compare)
-app.command(rich_help_panel=_LOOK)(routing)
-app.command(rich_help_panel=_LOOK)(export)
-app.command(rich_help_panel=_HERE)(doctor)
-app.add_typer(bench, rich_help_panel=_HERE)
+app.command(rich_help_panel=_READ)(dashboard)
+app.command(rich_help_panel=_READ)(runs)
+app.command(rich_help_panel=_READ)(show)
+app.command(rich_help_panel=_READ)(spikes)
+app.command(rich_help_panel=_READ)(cascade)
+app.command(rich_help_panel=_READ)(report)
+app.command(rich_help_panel=_READ)(compare)
+app.command(rich_help_panel=_READ)(routing)
+app.command(rich_help_panel=_READ)(export)
+app.command(rich_help_panel=_MACHINE)(doctor)
+app.add_typer(bench, rich_help_panel=_MACHINE)
 
 
 def main() -> None:
-    """What the `geodiag` script runs."""
+    """Run the command line; the `geodiag` script calls this function."""
     app()

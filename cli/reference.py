@@ -21,9 +21,9 @@ _INTRODUCTION = """\
 
 Printed from `cli/` by `make docs`; `geodiag COMMAND --help` prints the same.
 
-Commands that read a run take `--json` and then print JSON only. A mistake of the user is one line on
-stderr that names the fix, and exit code 1. Ctrl-C is exit code 130. `geodiag --version` prints the
-version; `-h` is `--help`.
+Commands that read a run take `--json` and then print JSON only. A mistake of the user is one line
+on stderr that names the fix, and exit code 1. Ctrl-C is exit code 130. `geodiag --version` prints
+the version; `-h` is `--help`.
 """
 _BENCH = """\
 ## geodiag bench NAME

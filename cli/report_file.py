@@ -1,27 +1,30 @@
-"""What `report` and `compare` share: the page becomes one file, whose name is said, and is opened
-where asked.
-"""
+"""Write the HTML file of `geodiag report` and `geodiag compare`."""
 
 import re
 from pathlib import Path
 
 from geodiag.errors import GeodiagError
 
-OUT = "File to write, or a folder for it."
-OPEN = "Open the page in a browser."
-JSON = "Print JSON; a page is then written only with --out or --open."
-_LONGEST = 80
-"""Letters of a name that is made from the runs' names."""
+OUT = "File to write, or an existing folder for it."
+OPEN = "Open the file in a browser."
+JSON = "Print JSON; the file is then written only with --out or --open."
+
+_MAX_NAME_LENGTH = 80
+"""Characters of a file name that is made of the runs' names."""
 
 
 def write_page(text: str, out: Path | None, name: str, *, then_open: bool) -> Path:
-    """Writes the page to `out`, else to `name`.html in this folder. GeodiagError where it cannot be
-    written.
+    """Write the page to `out`, or to `name`.html in the current folder; return the path.
+
+    GeodiagError if the file cannot be written.
     """
     from geodiag.store.files import write_whole
 
-    usual = re.sub(r"[^\w.=+-]+", "-", name)[:_LONGEST].strip("-.") + ".html"
-    path = Path(usual) if out is None else out / usual if out.is_dir() else out
+    default_name = re.sub(r"[^\w.=+-]+", "-", name)[:_MAX_NAME_LENGTH].strip("-.") + ".html"
+    if out is None:
+        path = Path(default_name)
+    else:
+        path = out / default_name if out.is_dir() else out
     try:
         write_whole(path, text)
     except OSError as e:
@@ -36,5 +39,5 @@ def write_page(text: str, out: Path | None, name: str, *, then_open: bool) -> Pa
 
 
 def size_of(path: Path) -> str:
-    """`5.1 MB`."""
+    """Return the size of the file, e.g. `5.1 MB`."""
     return f"{path.stat().st_size / 1e6:.1f} MB"

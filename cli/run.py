@@ -45,7 +45,7 @@ def run(
     ] = None,
 ) -> None:
     """Run a training command unchanged and record the model that it trains."""
-    from geodiag.cli.child_process import check, signals_kept
+    from geodiag.cli.child_process import check, signals_blocked
 
     if not command:
         raise GeodiagError(
@@ -55,7 +55,7 @@ def run(
     path = folder or new_run_folder(_name(command))
     _check_free(path)
     every = _checked_cadence(options)
-    with signals_kept() as mask:
+    with signals_blocked() as mask:
         code = _run_recorded(command, path, options, every, mask)
     raise typer.Exit(code)
 
@@ -67,7 +67,7 @@ def _run_recorded(
     every: dict[str, int],
     mask: set,
 ) -> int:
-    from geodiag.cli.child_process import carry_out
+    from geodiag.cli.child_process import run_command
     from geodiag.hooks.autorecord.run_config import Orders
 
     with tempfile.TemporaryDirectory(prefix="geodiag-") as notes:
@@ -81,7 +81,7 @@ def _run_recorded(
             command=tuple(command),
         )
         _print(f"recording to {path}")
-        code = carry_out(command, _environment(orders), mask)
+        code = run_command(command, _environment(orders), mask)
         _print(_outcome(path, Path(notes), code))
     return code
 

@@ -1,4 +1,4 @@
-"""`geodiag runs`: what lies in a folder, one line a run."""
+"""`geodiag runs`: list the runs in a folder, one line per run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,8 +10,8 @@ from geodiag.cli.output import STATUS_STYLE, number, print_json, screen
 if TYPE_CHECKING:
     from geodiag.health import Health
 
-_SHOWN = ("composite_gain_fwd", "composite_gain_bwd")
-"""The metrics that the table speaks of; `--json` has every one."""
+_METRICS_OF_TABLE = ("composite_gain_fwd", "composite_gain_bwd")
+"""Metrics in the table; `--json` has all."""
 
 
 def runs(
@@ -26,7 +26,7 @@ def runs(
     from geodiag.health import health
     from geodiag.run import find_runs
 
-    shown = None if json else _SHOWN
+    shown = None if json else _METRICS_OF_TABLE
     found = [health(run, shown) for run in find_runs(folder)]
     if json:
         print_json([h.as_json() for h in found])
@@ -37,16 +37,8 @@ def runs(
 def _print_table(found: list["Health"]) -> None:
     from rich.table import Table
 
-    table = Table(
-        "run",
-        "status",
-        "last step",
-        "loss",
-        "spikes",
-        "worst composite gain",
-        box=None,
-        pad_edge=False,
-    )
+    headings = ("run", "status", "last step", "loss", "spikes", "worst composite gain")
+    table = Table(*headings, box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
     for h in found:

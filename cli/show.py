@@ -1,4 +1,4 @@
-"""`geodiag show`: one run's health on one screen."""
+"""`geodiag show`: print the health of one run on one screen."""
 
 import math
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,16 +19,14 @@ _COLUMNS: tuple[tuple[str, int, Literal["left", "right"]], ...] = (
     ("where", 24, "left"),
     ("healthy", 0, "left"),
 )
-"""Heading, least width and side: together no wider than a terminal of 80."""
+"""Heading, least width and alignment; together they fit a terminal of 80 columns."""
 
 
 def show(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory; a path or a URL.")],
-    json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, every metric included.")
-    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON with all metrics.")] = False,
 ) -> None:
-    """Show one run's health on one screen: the worst value of each key metric, where and when."""
+    """Show the health of a run: the worst value of each key metric, where and when."""
     from geodiag.health import health
     from geodiag.metrics.registry import headlines
     from geodiag.run import open_run
@@ -49,8 +47,9 @@ def _head(h: "Health") -> str:
     f = h.found
     step = "no step yet" if h.last_step is None else f"last step {h.last_step:,}"
     return (
-        f"[bold]{escape(h.run)}[/]\n[{STATUS_STYLE[h.status]}]{h.status}[/]  {step}  loss {number(h.last_loss)}\n"
-        f"watches {f['sites']} residual sites, {f['routers']} routers, {f['experts']} experts"
+        f"[bold]{escape(h.run)}[/]\n"
+        f"[{STATUS_STYLE[h.status]}]{h.status}[/]  {step}  loss {number(h.last_loss)}\n"
+        f"records {f['sites']} residual sites, {f['routers']} routers, {f['experts']} experts"
         + "".join(f"\n[dim]{escape(line)}[/]" for line in h.missing)
     )
 
@@ -65,7 +64,7 @@ def _stages(h: "Health") -> list["RenderableType"]:
         known = [n for n in names if n in h.worst]
         stage = title[6] if title.startswith("Stage") else None
         verdict = _verdict(h, int(stage), known) if stage else ""
-        first = not parts  # its header is that of all: the columns stand below one another
+        first = not parts  # only the first table has a header: the columns align with it
         table = Table(
             box=None, show_header=first, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0)
         )
@@ -79,22 +78,19 @@ def _stages(h: "Health") -> list["RenderableType"]:
         if known:
             parts.append(table)
         if stage == "3":
-            parts.append(composite_in_words(h))
+            parts.append(composite_gain_text(h))
     return parts
 
 
 def _verdict(h: "Health", stage: int, known: list[str]) -> str:
-    """Whether the stage was calm; nothing where neither its score nor its metrics tell."""
-    broken = [
-        w.step
-        for n in known
-        if not math.isfinite((w := h.worst[n]).value) and not n.endswith("_score")
-    ]
+    """Return whether the stage was calm; empty if neither its score nor its metrics show it."""
     left = h.left[stage]
     if left is not None:
-        return f"  [red]left its own history at step {left:,}[/]"
-    if broken:
-        return f"  [red]not finite from step {min(broken):,} on[/]"
+        return f"  [red]outside its own history from step {left:,} on[/]"
+    worst = [h.worst[name] for name in known if not name.endswith("_score")]
+    not_finite = [w.step for w in worst if not math.isfinite(w.value)]
+    if not_finite:
+        return f"  [red]not finite from step {min(not_finite):,} on[/]"
     return "  [green]within its own history[/]" if f"stage{stage}_score" in h.worst else ""
 
 
@@ -112,15 +108,13 @@ def _row(h: "Health", name: str) -> tuple[str, str, str, str]:
     return name, f"[red]{value}[/]" if bad else value, where, healthy
 
 
-def composite_in_words(h: "Health") -> str:
-    """The one sentence on amplification."""
+def composite_gain_text(h: "Health") -> str:
+    """Return one sentence on amplification: the worst composite gain and its verdict."""
     c = h.composite
     if c.worst is None:
-        why = (
-            "what was could not be read"
-            if h.problems
-            else "this model has no hyper-connections, or none was sampled"
-        )
+        if h.problems:
+            return "composite gain: the recorded residual maps could not be read"
+        why = "this model has no hyper-connections, or no step was sampled"
         return f"composite gain: no residual maps measured; {why}"
     where = f"{c.direction}, step {c.worst.step:,}, {place(c.worst.layer, c.worst.site)}"
     gain = number(c.worst.value, "×")
@@ -128,7 +122,8 @@ def composite_in_words(h: "Health") -> str:
         return f"[red]composite gain is {gain}[/] ({where})"
     if c.verdict == "within":
         explained = number(c.bound, "×")
-        return f"[green]composite gain stayed within the truncation error[/]: {gain} at most, {explained} explained"
+        verdict = "[green]composite gain stayed within the truncation error[/]"
+        return f"{verdict}: {gain} at most, {explained} explained"
     if c.verdict == "flat":
         return f"[green]composite gain stayed near 1[/]: {gain} at most"
     return f"[red]composite gain grew to {gain}[/] ({where})"
@@ -146,7 +141,7 @@ def _tail(h: "Health") -> list["RenderableType"]:
 
 
 def _why(run: "Run") -> list["RenderableType"]:
-    """The cascade behind the worst spike, in words."""
+    """Return the explanation of the worst spike."""
     from geodiag.cascade.explain import explain
     from geodiag.spikes.recorded import spikes_of
 

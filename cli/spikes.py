@@ -1,4 +1,4 @@
-"""`geodiag spikes`: what the online detector says about a loss, one update at a time."""
+"""`geodiag spikes`: run the online spike detector over a recorded loss."""
 
 import math
 from dataclasses import asdict
@@ -31,9 +31,7 @@ def spikes(
         bool, typer.Option("--json", help="Print a JSON list instead of a table.")
     ] = False,
 ) -> None:
-    """Find the spikes, outliers, divergences and non-finite losses of a run, as seen while it
-    trained.
-    """
+    """List spikes, outliers, divergences and non-finite losses, as detected during training."""
     from geodiag.spikes.loss_curves import find_spikes, read_updates
 
     updates = read_updates(target)
@@ -43,9 +41,10 @@ def spikes(
     elif found:
         _print_table(found)
     else:
-        first, last = updates[0].step, updates[-1].step
-        seen = "one update" if len(updates) == 1 else f"{len(updates):,} updates"
-        screen().print(f"Nothing happened to the loss in {seen} (steps {first:,} to {last:,}).")
+        first = updates[0].step
+        last = updates[-1].step
+        count = "one update" if len(updates) == 1 else f"{len(updates):,} updates"
+        screen().print(f"No spikes in {count} (steps {first:,} to {last:,}).")
 
 
 def _as_json(spike: "Spike") -> dict[str, Any]:

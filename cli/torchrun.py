@@ -1,6 +1,4 @@
-"""A training of several ranks, as torchrun starts it: who this rank is, and what its share of the
-work is.
-"""
+"""A training of several ranks under torchrun: this rank, its device, its share of a step."""
 
 import os
 import warnings
@@ -15,13 +13,14 @@ if TYPE_CHECKING:
 
 
 class Place:
-    """This process among those of a training; one that torchrun did not start is all there is.
+    """Rank and device of this process; a process that torchrun did not start is the only rank.
 
-    GeodiagError where the ranks have no GPU each.
+    GeodiagError if there are fewer GPUs than ranks.
     """
 
     def __init__(self, device: str) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device_name = device
         if self.world > 1:
             self._join(device)
@@ -31,19 +30,20 @@ class Place:
         import torch.distributed as dist
 
         local = int(os.environ.get("LOCAL_RANK", 0))
-        if device.startswith(
-            "cuda:"
-        ):  # one GPU for all of them, where there is but one to try things on
-            self.device_name, backend = device, "gloo"
+        backend = "gloo"
+        if device.startswith("cuda:"):
+            # All ranks share this GPU, for trials on a machine with one GPU; NCCL refuses that.
+            self.device_name = device
         elif device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-            self.device_name, backend = "cpu", "gloo"
+            self.device_name = "cpu"
         else:
-            self.device_name, backend = f"cuda:{local}", "nccl"
-            if local >= torch.cuda.device_count():
-                have = torch.cuda.device_count()
-                fix = "pass --device cpu, or --device cuda:0 to share one"
+            self.device_name = f"cuda:{local}"
+            backend = "nccl"
+            available = torch.cuda.device_count()
+            if local >= available:
                 raise GeodiagError(
-                    f"rank {local} of this machine has no GPU of its own: there are {have}; {fix}"
+                    f"rank {local} of this machine has no GPU of its own: there are {available}; "
+                    "pass --device cpu, or --device cuda:0 to share one"
                 )
         if self.device_name != "cpu":
             torch.cuda.set_device(self.device_name)
@@ -51,32 +51,31 @@ class Place:
             dist.init_process_group(backend)
 
     def same(self, value: str) -> str:
-        """Rank 0's `value`, on every rank."""
+        """Return the `value` of rank 0 on every rank."""
         if self.world == 1:
             return value
         import torch
         import torch.distributed as dist
 
-        said = [value]
-        dist.broadcast_object_list(said, src=0, device=torch.device(self.device_name))
-        return said[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device(self.device_name))
+        return values[0]
 
     def share(self, sequences: int, micro_batches: int) -> int:
-        """How many of a step's sequences are this rank's. GeodiagError where they do not divide."""
+        """Return this rank's number of sequences. GeodiagError if they cannot be divided evenly."""
         if self.world > 1 and sequences % (self.world * micro_batches):
-            parts = f"{self.world} ranks" + (
-                f" of {micro_batches} micro-batches" if micro_batches > 1 else ""
-            )
+            parts = f"{self.world} ranks"
+            if micro_batches > 1:
+                parts += f" of {micro_batches} micro-batches"
             fits = self.world * micro_batches
             raise GeodiagError(
-                f"{sequences} sequences do not divide among {parts}; pass --sequences {fits} or a multiple"
+                f"{sequences} sequences do not divide among {parts}; "
+                f"pass --sequences {fits} or a multiple"
             )
         return sequences // self.world
 
     def mine(self, batch: "Batch") -> "Batch":
-        """This rank's sequences of a step: every `world`-th, so that each rank sees the mix of
-        domains.
-        """
+        """Return this rank's sequences of a step: every `world`-th, so that domains stay mixed."""
         if self.world == 1:
             return batch
         mine = slice(self.rank, None, self.world)
@@ -87,7 +86,7 @@ class Place:
         )
 
     def spread(self, model: Any, parallel: str) -> "nn.Module":
-        """The model as this training calls it: itself, sharded in place (`fsdp`), or inside DDP."""
+        """Return the model to call: itself on one rank, sharded in place (`fsdp`), or in DDP."""
         if self.world == 1:
             return model
         if parallel == "fsdp":
@@ -100,13 +99,12 @@ class Place:
         from torch.nn.parallel import DistributedDataParallel
 
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # newer torch has another name for the same
+            # Newer torch has another name for broadcast_buffers.
+            warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(model, broadcast_buffers=False)
 
     def leave(self) -> None:
-        """The training is over."""
+        """Leave the process group; the training is over."""
         if self.world > 1:
             import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""Options of `geodiag train`: one class for each panel of its help, one declaration for each option.
+"""Options of `geodiag train`: one class per panel of the help, one declaration per option.
 
 Defaults that the Python interface has too are taken from there.
 """
@@ -91,8 +91,8 @@ class TrainingOptions:
         tuple[str, ...],
         typer.Option(
             metavar="FAULT",
-            help="Plant a fault: KIND@STEP, then -LAST, :LAYER and =MAGNITUDE as needed; repeatable. "
-            "docs/faults.md lists the kinds.",
+            help="Plant a fault: KIND@STEP, then -LAST, :LAYER and =MAGNITUDE as needed; "
+            "repeatable. docs/faults.md lists the kinds.",
             show_default=False,
         ),
     ] = ()

@@ -266,7 +266,8 @@ def test_an_unknown_command_or_option_is_explained_without_a_traceback() -> None
 
 def test_a_reader_that_goes_away_is_no_error(make_run, tmp_path: Path) -> None:
     make_run()
-    command = f'"{sys.executable}" -c "from geodiag.cli.main import main; main()" show "{tmp_path}/run" --json | head -c 1'
+    geodiag = f'"{sys.executable}" -m geodiag.cli'
+    command = f'{geodiag} show "{tmp_path}/run" --json | head -c 1'
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout == "{"
     assert done.stderr == ""

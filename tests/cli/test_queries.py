@@ -190,7 +190,7 @@ def test_a_run_that_is_not_finite_from_the_first_step_is_shown(tmp_path: Path, c
     assert "-0 robust z" not in out.output
     assert out.exit_code == 0
     assert "loss NaN" in out.output
-    assert "left its own history" in out.output
+    assert "outside its own history from step" in out.output
     json.loads(cli("show", tmp_path / "nan", "--json").output, parse_constant=pytest.fail)
 
 
@@ -228,7 +228,7 @@ def test_layers_that_cannot_be_read_are_not_taken_for_a_model_without_maps(
     for part in (tmp_path / "run/layers").rglob("*.parquet"):
         part.write_bytes(b"PAR1 and no more")
     said = cli("show", tmp_path / "run").output
-    assert "no residual maps measured; what was could not be read" in said
+    assert "composite gain: the recorded residual maps could not be read" in said
     assert "no hyper-connections" not in said
 
 
@@ -257,23 +257,23 @@ def test_runs_lists_every_run_and_survives_a_broken_one(make_run, cli, tmp_path:
 # -- routing -------------------------------------------------------------------------------
 
 
-def answer(folder: Path, run: Run, stop: threading.Event, obeyed: bool) -> None:
-    """A training that looks at its control file as the controller does."""
+def acknowledge(folder: Path, run: Run, stop: threading.Event, obeyed: bool) -> None:
+    """Read the control file as a training does, and acknowledge its request."""
     watch = RequestWatch(folder)
     while not stop.wait(0.01):
-        request = watch.poll()
-        if request:
-            data = {"request": request.id, "routing": request.routing, "obeyed": obeyed}
-            message = f"{'obeyed' if obeyed else 'refused'}: routing {request.routing}"
+        pending = watch.poll()
+        if pending:
+            data = {"request": pending.id, "routing": pending.routing, "obeyed": obeyed}
+            message = f"{'obeyed' if obeyed else 'refused'}: routing {pending.routing}"
             run.event(Event(step=20, kind="acknowledge", message=message, data=data))
             return
 
 
-def ask(cli, folder: Path, run: Run, *args: object, obeyed: bool = True):
-    """`geodiag routing` while a training that just began listens."""
+def request(cli, folder: Path, run: Run, *args: object, obeyed: bool = True):
+    """Run `geodiag routing` while a training reads its control file."""
     (folder / "control.json").unlink(missing_ok=True)
     stop = threading.Event()
-    training = threading.Thread(target=answer, args=(folder, run, stop, obeyed))
+    training = threading.Thread(target=acknowledge, args=(folder, run, stop, obeyed))
     training.start()
     try:
         return cli("routing", folder, *args, "--wait", 20)
@@ -282,34 +282,36 @@ def ask(cli, folder: Path, run: Run, *args: object, obeyed: bool = True):
         training.join()
 
 
-def test_routing_asks_and_says_at_which_step_the_training_obeyed(
+def test_routing_prints_the_step_at_which_the_request_was_acknowledged(
     make_run, cli, tmp_path: Path
 ) -> None:
     run = make_run(close=False)
-    said = json.loads(ask(cli, tmp_path / "run", run, "on", "--delay", 4, "--json").output)
+    said = json.loads(request(cli, tmp_path / "run", run, "on", "--delay", 4, "--json").output)
     assert (said["state"], said["step"], said["delay"], said["asked"]) == ("obeyed", 20, 4, "on")
     status = json.loads(cli("routing", tmp_path / "run", "status", "--json").output)
     assert (status["policy"], status["pending"], status["status"]) == ("on", None, "running")
 
 
-def test_routing_that_the_training_refuses_is_an_error_and_changes_no_policy(
-    make_run, cli, tmp_path: Path
-) -> None:
+def test_a_refused_request_is_an_error_and_changes_no_policy(make_run, cli, tmp_path: Path) -> None:
     run = make_run(close=False)
-    assert ask(cli, tmp_path / "run", run, "auto").exit_code == 0
-    out = ask(cli, tmp_path / "run", run, "on", obeyed=False)
+    assert request(cli, tmp_path / "run", run, "auto").exit_code == 0
+    out = request(cli, tmp_path / "run", run, "on", obeyed=False)
     assert (out.exit_code, out.stderr) == (1, f"geodiag: {tmp_path}/run: refused: routing on\n")
     status = json.loads(cli("routing", tmp_path / "run", "status", "--json").output)
     assert (status["policy"], status["pending"]) == ("auto", None)
 
 
-def test_routing_that_is_not_obeyed_in_time_stays_asked(make_run, cli, tmp_path: Path) -> None:
+def test_a_request_that_is_not_acknowledged_in_time_stays_pending(
+    make_run, cli, tmp_path: Path
+) -> None:
     training = make_run(close=False)
     assert training.status() == open_run(tmp_path / "run").status() == "running"
     out = cli("routing", tmp_path / "run", "auto", "--wait", 0.2)
     assert out.exit_code == 0
-    assert "not yet obeyed" in out.output
-    assert "asked for auto, not yet obeyed" in cli("routing", tmp_path / "run", "status").output
+    assert "not acknowledged after 0.2 s" in out.output
+    assert (
+        "requested auto, not acknowledged yet" in cli("routing", tmp_path / "run", "status").output
+    )
 
 
 def test_routing_status_explains_the_last_decision(make_run, cli, tmp_path: Path) -> None:
@@ -327,15 +329,21 @@ def test_routing_status_explains_the_last_decision(make_run, cli, tmp_path: Path
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({}, ["the period it began lasts until step 65", "possible from step 166 on (7 left)"]),
+        (
+            {},
+            [
+                "the period of this decision lasts until step 65",
+                "possible from step 166 on (7 left)",
+            ],
+        ),
         ({"possible": None, "budget_left": 0}, ["no other intervention: the budget is used up"]),
         (
             {"acted": False},
-            ["only put on record; geodiag routing RUN auto lets the controller act"],
+            ["only recorded; geodiag routing RUN auto makes it act"],
         ),
     ],
 )
-def test_routing_status_says_what_follows_and_when_more_is_possible(
+def test_routing_status_prints_what_follows_and_when_the_next_decision_is_possible(
     make_run, cli, tmp_path, more, words
 ) -> None:
     run = make_run(close=False)
@@ -351,9 +359,7 @@ def test_routing_status_says_what_follows_and_when_more_is_possible(
         Event(step=7, kind="decision", message="spike: back to the snapshot of step 3", data=data)
     )
     run.event(Event(step=3, kind="rollback", message="back from step 7 to step 3 in 0.10 s"))
-    out = " ".join(
-        cli("routing", tmp_path / "run").output.split()
-    )  # status is what is asked for by nothing
+    out = " ".join(cli("routing", tmp_path / "run").output.split())  # the default action is status
     assert "last rollback: back from step 7 to step 3 in 0.10 s" in out
     assert all(word in out for word in words)
     run.close()
@@ -364,7 +370,7 @@ def test_routing_status_says_what_follows_and_when_more_is_possible(
     assert said == {"step": 7, "reason": "spike: back to the snapshot of step 3"} | data
 
 
-def test_a_training_that_ended_cannot_be_asked(make_run, cli, tmp_path: Path) -> None:
+def test_a_request_to_a_finished_training_is_refused(make_run, cli, tmp_path: Path) -> None:
     make_run()
     out = cli("routing", tmp_path / "run", "on")
     assert out.exit_code == 1
@@ -375,7 +381,7 @@ def test_a_training_that_ended_cannot_be_asked(make_run, cli, tmp_path: Path) ->
 # -- doctor --------------------------------------------------------------------------------
 
 
-def test_doctor_names_what_it_found_and_each_fault_has_its_fix(cli) -> None:
+def test_doctor_checks_each_part_of_the_machine(cli) -> None:
     said = {c["name"]: c for c in json.loads(cli("doctor", "--json").output)}
     assert {
         "python",
@@ -404,7 +410,9 @@ def test_doctor_compares_versions_without_the_build_tag(tmp_path: Path) -> None:
     assert doctor._pins(tmp_path / "absent.txt").state == "ok"
 
 
-def test_doctor_without_a_browser_or_space_says_what_to_do(monkeypatch, tmp_path: Path) -> None:
+def test_doctor_names_the_fix_for_a_missing_browser_and_a_full_disk(
+    monkeypatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert doctor._chromium().state == "warn"
     assert "apt-get install chromium" in doctor._chromium().fix
@@ -412,7 +420,7 @@ def test_doctor_without_a_browser_or_space_says_what_to_do(monkeypatch, tmp_path
     assert doctor._disk(tmp_path).fix
 
 
-def test_one_odd_step_does_not_mean_that_a_stage_left_its_history(tmp_path: Path) -> None:
+def test_one_odd_step_does_not_put_a_stage_outside_its_history(tmp_path: Path) -> None:
     for name, scores, left in (
         ("odd", [1.0, 9.0, 9.0, 1.0, 9.0], None),
         ("left", [1.0, 9.0, 9.0, 9.0, 1.0], 1),
@@ -434,7 +442,9 @@ def test_one_odd_step_does_not_mean_that_a_stage_left_its_history(tmp_path: Path
         (["--nope"], "No such option: --nope"),
     ],
 )
-def test_a_mistyped_command_is_one_line_that_leads_on(typed: list[str], said: str, cli) -> None:
+def test_a_mistyped_command_is_one_line_that_names_the_help(
+    typed: list[str], said: str, cli
+) -> None:
     out = cli(*typed)
     assert out.exit_code == 1
     assert said in out.stderr

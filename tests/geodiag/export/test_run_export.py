@@ -419,7 +419,7 @@ def test_it_says_what_was_written_what_was_left_out_and_what_to_do_next(
     said = cli("export", SAMPLES / "hc", "--to", "tensorboard").output
     assert "exports/tensorboard/hc  1 file," in said
     assert (
-        "of layers the worst and the mean over all of them; a curve for each: --places all" in said
+        "layers: worst and mean only; for one curve each pass --places all" in said
     )
     assert "left out: experts, tokens" in said
     assert "tensorboard --logdir exports/tensorboard/hc" in said

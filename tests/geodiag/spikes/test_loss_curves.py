@@ -160,7 +160,7 @@ def test_where_nothing_happened_it_says_so_in_one_sentence_and_prints_an_empty_l
     tmp_path: Path,
 ) -> None:
     path = write_csv(tmp_path / "a.csv", losses())
-    assert printed(path) == "Nothing happened to the loss in 400 updates (steps 0 to 399).\n"
+    assert printed(path) == "No spikes in 400 updates (steps 0 to 399).\n"
     assert json.loads(printed(path, "--json")) == []
 
 
