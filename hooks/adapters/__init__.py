@@ -1,4 +1,4 @@
-"""One file a model family; `find_layout` asks them in turn."""
+"""One module per model family; `find_layout` tries them in order."""
 
 from torch import nn
 
@@ -10,15 +10,15 @@ __all__ = ["Layout", "find_layout"]
 
 
 def find_layout(model: nn.Module, fresh: bool = False) -> Layout:
-    """What geodiag may look at in `model`. GeodiagError where it finds no blocks at all, or could
-    not watch them.
+    """Return what geodiag can observe in `model`.
 
-    fresh: what of it is compiled has not run yet, and will see hooks that come now.
+    fresh: compiled parts of the model have not run yet, so hooks added now take effect.
+    GeodiagError if the model has no blocks, or if it is compiled already.
     """
     if not fresh and any(_compiled(m) for m in model.modules()):
         raise GeodiagError(
-            f"{type(model).__name__} is compiled already, and compiled code does not see hooks that come later; "
-            "attach geodiag first, then call torch.compile"
+            f"{type(model).__name__} is compiled already, and compiled code ignores hooks that are "
+            "added later; attach geodiag first, then call torch.compile"
         )
     for family in (reference, deepseek_v4, generic):
         layout = family.find(model)

@@ -1,5 +1,8 @@
-"""What an adapter tells geodiag about a model: where its sites, routers and experts are, and which
-way they point.
+"""Types that describe a model to geodiag: its residual sites, routers, experts and attention.
+
+An adapter returns a `Layout`. Everything in it is reached through functions (`watch`, `weights`, …),
+so that geodiag never depends on the names and shapes of one model family. All views follow one
+convention, whatever the model's own is: H_res is applied as x' = res @ x, weights as x @ W.
 """
 
 from collections.abc import Callable
@@ -9,11 +12,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-# T tokens (any leading shape), N streams, C channels, E experts, K experts per token, A
-# assignments, F expert dim
+# T tokens (any leading shape), N streams, C channels, E experts, K experts per token,
+# A assignments of tokens to experts, F expert dim
 
 
 class Removable(Protocol):
+    """Handle of a hook."""
+
     def remove(self) -> None: ...
 
 
@@ -40,7 +45,7 @@ class StatsRows(NamedTuple):
 class MixView(NamedTuple):
     """One hyper-connection's forward. `res` is the operator applied to the streams: x' = res @ x.
 
-    Where the model has no separate streams, `streams` is (…, C): one stream.
+    In a model without separate streams, `streams` is (…, C).
     """
 
     streams_TNC: Tensor
@@ -49,8 +54,9 @@ class MixView(NamedTuple):
     res_TNN: Tensor | None = None
     logits_TNN: Tensor | None = None
     stats: StatsRows | None = None
-    """The maps' geometry, where the model's kernels measured it: rows (P, W) with the names of
-    `reduce.SITE_SUMS` and `reduce.SITE_MAXES`.
+    """The maps' geometry, if the model's kernels measured it.
+
+    Rows (P, W) with the names of `reduce.SITE_SUMS` and `reduce.SITE_MAXES`.
     """
 
 
@@ -58,17 +64,17 @@ class WrittenView(NamedTuple):
     """The streams after a site, as the model's kernels measured them; see `reduce.written`."""
 
     stats: StatsRows
-    """Rows (T, B, W), one for each token and block of channels: `amax` of the new streams X', and
-    sums of squares `after` of X', `branch` of H_postᵀ f, `mixed` of H_res X and `before` of X.
+    """Rows (T, B, W), one for each token and block of channels.
+
+    `amax` of the new streams X', and sums of squares: `after` of X', `branch` of H_postᵀ f, `mixed`
+    of H_res X and `before` of X.
     """
     elements: int
-    """Numbers in one token's streams."""
+    """Number of elements in one token's streams."""
 
 
 class RouterView(NamedTuple):
-    """One router's forward: dense affinities before the balancing bias, and the choice that was
-    used.
-    """
+    """One router's forward: dense affinities before the balancing bias, and the choice used."""
 
     hidden_TC: Tensor
     scores_TE: Tensor
@@ -85,28 +91,32 @@ class Choice(NamedTuple):
 
 
 class ActView(NamedTuple):
-    """Pre-activations before any clamp, and the gated product; `expert_A` None for a shared expert."""
+    """Pre-activations before any clamp, and the gated product.
+
+    `expert_A` is None for a shared expert.
+    """
 
     gate_AF: Tensor
     up_AF: Tensor
     act_AF: Tensor
     expert_A: Tensor | None
     counts: StatsRows | None = None
-    """The result of `reduce.counts`, where the model's kernels counted: rows (E, W)."""
+    """The result of `reduce.counts`, if the model's kernels counted: rows (E, W)."""
 
 
 Sink = Callable[[Callable[[], Any]], None]
-"""Takes a view, wrapped in a call: a sink that is not interested never makes it, and one that is
-guards its making.
+"""Receives a view as a function without arguments.
+
+A sink that does not need the view never calls the function; a sink that does can guard the call.
 """
 
 Watch = Callable[[Sink], list[Removable]]
-"""Hooks a place up to a sink and returns what takes the hooks off again."""
+"""Adds hooks that call a sink in every forward, and returns their handles."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One residual site, in static order (layer, attn < ffn)."""
+    """One residual site. Sites are ordered by layer, attn before ffn."""
 
     layer: int
     site: str
@@ -115,50 +125,60 @@ class Site:
     watch_branch: Watch | None
     """→ Tensor, the block's own output"""
     scale_branch: Callable[[float], Removable]
-    """Multiplies the block's output from now on, until removed: a planted fault"""
+    """Multiplies the block's output until the handle is removed; for planted faults"""
     scale_res: Callable[[float], Removable] | None = None
-    """The same for H_res, where there is one"""
+    """Multiplies H_res, if there is one, until the handle is removed"""
     constrained: bool = False
-    """Whether H_res is held doubly stochastic."""
+    """Whether H_res is constrained to be doubly stochastic."""
     measure: Callable[[Tensor | None, Tensor | None], bool] | None = None
-    """Has the site's kernels measure maps and streams while these flags on the device are not 0,
-    and no more where they are None; False where its kernels cannot.
+    """(flag for maps, flag for streams) → whether the site's kernels can measure
+
+    The kernels measure while the flag, a tensor on the device, is not 0. None switches it off.
     """
     watch_written: Watch | None = None
-    """→ WrittenView, of a site whose kernels measure"""
+    """→ WrittenView, for a site whose kernels measure"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSite:
+    """The router of one layer."""
+
     layer: int
     module: nn.Module
     experts: int
     k: int
     hashed: bool
+    """Whether the experts are a fixed function of the token, without a learned choice."""
     watch: Watch
     """→ RouterView"""
     weight: Callable[[], Tensor]
-    """(E, C), as it is now"""
+    """→ (E, C), the current weight"""
     bias: Callable[[], Tensor | None]
+    """→ (E), the current balancing bias; None if there is none"""
     rescore: Callable[[Tensor, Tensor], Tensor]
     """(hidden, weight) → affinities before the bias"""
     chosen: Callable[[Any], Choice]
-    """module output → what it chose"""
+    """module output → its choice"""
     replay: Callable[[Any, Tensor], Any]
     """(module output, ids) → the output with that choice and today's gate weights"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSite:
+    """The attention of one layer."""
+
     layer: int
     watch_logits: Watch
-    """→ 0-d Tensor, the largest attention logit of some sampled queries, worked out only for a sink
-    that asks
+    """→ 0-d Tensor, the largest attention logit of sampled queries
+
+    It is computed only when a sink calls for the view.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSite:
+    """The experts of one layer."""
+
     layer: int
     experts: int
     watch: list[Watch]
@@ -166,22 +186,22 @@ class ExpertSite:
     gate_limit: float | None
     up_limit: float | None
     weights: Callable[[], dict[str, Tensor]]
-    """gate, up, down as (E, in, out), x @ W, as they are now"""
+    """→ the current gate, up and down as (E, in, out), applied as x @ W"""
     shared: Callable[[], dict[str, Tensor] | None]
-    """The same of the shared expert, (1, in, out); None where there is none"""
+    """→ the same of the shared expert as (1, in, out); None if there is none"""
     activation: Callable[[Tensor, Tensor], Tensor]
-    """(gate, up) → what `down` takes, clamps and all"""
+    """(gate, up) → input of `down`, including clamps"""
     row_tokens: Callable[[Tensor], Tensor]
-    """expert ids (T, K) → the token of each row that the routed experts' ActView shows"""
+    """expert ids (T, K) → the token of each row of the routed experts' ActView"""
     measure: Callable[[Tensor | None], object] | None = None
-    """Has the kernels count while this flag on the device is not 0, and no more where it is None"""
+    """Makes the kernels count while the flag, a tensor on the device, is not 0; None switches off"""
     set_limit: Callable[[float | None], None] | None = None
-    """Switches the clamp of gate and up; None for none"""
+    """Sets the clamp of gate and up; None removes it"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Everything geodiag may look at in one model."""
+    """Everything that geodiag can observe in one model."""
 
     family: str
     layers: list[nn.Module]
@@ -194,23 +214,24 @@ class Layout:
     watch_end: Watch | None = None
     """→ Tensor, the streams after the last site, shaped as a site's `streams`"""
     tail: nn.Module | None = None
-    """The module behind the last block, if nothing from there on mixes the tokens of a sequence"""
+    """The module after the last block, if no module from there on mixes a sequence's tokens"""
     streams: int = 1
     has_stream_axis: bool = True
-    """Whether the residual has a dimension for its streams, even for one."""
+    """Whether the residual has a dimension for streams, even of size 1."""
     watched: tuple[int, ...] | None = None
-    """The layers that are recorded; None for all. Composites are products over all sites all the
-    same.
+    """The layers that are recorded; None for all.
+
+    Composite gains remain products over all sites.
     """
     missing: list[str] = field(default_factory=list)
-    """What this model does not have, each as a sentence."""
+    """One sentence for each part that this model does not have."""
 
     def watches(self, layer: int) -> bool:
-        """Whether a layer is recorded."""
+        """Return whether a layer is recorded."""
         return self.watched is None or layer in self.watched
 
     def summary(self) -> dict[str, Any]:
-        """What was found, for the manifest."""
+        """Return what was found, for the manifest."""
         learned = [r for r in self.routers if not r.hashed]
         return {
             "family": self.family,
@@ -227,7 +248,7 @@ class Layout:
 
 
 def on_output(module: nn.Module, read: Callable[[tuple, dict, Any], Any]) -> Watch:
-    """Watches a module's forward; `read` takes (args, kwargs, output)."""
+    """Return a watch of a module's forward; `read(args, kwargs, output)` makes the view."""
 
     def watch(sink: Sink) -> list[Removable]:
         def hook(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -239,7 +260,7 @@ def on_output(module: nn.Module, read: Callable[[tuple, dict, Any], Any]) -> Wat
 
 
 def on_input(module: nn.Module, read: Callable[[tuple, dict], Any]) -> Watch:
-    """Watches what a module is called with."""
+    """Return a watch of a module's arguments; `read(args, kwargs)` makes the view."""
 
     def watch(sink: Sink) -> list[Removable]:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -251,31 +272,36 @@ def on_input(module: nn.Module, read: Callable[[tuple, dict], Any]) -> Watch:
 
 
 QUERIES = 64
-"""Positions whose attention logits are looked at."""
+"""Number of positions whose attention logits are computed."""
 
 
 def sampled_queries(positions: int, device: torch.device) -> Tensor:
-    """`QUERIES` positions, evenly spaced, the last among them; all where there are no more."""
+    """Return up to `QUERIES` evenly spaced positions, including the last one."""
     return torch.linspace(0, positions - 1, min(QUERIES, positions), device=device).long()
 
 
-def scaling(module: nn.Module, scaled: Callable[[Any, float], Any]) -> Callable[[float], Removable]:
-    """A forward hook, first in line, that replaces the module's output by `scaled(output, factor)`."""
+def output_scaling(
+    module: nn.Module, scaled: Callable[[Any, float], Any]
+) -> Callable[[float], Removable]:
+    """Return a function that scales the module's output by a factor until its handle is removed.
 
-    def plant(factor: float) -> Removable:
+    scaled: (output, factor) → the scaled output.
+    """
+
+    def add(factor: float) -> Removable:
         return register_first_hook(module, lambda _m, _a, output: scaled(output, factor))
 
-    return plant
+    return add
 
 
 def register_first_hook(
     module: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any]
 ) -> Removable:
-    """A forward hook before all that are there.
+    """Register a forward hook that runs before all existing ones.
 
-    torch's own `prepend` leaves the hooks in one order for who calls them and in another for who
-    counts them, and torch.compile before 2.13 counts: it would take one hook's variables for
-    another's. Here both orders are the same.
+    torch's own `prepend` orders the hooks differently for calls and for enumeration, and
+    torch.compile before 2.13 enumerates: it would confuse the variables of two hooks. Here both
+    orders are the same.
     """
     handle = module.register_forward_hook(hook)
     hooks = module._forward_hooks

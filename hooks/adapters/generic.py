@@ -1,17 +1,23 @@
-"""Adapter for any stack of blocks: what can be said without knowing the model is the stream between
-blocks.
-"""
+"""Adapter for any stack of blocks: without knowledge of the model, the stream between blocks."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from geodiag.hooks.adapters.base import Layout, MixView, Site, Watch, on_input, on_output, scaling
+from geodiag.hooks.adapters.base import (
+    Layout,
+    MixView,
+    Site,
+    Watch,
+    on_input,
+    on_output,
+    output_scaling,
+)
 
 
 def find(model: nn.Module) -> Layout | None:
-    """Takes the longest list of alike blocks for the decoder; None where a model has no such list."""
+    """Return the layout of the longest list of alike blocks, None if the model has no such list."""
     blocks = max(_stacks(model), key=len, default=None)
     if blocks is None:
         return None
@@ -24,7 +30,7 @@ def find(model: nn.Module) -> Layout | None:
                 site="block",
                 watch_mix=_stream(b),
                 watch_branch=None,
-                scale_branch=scaling(b, _scaled),
+                scale_branch=output_scaling(b, _scaled),
             )
             for i, b in enumerate(blocks)
         ],
@@ -32,7 +38,8 @@ def find(model: nn.Module) -> Layout | None:
         watch_end=on_output(blocks[-1], lambda _a, _k, out: _first(out)),
         has_stream_axis=False,
         missing=[
-            "no hyper-connections found: streams and their transport are recorded, H_res gains are not",
+            "no hyper-connections found: streams and their transport are recorded, "
+            "H_res gains are not",
             "no router found: flips, loads and margins are not recorded",
             "no gated experts found: clamp hits and expert norms are not recorded",
         ],
@@ -40,6 +47,7 @@ def find(model: nn.Module) -> Layout | None:
 
 
 def _stacks(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Yield each list of at least two modules of one type that have submodules."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1:
             blocks = list(module)
@@ -48,7 +56,7 @@ def _stacks(model: nn.Module) -> Iterator[list[nn.Module]]:
 
 
 def _embedding(model: nn.Module) -> Watch | None:
-    """The first embedding is that of the tokens."""
+    """Return a watch of the first embedding, which is assumed to be the tokens'."""
     first = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     return None if first is None else on_output(first, lambda _a, _k, out: out)
 
@@ -58,7 +66,7 @@ def _stream(block: nn.Module) -> Watch:
 
 
 def _first(values: Any) -> Tensor:
-    """The first floating-point tensor of a block's arguments or output: its hidden state."""
+    """Return the first floating-point tensor of a block's arguments or output: its hidden state."""
     if isinstance(values, Tensor):
         return values
     for value in values.values() if isinstance(values, dict) else values:

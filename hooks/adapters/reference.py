@@ -18,8 +18,8 @@ from geodiag.hooks.adapters.base import (
     WrittenView,
     on_input,
     on_output,
+    output_scaling,
     sampled_queries,
-    scaling,
 )
 from geodiag.reference_models.attention import Attention, rotate
 from geodiag.reference_models.kernels.reference import (
@@ -99,11 +99,11 @@ def _site(
         site=name,
         watch_mix=on_output(connection, lambda args, _, mix: _mix_view(args[0], mix)),
         watch_branch=on_output(branch, lambda _a, _k, out: out if attention else out.hidden_BSC),
-        scale_branch=scaling(
+        scale_branch=output_scaling(
             branch,
             lambda out, f: out * f if attention else out._replace(hidden_BSC=out.hidden_BSC * f),
         ),
-        scale_res=scaling(
+        scale_res=output_scaling(
             connection, lambda mix, f: mix._replace(res_TNN=mix.res_TNN * f, stats_PW=None)
         )
         if isinstance(connection, HyperConnection)

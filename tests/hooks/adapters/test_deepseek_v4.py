@@ -361,7 +361,7 @@ def test_experts_of_the_wrong_rows_would_be_seen(
     fail.
     """
     train(tmp_path / "plain")
-    monkeypatch.setattr("geodiag.hooks.adapters.deepseek_v4.IN_TOKEN_ORDER", ())
+    monkeypatch.setattr("geodiag.hooks.adapters.deepseek_v4_experts.IN_TOKEN_ORDER", ())
     train(tmp_path / "other", implementation="batched_mm")
     tables = [
         geodiag.open_run(tmp_path / n).read("experts", steps=(0, 1)) for n in ("plain", "other")
