@@ -136,8 +136,9 @@ def _environment(orders: "Orders") -> dict[str, str]:
 def _outcome(path: Path, notes: Path, code: int) -> str:
     """Return what was recorded and how to see it, or why nothing was recorded."""
     from geodiag.hooks.autorecord.run_config import why_nothing
-    from geodiag.run import looks_like_a_run, open_run
+    from geodiag.run import open_run
     from geodiag.store.files import Folder, write_json
+    from geodiag.store.run_folder import looks_like_a_run
 
     if not looks_like_a_run(Folder.of(path)):
         return f"nothing was recorded in {path}: {why_nothing(notes)}"

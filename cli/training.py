@@ -85,8 +85,8 @@ class Training:
             )
 
     def _check_run_folder(self) -> None:
-        from geodiag.run import looks_like_a_run
         from geodiag.store.files import Folder
+        from geodiag.store.run_folder import looks_like_a_run
 
         run = self.options.run
         if not self.options.resume and looks_like_a_run(Folder.of(run)):

@@ -1,5 +1,5 @@
-"""What goes wrong for a user: one line that names the fix. The CLI prints it and exits with 1."""
+"""Errors that a user can fix. The CLI prints the message and exits with code 1."""
 
 
 class GeodiagError(Exception):
-    """A mistake that the person at the keyboard can mend; the message says how."""
+    """A mistake that the user can fix; the message is one line that names the fix."""

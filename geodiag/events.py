@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from geodiag.store.files import plain
+from geodiag.jsonable import jsonable
 
 KINDS = {
     "spike": "the loss left its trend upwards and stayed",
@@ -50,7 +50,7 @@ class Event:
             k: getattr(self, k)
             for k in ("step", "kind", "layer", "site", "expert", "message", "time")
         }
-        return {k: [v] for k, v in row.items()} | {"data": [json.dumps(plain(self.data))]}
+        return {k: [v] for k, v in row.items()} | {"data": [json.dumps(jsonable(self.data))]}
 
 
 def details(data: str | None) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from geodiag.jsonable import jsonable
 from geodiag.metrics.schema import METRICS, Metric, metrics_of
 from geodiag.run import Run, Status
-from geodiag.store.files import plain
 from geodiag.store.merge_ranks import key_names
-from geodiag.store.step_chunks import stretches
+from geodiag.store.step_chunks import step_chunks
 
 SPIKES = ("spike", "divergence", "nonfinite")
 """Kinds of events that count as a spike of the run; an outlier is over before anybody can act."""
@@ -42,7 +42,7 @@ class Worst:
     def as_json(self) -> dict[str, Any]:
         """A value that is not finite is null, and named beside it."""
         said = {
-            "value": plain(self.value),
+            "value": jsonable(self.value),
             "step": self.step,
             "layer": self.layer,
             "site": self.site,
@@ -68,7 +68,7 @@ class Composite:
             "verdict": self.verdict,
             "direction": self.direction,
             "worst": worst,
-            "bound": plain(self.bound),
+            "bound": jsonable(self.bound),
         }
 
 
@@ -97,7 +97,7 @@ class Health:
             "run": self.run,
             "status": self.status,
             "last_step": self.last_step,
-            "loss": plain(self.last_loss),
+            "loss": jsonable(self.last_loss),
             "spikes": len(self.spikes),
             "spike_events": self.spikes,
             "worst": {name: w.as_json() for name, w in self.worst.items()},
@@ -149,7 +149,7 @@ def _pieces(
 ) -> Iterator[pa.Table]:
     """The table's keys and named metrics, a stretch of steps after another."""
     columns = [*key_names(table), *names]
-    for steps in stretches(run, table, len(columns), first, last):
+    for steps in step_chunks(run, table, len(columns), first, last):
         yield run.read_arrow(table, columns, steps, ranks="merged")
 
 

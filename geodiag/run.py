@@ -1,4 +1,7 @@
-"""A run is a directory: training writes it, everything else reads it, and one small file goes back."""
+"""A run is a directory: training writes it, everything else reads it, one small file goes back.
+
+The file that goes back is control.json, a request to the training (`geodiag.control`).
+"""
 
 import os
 import threading
@@ -11,56 +14,53 @@ import pyarrow as pa
 from geodiag import control
 from geodiag.errors import GeodiagError
 from geodiag.events import Event
-from geodiag.metrics.schema import SCHEMA_VERSION, SCHEMAS
-from geodiag.store import heartbeat as alive
-from geodiag.store import manifest
-from geodiag.store.files import Folder, write_json
+from geodiag.metrics.schema import SCHEMA_VERSION
+from geodiag.store.files import Folder
+from geodiag.store.heartbeat import is_alive
+from geodiag.store.manifest import known_starts
 from geodiag.store.merge_ranks import incomplete_ranks, key_names, merge_ranks
-from geodiag.store.reader import Steps, read_keys, read_table
-from geodiag.store.writer import Writer
+from geodiag.store.reader import Steps, read_table
+from geodiag.store.run_folder import looks_like_a_run, not_a_run, run_names
+from geodiag.store.run_writer import RunWriter
 
-if TYPE_CHECKING:  # `import geodiag` stays light; pandas comes with the first `read`
+if TYPE_CHECKING:  # `import geodiag` stays light; pandas is loaded by the first `read`
     import pandas as pd
 
 Status = Literal["running", "finished", "failed", "interrupted"]
+_ENDED: tuple[Status, ...] = ("finished", "failed", "interrupted")
 
 
 class Run:
     """A run directory, opened for reading by `Run.open` or for writing by `Run.create`."""
 
-    def __init__(self, folder: Folder, said: dict[str, Any], writer: Writer | None = None) -> None:
-        self._store, self.manifest, self._writer = folder, said, writer
-        self._unsaved = False
-        self._turn = threading.RLock()
+    def __init__(
+        self, folder: Folder, manifest: dict[str, Any], writer: RunWriter | None = None
+    ) -> None:
+        self.manifest = manifest
+        """Content of run.json."""
         self.problems: dict[str, str] = {}
-        """Pieces that could not be read, and why; they are skipped."""
+        """Pieces that could not be read and were skipped, each with the reason."""
+        self._store = folder
+        self._writer = writer
+        self._lock = threading.RLock()
+        self._as_of: int | None = None
 
     # -- opening -----------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> "Run":
-        """Opens a run for reading; `path` may be any fsspec URL. GeodiagError where there is none."""
+    def open(cls, path: str | os.PathLike[str]) -> "Run":
+        """Open a run for reading; `path` may be any fsspec URL. GeodiagError where there is none."""
         store = Folder.of(path)
-        said = store.read_json("run.json")
-        if isinstance(said, dict):
-            run = cls(store, said)
-            version = said.get("schema_version")
+        manifest = store.read_json("run.json")
+        if isinstance(manifest, dict):
+            run = cls(store, manifest)
+            version = manifest.get("schema_version")
             if isinstance(version, int) and version > SCHEMA_VERSION:
-                run.problems["run.json"] = (
-                    "written by a newer geodiag; upgrade geodiag to see all of it"
-                )
+                problem = "written by a newer geodiag; upgrade geodiag to see all of it"
+                run.problems["run.json"] = problem
             return run
         if not looks_like_a_run(store):
-            inside = [n for n in store.names() if looks_like_a_run(store, n)]
-            what = (
-                "is a folder of runs"
-                if inside
-                else "has no run.json"
-                if store.exists()
-                else "does not exist"
-            )
-            example = f"{store.url.rstrip('/')}/{inside[0]}" if inside else "sample_runs/mhc-tear"
-            raise GeodiagError(f"{path} {what}; pass a run directory, e.g. {example}")
+            raise not_a_run(store, path)
         run = cls(store, {})
         run.problems["run.json"] = "missing or unreadable; the tables are read without it"
         return run
@@ -68,7 +68,7 @@ class Run:
     @classmethod
     def create(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         *,
         found: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
@@ -77,134 +77,96 @@ class Run:
         world_size: int = 1,
         attempt: int | None = None,
     ) -> "Run":
-        """Begins a run in `path`, or the next attempt of the run that is there.
+        """Begin a run in `path`, or the next attempt of the run that is there.
 
-        Rank 0 writes the manifest; the other ranks pass the `attempt` that rank 0 got.
+        Args:
+            path: a folder on this machine.
+            found: sites, routers and experts of the model, for the manifest.
+            config: configuration of the training, for the manifest.
+            counterfactual: names of metrics that the model does not use itself.
+            rank: rank of this process; rank 0 writes the manifest.
+            world_size: number of ranks.
+            attempt: the attempt that rank 0 got; the other ranks pass it.
+
         GeodiagError where `path` cannot be written, or is being written by another process.
         """
-        folder = Path(path)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            writer = Writer(folder, rank, 0)
-            store = Folder.of(folder)
-            old = store.read_json("run.json")
-            if not isinstance(old, dict):
-                old = manifest.recovered([read_keys(store, t) for t in SCHEMAS])
-            writer.attempt = manifest.next_attempt(old, rank) if attempt is None else attempt
-            said = manifest.begin(
-                old, writer.attempt, found or {}, config or {}, counterfactual, world_size
+            writer = RunWriter.begin(
+                Path(path),
+                found=found or {},
+                config=config or {},
+                counterfactual=counterfactual,
+                rank=rank,
+                world_size=world_size,
+                attempt=attempt,
             )
-            writer.last_step = said["last_step"]
-            run = cls(store, said, writer)
-            if rank == 0:
-                (folder / "control.json").unlink(
-                    missing_ok=True
-                )  # it asked a training that is no more
-            run._save()
-            writer.heartbeat(writer.last_step, force=True)
         except OSError as e:
             raise GeodiagError(
                 f"cannot write a run to {path}: {e.strerror or e}; pass a folder you may write"
             ) from None
-        return run
+        return cls(Folder.of(path), writer.manifest, writer)
 
     # -- writing -----------------------------------------------------------------------------
 
     @property
     def attempt(self) -> int:
-        """The attempt that this writer appends to."""
+        """The attempt that rows are appended to."""
         return self._need_writer().attempt
 
     def append(self, table: str, columns: Mapping[str, Any]) -> None:
-        """Appends rows; see `geodiag.store.writer.to_batch` for what `columns` may hold. Any thread
-        may call it.
+        """Append rows; `geodiag.store.writer.to_batch` describes `columns`. Thread-safe.
 
         OSError on a full disk: the rows are kept, and written with the next ones that fit.
         """
-        with self._turn:
-            writer = self._need_writer()
-            # The rows come before the note of where the attempt began: a reader can tell that from
-            # the rows.
-            writer.append(table, columns)
-            if table == "steps":
-                self._note_attempt(writer)
+        with self._lock:
+            self._need_writer().append(table, columns)
 
     def event(self, event: Event) -> None:
-        """Appends one row to `events`."""
+        """Append one row to `events`."""
         self.append("events", event.columns())
 
     def heartbeat(self, step: int) -> None:
-        """Says that the training lives and where it is; at most once a second reaches the disk."""
-        with self._turn:
+        """Note on disk that the training is alive at `step`, at most once a second."""
+        with self._lock:
             self._need_writer().heartbeat(step)
 
     def next_attempt(self) -> int:
-        """After a rollback: rows appended from here on belong to the next attempt, whose number is
-        returned.
-        """
-        with self._turn:
-            writer = self._need_writer()
-            writer.attempt += 1
-            self.manifest["attempt"] = writer.attempt
-            self._save()
-            return writer.attempt
+        """Start the next attempt after a rollback and return its number."""
+        with self._lock:
+            return self._need_writer().next_attempt()
 
     def close(self, status: Status = "finished") -> None:
-        """Turns journals into parts and says how the run ended. Closing twice does nothing.
+        """Turn journals into parts and write how the run ended. Closing twice does nothing.
 
-        OSError where the disk refuses; what is in the journals is safe there, and closing may be
-        tried again.
+        OSError where the disk refuses; the rows are safe in the journals, and closing may be tried
+        again.
         """
-        with self._turn:
-            if self._writer is None:
-                return
-            try:
-                self._writer.close()
-            finally:
-                self.manifest |= {"status": status, "last_step": self._writer.last_step}
-                self._save()
-            self._writer = None
+        with self._lock:
+            if self._writer is not None:
+                self._writer.close(status)
+                self._writer = None
 
-    def _note_attempt(self, writer: Writer) -> None:
-        """Notes in the manifest where the attempt began, once it did."""
-        if (
-            writer.attempt not in manifest.known_starts(self.manifest)
-            and writer.first_step is not None
-        ):
-            self.manifest["attempts"] = [
-                *self.manifest["attempts"],
-                manifest.entry(writer.attempt, writer.first_step),
-            ]
-            self._unsaved = True
-        if self._unsaved:
-            self._save()
-
-    def _need_writer(self) -> Writer:
+    def _need_writer(self) -> RunWriter:
         if self._writer is None:
             raise ValueError("this run is open for reading only; Run.create opens one for writing")
         return self._writer
-
-    def _save(self) -> None:
-        writer = self._need_writer()
-        if writer.rank == 0:
-            self._unsaved = True
-            write_json(writer.folder / "run.json", self.manifest)
-        self._unsaved = False
 
     # -- reading -----------------------------------------------------------------------------
 
     @property
     def url(self) -> str:
+        """The path or URL that the run was opened with."""
         return self._store.url
 
     @property
     def name(self) -> str:
+        """The last part of the path."""
         return self._store.root.rsplit("/", 1)[-1]
 
     @property
     def address(self) -> str:
-        """Protocol and absolute path: the same, however the run was spelt."""
-        return self._store.fs.unstrip_protocol(self._store.root)
+        """Protocol and absolute path: the same for every spelling of the path."""
+        return str(self._store.fs.unstrip_protocol(self._store.root))
 
     def read_arrow(
         self,
@@ -214,24 +176,37 @@ class Run:
         attempt: int | Literal["newest", "all"] | None = None,
         ranks: Literal["each", "merged"] = "each",
     ) -> pa.Table:
-        """Rows of `table`: closed parts and journal, all ranks; `merged` puts them together as the
-        registry says.
+        """Return rows of `table`, from closed parts and journals of all ranks.
 
-        `steps=(a, b)` keeps a ≤ step < b, either end None for open. `attempt` None is the newest,
-        except for `events`, whose trail is kept whole. Unreadable pieces are skipped and named in
-        `problems`, and so is a rank that left too few rows. GeodiagError for an unknown table or
-        column.
+        Args:
+            table: name of the table.
+            columns: names of the columns, None for all.
+            steps: `(a, b)` for a ≤ step < b; None at either end leaves it open.
+            attempt: None is the newest, except for `events`, of which all attempts are kept.
+            ranks: `merged` reduces the ranks to one row each; see `geodiag.store.merge_ranks`.
+
+        Unreadable pieces are skipped and entered in `problems`, and so is a rank with too few rows.
+        GeodiagError for an unknown table or column.
         """
-        starts = manifest.known_starts(self.manifest)
+        starts = known_starts(self.manifest)
         which = attempt if attempt is not None else ("all" if table == "events" else "newest")
-        world = self.manifest.get("world_size")
-        if not isinstance(world, int) or world < 2:
-            return read_table(self._store, table, columns, steps, starts, which, self.problems)
-        needed = columns if columns is None else list(dict.fromkeys([*columns, *key_names(table)]))
-        rows = read_table(self._store, table, needed, steps, starts, which, self.problems)
+        written = self.manifest.get("world_size")
+        world_size = written if isinstance(written, int) else 1
+        one_rank = world_size < 2
+        needed = columns
+        if columns is not None and not one_rank:
+            needed = list(dict.fromkeys([*columns, *key_names(table)]))
+
+        rows = read_table(
+            self._store, table, needed, steps, starts, which, self.problems, self._as_of
+        )
+        if one_rank:
+            return rows
         if table == "steps" and steps is None:
-            self.problems |= incomplete_ranks(rows, world, running=self.status() == "running")
-        rows = merge_ranks(rows, table) if ranks == "merged" else rows
+            running = self.status() == "running"
+            self.problems |= incomplete_ranks(rows, world_size, running)
+        if ranks == "merged":
+            rows = merge_ranks(rows, table)
         return rows if columns is None else rows.select(columns)
 
     def read(
@@ -242,54 +217,60 @@ class Run:
         attempt: int | Literal["newest", "all"] | None = None,
         ranks: Literal["each", "merged"] = "each",
     ) -> "pd.DataFrame":
-        """`read_arrow` as a pandas DataFrame; dictionary columns become categoricals."""
+        """Return `read_arrow` as a pandas DataFrame; dictionary columns become categoricals."""
         return self.read_arrow(table, columns, steps, attempt, ranks).to_pandas()
 
+    def as_of_attempt(self, attempt: int) -> "Run":
+        """Return the run, for reading, as it was when `attempt` was the newest one.
+
+        A spike that was rolled back is found among the steps of its own attempt. `events` are
+        complete, and so is what is read with an explicit `attempt`.
+        """
+        view = Run(self._store, dict(self.manifest))
+        view.problems = self.problems
+        view._as_of = attempt
+        return view
+
     def refresh(self) -> "Run":
-        """The run as it is on disk now."""
-        return self if self._writer else Run.open(self._store.url)
+        """Return the run as it is on disk now."""
+        if self._writer is not None:
+            return self
+        fresh = Run.open(self._store.url)
+        return fresh if self._as_of is None else fresh.as_of_attempt(self._as_of)
 
     def status(self) -> Status:
-        """How the run stands now; a `running` whose process is gone is `interrupted`."""
-        now = self.manifest if self._writer else self._store.read_json("run.json")
-        said = now.get("status") if isinstance(now, dict) else None
-        ended: tuple[Status, ...] = ("finished", "failed", "interrupted")
-        for status in ended:
-            if said == status:
+        """Return the status of the run; a `running` one whose process has ended is `interrupted`."""
+        manifest = self.manifest if self._writer else self._store.read_json("run.json")
+        written = manifest.get("status") if isinstance(manifest, dict) else None
+        for status in _ENDED:
+            if written == status:
                 return status
-        return "running" if alive.lives(self._store.read_json("heartbeat.json")) else "interrupted"
+        return "running" if is_alive(self._store.read_json("heartbeat.json")) else "interrupted"
 
     def last_step(self) -> int | None:
-        """The newest step on record."""
+        """Return the newest recorded step, or None where there is none."""
         steps = self.read_arrow("steps", ["step"])["step"]
-        return steps[-1].as_py() if len(steps) else None
+        return int(steps[-1].as_py()) if len(steps) else None
 
     # -- control -----------------------------------------------------------------------------
 
     def request(
         self, routing: str, delay_steps: int | None = None, by: str = "cli"
     ) -> control.Request:
-        """Asks the training for routing `off`, `auto` or `on`. It obeys at its next step and says
-        so in `events`.
+        """Ask the training for routing `off`, `auto` or `on`, and return the request.
 
-        GeodiagError for an unknown mode, or where the run is not on a local disk.
+        The training acknowledges it at its next step, by an event. GeodiagError for an unknown
+        mode, or where the run is not on a local disk.
         """
         try:
             request = control.Request(routing=routing, delay_steps=delay_steps, by=by)
         except ValueError as e:
             raise GeodiagError(str(e)) from None
-        if not self._store.is_local:
-            raise GeodiagError(f"{self.url} is not on this machine; ask where the training runs")
-        try:
-            control.write_request(Path(self._store.root), request)
-        except OSError as e:
-            raise GeodiagError(
-                f"cannot ask {self.url}: {e.strerror or e}; check the folder's rights"
-            ) from None
+        control.write_request(self._store, request)
         return request
 
     def pending(self) -> control.Request | None:
-        """The newest request, while the training has not yet acknowledged it."""
+        """Return the newest request until the training has acknowledged it, then None."""
         request = control.read_request(self._store)
         if request is None:
             return None
@@ -298,25 +279,20 @@ class Run:
         return None if control.acknowledged(answers, request.id) else request
 
 
-def open_run(path: str | os.PathLike) -> Run:
-    """Opens a run for reading: `open_run("runs/a").read("steps", ["loss"], steps=(0, 100))`."""
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Open a run for reading: `open_run("runs/a").read("steps", ["loss"], steps=(0, 100))`."""
     return Run.open(path)
 
 
-def looks_like_a_run(store: Folder, sub: str = "") -> bool:
-    """Whether a run lies in `sub`, be it one that lost its manifest."""
-    return bool(set(store.names(sub)) & {"run.json", "journal", "steps"})
-
-
-def find_runs(path: str | os.PathLike) -> list[Run]:
-    """The run at `path`, or every run in that folder. GeodiagError where there is none."""
+def find_runs(path: str | os.PathLike[str]) -> list[Run]:
+    """Open the run at `path`, or every run in that folder. GeodiagError where there is none."""
     store = Folder.of(path)
     if looks_like_a_run(store):
         return [Run.open(path)]
-    names = [n for n in store.names() if looks_like_a_run(store, n)]
+    names = run_names(store)
     if not names:
         what = "holds no runs" if store.exists() else "does not exist"
         raise GeodiagError(
             f"{path} {what}; pass a run directory or a folder of them, e.g. sample_runs"
         )
-    return [Run.open(f"{store.url.rstrip('/')}/{n}") for n in names]
+    return [Run.open(f"{store.url.rstrip('/')}/{name}") for name in names]

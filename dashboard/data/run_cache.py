@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from geodiag.dashboard.data.attempt_view import PastRun
 from geodiag.dashboard.data.grid import SECOND_KEY, Grid, concatenate, extend, to_grids
 from geodiag.dashboard.data.step_table import SupersededSteps, merge_step_rows, superseded_of
 from geodiag.errors import GeodiagError
@@ -15,7 +14,7 @@ from geodiag.run import Run
 from geodiag.store.files import Folder
 from geodiag.store.manifest import known_starts
 from geodiag.store.reader import Steps
-from geodiag.store.step_chunks import stretches
+from geodiag.store.step_chunks import step_chunks
 
 # S steps, R rows.
 
@@ -82,7 +81,7 @@ class RunCache:
         starts = self.attempt_starts()
         if attempt is None or attempt not in starts or attempt == max(starts):
             return self
-        return self.cached(("attempt", attempt), lambda: RunCache(PastRun.of(self.run, attempt)))
+        return self.cached(("attempt", attempt), lambda: RunCache(self.run.as_of_attempt(attempt)))
 
     def grids(self, table: str, *names: str) -> list[Grid]:
         """Return the named metrics of table `layers` or `experts`, in the given order."""
@@ -171,7 +170,7 @@ class RunCache:
         first, last = (int(steps_S[0]), int(steps_S[-1])) if len(steps_S) else (0, 0)
         parts = [
             self._read_grids(table, names, chunk)
-            for chunk in stretches(self.run, table, len(_keys(table)) + len(names), first, last)
+            for chunk in step_chunks(self.run, table, len(_keys(table)) + len(names), first, last)
         ]
         grids = {n: concatenate([p[n] for p in parts]) for n in names}
         known = {n: g for n, g in grids.items() if g is not None}

@@ -15,10 +15,10 @@ from geodiag.dashboard.reports.run_labels import labels_of
 from geodiag.dashboard.reports.tables import flatten, metric_of, value
 from geodiag.errors import GeodiagError
 from geodiag.health import Health, health
+from geodiag.jsonable import jsonable
 from geodiag.metrics.registry import headlines
 from geodiag.run import Run
 from geodiag.spikes.recorded import Seen, spikes_of
-from geodiag.store.files import plain
 
 MOST_RUNS = 12
 """So many lines can be told apart: four colours, three kinds of dashes."""
@@ -50,11 +50,11 @@ class ComparedRun:
         h, tokens = self.health, self.tokens()
         spikes = [
             {"kind": s.spike.kind, "onset": s.onset, "detected": s.spike.detected, "peak": s.spike.peak,
-             "end": s.spike.end, "score": plain(s.spike.score), "attempt": s.attempt, "words": words}
+             "end": s.spike.end, "score": jsonable(s.spike.score), "attempt": s.attempt, "words": words}
             for s, words in self.spikes if s.spike is not None
         ]  # fmt: skip
         return {
-            "label": self.label, "run": h.run, "status": h.status, "last_step": h.last_step, "loss": plain(h.last_loss),
+            "label": self.label, "run": h.run, "status": h.status, "last_step": h.last_step, "loss": jsonable(h.last_loss),
             "tokens": None if tokens is None else float(tokens[-1]), "spikes": spikes,
             "problems": self.cache.problems(),
         }  # fmt: skip
@@ -112,7 +112,7 @@ class Comparison:
                     "unit": metric.unit,
                     "worse": metric.worse,
                     "worst": [None if w is None else w.as_json() for w in worst],
-                    "last": plain(last),
+                    "last": jsonable(last),
                     "better": {
                         # The worst loss is that of the first step: it tells of the start, not of
                         # the run.
@@ -126,9 +126,9 @@ class Comparison:
         """See `geodiag compare --help`."""
         return {
             "runs": [s.as_json() for s in self.runs],
-            "shared": plain(self.shared()),
+            "shared": jsonable(self.shared()),
             "metrics": self.metrics(),
-            "differences": plain(self.differences()),
+            "differences": jsonable(self.differences()),
         }
 
 

@@ -23,10 +23,10 @@ from geodiag.dashboard.reports.html_file import HtmlFile, mark
 from geodiag.dashboard.url.live_figures import step_extent
 from geodiag.dashboard.url.url_state import View
 from geodiag.health import Health, health
+from geodiag.jsonable import jsonable
 from geodiag.metrics.registry import headlines
 from geodiag.run import Run
 from geodiag.spikes.recorded import spikes_of
-from geodiag.store.files import plain
 
 MOST_SPIKES = 8
 """Spikes whose cascade is told: the worst ones. Each costs about half a second, and a page has an
@@ -60,7 +60,7 @@ class Report:
             "config": said.get("config"),
         }
         more |= {"versions": said.get("versions"), "cascades": [c.as_json() for c in self.cascades]}
-        return self.health.as_json() | plain(more | {"untold": self.untold})
+        return self.health.as_json() | jsonable(more | {"untold": self.untold})
 
     def html(self, now: float) -> str:
         """The file. `now` is when it was made, in seconds since 1970."""

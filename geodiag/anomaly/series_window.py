@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from geodiag.anomaly.metric_roles import SIGNALS, Series
 from geodiag.metrics.schema import METRICS, SITES, Metric
 from geodiag.run import Run
-from geodiag.store.manifest import all_starts, known_starts
 from geodiag.store.merge_ranks import reduce_over_ranks
 
 
@@ -56,15 +54,16 @@ def read_tracks(run: Run, first: int, last: int, attempt: int | None = None) -> 
     one is named.
     """
     parts, missing, ranks = [], [], 0
-    steps = rows_of_attempt(
-        run, "steps", ["loss", "grad_norm", "lr", "data_shift"], first, last, attempt
-    )
+    if attempt is not None:
+        run = run.as_of_attempt(attempt)
+    keys, window = ["rank", "attempt", "step"], (first, last + 1)
+    steps = run.read_arrow("steps", [*keys, "loss", "grad_norm", "lr", "data_shift"], window)
     if not len(steps):
         missing.append("steps")
     for table in ("layers", "experts"):
-        keys = ["layer", "site"] if table == "layers" else ["layer", "expert"]
+        place = ["layer", "site"] if table == "layers" else ["layer", "expert"]
         names = [name for t, name in SIGNALS if t == table]
-        rows = rows_of_attempt(run, table, [*keys, *names], first, last, attempt)
+        rows = run.read_arrow(table, [*keys, *place, *names], window)
         if not len(rows):
             missing.append(table)
             continue
@@ -83,29 +82,6 @@ def read_tracks(run: Run, first: int, last: int, attempt: int | None = None) -> 
         series.append(Series(name, -1, None))
         blocks.append(outcome[name][:, None])
     return Tracks(step_S, series, np.concatenate(blocks, 1), outcome, missing, ranks)
-
-
-def rows_of_attempt(
-    run: Run, table: str, names: list[str], first: int, last: int, attempt: int | None
-) -> pa.Table:
-    """Rows of a table, steps `first` to `last`, as that attempt lived them; the newest unless one
-    is named.
-    """
-    keys = ["rank", "attempt", "step"]
-    names = [
-        n for n in names if (table, n) in METRICS or n in ("layer", "site", "expert", "domain")
-    ]
-    if attempt is None:
-        return run.read_arrow(table, keys + names, (first, last + 1))
-    # A later attempt may be writing already, of which the manifest that was read does not know yet.
-    rows = run.read_arrow(table, keys + names, (first, last + 1), attempt="all")
-    rows = rows.filter(pc.less_equal(rows["attempt"], attempt))
-    mine, step = rows["attempt"].to_numpy(), rows["step"].to_numpy()
-    keep = np.ones(len(rows), bool)
-    for later, start in all_starts(rows, known_starts(run.manifest)).items():
-        if later <= attempt:
-            keep &= (mine >= later) | (step < start)
-    return rows.filter(pa.array(keep))
 
 
 def _pivot(table: str, rows: pa.Table, step_S: np.ndarray) -> tuple[list[Series], np.ndarray]:

@@ -11,8 +11,8 @@ from geodiag.anomaly.excursions import excursions
 from geodiag.cascade.defence import Stage
 from geodiag.cascade.origin import Candidate
 from geodiag.cascade.stage_map import Judged
+from geodiag.jsonable import jsonable
 from geodiag.metrics.schema import METRICS
-from geodiag.store.files import plain
 
 _USUAL = 64
 _AFTER = 6
@@ -38,7 +38,7 @@ class Evidence:
     unit: str
 
     def as_json(self) -> dict[str, Any]:
-        return {k: plain(v) for k, v in asdict(self).items()}
+        return {k: jsonable(v) for k, v in asdict(self).items()}
 
 
 def rows_of(window: Judged, origin: Candidate, stage: Stage, most: int = 6) -> list[Evidence]:

@@ -22,10 +22,10 @@ from geodiag.cascade.suspect_expert import expert_of
 from geodiag.cascade.types import Alternative, Cascade, Onset
 from geodiag.cascade.words import in_words
 from geodiag.errors import GeodiagError
+from geodiag.jsonable import jsonable
 from geodiag.run import Run, open_run
 from geodiag.spikes.event import Spike
 from geodiag.spikes.recorded import Seen, spikes_of
-from geodiag.store.files import plain
 
 __all__ = [
     "Alternative",
@@ -115,7 +115,7 @@ def _explained(run: Run, seen: Seen, known: Sequence[Seen]) -> Cascade:
 def _told(
     run: Run, window: Judged, seen: Seen, found: list[Candidate], likely: list[Candidate]
 ) -> Cascade:
-    spike = None if seen.spike is None else {k: plain(v) for k, v in asdict(seen.spike).items()}
+    spike = None if seen.spike is None else {k: jsonable(v) for k, v in asdict(seen.spike).items()}
     origin = likely[0] if likely else None
     stage, layer, site, expert, cause = _verdict(window, origin)
     rows: list[Evidence] = rows_of(window, origin, stage) if origin else []

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geodiag.anomaly.series_window import rows_of_attempt
 from geodiag.cascade.stage_map import Judged
 from geodiag.run import Run
 
@@ -79,7 +78,9 @@ def domain_of(
     if row >= len(window.step_S):
         return None
     at, last = int(window.step_S[row]), int(window.step_S[min(row + after, len(window.step_S) - 1)])
-    rows = rows_of_attempt(run, "domains", ["domain", "tokens"], max(0, at - 64), last, attempt)
+    if attempt is not None:
+        run = run.as_of_attempt(attempt)
+    rows = run.read_arrow("domains", ["step", "domain", "tokens"], (max(0, at - 64), last + 1))
     step, tokens = rows["step"].to_numpy(), rows["tokens"].to_numpy()
     names = np.array(rows["domain"].to_pylist(), object)
     now, before = step >= at, step < at

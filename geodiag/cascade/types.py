@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from geodiag.cascade.defence import Stage
 from geodiag.cascade.evidence import Evidence
-from geodiag.store.files import plain
+from geodiag.jsonable import jsonable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,6 @@ class Cascade:
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain data, null where nothing is known."""
-        said = plain(asdict(self))
+        said = jsonable(asdict(self))
         said["evidence"] = [e.as_json() for e in self.evidence]
         return said

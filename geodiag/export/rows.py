@@ -12,7 +12,7 @@ from geodiag.export.selection import Choice
 from geodiag.export.wall_times import WallTimes
 from geodiag.run import Run
 from geodiag.store.reader import Steps
-from geodiag.store.step_chunks import stretches
+from geodiag.store.step_chunks import step_chunks
 
 CELLS = 1 << 22
 """Numbers held at once; each is also text, or a curve's point, for a while."""
@@ -58,7 +58,7 @@ class Pieces:
         last = min(self._ends[1], self._ends[1] if high is None else high - 1)
         if first > last:
             return [(low, high)]
-        cut = stretches(self._run, table, len(self._choice.tables[table]), first, last, CELLS)
+        cut = step_chunks(self._run, table, len(self._choice.tables[table]), first, last, CELLS)
         return [(low if a is None else a, high if b is None else b) for a, b in cut]
 
     def _read(self, table: str, steps: Steps) -> pa.Table:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from geodiag.events import details
-from geodiag.store.files import plain
+from geodiag.jsonable import jsonable
 
 _LONG = {"registry", "cadence"}
 """What would fill pages and is told elsewhere."""
@@ -47,7 +47,7 @@ def trail(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _block(data: Any) -> str:
     """JSON as Markdown leaves it alone."""
-    text = json.dumps(plain(data), indent=1, ensure_ascii=False)
+    text = json.dumps(jsonable(data), indent=1, ensure_ascii=False)
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
@@ -61,5 +61,7 @@ def _leaves(path: str, data: Mapping[str, Any]) -> Iterator[tuple[str, bool | fl
         else:
             yield (
                 here,
-                value if isinstance(value, bool | int | float | str) else json.dumps(plain(value)),
+                value
+                if isinstance(value, bool | int | float | str)
+                else json.dumps(jsonable(value)),
             )

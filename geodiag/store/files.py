@@ -1,10 +1,8 @@
 """Files of a run: whole or not at all when written, anywhere fsspec reaches when read."""
 
 import json
-import math
 import os
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import fsspec
 
 from geodiag.errors import GeodiagError
+from geodiag.jsonable import jsonable
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -26,25 +25,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """`write_whole` of indented JSON that every reader takes: see `plain`."""
-    write_whole(path, json.dumps(plain(data), indent=1, allow_nan=False) + "\n")
-
-
-def plain(data: Any) -> Any:
-    """`data` as JSON has it: NaN and infinity as null, numpy's and torch's scalars as numbers, the
-    rest as text.
-    """
-    if data is None or isinstance(data, bool | int | str):
-        return data
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, Mapping):
-        return {str(k): plain(v) for k, v in data.items()}
-    if isinstance(data, list | tuple | set | frozenset):
-        return [plain(v) for v in data]
-    if hasattr(data, "tolist"):
-        return plain(data.tolist())
-    return str(data)
+    """Write `data` as indented JSON with `write_whole`."""
+    write_whole(path, json.dumps(jsonable(data), indent=1, allow_nan=False) + "\n")
 
 
 def first_line(error: BaseException, width: int = 80) -> str:

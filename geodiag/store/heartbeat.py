@@ -1,4 +1,4 @@
-"""Signs of life: what a training leaves about itself, and whether it still lives."""
+"""heartbeat.json: which process writes a run, and whether that process is still running."""
 
 import os
 import socket
@@ -8,45 +8,52 @@ from pathlib import Path
 from typing import Any
 
 SILENT_SECONDS = 60.0
-"""A training on another machine that said nothing for so long is taken for dead."""
+"""A run on another machine counts as dead when its heartbeat is older than this."""
 
 
-def sign(step: int | None) -> dict[str, Any]:
-    """What this process says of itself in heartbeat.json."""
-    me = os.getpid()
-    return {"pid": me, "started": _started(me), "host": _place(), "time": time.time(), "step": step}
+def heartbeat(step: int | None) -> dict[str, Any]:
+    """Return the content of heartbeat.json for this process at `step`."""
+    pid = os.getpid()
+    return {
+        "pid": pid,
+        "started": _start_time(pid),
+        "host": _host(),
+        "time": time.time(),
+        "step": step,
+    }
 
 
 def age(beat: Any) -> float | None:
-    """Seconds since the sign, or None where there is none."""
-    said = beat.get("time") if isinstance(beat, dict) else None
-    return time.time() - said if isinstance(said, int | float) else None
+    """Return the seconds since a heartbeat, or None where there is none."""
+    written = beat.get("time") if isinstance(beat, dict) else None
+    return time.time() - written if isinstance(written, int | float) else None
 
 
-def lives(beat: Any) -> bool:
-    """Whether the process that left this sign still runs: looked up on its own machine, judged by
-    silence elsewhere.
+def is_alive(beat: Any) -> bool:
+    """Return whether the process that wrote a heartbeat is still running.
+
+    On the process's own machine the process table decides, elsewhere the age of the heartbeat.
     """
     silence = age(beat)
     if silence is None:
         return False
-    if beat.get("host") == _place() and isinstance(beat.get("pid"), int):
-        started = _started(beat["pid"])
-        known = (
-            _started(os.getpid()) is not None
-        )  # a system without /proc says only whether there is such a process
-        return (
-            (started is not None and started == beat.get("started"))
-            if known
-            else _exists(beat["pid"])
-        )
-    return silence < SILENT_SECONDS
+    pid = beat.get("pid")
+    if beat.get("host") != _host() or not isinstance(pid, int):
+        return silence < SILENT_SECONDS
+
+    has_start_times = _start_time(os.getpid()) is not None
+    if not has_start_times:  # a system without /proc
+        return _exists(pid)
+    # A process id is used again after a while; together with the start time it is unique.
+    started = _start_time(pid)
+    return started is not None and started == beat.get("started")
 
 
 @cache
-def _place() -> str:
-    """This machine and process-id namespace: containers may share a host's name, not its process
-    ids.
+def _host() -> str:
+    """Return this machine and process-id namespace.
+
+    Containers may share a host name, but process ids are distinct in a namespace only.
     """
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
@@ -54,13 +61,14 @@ def _place() -> str:
         return socket.gethostname()
 
 
-def _started(pid: int) -> str | None:
-    """When process `pid` began, in ticks since the machine did; None where it is dead or the system
-    does not say.
+def _start_time(pid: int) -> str | None:
+    """Return the start of process `pid` in clock ticks since boot.
+
+    None where the process has ended, or the system has no /proc.
     """
     try:
-        # After the name, which is in brackets and may hold anything: state, parent, …, 20th the
-        # start.
+        # The name is in brackets and may contain anything. After it come the state, the parent, …;
+        # the 20th field is the start time.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

@@ -89,7 +89,7 @@ def _reduce_finite(data_RS: np.ndarray, finite_RS: np.ndarray, rule: Reduction) 
     if rule == "last":
         return np.take_along_axis(data_RS, finite_RS.argmax(0)[None], 0)[0]
 
-    total_S: np.ndarray = np.sum(data_RS, axis=0, where=where, dtype=np.float64)
+    total_S = np.asarray(np.sum(data_RS, axis=0, where=where, dtype=np.float64))
     if rule == "mean":
         total_S /= np.maximum(finite_RS.sum(0), 1)
     return total_S

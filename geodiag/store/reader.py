@@ -6,6 +6,7 @@ import operator
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,13 @@ def read_table(
     starts: dict[int, int],
     attempt: int | str,
     problems: dict[str, str],
+    as_of: int | None = None,
 ) -> pa.Table:
-    """Rows of `table` in (rank, attempt, step) order; see `Run.read_arrow` for the arguments."""
+    """Return rows of `table`, sorted by rank, attempt and step.
+
+    `starts` are the first steps of the attempts in the manifest. With `as_of`, `newest` is the
+    newest attempt up to that one. `Run.read_arrow` describes the other arguments.
+    """
     schema = _select(table, columns)
     attempt = attempt if attempt in ("newest", "all") else _number(attempt)
     needed = list(dict.fromkeys([*schema.names, "rank", "attempt", "step"]))
@@ -48,7 +54,8 @@ def read_table(
     # Piece by piece: most are wanted whole or as a slice, and filtering copies.
     pieces = [_cut(p, steps) for p in pieces]
     pieces = [
-        p if (keep := _wanted(p, starts, attempt)) is None else p.filter(keep) for p in pieces
+        p if (keep := _wanted(p, starts, attempt, as_of)) is None else p.filter(keep)
+        for p in pieces
     ]
     rows = pa.concat_tables(pieces).unify_dictionaries() if pieces else full.empty_table()
     return _in_order(rows).select(schema.names)
@@ -250,23 +257,27 @@ def _cut(rows: pa.Table, steps: Steps | None) -> pa.Table:
     return rows.filter(pa.array(inside if high is None else inside & (step < high)))
 
 
-def _wanted(rows: pa.Table, starts: dict[int, int], attempt: int | str) -> Any:
-    """Which of a piece's rows belong to the attempt asked for; None for all of them."""
-    if not len(rows):
+def _wanted(
+    rows: pa.Table, starts: dict[int, int], attempt: int | str, as_of: int | None
+) -> pa.ChunkedArray | None:
+    """Return which of a piece's rows belong to the requested attempt; None for all of them."""
+    if not len(rows) or attempt == "all":
         return None
-    step, tests = rows["step"], []
-    if attempt == "newest":
-        # An attempt's rows end where a later attempt began.
-        oldest, last = pc.min(rows["attempt"]).as_py(), pc.max(step).as_py()
-        for later, start in starts.items():
-            if later > oldest and last >= start:
-                tests.append(pc.or_(pc.greater_equal(rows["attempt"], later), pc.less(step, start)))
-    elif attempt != "all":
-        tests.append(pc.equal(rows["attempt"], attempt))
-    keep = None
-    for test in tests:
-        keep = test if keep is None else pc.and_(keep, test)
-    return keep
+    if attempt != "newest":
+        return pc.equal(rows["attempt"], attempt)
+
+    oldest, newest = pc.min_max(rows["attempt"]).as_py().values()
+    last_step = pc.max(rows["step"]).as_py()
+    tests = []
+    if as_of is not None and newest > as_of:
+        tests.append(pc.less_equal(rows["attempt"], as_of))
+    for later, start in starts.items():
+        # Rows of an attempt end where a later attempt began.
+        ended = later > oldest and last_step >= start
+        if ended and (as_of is None or later <= as_of):
+            of_later = pc.greater_equal(rows["attempt"], later)
+            tests.append(pc.or_(of_later, pc.less(rows["step"], start)))
+    return reduce(pc.and_, tests) if tests else None
 
 
 def _number(attempt: Any) -> int:

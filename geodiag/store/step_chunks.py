@@ -1,25 +1,40 @@
-"""Long tables, a stretch of steps at a time: the rows of a long run take gigabytes, what is made of
-them does not.
-"""
+"""Long tables in ranges of steps, because the rows of a long run would take gigabytes at once."""
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import pyarrow as pa
 
 from geodiag.store.reader import Steps
 
-if TYPE_CHECKING:
-    from geodiag.run import Run
+CELLS = 1 << 25
+"""Numbers read at once: rows × columns."""
+NEWEST_STEPS = 64
+"""The rows of a step are counted on so many newest steps; a chunk is not shorter."""
 
-CELLS, GLANCE = 1 << 25, 64
-"""Numbers read at once, and the newest steps by which a step's rows are counted."""
+
+class TableReader(Protocol):
+    """What a `Run` offers to this module."""
+
+    def read_arrow(
+        self, table: str, columns: Sequence[str] | None = None, steps: Steps | None = None
+    ) -> pa.Table:
+        """Return rows of `table`; see `Run.read_arrow`."""
 
 
-def stretches(
-    run: "Run", table: str, columns: int, first: int, last: int, cells: int | None = None
+def step_chunks(
+    run: TableReader, table: str, columns: int, first: int, last: int, cells: int | None = None
 ) -> list[Steps]:
-    """Ranges of steps that cover a table whose steps are `first` to `last`, for so many columns of
-    it.
+    """Return consecutive ranges of steps that cover a table, for reading one after another.
+
+    Args:
+        run: the run that contains the table.
+        table: name of the table; its steps are `first` to `last`.
+        columns: number of columns that will be read.
+        cells: numbers read at once, `CELLS` by default.
     """
-    seen = len(run.read_arrow(table, ["step"], steps=(last + 1 - GLANCE, None)))
-    wide = max(GLANCE, (cells or CELLS) // max(1, columns) * GLANCE // max(1, seen))
-    return list(pairwise([None, *range(first + wide, last + 1, wide), None]))
+    newest = run.read_arrow(table, ["step"], steps=(last + 1 - NEWEST_STEPS, None))
+    rows_at_once = (cells or CELLS) // max(1, columns)
+    length = max(NEWEST_STEPS, rows_at_once * NEWEST_STEPS // max(1, len(newest)))
+    return list(pairwise([None, *range(first + length, last + 1, length), None]))

@@ -1,7 +1,6 @@
 """Writing a run: rows to journals, journals to parts, a heartbeat. One writer a rank."""
 
 import contextlib
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from geodiag.metrics.schema import CATEGORIES, SCHEMAS
-from geodiag.store import heartbeat as alive
-from geodiag.store.files import Folder, write_json
+from geodiag.store.files import Folder
 from geodiag.store.journal import Journal, read_journal
 from geodiag.store.lock import Lock
 from geodiag.store.parquet_parts import list_parts, merge_parts, sweep, write_part
@@ -19,10 +17,9 @@ from geodiag.store.reader import fit
 
 ROLL_BYTES = 8 << 20
 ROLL_BATCHES = 400
-HEARTBEAT_SECONDS = 1.0
 
 
-class Writer:
+class TableWriter:
     """The write side of one rank of a run."""
 
     def __init__(self, folder: Path, rank: int, attempt: int) -> None:
@@ -32,7 +29,6 @@ class Writer:
         self.last_step: int | None = None
         self._marked = -1
         self._journals: dict[str, Journal] = {}
-        self._beat = 0.0
         self._lock = Lock(folder / "journal" / f"rank-{rank}.lock")
         self._fold_leftovers()
 
@@ -56,13 +52,6 @@ class Writer:
         if self._marked != self.attempt:
             self._marked, self.first_step = self.attempt, steps[0].as_py()
         self.last_step = steps[-1].as_py()
-
-    def heartbeat(self, step: int | None, force: bool = False) -> None:
-        """Says that the training lives and where it is; at most once a second, rank 0 for all."""
-        now = time.monotonic()
-        if self.rank == 0 and (force or now - self._beat >= HEARTBEAT_SECONDS):
-            self._beat = now
-            write_json(self.folder / "heartbeat.json", alive.sign(step))
 
     def close(self) -> None:
         """Turns every journal into a part. OSError where the disk refuses one: the others are

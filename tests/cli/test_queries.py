@@ -161,7 +161,7 @@ def test_health_is_the_same_however_the_run_is_cut_into_stretches(
         run.append("experts", {"step": step, "layer": 7, "expert": 1, "act_rms": act})
     whole = health(run)
     monkeypatch.setattr("geodiag.store.step_chunks.CELLS", 1)
-    monkeypatch.setattr("geodiag.store.step_chunks.GLANCE", 1)
+    monkeypatch.setattr("geodiag.store.step_chunks.NEWEST_STEPS", 1)
     cut = health(run)
     assert cut.as_json() == whole.as_json()
     found = {n: cut.worst[n].step for n in ("flip_rate", "router_entropy", "act_rms")}

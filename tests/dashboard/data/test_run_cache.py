@@ -150,7 +150,7 @@ def test_a_long_run_is_read_in_stretches_and_is_the_same(runs, monkeypatch):
 
 def test_stretches_of_other_rows_are_read_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("geodiag.store.step_chunks.CELLS", 1)
-    monkeypatch.setattr("geodiag.store.step_chunks.GLANCE", 1)
+    monkeypatch.setattr("geodiag.store.step_chunks.NEWEST_STEPS", 1)
     run = Run.create(tmp_path / "r")
     for step in (0, 1):
         run.append("steps", {"step": [step], "loss": [1.0]})

@@ -141,7 +141,7 @@ def test_columns_csv_has_unit_and_meaning_of_every_column_that_was_written(
 def test_an_export_in_many_pieces_is_that_in_one(cli, tmp_path: Path, monkeypatch, to: str) -> None:
     export(cli, SAMPLES / "hc", to, tmp_path / "one")
     monkeypatch.setattr("geodiag.export.rows.CELLS", 1)
-    monkeypatch.setattr("geodiag.store.step_chunks.GLANCE", 16)
+    monkeypatch.setattr("geodiag.store.step_chunks.NEWEST_STEPS", 16)
     export(cli, SAMPLES / "hc", to, tmp_path / "many")
     one, many = (
         {p.name: p.read_bytes() for p in (tmp_path / n).iterdir() if p.name != "export.json"}

@@ -18,7 +18,7 @@ from geodiag.run import Run, open_run
 from geodiag.store import parquet_parts as parts
 from geodiag.store import writer as writing
 from geodiag.store.parquet_parts import list_parts, write_part
-from geodiag.store.writer import Writer
+from geodiag.store.writer import TableWriter
 
 WRITER = """
 import sys
@@ -279,7 +279,7 @@ def test_rows_refused_before_the_manifest_knows_the_attempt_are_still_told_apart
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr("geodiag.run.write_json", refuse)
+        full.setattr("geodiag.store.run_writer.write_json", refuse)
         with pytest.raises(OSError, match="No space left"):
             run.append("steps", {"step": [4]})
     assert open_run(tmp_path / "run").read("steps")["attempt"].tolist() == [0, 0, 0, 0, 1]
@@ -291,7 +291,7 @@ def test_a_journal_of_an_unknown_table_is_left_alone(make_run, tmp_path: Path) -
     make_run()
     later = tmp_path / "run/journal/rank-0-quantum.arrows"
     later.write_bytes(b"a later version's table")
-    Writer(tmp_path / "run", rank=0, attempt=1).close()
+    TableWriter(tmp_path / "run", rank=0, attempt=1).close()
     assert later.read_bytes() == b"a later version's table"
 
 

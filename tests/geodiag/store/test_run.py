@@ -241,3 +241,39 @@ def test_a_control_file_that_makes_no_sense_is_no_request(
     (tmp_path / "run/control.json").write_text(text)
     assert RequestWatch(tmp_path / "run").poll() is None
     assert open_run(tmp_path / "run").pending() is None
+
+
+def test_an_earlier_attempt_is_read_as_it_was_when_it_was_the_newest(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "a")
+    run.append("steps", {"step": [0, 1, 2, 3], "loss": [0.0, 0.25, 0.5, 0.75]})
+    run.event(Event(step=3, kind="spike", message="first attempt"))
+    for attempt, first in ((1, 2), (2, 1)):
+        assert run.next_attempt() == attempt
+        run.append("steps", {"step": [first, first + 1], "loss": [attempt, attempt + 0.5]})
+    run.event(Event(step=2, kind="spike", message="last attempt"))
+    run.close()
+
+    opened = open_run(tmp_path / "a")
+    views = {n: opened.as_of_attempt(n) for n in (0, 1, 2)}
+    losses = {n: view.read("steps")["loss"].tolist() for n, view in views.items()}
+    assert losses == {0: [0.0, 0.25, 0.5, 0.75], 1: [0.0, 0.25, 1.0, 1.5], 2: [0.0, 2.0, 2.5]}
+    assert losses[2] == opened.read("steps")["loss"].tolist(), "the newest attempt"
+    assert views[0].read("steps", attempt=1)["loss"].tolist() == [1.0, 1.5], "as asked explicitly"
+    assert len(views[0].read("events")) == 2, "events are complete"
+    assert (
+        views[1].refresh().read("steps")["loss"].tolist() == views[1].read("steps")["loss"].tolist()
+    )
+    with pytest.raises(ValueError, match="open for reading only"):
+        views[0].append("steps", {"step": [4]})
+
+
+def test_an_earlier_attempt_is_read_without_a_manifest(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "a")
+    run.append("steps", {"step": [0, 1, 2]})
+    run.next_attempt()
+    run.append("steps", {"step": [1]})
+    run.close()
+    (tmp_path / "a" / "run.json").unlink()
+    opened = open_run(tmp_path / "a")
+    assert opened.as_of_attempt(0).read("steps")["step"].tolist() == [0, 1, 2]
+    assert opened.read("steps")["step"].tolist() == [0, 1]
