@@ -1,4 +1,5 @@
-# Two commands do everything: `make demo` and `make test`. `make bench` and `make fmt` beside them.
+# Two commands do everything: `make demo` and `make test`. While you work: `make check` (format, lint,
+# types), `make quick` (tests under a minute), `make one ARGS=tests/hooks/test_monitor.py` (one test).
 # Each installs what it needs into .venv once; it asks pip again only when the two files below change.
 
 SHELL := /bin/bash
@@ -6,7 +7,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .SILENT:
 .DELETE_ON_ERROR:
-.PHONY: demo test bench fmt docs clean
+.PHONY: demo test check quick one bench fmt docs clean
 
 PYTHON ?=
 CURVES ?=
@@ -18,13 +19,21 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pyt
 demo: .venv/.installed
 	$(BIN)/geodiag demo $(ARGS)
 
-test: .venv/.installed-test
+test: check
 	.ci/chromium
+	# A worker a core, one thread each; a file's tests stay together, since they share what is slow to make.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+check: .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	# A worker a core, one thread each; a file's tests stay together, since they share what is slow to make.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+quick: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not browser and not triton" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+one: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/overhead.py $(ARGS)

@@ -1,8 +1,8 @@
-"""What all tests share: runs in temporary folders, the command line in-process, and a browser or a
-reason why not.
-"""
+"""What all tests share: markers, signals, runs in temporary folders, the command line in-process."""
 
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,36 @@ import torch
 from typer.testing import CliRunner
 
 from geodiag.run import Run
+from tests.paths import ROOT
+
+KERNELS = ROOT / "tests/reference_models/kernels"
 
 if not torch.cuda.is_available():
     # Triton reads it once, when it is first imported, which any test's imports may bring about.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure() -> None:
+    """Let child processes begin with the default action of SIGINT.
+
+    A background job of a shell script ignores SIGINT, and what is ignored stays ignored in its
+    children, whereas a handler does not. With a handler that does nothing, this process still
+    ignores SIGINT and the trainings that tests interrupt do not.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda _number, _frame: None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the kernels, which run in Triton's interpreter where there is no GPU."""
+    for item in items:
+        if item.path.is_relative_to(KERNELS):
+            item.add_marker(pytest.mark.triton)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Browser tests: skipped with the reason where there is no Chromium; in CI that is a failure."""
+    """Skip browser tests where there is no Chromium; in CI, fail them."""
     if item.get_closest_marker("browser"):
         from geodiag.cli.doctor import find_chromium
 
@@ -30,8 +52,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Run]:
-    """Writes a small run: `make_run("a", steps=20, layers=3)` in a temporary folder, closed unless
-    told otherwise.
+    """Write a small run, `make_run("a", steps=20, layers=3)`, in a temporary folder.
+
+    The run is closed unless `close=False`.
     """
 
     def make(
@@ -73,7 +96,7 @@ def write_step(
 
 @pytest.fixture
 def cli() -> Callable[..., Any]:
-    """`cli("show", path)`: the command line in this process; what it printed, and its exit code."""
+    """Run a command line in this process, `cli("show", path)`; return its output and exit code."""
     from geodiag.cli.main import app
 
     def call(*args: Any) -> Any:

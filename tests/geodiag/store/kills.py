@@ -18,6 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from geodiag.run import open_run
 
@@ -37,7 +38,7 @@ class Kill:
     wrong: str | None
 
 
-def start(run: Path, data: Path, *more: str) -> subprocess.Popen[str]:
+def start(run: Path, data: Path, *more: str, **how: Any) -> subprocess.Popen[str]:
     """A training of `tiny` that prints every step it is through with."""
     main = "from geodiag.cli.main import main; main()"
     options = [
@@ -52,7 +53,9 @@ def start(run: Path, data: Path, *more: str) -> subprocess.Popen[str]:
         *more,
     ]
     command = [sys.executable, "-c", main, "train", *options]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **how
+    )
 
 
 def wait_for(process: subprocess.Popen[str], steps: int) -> str:
