@@ -1,7 +1,7 @@
-"""Rules that say when a loss spikes: ours and the public ones, each written from its definition.
+"""Rules that detect a loss spike: geodiag's and published ones, each written from its definition.
 
-A rule takes the updates of a run and yields the rows that raise an alarm. All judge the loss alone,
-by default values.
+A rule takes the updates of a run and yields the rows that raise an alarm. All rules use the loss
+only, with their default values.
 """
 
 import math
@@ -17,7 +17,7 @@ Rule = Callable[[Sequence[Update]], Iterator[int]]
 
 
 def geodiag_rule(**options: Any) -> Rule:
-    """Our detector; only what it calls a spike is an alarm."""
+    """geodiag's detector; only events of kind `spike` are alarms."""
 
     def rule(updates: Sequence[Update]) -> Iterator[int]:
         rows = {update.step: row for row, update in enumerate(updates)}
@@ -31,9 +31,7 @@ def geodiag_rule(**options: Any) -> Rule:
 
 
 def windowed_sigma(sigmas: float, window: int, least: int) -> Rule:
-    """Above the mean of the last `window` losses by `sigmas` standard deviations; every loss enters
-    the window.
-    """
+    """Alarm `sigmas` standard deviations above the mean of the last `window` losses, alarms included."""
 
     def rule(updates: Sequence[Update]) -> Iterator[int]:
         past: deque[float] = deque()
@@ -46,13 +44,14 @@ def windowed_sigma(sigmas: float, window: int, least: int) -> Rule:
                     yield row
             past.append(update.loss)
             old = past.popleft() if len(past) > window else 0.0
-            total, squares = total + update.loss - old, squares + update.loss**2 - old**2
+            total += update.loss - old
+            squares += update.loss**2 - old**2
 
     return rule
 
 
 def over_previous(factor: float) -> Rule:
-    """`factor` times the loss before."""
+    """Alarm above `factor` times the previous loss."""
 
     def rule(updates: Sequence[Update]) -> Iterator[int]:
         yield from (
@@ -63,7 +62,7 @@ def over_previous(factor: float) -> Rule:
 
 
 def over_mean(factor: float, window: int) -> Rule:
-    """`factor` times the mean of the last `window` losses; an outlier does not enter the window."""
+    """Alarm above `factor` times the mean of the last `window` losses without alarm."""
 
     def rule(updates: Sequence[Update]) -> Iterator[int]:
         past: deque[float] = deque(maxlen=window)
@@ -77,13 +76,18 @@ def over_mean(factor: float, window: int) -> Rule:
 
 
 def zclip(threshold: float, decay: float, warmup: int) -> Rule:
-    """z above an exponential mean and variance; an outlier enters them clipped to threshold² / z."""
+    """Alarm at a z-score above `threshold` by exponential mean and variance (ZClip).
+
+    An outlier enters both clipped to threshold² / z (arXiv 2504.02507).
+    """
 
     def rule(updates: Sequence[Update]) -> Iterator[int]:
         first = [update.loss for update in updates[:warmup]]
-        mean, variance = statistics.fmean(first), statistics.pvariance(first)
+        mean = statistics.fmean(first)
+        variance = statistics.pvariance(first)
         for row, update in enumerate(updates[warmup:], start=warmup):
-            loss, std = update.loss, math.sqrt(variance) + 1e-12
+            loss = update.loss
+            std = math.sqrt(variance) + 1e-12
             z = (loss - mean) / std
             if z > threshold:
                 yield row
@@ -95,25 +99,26 @@ def zclip(threshold: float, decay: float, warmup: int) -> Rule:
 
 
 def holt(threshold: float, level_decay: float, trend_decay: float, warmup: int) -> Rule:
-    """z of the error of a double exponential forecast."""
+    """Alarm at a large z-score of the error of a double exponential forecast (Holt)."""
 
     def rule(updates: Sequence[Update]) -> Iterator[int]:
-        level, trend, variance = updates[0].loss, 0.0, 0.0
+        level = updates[0].loss
+        trend = 0.0
+        variance = 0.0
         for row, update in enumerate(updates):
             error = update.loss - level - trend
             if row >= warmup and error > threshold * math.sqrt(variance):
                 yield row
             variance = level_decay * variance + (1 - level_decay) * error**2
-            before, level = level, level + trend + (1 - level_decay) * error
-            trend = trend_decay * trend + (1 - trend_decay) * (level - before)
+            previous = level
+            level = level + trend + (1 - level_decay) * error
+            trend = trend_decay * trend + (1 - trend_decay) * (level - previous)
 
     return rule
 
 
 def hampel(threshold: float, window: int) -> Rule:
-    """Two of the last three losses above the window's median by `threshold` scaled median absolute
-    deviations.
-    """
+    """Alarm if two of the last three losses exceed the median by `threshold` scaled MADs (Hampel)."""
 
     def rule(updates: Sequence[Update]) -> Iterator[int]:
         past: deque[float] = deque(maxlen=window)

@@ -73,7 +73,6 @@ KNOWN_LOOPS = {
         f"geodiag.hooks.autorecord.{m}"
         for m in ("auto_monitor", "session", "sitecustomize_hook", "run_config")
     ),
-    frozenset(f"geodiag.benchmarks.{m}" for m in ("spikes", "spike_trials")),
 }
 """Loops between modules of today; an entry that is repaired must go."""
 

@@ -418,9 +418,7 @@ def test_it_says_what_was_written_what_was_left_out_and_what_to_do_next(
     monkeypatch.chdir(tmp_path)
     said = cli("export", SAMPLES / "hc", "--to", "tensorboard").output
     assert "exports/tensorboard/hc  1 file," in said
-    assert (
-        "layers: worst and mean only; for one curve each pass --places all" in said
-    )
+    assert "layers: worst and mean only; for one curve each pass --places all" in said
     assert "left out: experts, tokens" in said
     assert "tensorboard --logdir exports/tensorboard/hc" in said
     assert "layers.csv  3,600 rows" in cli("export", SAMPLES / "hc", "--to", "csv").output
