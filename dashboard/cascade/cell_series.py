@@ -41,8 +41,8 @@ def cell_series(
 ) -> list[Series]:
     """Return the metrics of the cell's stage in its layer, at most `most`.
 
-    Metrics named in `first_metrics` come first, then those that left their usual range the furthest. `before` is
-    the step before which the values count as usual.
+    Metrics named in `first_metrics` come first, then those that left their usual range the
+    furthest. Values before step `before` count as usual.
     """
     names = [
         n

@@ -20,8 +20,9 @@ _DEFAULT_DELAY = 8
 _MOST_DELAY = 64
 _NOT_RUNNING = "The training is not running, so it cannot be controlled. Its last step is {step}."
 _ABOUT = (
-    "Anticipatory routing chooses experts with router weights from Δ steps ago. A request is written "
-    "to the file control.json; the training applies it at its next step."
+    "Anticipatory routing chooses experts with the weights of Δ steps ago, which keeps routing "
+    "stable after a spike. A request is written to the file control.json; the training applies it "
+    "at its next step."
 )
 
 

@@ -117,7 +117,7 @@ def experts(
 
 
 def lines(cache: RunCache, view: View, theme: Theme, strips: Lines, lacks: str) -> go.Figure:
-    """Draw series of the selected layer; `lacks` names the part that a layer without series lacks."""
+    """Draw series of the selected layer; `lacks` names what a layer without series lacks."""
     layer = layer_of(cache, view)
     # Read all metrics at once instead of once per panel.
     cache.grids("layers", *(name for _, names in strips for name in names))

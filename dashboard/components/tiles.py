@@ -70,7 +70,7 @@ def tiles(cache: RunCache) -> list:
 
 
 def worst_now(cache: RunCache, *names: str) -> Grid | None:
-    """Return the newest values of the named metric with the worst one, None if none was measured."""
+    """Return the newest values of the metric that has the worst one, None without values."""
     best: tuple[float, Grid] | None = None
     for grid in cache.recent("layers", *names):
         if not grid.rows or not len(grid.steps_S):

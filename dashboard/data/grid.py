@@ -75,9 +75,7 @@ def row_name(row: tuple[int, int]) -> str:
 
 
 def to_grids(table: str, rows: pa.Table, names: list[str]) -> dict[str, Grid]:
-    """Table rows as one grid a metric; several ranks become one as each metric's registry entry
-    says.
-    """
+    """Return one grid per metric; ranks are merged by the rule of each metric."""
     step_n, layer_n, second_n = (
         rows["step"].to_numpy(),
         rows["layer"].to_numpy(),

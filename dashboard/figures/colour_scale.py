@@ -1,4 +1,4 @@
-"""Colour axes of metrics: gains around 1 on a log scale, shares from 0, wide ranges on a log scale."""
+"""Colour axes: gains around 1 on a log scale, shares from 0, wide ranges on a log scale."""
 
 from typing import Any, NamedTuple
 

@@ -13,7 +13,7 @@ from geodiag.dashboard.figures.style import Theme, axis, base, empty, ticks_of, 
 
 
 class Line(NamedTuple):
-    """One series: its label beside the panel, and its values (see `geodiag.dashboard.data.grid`)."""
+    """One series: its label beside the panel, and its values (see `dashboard.data.grid`)."""
 
     label: str
     step_S: np.ndarray

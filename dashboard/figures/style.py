@@ -178,7 +178,7 @@ def empty(text: str, theme: Theme, height: int = EMPTY_PX) -> go.Figure:
 def add_text(
     fig: go.Figure, text: str, x: float, y: float, colour: str, size: float = 12.5, **more: Any
 ) -> None:
-    """Write a text whose lower left corner is at (x, y), as shares of the plot's width and height."""
+    """Write a text with its lower left corner at (x, y), as shares of width and height."""
     place: dict[str, Any] = {"xref": "paper", "yref": "paper", "xanchor": "left"}
     place |= {"yanchor": "bottom", "align": "left"} | more
     fig.add_annotation(

@@ -11,7 +11,7 @@ COLUMNS = 1200
 
 
 class Binned(NamedTuple):
-    """A grid in columns of equal width. Column i holds the steps left[i] ≤ step < left[i] + width."""
+    """A grid in columns of equal width. Column i: steps left[i] ≤ step < left[i] + width."""
 
     left_B: np.ndarray
     width: int

@@ -38,9 +38,9 @@ QUANTITIES = quantities(NAME)
 _WAYS = ("forward", "backward")
 _MAIN = (
     "Rows are residual sites (attention and feed-forward of each layer), the first on top. A gain "
-    "above 1 amplifies what passes, a gain below 1 damps it; the composite gain is that of all maps "
-    "between the site and the input (forward) or the output (backward). Click a cell to select its "
-    "step and site; drag to zoom in time."
+    "above 1 amplifies the streams, a gain below 1 damps them. The composite gain is the gain of "
+    "all maps between the site and the input (forward) or the output (backward). Click a cell to "
+    "select its step and site; drag to zoom in time."
 )
 _DEPTH = (
     "Every site at one step. Forward gains multiply from the input, backward gains from the output."
@@ -245,8 +245,8 @@ def _missing(cache: RunCache) -> list:
         return []
     return [
         notice(
-            "This model has no hyper-connections, so it has no residual maps and no composite gain. "
-            "Transport gain, stream norms and gradient norms are recorded."
+            "This model has no hyper-connections, so it has no residual maps and no composite "
+            "gain. Transport gain, stream norms and gradient norms are recorded."
         )
     ]
 

@@ -23,7 +23,8 @@ from geodiag.health import SPIKES
 NAME, TITLE = "overview", "Overview"
 _RECENT = 7
 STAGES = (
-    "Stage scores: distance of the worst layer from its own past in robust z (standard deviations, estimated from the median). "
+    "Stage scores: distance of the worst layer from its own past in robust z (standard "
+    "deviations, estimated from the median). "
     + " ".join(f"Stage {i}: {metric('steps', f'stage{i}_score').help}" for i in (1, 2, 3))
 )
 

@@ -44,7 +44,7 @@ _COLUMNS: list[dict[str, Any]] = [
     {"field": "gain", "headerName": "gain now", "width": 140, "headerTooltip": _GAIN_HELP,
      "valueFormatter": _GAIN, **_NUMBER},
     {"field": "model", "headerName": "model", "width": 102},
-    {"field": "began", "headerName": "began, UTC", "width": 138, "sort": "desc"},
+    {"field": "began", "headerName": "started, UTC", "width": 138, "sort": "desc"},
 ]  # fmt: skip
 
 

@@ -1,6 +1,4 @@
-"""Two runs or more, side by side as data: how each stands, what differs, and which is the better at
-what.
-"""
+"""Data of a comparison of runs: status, losses, key metrics, spikes, differing settings."""
 
 import math
 from collections.abc import Sequence
@@ -21,11 +19,11 @@ from geodiag.run import Run
 from geodiag.spikes.recorded import Seen, spikes_of
 
 MOST_RUNS = 12
-"""So many lines can be told apart: four colours, three kinds of dashes."""
-_TOLD = 4
-"""Spikes of a run whose cascade is told, the worst ones."""
+"""Lines that can be distinguished: four colours times three kinds of dashes."""
+_EXPLAINED = 4
+"""Spikes per run whose cascade is explained, the worst ones."""
 _MEAN_OF = 50
-"""Steps that a loss is averaged over: one batch says little."""
+"""Steps over which a loss is averaged, because the loss of one batch is noisy."""
 _NAMES = [name for names in headlines().values() for name in names]
 
 
@@ -37,27 +35,43 @@ class ComparedRun:
     cache: RunCache
     health: Health
     last: dict[str, float]
-    """Each key metric's newest value; of the layers', the worst place's."""
+    """Newest value of each key metric; for layers the value of the worst layer."""
     spikes: tuple[tuple[Seen, str | None], ...]
-    """Each spike, with its cascade in words where it was told."""
+    """Each spike, with its cascade in words if it was explained."""
 
     def tokens(self) -> np.ndarray | None:
-        """Tokens trained on up to each step; None where some step does not say."""
+        """Return the tokens trained on up to each step, None if some step lacks the number."""
         token_S = self.cache.steps()["tokens"].astype(np.float64)
         return np.cumsum(token_S) if len(token_S) and np.isfinite(token_S).all() else None
 
     def as_json(self) -> dict[str, Any]:
-        h, tokens = self.health, self.tokens()
+        """Return the entry of this run in the output of `geodiag compare --json`."""
+        h = self.health
+        tokens = self.tokens()
         spikes = [
-            {"kind": s.spike.kind, "onset": s.onset, "detected": s.spike.detected, "peak": s.spike.peak,
-             "end": s.spike.end, "score": jsonable(s.spike.score), "attempt": s.attempt, "words": words}
-            for s, words in self.spikes if s.spike is not None
-        ]  # fmt: skip
+            {
+                "kind": s.spike.kind,
+                "onset": s.onset,
+                "detected": s.spike.detected,
+                "peak": s.spike.peak,
+                "end": s.spike.end,
+                "score": jsonable(s.spike.score),
+                "attempt": s.attempt,
+                "words": words,
+            }
+            for s, words in self.spikes
+            if s.spike is not None
+        ]
         return {
-            "label": self.label, "run": h.run, "status": h.status, "last_step": h.last_step, "loss": jsonable(h.last_loss),
-            "tokens": None if tokens is None else float(tokens[-1]), "spikes": spikes,
+            "label": self.label,
+            "run": h.run,
+            "status": h.status,
+            "last_step": h.last_step,
+            "loss": jsonable(h.last_loss),
+            "tokens": None if tokens is None else float(tokens[-1]),
+            "spikes": spikes,
             "problems": self.cache.problems(),
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +81,16 @@ class Comparison:
     runs: tuple[ComparedRun, ...]
 
     def differences(self) -> dict[str, list[Any]]:
-        """Setting → each run's value, of the settings that are not the same in all; None where a
-        run does not say.
-        """
-        told = [_settings(s.cache) for s in self.runs]
-        names = list(dict.fromkeys(name for settings in told for name in settings))
-        values = {name: [settings.get(name) for settings in told] for name in names}
+        """Return each setting that differs: name → value of each run, None if unknown."""
+        settings_per_run = [_settings(s.cache) for s in self.runs]
+        names = list(dict.fromkeys(name for settings in settings_per_run for name in settings))
+        values = {name: [settings.get(name) for settings in settings_per_run] for name in names}
         return {name: v for name, v in values.items() if any(x != v[0] for x in v)}
 
     def shared(self) -> dict[str, Any]:
-        """The newest step that all runs with a loss have, and the mean loss of each over up to 50
-        shared steps.
+        """Return the newest common step of all runs with a loss, and the mean losses before it.
+
+        The mean is over the newest common steps, at most 50.
         """
         common: np.ndarray | None = None
         for s in self.runs:
@@ -96,34 +109,28 @@ class Comparison:
         }
 
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """Key metric → unit, bad end, every run's worst with its place and newest value, and which
-        runs are better.
-        """
+        """Return for each key metric its unit, its worst and newest values, and the better runs."""
         out = {}
         for name in _NAMES:
             metric = metric_of(name)
             worst = [s.health.worst.get(name) for s in self.runs]
-            values, last = (
-                [None if w is None else w.value for w in worst],
-                [s.last.get(name) for s in self.runs],
-            )
-            if any(w is not None for w in worst):
-                out[name] = {
-                    "unit": metric.unit,
-                    "worse": metric.worse,
-                    "worst": [None if w is None else w.as_json() for w in worst],
-                    "last": jsonable(last),
-                    "better": {
-                        # The worst loss is that of the first step: it tells of the start, not of
-                        # the run.
-                        "worst": [] if name == "loss" else better(name, values),
-                        "last": better(name, last),
-                    },
-                }
+            if all(w is None for w in worst):
+                continue
+            values = [None if w is None else w.value for w in worst]
+            last = [s.last.get(name) for s in self.runs]
+            # The worst loss is the loss of the first step, which does not rate a run.
+            better_worst = [] if name == "loss" else better(name, values)
+            out[name] = {
+                "unit": metric.unit,
+                "worse": metric.worse,
+                "worst": [None if w is None else w.as_json() for w in worst],
+                "last": jsonable(last),
+                "better": {"worst": better_worst, "last": better(name, last)},
+            }
         return out
 
     def as_json(self) -> dict[str, Any]:
-        """See `geodiag compare --help`."""
+        """Return the object that `geodiag compare --json` prints."""
         return {
             "runs": [s.as_json() for s in self.runs],
             "shared": jsonable(self.shared()),
@@ -133,44 +140,47 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Looks at every run, by its newest attempt. GeodiagError for fewer than two, too many, or one
-    twice.
+    """Compare the newest attempts of runs.
+
+    GeodiagError for fewer than two runs, more than MOST_RUNS, or the same run twice.
     """
     if len(runs) < 2:
         raise GeodiagError("compare needs two runs or more; for one run: geodiag report RUN")
     if len(runs) > MOST_RUNS:
-        raise GeodiagError(f"{len(runs)} lines cannot be told apart; pass at most {MOST_RUNS} runs")
+        raise GeodiagError(
+            f"{len(runs)} lines cannot be distinguished; pass at most {MOST_RUNS} runs"
+        )
     return Comparison(
         runs=tuple(_side(r, label) for r, label in zip(runs, labels_of(runs), strict=True))
     )
 
 
 def better(name: str, values: Sequence[float | None]) -> list[int]:
-    """Places of the runs that stand better, by a difference that can be read; none where all are
-    alike.
-    """
+    """Return the indices of the runs with the best value; none if all values look the same."""
     metric = metric_of(name)
     known = {i: v for i, v in enumerate(values) if v is not None}
     finite = {i: v for i, v in known.items() if math.isfinite(v)}
     if len(known) < 2 or not finite:
         return []
-    said = {i: value(v, metric) for i, v in known.items()}
+    texts = {i: value(v, metric) for i, v in known.items()}
     best = (max if metric.worse == "low" else min)(finite, key=lambda i: finite[i])
-    return [i for i in known if said[i] == said[best]] if len(set(said.values())) > 1 else []
+    return [i for i in known if texts[i] == texts[best]] if len(set(texts.values())) > 1 else []
 
 
 def _side(run: Run, label: str) -> ComparedRun:
     cache = RunCache(run)
     known = [s for s in spikes_of(run) if s.spike is not None]
-    worst = sorted(known, key=lambda s: -(s.spike.score if s.spike else 0.0))[:_TOLD]
-    told = tuple((s, explain(run, s).words if s in worst else None) for s in known)
+    worst = sorted(known, key=lambda s: -(s.spike.score if s.spike else 0.0))[:_EXPLAINED]
+    spikes = tuple((s, explain(run, s).words if s in worst else None) for s in known)
     return ComparedRun(
-        label=label, cache=cache, health=health(run, _NAMES), last=_last(cache), spikes=told
+        label=label, cache=cache, health=health(run, _NAMES), last=_last(cache), spikes=spikes
     )
 
 
 def _last(cache: RunCache) -> dict[str, float]:
-    steps, out = cache.steps(), {}
+    """Return the newest value of each key metric; for layers the value of the worst layer."""
+    steps = cache.steps()
+    out: dict[str, float] = {}
     for name in _NAMES:
         metric = metric_of(name)
         if metric.table == "steps":
@@ -188,7 +198,7 @@ def _last(cache: RunCache) -> dict[str, float]:
 
 
 def _settings(cache: RunCache) -> dict[str, Any]:
-    """What was set, what was found, and what it ran on."""
+    """Return the configuration, the model summary and the versions of a run."""
     found = {f"found.{k}": v for k, v in cache.manifest_section("found").items() if k != "missing"}
     versions = {f"versions.{k}": v for k, v in cache.manifest_section("versions").items()}
     return flatten(cache.manifest_section("config")) | found | versions

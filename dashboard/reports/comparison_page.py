@@ -1,6 +1,4 @@
-"""The comparison of runs as a page: losses on one axis, what stands better where, stages, spikes,
-settings.
-"""
+"""The page of a comparison of runs: losses, key metrics, stages, spikes, differing settings."""
 
 from functools import partial
 from typing import Any
@@ -14,21 +12,22 @@ from geodiag.dashboard.components.text import integer, metric, metric_help, numb
 from geodiag.dashboard.figures.event_marks import draw_superseded
 from geodiag.dashboard.figures.run_overlay import Panel, Ring, Track, overlay
 from geodiag.dashboard.figures.style import Theme
-from geodiag.dashboard.figures.timeline import loss_at
+from geodiag.dashboard.figures.timeline import STAGES, loss_at
 from geodiag.dashboard.reports import comparison_tables
 from geodiag.dashboard.reports.comparison import ComparedRun, Comparison
-from geodiag.dashboard.reports.html_file import HtmlFile, mark
+from geodiag.dashboard.reports.html_file import HtmlFile, logo
 from geodiag.health import ALERT, SPIKES
 
-_ZOOM = "Drag to zoom, double click for all; a click on a name hides its run."
+_ZOOM = "Drag to zoom, double click to reset; click a name to hide its run."
+_RINGS = "Rings mark spikes; grey lines are steps that were rolled back."
 _LEAST_Z = 2.0
-"""Stage scores below are the noise of a worst-of-many, in every run."""
+"""Stage scores below this value are noise: the worst of many layers is never 0."""
 
 
 def page(c: Comparison, now: float) -> str:
-    """The file. `now` is when it was made, in seconds since 1970."""
+    """Return the HTML of the page; `now` is the time of writing in seconds since 1970."""
     names = [s.label for s in c.runs]
-    title = " against ".join(names) if len(names) == 2 else f"{len(names)} runs"
+    title = " and ".join(names) if len(names) == 2 else f"{len(names)} runs"
     paper = HtmlFile(f"{title} · geodiag compare")
     differences = c.differences()
     sections = [
@@ -55,7 +54,7 @@ def page(c: Comparison, now: float) -> str:
         ),
     ]
     head = [
-        html.Span([mark(), "geodiag"], className="brand"),
+        html.Span([logo(), "geodiag"], className="brand"),
         html.Span(title, className="crumb here"),
     ]
     return paper.html(
@@ -71,25 +70,25 @@ def _losses(c: Comparison, paper: HtmlFile) -> html.Div:
         paper.chart(
             partial(draw_losses, c), "Loss and gradient norm of every run over steps", "steps"
         ),
-        tip=f"{metric_help(metric('steps', 'loss'))} Rings are spikes; grey lines, steps that were rolled back. {_ZOOM}",
+        tip=f"{metric_help(metric('steps', 'loss'))} {_RINGS} {_ZOOM}",
     )
     unknown = [s.label for s in c.runs if s.tokens() is None]
     if len(unknown) == len(c.runs):
         return html.Div(steps)
     lacks = (
-        [notice(f"Not every step of {', '.join(unknown)} says how many tokens it had.")]
-        if unknown
-        else []
+        [notice(f"Some steps of {', '.join(unknown)} have no number of tokens.")] if unknown else []
     )
     tokens = card(
-        "Loss over tokens", *lacks,
-        paper.chart(partial(draw_losses_over_tokens, c), "Loss of every run over tokens"), tip=_ZOOM,
-    )  # fmt: skip
+        "Loss over tokens",
+        *lacks,
+        paper.chart(partial(draw_losses_over_tokens, c), "Loss of every run over tokens"),
+        tip=_ZOOM,
+    )
     return html.Div([steps, tokens], className="column")
 
 
 def draw_losses(c: Comparison, theme: Theme) -> go.Figure:
-    """Loss and gradient norm over steps."""
+    """Draw loss and gradient norm of every run over steps."""
     tracks = [Track(s.label, x := s.cache.steps()["step"], x, _rings(s)) for s in c.runs]
     panels = [
         Panel("loss", metric("steps", "loss").unit, _column(c, "loss"), 330),
@@ -109,7 +108,7 @@ def draw_losses(c: Comparison, theme: Theme) -> go.Figure:
 
 
 def draw_losses_over_tokens(c: Comparison, theme: Theme) -> go.Figure:
-    """The same losses, by how much each run had read; runs that do not say are left out."""
+    """Draw the losses over tokens; runs with unknown token numbers are left out."""
     known = [(s, t) for s in c.runs if (t := s.tokens()) is not None]
     tracks, values = [], []
     for s in c.runs:
@@ -126,8 +125,9 @@ def draw_losses_over_tokens(c: Comparison, theme: Theme) -> go.Figure:
 
 def _stages(c: Comparison, paper: HtmlFile) -> html.Section:
     tip = (
-        f"How far the worst layer stands from its own past. The dotted line is {ALERT:g} robust z: a stage that is "
-        f"above it for three steps has left its history. Noise, up to {_LEAST_Z:g}, lies on the ground. {_ZOOM}"
+        "Distance of the worst layer from its own past, in robust z (standard deviations, "
+        f"estimated from the median). The dotted line is the alert level, {ALERT:g}: a stage above "
+        f"it for three steps in a row is unusual. Noise up to {_LEAST_Z:g} is drawn at the bottom. {_ZOOM}"
     )
     what = "Scores of the three stages of every run over steps"
     return card(
@@ -138,12 +138,11 @@ def _stages(c: Comparison, paper: HtmlFile) -> html.Section:
 
 
 def draw_stages(c: Comparison, theme: Theme) -> go.Figure:
-    """The scores of the three stages over steps, a line a run."""
+    """Draw the scores of the three stages over steps, one line per run."""
     tracks = [Track(s.label, x := s.cache.steps()["step"], x) for s in c.runs]
-    titles = ("1 curvature", "2 chart", "3 amplification")
     panels = [
         Panel(title, "", _column(c, f"stage{i}_score"), 150, _LEAST_Z, ALERT)
-        for i, title in enumerate(titles, 1)
+        for i, title in enumerate(STAGES, 1)
     ]
     return overlay(tracks, panels, theme)
 
@@ -152,12 +151,17 @@ def _column(c: Comparison, name: str) -> list[np.ndarray]:
     return [s.cache.steps()[name] for s in c.runs]
 
 
-def _rings(side: ComparedRun) -> list[Ring]:
-    steps, superseded, out = side.cache.steps(), side.cache.superseded(), []
-    for seen, _ in side.spikes:
-        spike: Any = seen.spike
+def _rings(run: ComparedRun) -> list[Ring]:
+    steps = run.cache.steps()
+    superseded = run.cache.superseded()
+    out = []
+    for recorded, _ in run.spikes:
+        spike: Any = recorded.spike
         score = f", {spike.score:.1f} robust σ" if np.isfinite(spike.score) else ""
         kind = spike.kind if spike.kind in SPIKES else "spike"
-        text = f"{side.label}: {kind} at step {integer(seen.onset)}, peak at {number(spike.peak)}{score}"
-        out.append(Ring(seen.onset, loss_at(steps, superseded, seen.attempt, seen.onset), text))
+        text = f"{run.label}: {kind} at step {integer(recorded.onset)}"
+        text += f", peak at {number(spike.peak)}{score}"
+        out.append(
+            Ring(recorded.onset, loss_at(steps, superseded, recorded.attempt, recorded.onset), text)
+        )
     return out

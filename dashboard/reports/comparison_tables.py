@@ -1,6 +1,4 @@
-"""The tables of a comparison: the runs themselves, their key metrics, their spikes, and what was
-set otherwise.
-"""
+"""Tables of a comparison: the runs, their key metrics, their spikes, their differing settings."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,19 +11,19 @@ from geodiag.dashboard.components.text import integer, metric_help, number, utc
 from geodiag.dashboard.figures.run_overlay import stroke
 from geodiag.dashboard.figures.style import DARK, LIGHT
 from geodiag.dashboard.reports.comparison import ComparedRun, Comparison
-from geodiag.dashboard.reports.tables import grid, hint, metric_of, place, setting_text, value
+from geodiag.dashboard.reports.tables import hint, metric_of, place, setting_text, table, value
 from geodiag.metrics.registry import headlines
 
 _LIST = 8
-"""A longer list is told by its length and its ends."""
+"""A longer list is shown as its length, its first and its last item."""
 METRICS_TIP = (
-    "Worst: of all steps and layers, over the whole of each run. Newest: at its last sample, the worst place. "
-    "✓ marks the better value, where the difference can be read."
+    "Worst: the worst value of all steps and layers. Newest: the worst layer at the last sample. "
+    "✓ marks the better value if the difference is visible."
 )
 
 
 def head(c: Comparison, title: str) -> html.Section:
-    """Which runs these are, and how each stands; the loss where all have come."""
+    """Return the card with the runs, their status, and the mean loss over common steps."""
     shared = c.shared()
     at = shared["last_step"]
     known = [v for v in shared["loss"] if v is not None]
@@ -33,98 +31,117 @@ def head(c: Comparison, title: str) -> html.Section:
     for i, (s, loss) in enumerate(zip(c.runs, shared["loss"], strict=True)):
         h, tokens = s.health, s.tokens()
         model = ", ".join(
-            str(said) for key in ("residual", "size") if (said := s.cache.setting(key))
+            str(text) for key in ("residual", "size") if (text := s.cache.setting(key))
         )
         best = (
             len(known) > 1
             and number(loss) == number(min(known))
             and len({number(v) for v in known}) > 1
         )
-        rows.append([
-            named(c, i), badge(h.status), integer(h.last_step), "–" if tokens is None else _short(float(tokens[-1])),
-            _better(number(loss), best), number(h.last_loss), str(len(s.spikes)),
-            model or str(s.cache.manifest_section("found").get("family") or "–"),
-            utc(s.cache.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
-        ])  # fmt: skip
-    mean = f"loss, shared: mean over the {shared['steps']} newest steps that all runs have, up to step {integer(at)}"
+        rows.append(
+            [
+                named(c, i),
+                badge(h.status),
+                integer(h.last_step),
+                "–" if tokens is None else _short(float(tokens[-1])),
+                _better(number(loss), best),
+                number(h.last_loss),
+                str(len(s.spikes)),
+                model or str(s.cache.manifest_section("found").get("family") or "–"),
+                utc(s.cache.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
+            ]
+        )
+    mean = (
+        f"shared loss: mean over the {shared['steps']} newest steps that all runs have, "
+        f"up to step {integer(at)}"
+    )
     heads = [
         "run",
         "status",
         "last step",
         "tokens",
-        "loss, shared",
+        "shared loss",
         "newest loss",
         "spikes",
         "model",
-        "began, UTC",
+        "started, UTC",
     ]
-    said = notice("These runs have no step in common." if at is None else mean)
+    text = notice("These runs have no step in common." if at is None else mean)
     wrong = [html.Div([html.B(s.label), *problems(s.cache)]) for s in c.runs if s.cache.problems()]
     return html.Section(
-        [html.H1(title), grid(heads, rows, (2, 3, 4, 5, 6)), said, *wrong], className="card runs-of"
+        [html.H1(title), table(heads, rows, (2, 3, 4, 5, 6)), text, *wrong],
+        className="card runs-of",
     )
 
 
 def metrics(c: Comparison) -> html.Div:
-    """Every key metric, for every run its worst and its newest value."""
-    told = c.metrics()
+    """Return the table of key metrics: the worst and the newest value of every run."""
+    metrics_by_name = c.metrics()
     rows: list[Any] = []
     for title, names in headlines().items():
-        known = [n for n in names if n in told]
+        known = [n for n in names if n in metrics_by_name]
         if known:
             rows.append(html.Tr(html.Th(title, colSpan=1 + 2 * len(c.runs), scope="rowgroup")))
         for name in known:
             cells: list[Any] = [hint(name, metric_help(metric_of(name)))]
             for i, s in enumerate(c.runs):
-                cells += _cells(s, i, name, told[name]["better"])
+                cells += _cells(s, i, name, metrics_by_name[name]["better"])
             rows.append(cells)
     heads: list[Any] = [""]
     for i in range(len(c.runs)):
         heads += [html.Span([named(c, i), " worst"]), "newest"]
-    return grid(heads, rows, range(1, len(heads)), "metrics-of")
+    return table(heads, rows, range(1, len(heads)), "metrics-of")
 
 
 def _cells(side: ComparedRun, i: int, name: str, better: Mapping[str, Sequence[int]]) -> list[Any]:
     metric, worst = metric_of(name), side.health.worst.get(name)
     if worst is None:
         return ["–", "–"]
-    said = [
+    text = [
         _better(value(worst.value, metric), i in better["worst"]),
         html.Span(place(worst), className="at"),
     ]
-    return [html.Div(said), _better(value(side.last.get(name), metric), i in better["last"])]
+    return [html.Div(text), _better(value(side.last.get(name), metric), i in better["last"])]
 
 
 def spikes(c: Comparison) -> Any:
-    """Every spike of every run, with the cascade behind it where it was told."""
+    """Return the table of all spikes; the worst ones with their cascade in words."""
     rows = []
     for i, s in enumerate(c.runs):
         if not s.spikes:
             rows.append([named(c, i), html.Span("none", className="soft"), "", "", "", ""])
         for seen, words in s.spikes:
             assert seen.spike is not None
-            end = "still on" if seen.spike.end is None else integer(seen.spike.end)
-            more = words or html.Span(["geodiag cascade RUN tells the cascade"], className="soft")
-            rows.append([named(c, i), integer(seen.onset), integer(seen.spike.peak), end,
-                         html.Span(seen.spike.kind, className=f"kind kind-{seen.spike.kind}"), more])  # fmt: skip
-    return grid(["run", "onset", "peak", "end", "kind", "cascade"], rows, (1, 2, 3), "spikes-of")
+            end = "not over" if seen.spike.end is None else integer(seen.spike.end)
+            more = words or html.Span("see geodiag cascade RUN", className="soft")
+            rows.append(
+                [
+                    named(c, i),
+                    integer(seen.onset),
+                    integer(seen.spike.peak),
+                    end,
+                    html.Span(seen.spike.kind, className=f"kind kind-{seen.spike.kind}"),
+                    more,
+                ]
+            )
+    return table(["run", "onset", "peak", "end", "kind", "cascade"], rows, (1, 2, 3), "spikes-of")
 
 
 def settings(c: Comparison, differences: Mapping[str, Sequence[Any]]) -> Any:
-    """The settings that are not the same in all runs."""
+    """Return the table of settings that differ between the runs."""
     if not differences:
-        return notice("These runs say the same of themselves.")
-    rows = [[html.Code(name), *map(_said, values)] for name, values in differences.items()]
-    return grid(["setting", *(named(c, i) for i in range(len(c.runs)))], rows, name="settings-of")
+        return notice("These runs have the same settings.")
+    rows = [[html.Code(name), *map(_setting_cell, values)] for name, values in differences.items()]
+    return table(["setting", *(named(c, i) for i in range(len(c.runs)))], rows, name="settings-of")
 
 
 def named(c: Comparison, i: int) -> html.Span:
-    """A run's name beside its stroke."""
+    """Return the name of a run beside a sample of its line."""
     return html.Span([swatch(i), c.runs[i].label], className="run-name")
 
 
 def swatch(i: int) -> html.I:
-    """The stroke of run number `i` as its lines have it, in both looks."""
+    """Return a sample of the line of run number `i`, in both themes."""
     (light, dash), (dark, _) = stroke(i, LIGHT), stroke(i, DARK)
     kind = {"solid": "solid", "dash": "dashed", "dot": "dotted"}[dash]
     return html.I(
@@ -140,7 +157,7 @@ def _better(text: str, best: bool) -> Any:
     )
 
 
-def _said(setting: Any) -> Any:
+def _setting_cell(setting: Any) -> Any:
     if isinstance(setting, list) and len(setting) > _LIST:
         return f"{len(setting)}: {setting[0]} … {setting[-1]}"
     return html.Span("–", className="soft") if setting is None else setting_text(setting)

@@ -1,6 +1,4 @@
-"""One figure in two looks: the light one whole, and of the dark one only what differs, which is a
-few colours.
-"""
+"""One figure in two themes: the light figure, and the changes that make it the dark one."""
 
 import json
 from collections.abc import Callable
@@ -11,13 +9,11 @@ import plotly.graph_objects as go
 from geodiag.dashboard.figures.style import THEMES, Theme
 
 Change = tuple[list[str | int], Any]
-"""Where in the figure, and the value there."""
+"""A path into the figure, and the new value there."""
 
 
 def light_and_dark(make: Callable[[Theme], go.Figure]) -> dict[str, Any]:
-    """`figure` in light, and `dark`, the changes that make it the dark one. The template is left to
-    the page.
-    """
+    """Return `figure` (light) and `dark` (the changes for dark), both without the template."""
     light, dark = (json.loads(make(THEMES[name]).to_json()) for name in ("light", "dark"))
     for figure in (light, dark):
         figure["layout"].pop("template", None)
@@ -25,12 +21,12 @@ def light_and_dark(make: Callable[[Theme], go.Figure]) -> dict[str, Any]:
 
 
 def template() -> Any:
-    """What every figure's layout is laid over."""
+    """Return Plotly's template, which is the same for all figures of a page."""
     return json.loads(go.Figure().to_json())["layout"]["template"]
 
 
 def differences(old: Any, new: Any, at: tuple[str | int, ...] = ()) -> list[Change]:
-    """The changes from `old` to `new`: into objects and lists of objects, other lists as a whole."""
+    """Return the changes from `old` to `new`; lists of numbers or texts change as a whole."""
     if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
         return [c for k in old for c in differences(old[k], new[k], (*at, k))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and _objects(old):

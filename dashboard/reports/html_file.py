@@ -1,6 +1,4 @@
-"""One page as one file: style, charts and the charting library inside it, and nothing that is
-fetched.
-"""
+"""One page as one HTML file that contains style, charts and the charting library."""
 
 import base64
 import hashlib
@@ -22,25 +20,25 @@ from geodiag.dashboard.reports.static_html import render
 _HERE = Path(__file__).parent
 _ASSETS = _HERE.parent / "assets"
 _SENTENCE_PX = 130
-"""Height of a sentence where a chart would be."""
+"""Height of a sentence in place of a chart."""
 
 
 class HtmlFile:
-    """A page in the making: it hands out places for charts, and becomes HTML once."""
+    """Collects the charts of a page, then writes the page as HTML."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self._charts: list[dict[str, Any]] = []
 
     def chart(self, make: Callable[[Theme], go.Figure], what: str, axis: str = "") -> html.Div:
-        """A place for the figure that `make` draws; `what` is its name for those who hear the page.
+        """Add the figure that `make` draws and return its element; `what` is its accessible name.
 
-        A zoom in time moves all charts of the same `axis`; without one, a chart is zoomed alone.
+        A zoom in time applies to all charts with the same `axis`.
         """
         name = f"chart-{len(self._charts)}"
         made = light_and_dark(make)
         if not made["figure"]["data"]:
-            made["figure"]["layout"]["height"] = _SENTENCE_PX  # nothing will be drawn here later
+            made["figure"]["layout"]["height"] = _SENTENCE_PX  # no data: only a sentence
         self._charts.append({"id": name, "axis": axis} | made)
         height = made["figure"]["layout"].get("height", 300)
         inside = html.Div(
@@ -49,9 +47,7 @@ class HtmlFile:
         return html.Div(inside, className="chart-frame", style={"minHeight": height})
 
     def html(self, sections: Sequence[tuple[str, str, Any]], head: list, foot: str) -> str:
-        """The file's text. A section is its anchor, its name at the top of the page, and what it
-        shows.
-        """
+        """Return the text of the file. A section is (anchor, name in the menu, content)."""
         page = (_HERE / "page.js").read_text(encoding="utf-8")
         library = get_plotlyjs()
         data = {"charts": self._charts, "template": template(), "config": CHART_CONFIG}
@@ -78,7 +74,7 @@ class HtmlFile:
 </head>
 <body>
 {render(html.Header(top, className="top"))}
-<noscript><p class="notice notice-warn">The words and tables are here; the charts want JavaScript.</p></noscript>
+<noscript><p class="notice notice-warn">The charts need JavaScript.</p></noscript>
 {render(html.Main(body, id="page"))}
 {render(html.Footer(foot, className="foot"))}
 <script type="application/json" id="data">{_inert(data)}</script>
@@ -90,7 +86,7 @@ class HtmlFile:
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """Nothing is fetched, and only these very scripts run, whatever a run calls itself."""
+    """Return a policy that forbids all fetches and all scripts but these two."""
     sums = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
     allowed = " ".join(f"'sha256-{s}'" for s in sums)
     return (
@@ -99,7 +95,7 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def _inert(data: Any) -> str:
-    """JSON that cannot end the element it stands in."""
+    """Return JSON that cannot close the script element around it."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
@@ -111,6 +107,6 @@ def _icon() -> str:
     )
 
 
-def mark() -> html.Img:
-    """The brand's sign, inside the page."""
+def logo() -> html.Img:
+    """Return the logo, embedded in the page."""
     return html.Img(src=_icon(), alt="", width=22, height=22)

@@ -1,6 +1,4 @@
-"""The report of one run: what it is, how it stands, what happened to its loss and why, and its
-geometry over depth.
-"""
+"""The report of one run: health, loss, the cascade behind each spike, metrics over depth."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +17,7 @@ from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.figures.style import Theme
 from geodiag.dashboard.pages import activations, gain, overview, routing
 from geodiag.dashboard.reports import spike_sections, summary, tables
-from geodiag.dashboard.reports.html_file import HtmlFile, mark
+from geodiag.dashboard.reports.html_file import HtmlFile, logo
 from geodiag.dashboard.url.live_figures import step_extent
 from geodiag.dashboard.url.url_state import View
 from geodiag.health import Health, health
@@ -29,63 +27,64 @@ from geodiag.run import Run
 from geodiag.spikes.recorded import spikes_of
 
 MOST_SPIKES = 8
-"""Spikes whose cascade is told: the worst ones. Each costs about half a second, and a page has an
-end.
-"""
+"""Spikes whose cascade is explained, the worst ones. Each takes about half a second."""
 _COLUMNS = (
-    "Rows are layers, the first on top; columns are steps, or the worst of a few steps where there are very many. "
-    "Drag to zoom in time, double click for all: every chart of the run follows."
+    "Rows are layers, the first on top; columns are steps (in long runs the worst of a few steps). "
+    "Drag to zoom all charts of the run in time, double click to reset."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a report tells, looked up once."""
+    """The data of a report."""
 
     cache: RunCache
     health: Health
     cascades: tuple[Cascade, ...]
-    """Of the worst spikes, in time."""
+    """The cascades of the worst spikes, in order of steps."""
     untold: int
-    """Spikes beyond those."""
+    """Number of the other spikes."""
 
     def as_json(self) -> dict[str, Any]:
-        """What `geodiag show --json` says of the key metrics, and more of the run; see `geodiag
-        report --help`.
-        """
-        said = self.cache.run.manifest
+        """Return the object that `geodiag report --json` prints."""
+        manifest = self.cache.run.manifest
         more = {
             "name": self.cache.run.name,
-            "model": said.get("found"),
-            "config": said.get("config"),
+            "model": manifest.get("found"),
+            "config": manifest.get("config"),
         }
-        more |= {"versions": said.get("versions"), "cascades": [c.as_json() for c in self.cascades]}
+        more |= {
+            "versions": manifest.get("versions"),
+            "cascades": [c.as_json() for c in self.cascades],
+        }
         return self.health.as_json() | jsonable(more | {"untold": self.untold})
 
     def html(self, now: float) -> str:
-        """The file. `now` is when it was made, in seconds since 1970."""
+        """Return the HTML of the report; `now` is the time of writing in seconds since 1970."""
         cache, run = self.cache, self.cache.run
         paper = HtmlFile(f"{run.name} · geodiag report")
-        cache.grids(
-            "layers", *_component_value(cache)
-        )  # one reading of a long table instead of five
+        cache.grids("layers", *_component_value(cache))  # one read of a long table instead of five
         sections = [
             ("health", "Health", _summary(self)),
             ("loss", "Loss", _loss(cache, paper)),
-            ("cascades", "Cascades", spike_sections.told(cache, paper, self.cascades, self.untold)),
+            (
+                "cascades",
+                "Cascades",
+                spike_sections.cascade_sections(cache, paper, self.cascades, self.untold),
+            ),
             ("gain", "Gain", _gain(self, paper)),
             ("routing", "Routing", _routing(cache, paper)),
             ("activations", "Activations", _activations(cache, paper)),
             (
                 "worst",
                 "Worst values",
-                card("The worst of each key metric", tables.key_table(self.health)),
+                card("Worst value of each key metric", tables.key_table(self.health)),
             ),
             ("events", "Events", tables.event_table(cache)),
-            ("run", "The run", html.Div(tables.manifest(cache), className="column")),
+            ("run", "The run", html.Div(tables.run_facts(cache), className="column")),
         ]
         head = [
-            html.Span([mark(), "geodiag"], className="brand"),
+            html.Span([logo(), "geodiag"], className="brand"),
             html.Span(run.name, className="crumb here"),
         ]
         made = f"geodiag report of {run.url}, {utc(now)} UTC."
@@ -93,7 +92,7 @@ class Report:
 
 
 def report(run: Run) -> Report:
-    """Looks at a run, which may be training, by its newest attempt."""
+    """Collect the data of a report on the newest attempt of a run; the run may be training."""
     cache = RunCache(run)
     worst = {s.onset: s.spike.score for s in spikes_of(run) if s.spike is not None}
     onsets = sorted(sorted(worst, key=lambda step: -worst[step])[:MOST_SPIKES])
@@ -108,7 +107,7 @@ def report(run: Run) -> Report:
 
 
 def _component_value(cache: RunCache) -> list[str]:
-    """What the charts of all steps are drawn from."""
+    """Return the metrics in the charts of all steps."""
     of_lines = [name for _, names in (*routing.LINES, *activations.LINES) for name in names]
     return list(
         dict.fromkeys([*gain.chosen_metrics(cache, View()), "flip_rate", "gate_amax", *of_lines])
@@ -116,8 +115,8 @@ def _component_value(cache: RunCache) -> list[str]:
 
 
 def _summary(r: Report) -> list:
-    told = r.cache, r.health, r.cascades
-    return [summary.head(*told), html.Div(summary.tiles(*told), className="tiles")]
+    known = r.cache, r.health, r.cascades
+    return [summary.head(*known), html.Div(summary.tiles(*known), className="tiles")]
 
 
 def _loss(cache: RunCache, paper: HtmlFile) -> html.Section:
@@ -126,7 +125,7 @@ def _loss(cache: RunCache, paper: HtmlFile) -> html.Section:
         partial(_timeline, cache), "Loss, gradient norm and stages over steps", "run"
     )
     return card(
-        "Loss, gradient, stages",
+        "Loss, gradient norm, stages",
         keys,
         chart,
         tip=f"{metric_help(metric('steps', 'loss'))} {overview.STAGES} {_COLUMNS}",
@@ -134,7 +133,7 @@ def _loss(cache: RunCache, paper: HtmlFile) -> html.Section:
 
 
 def _timeline(cache: RunCache, theme: Theme) -> go.Figure:
-    """The overview's, on the same stretch of steps as the maps below it."""
+    """Draw the timeline of the overview, with the same range of steps as the maps below it."""
     fig, ends = overview.draw_timeline(cache, View(), theme), step_extent(cache)
     return fig.update_xaxes(range=[ends[0] - 0.5, ends[1] + 0.5]) if ends else fig
 
@@ -148,7 +147,7 @@ def _gain(r: Report, paper: HtmlFile) -> html.Div:
     lacks = (
         []
         if cache.has_maps()
-        else [notice("No hyper-connections, so no residual maps and no composite gain.")]
+        else [notice("This model has no hyper-connections, so it has no residual maps.")]
     )
     main = card(
         f"{name.capitalize()} over layers and steps",
@@ -159,10 +158,10 @@ def _gain(r: Report, paper: HtmlFile) -> html.Div:
         tip=_COLUMNS,
     )
     deep = card(
-        f"Down the stack, {when}",
+        f"Over depth, {when}",
         paper.chart(partial(gain.draw_profile, cache, view), f"{name} over depth {when}"),
-        tip="Every site at the step of the worst composite gain, or else at the newest. Forward gains multiply from "
-        "the input, backward gains from the output.",
+        tip="Every site at the step with the worst composite gain, else at the newest step. "
+        "Forward gains multiply from the input, backward gains from the output.",
     )
     return html.Div(
         [html.Div(main, className="column"), html.Div(deep, className="side")],
@@ -179,7 +178,10 @@ def _routing(cache: RunCache, paper: HtmlFile) -> html.Div:
         partial(routing.draw_lines, cache, View()), f"Router of layer {layer} over steps", "run"
     )
     return html.Div(
-        [card("Flip rate", flips, tip=_COLUMNS), card(f"The router of layer {layer}", lines)],
+        [
+            card("Flip rate: changed expert choices", flips, tip=_COLUMNS),
+            card(f"Router of layer {layer}", lines),
+        ],
         className="column",
     )
 
@@ -197,6 +199,9 @@ def _activations(cache: RunCache, paper: HtmlFile) -> html.Div:
         "run",
     )
     return html.Div(
-        [card("Largest gate", heat, tip=_COLUMNS), card(f"The experts of layer {layer}", lines)],
+        [
+            card("Largest gate activation", heat, tip=_COLUMNS),
+            card(f"Experts of layer {layer}", lines),
+        ],
         className="column",
     )

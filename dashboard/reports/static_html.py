@@ -1,4 +1,4 @@
-"""The page's own components as plain HTML, so that a file needs neither the server nor its scripts."""
+"""Dash components as plain HTML, for files that need neither a server nor Dash's scripts."""
 
 from html import escape
 from typing import Any
@@ -14,34 +14,34 @@ _TIP, _LINK = "Tooltip", "Link"
 
 
 def render(part: Any) -> str:
-    """HTML of a Dash component, a list of them, or text; whatever text there is comes out escaped."""
+    """Return the HTML of a Dash component, of a list, or of text; text is escaped."""
     if part is None or part is False:
         return ""
     if isinstance(part, list | tuple):
         return "".join(render(p) for p in part)
     if not hasattr(part, "to_plotly_json"):
         return escape(str(part))
-    said = part.to_plotly_json()
-    props, name = dict(said["props"]), said["type"]
+    element = part.to_plotly_json()
+    props, name = dict(element["props"]), element["type"]
     children = props.pop("children", None)
     if name == _TIP:
         return _tipped(children, props.get("label", ""))
     if name == _LINK:
         return _element(
             "span", {"class": props.get("className")}, children
-        )  # it leads into the dashboard
-    if said["namespace"] != "dash_html_components":
-        raise TypeError(f"{name} is drawn by a script of its own; a file has none")
+        )  # a link into the dashboard
+    if element["namespace"] != "dash_html_components":
+        raise TypeError(f"{name} is drawn by a script of Dash, which a file does not have")
     return _element(name.lower(), _attributes(props), children)
 
 
 def _tipped(child: Any, text: Any) -> str:
-    """An explanation on hover and on focus, by style alone."""
-    said = child.to_plotly_json()
-    props = _attributes({k: v for k, v in said["props"].items() if k != "children"})
+    """Return an element with an explanation on hover and on focus, by CSS alone."""
+    element = child.to_plotly_json()
+    props = _attributes({k: v for k, v in element["props"].items() if k != "children"})
     props["class"] = f"{props.get('class') or ''} tipped".strip()
     return _element(
-        said["type"].lower(), {"tabindex": 0} | props | {"data-tip": text}, child.children
+        element["type"].lower(), {"tabindex": 0} | props | {"data-tip": text}, child.children
     )
 
 

@@ -1,7 +1,8 @@
-"""The top of a report: the run on one card, and six numbers that say how it stands."""
+"""The top of a report: a card with the facts of the run, and six headline numbers."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from dash import html
@@ -29,107 +30,109 @@ from geodiag.health import Health
 _GAIN = {
     "absent": "no residual maps measured",
     "within": "within the truncation error",
-    "flat": "near 1 all along",
-    "grew": "it grew",
+    "flat": "close to 1 throughout",
+    "grew": "grew during the run",
     "nonfinite": "not finite",
 }
 
 
 def head(cache: RunCache, health: Health, cascades: Sequence[Cascade]) -> html.Section:
-    """The run on one card: in words what happened to it, beside it what it is."""
-    found = cache.manifest_section("found")
+    """Return the card: what happened to the run in words, and its facts."""
     step = "no step yet" if health.last_step is None else f"last step {integer(health.last_step)}"
-    layers, streams = found.get("layers"), found.get("streams")
-    what = {
-        "model": found.get("family"),
-        "layers": f"{layers}, {streams} stream{'s' * (streams != 1)}"
-        if layers and streams
-        else layers,
-        "experts": f"{found['experts']}, top {k}"
-        if (k := found.get("experts_per_token"))
-        else health.found["experts"],
-        "watched": f"{health.found['sites']} sites, {health.found['routers']} routers",
-        "data": cache.setting("data"),
-        "began, UTC": utc(cache.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
-    }
-    facts = [
-        html.Div(
-            [
-                html.Span(k, className="tile-label"),
-                html.Span(str(v), className="fact-value"),
-            ],
-            className="fact",
-        )
-        for k, v in what.items()
-        if v
-    ]
-    lacks = [notice(line) for line in health.missing]
-    said = [
+    links = [
         html.Li(html.A(verdict_card.headline(c), href=f"#spike-{c.spike_onset}")) for c in cascades
     ]
-    status_line = html.Div(
+    words = html.Ul(links, className="lead") if links else html.P(_words_without_spike(health))
+    status = html.Div(
         [badge(health.status), html.Span(step, className="soft")], className="run-status"
     )
-    words = html.Ul(said, className="lead") if said else html.P(_calm(health))
-    left = html.Div([html.H1(cache.run.name), status_line, words, *lacks, *problems(cache)])
+    missing = [notice(line) for line in health.missing]
+    left = html.Div([html.H1(cache.run.name), status, words, *missing, *problems(cache)])
+    facts = [_fact(name, value) for name, value in _facts(cache, health).items() if value]
     return html.Section([left, html.Div(facts, className="facts of-run")], className="card verdict")
 
 
-def _calm(h: Health) -> str:
+def _fact(name: str, value: Any) -> html.Div:
+    label = html.Span(name, className="tile-label")
+    return html.Div([label, html.Span(str(value), className="fact-value")], className="fact")
+
+
+def _facts(cache: RunCache, health: Health) -> dict[str, Any]:
+    found = cache.manifest_section("found")
+    layers = found.get("layers")
+    streams = found.get("streams")
+    if layers and streams:
+        layers = f"{layers}, {streams} stream{'s' * (streams != 1)}"
+    top_k = found.get("experts_per_token")
+    experts = f"{found['experts']}, top {top_k}" if top_k else health.found["experts"]
+    return {
+        "model": found.get("family"),
+        "layers": layers,
+        "experts": experts,
+        "measured": f"{health.found['sites']} sites, {health.found['routers']} routers",
+        "data": cache.setting("data"),
+        "started, UTC": utc(cache.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
+    }
+
+
+def _words_without_spike(h: Health) -> str:
     if h.last_step is None:
-        return "No step is on record."
+        return "No step was recorded."
     c = h.composite
-    said = f"{STATUS[h.status]} The loss never left its trend."
+    words = f"{STATUS[h.status]} The loss never left its trend."
     if c.worst is None or c.verdict not in ("grew", "nonfinite"):
-        return said
-    return f"{said} Composite gain, {c.direction}: {factor(c.worst.value)} at {place(c.worst)}."
+        return words
+    return f"{words} Composite gain, {c.direction}: {factor(c.worst.value)} at {place(c.worst)}."
 
 
 def tiles(cache: RunCache, h: Health, cascades: Sequence[Cascade]) -> list:
-    lowest = _lowest(cache)
-    detected_spikes = [c.spike_onset for c in cascades]
-    span = (
-        f"worst at {integer(detected_spikes[0])}"
-        if len(detected_spikes) == 1
-        else f"{integer(detected_spikes[0])} to {integer(detected_spikes[-1])}"
-        if detected_spikes
-        else ""
-    )
-    loss = metric("steps", "loss")
-    tone = "alarm" if h.last_loss is not None and not math.isfinite(h.last_loss) else ""
-    out = [
-        tile("loss", number(h.last_loss), lowest, metric_help(loss), tone),
-        tile(
-            "spikes",
-            str(len(h.spikes)),
-            span,
-            f"{KINDS['spike'].capitalize()}.",
-            "alarm" if h.spikes else "",
-        ),
+    """Return the tiles: loss, spikes, the three stages, composite gain."""
+    return [
+        _loss_tile(cache, h),
+        _spike_tile(h, cascades),
+        *(_stage_tile(h, stage) for stage in STAGES),
+        _gain_tile(h),
     ]
-    for stage, (name, what) in STAGES.items():
-        left, scored = h.left[stage], f"stage{stage}_score" in h.worst
-        said = f"left at {integer(left)}" if left is not None else "calm" if scored else "–"
-        top = (
-            f"{h.worst[f'stage{stage}_score'].value:.3g} robust z at worst"
-            if scored
-            else "not scored"
-        )
-        text = f"{what.capitalize()}. Left: more than 6 robust z from its own past for three steps in a row."
-        out.append(tile(f"{stage} · {name}", said, top, text, "alarm" if left is not None else ""))
+
+
+def _loss_tile(cache: RunCache, h: Health) -> Any:
+    finite = h.last_loss is None or math.isfinite(h.last_loss)
+    text = metric_help(metric("steps", "loss"))
+    return tile("loss", number(h.last_loss), _lowest(cache), text, "" if finite else "alarm")
+
+
+def _spike_tile(h: Health, cascades: Sequence[Cascade]) -> Any:
+    onsets = [c.spike_onset for c in cascades]
+    note = ""
+    if len(onsets) == 1:
+        note = f"worst at {integer(onsets[0])}"
+    elif onsets:
+        note = f"{integer(onsets[0])} to {integer(onsets[-1])}"
+    text = f"{KINDS['spike'].capitalize()}."
+    return tile("spikes", str(len(h.spikes)), note, text, "alarm" if h.spikes else "")
+
+
+def _stage_tile(h: Health, stage: int) -> Any:
+    name, explanation = STAGES[stage]
+    left = h.left[stage]
+    score = h.worst.get(f"stage{stage}_score")
+    value = "–" if score is None else "usual"
+    if left is not None:
+        value = f"unusual at {integer(left)}"
+    note = "no scores" if score is None else f"{score.value:.3g} robust z at worst"
+    text = (
+        f"{explanation.capitalize()}. Unusual: more than 6 robust z from its own past for three "
+        "steps in a row."
+    )
+    return tile(f"{stage} · {name}", value, note, text, "" if left is None else "alarm")
+
+
+def _gain_tile(h: Health) -> Any:
     c = h.composite
     gain = factor(c.worst.value) if c.worst else "–"
-    grew = "alarm" if c.verdict in ("grew", "nonfinite") else ""
-    return [
-        *out,
-        tile(
-            "composite gain, worst",
-            gain,
-            _GAIN[c.verdict],
-            metric_help(metric("layers", COMPOSITES[0])),
-            grew,
-        ),
-    ]
+    tone = "alarm" if c.verdict in ("grew", "nonfinite") else ""
+    text = metric_help(metric("layers", COMPOSITES[0]))
+    return tile("composite gain, worst", gain, _GAIN[c.verdict], text, tone)
 
 
 def _lowest(cache: RunCache) -> str:

@@ -63,7 +63,7 @@ def require_token(server: Flask, token: str, only_loopback: bool = True) -> None
 
 
 def _cookie() -> str:
-    # Browsers share cookies between the ports of a host. A name per port keeps two dashboards apart.
+    # Browsers share cookies between the ports of a host: a name per port separates two dashboards.
     return f"geodiag-{urlsplit(f'//{request.host}').port or 80}"
 
 

@@ -296,13 +296,21 @@ class RunScript:
         place = drift_TR2[token, row] * (1 + 0.6 * stale[:, None])
         rng = self.rng("tokens", int(step_S[0]))
         return {
-            "step": step, "token": token * 17, "token_id": 100 + token, "layer": layer,
+            "step": step,
+            "token": token * 17,
+            "token_id": 100 + token,
+            "layer": layer,
             "site": [SITES[int(f)] for f in ffn],
-            "experts": [[int(e), int((e + 1) % self.experts)] if f else None for e, f in zip(expert, ffn, strict=True)],
+            "experts": [
+                [int(e), int((e + 1) % self.experts)] if f else None
+                for e, f in zip(expert, ffn, strict=True)
+            ],
             "norm": 1 + 0.1 * row + np.abs(rng.normal(0, 0.01, len(step))),
-            "projection_1": place[:, 0] + rng.normal(0, 0.003, len(step)), "projection_2": place[:, 1],
-            "margin": _only(ffn, 0.05 * (1 - stale)), "flipped": _only(ffn, 0.5 * moved),
-        }  # fmt: skip
+            "projection_1": place[:, 0] + rng.normal(0, 0.003, len(step)),
+            "projection_2": place[:, 1],
+            "margin": _only(ffn, 0.05 * (1 - stale)),
+            "flipped": _only(ffn, 0.5 * moved),
+        }
 
     def events(self) -> list[Event]:
         out = [Event(step=0, kind="attempt", message="training began", time=1.7e9)]

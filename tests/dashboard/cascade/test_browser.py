@@ -108,7 +108,8 @@ def test_a_drag_picks_a_window_in_a_run_without_a_spike(page):
     low, high = map(int, re.search(r"steps=(\d+)-(\d+)", page.url).groups())
     until(
         page,
-        f"document.querySelector('#cascade-picture .js-plotly-plot')._fullLayout.xaxis.range[0] === {low} - 0.5",
+        "document.querySelector('#cascade-picture .js-plotly-plot')"
+        f"._fullLayout.xaxis.range[0] === {low} - 0.5",
     )
     assert low < high
     page.get_by_role("link", name="most unusual step").click()

@@ -44,14 +44,31 @@ GATE = Evidence(
     unit="1",
 )
 FOUND = Cascade(
-    spike={"kind": "spike", "onset": 160, "detected": 162, "peak": 165, "end": 180}, spike_onset=160, stage=1, layer=3,
-    site="ffn", expert=5, domain=None, onset=140, lead=20, cause="layer", confidence=0.9, defence="SwiGLU clamping",
-    evidence=(GATE,), alternatives=(), words="", caveats=(),
+    spike={"kind": "spike", "onset": 160, "detected": 162, "peak": 165, "end": 180},
+    spike_onset=160,
+    stage=1,
+    layer=3,
+    site="ffn",
+    expert=5,
+    domain=None,
+    onset=140,
+    lead=20,
+    cause="layer",
+    confidence=0.9,
+    defence="SwiGLU clamping",
+    evidence=(GATE,),
+    alternatives=(),
+    words="",
+    caveats=(),
     path=(
-        onset(1, 3, 140, expert=5), onset(2, 4, 148, "flip_rate"), onset(2, 5, 150, "flip_rate"),
-        onset(3, 7, 155, "composite_gain_fwd"), onset(1, 7, 163), LOSS,
+        onset(1, 3, 140, expert=5),
+        onset(2, 4, 148, "flip_rate"),
+        onset(2, 5, 150, "flip_rate"),
+        onset(3, 7, 155, "composite_gain_fwd"),
+        onset(1, 7, 163),
+        LOSS,
     ),
-)  # fmt: skip
+)
 
 
 def cascade(**changes) -> Cascade:
@@ -172,8 +189,16 @@ def test_a_cause_outside_the_layers_begins_at_the_loss_and_is_named():
     lr = replace(
         GATE, stage=None, layer=None, site=None, expert=None, metric="lr", value=0.03, usual=0.001
     )
-    found = cascade(stage=None, layer=None, expert=None, cause="lr", onset=158, lead=2, evidence=(lr,),
-                    path=(onset(2, 1, 159), LOSS))  # fmt: skip
+    found = cascade(
+        stage=None,
+        layer=None,
+        expert=None,
+        cause="lr",
+        onset=158,
+        lead=2,
+        evidence=(lr,),
+        path=(onset(2, 1, 159), LOSS),
+    )
     fig = cascade_figure(scene(), LIGHT, found)
     assert paths(fig)[0][:2] == (158, fig.layout.yaxis.domain[0])
     assert any("learning rate ×30" in (a.text or "") for a in fig.layout.annotations)
@@ -194,8 +219,16 @@ def test_a_cause_outside_the_layers_begins_at_the_loss_and_is_named():
 
 
 def test_without_a_precursor_there_is_the_loss_and_no_path():
-    none = cascade(stage=None, layer=None, expert=None, cause=None, onset=None, lead=None, evidence=(),
-                   path=(LOSS,))  # fmt: skip
+    none = cascade(
+        stage=None,
+        layer=None,
+        expert=None,
+        cause=None,
+        onset=None,
+        lead=None,
+        evidence=(),
+        path=(LOSS,),
+    )
     fig = cascade_figure(scene(), LIGHT, none)
     assert paths(fig) == []
     assert list(named(fig, "the loss")[0].x) == [160]

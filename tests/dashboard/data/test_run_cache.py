@@ -172,8 +172,12 @@ def test_a_training_that_never_said_its_routing_mode_is_off(tmp_path):
 
 
 def test_a_model_of_one_stream_has_no_maps(tmp_path):
-    for name, found, has in (("a", {"sites": 12, "streams": 1}, False), ("b", {"sites": []}, False),
-                             ("c", {"sites": 12, "streams": 4}, True), ("d", {}, True)):  # fmt: skip
+    for name, found, has in (
+        ("a", {"sites": 12, "streams": 1}, False),
+        ("b", {"sites": []}, False),
+        ("c", {"sites": 12, "streams": 4}, True),
+        ("d", {}, True),
+    ):
         Run.create(tmp_path / name, found=found).close()
         assert RunCache(open_run(tmp_path / name)).has_maps() is has
 

@@ -100,7 +100,8 @@ def test_switching_quantity_and_layer_changes_the_charts_and_the_address(page):
     page.wait_for_url(re.compile("metric=sinkhorn"))
     until(
         page,
-        "document.querySelector('#gain-heat .js-plotly-plot').layout.annotations[0].text.includes('Sinkhorn')",
+        "document.querySelector('#gain-heat .js-plotly-plot')"
+        ".layout.annotations[0].text.includes('Sinkhorn')",
     )
     page.goto(f"{page.home}run/mhc-tear/routing")
     chart(page, "routing-experts")
@@ -115,17 +116,30 @@ def test_switching_quantity_and_layer_changes_the_charts_and_the_address(page):
     assert "layer 2" in page.evaluate(title.replace("routing-experts", "activations-experts"))
 
 
-SHIFTS = """window.shifted = 0; new PerformanceObserver((seen) => {
-  for (const shift of seen.getEntries()) window.shifted += shift.value; }).observe({type: "layout-shift"});"""
-NO_ROOM = """addEventListener("DOMContentLoaded", () => { const style = document.createElement("style");
-  style.textContent = ".chart-frame { min-height: 0 !important }"; document.head.append(style); });"""
+SHIFTS = """
+window.shifted = 0;
+new PerformanceObserver((list) => {
+  for (const shift of list.getEntries()) window.shifted += shift.value;
+}).observe({type: "layout-shift"});
+"""
+NO_ROOM = """
+addEventListener("DOMContentLoaded", () => {
+  const style = document.createElement("style");
+  style.textContent = ".chart-frame { min-height: 0 !important }";
+  document.head.append(style);
+});
+"""
+ALL_DRAWN = (
+    "document.querySelectorAll('.chart').length"
+    " && [...document.querySelectorAll('.chart')].every("
+    "c => c.querySelector('.js-plotly-plot')?.layout?.xaxis?.visible !== false)"
+)
 
 
 def shifted(page, name: str) -> float:
     """How much of the window moved while a page was built, as the browser counts it."""
     page.goto(f"{page.home}run/mhc-tear/{name}")
-    until(page, "document.querySelectorAll('.chart').length && [...document.querySelectorAll('.chart')]"
-          ".every(c => c.querySelector('.js-plotly-plot')?.layout?.xaxis?.visible !== false)")  # fmt: skip
+    until(page, ALL_DRAWN)
     page.wait_for_load_state("networkidle")
     page.wait_for_timeout(300)
     return page.evaluate("window.shifted")
@@ -153,13 +167,14 @@ def test_a_run_without_hyper_connections_says_so_and_shows_the_rest(page):
     page.get_by_text("no hyper-connections").wait_for()
     until(
         page,
-        "document.querySelector('#gain-heat .js-plotly-plot')?.data?.some(t => t.type === 'heatmap')",
+        "document.querySelector('#gain-heat .js-plotly-plot')"
+        "?.data?.some(t => t.type === 'heatmap')",
     )
     assert page.locator("#gain-metric").input_value() == "transport gain"
     assert not page.get_by_text("Maps of one site").is_visible()
     page.locator("#gain-metric").click()
     page.get_by_role("option", name="composite gain").click()
-    page.get_by_text("Not recorded in this run: it has no such map.").wait_for()
+    page.get_by_text("Not recorded: this model has no such map.").wait_for()
 
 
 def test_in_a_narrow_window_nothing_is_cut_and_charts_keep_their_room(page):
@@ -179,7 +194,7 @@ def test_an_empty_run_waits_calmly_on_every_page(page):
     for name in ("overview", "cascade", "gain", "routing", "activations", "events"):
         page.goto(f"{page.home}run/empty/{name}")
         page.locator(".card").first.wait_for()
-        said = "No events yet." if name == "events" else "Waiting for the first step."
+        said = "No events so far." if name == "events" else "Waiting for the first step."
         page.get_by_text(said).first.wait_for()
 
 
@@ -223,7 +238,7 @@ def test_without_the_token_the_browser_gets_one_line(chromium, served):
 
 @pytest.fixture
 def live(runs):
-    """A run that is still being trained, as far as anybody can tell; the test plays the training."""
+    """A run that looks like a running training; the test writes its rows."""
     script = synthetic.RunScript(steps=200, layers=3, seed=5)
     run = synthetic.create(runs / "live", script)
     synthetic.write_rows(run, script, 0, 40)

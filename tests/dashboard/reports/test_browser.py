@@ -130,7 +130,10 @@ def test_a_zoom_moves_every_chart_of_the_run_and_a_double_click_all_of_them_back
     tab.evaluate("Plotly.relayout('chart-0', {'xaxis.range[0]': 100, 'xaxis.range[1]': 200})")
     together = [i for i, axis in enumerate(before) if axis == before[0]]
     assert len(together) >= 4
-    moved = f"[{together}].flat().every((i) => document.getElementById('chart-' + i).layout.xaxis.range[1] === 200)"
+    moved = (
+        f"[{together}].flat().every((i) => "
+        "document.getElementById('chart-' + i).layout.xaxis.range[1] === 200)"
+    )
     until(tab, moved)
     assert drawn(tab)[1]["axis"] == before[1], "the cascade has steps of its own"
     tab.evaluate("Plotly.relayout('chart-0', {'xaxis.autorange': true})")

@@ -99,9 +99,17 @@ def test_compare_json_has_the_known_numbers_of_both_runs(pair, cli) -> None:
     assert [r["tokens"] for r in said["runs"]] == [2000, 8000]
     assert said["shared"] == {"last_step": 19, "steps": 20, "loss": [3.0, 2.5]}
     (spike,) = said["runs"][0]["spikes"]
-    assert {k: spike[k] for k in ("kind", "onset", "detected", "peak", "end", "score", "attempt")} == {
-        "kind": "spike", "onset": 10, "detected": 12, "peak": 11, "end": 15, "score": 9.0, "attempt": 0,
-    }  # fmt: skip
+    assert {
+        k: spike[k] for k in ("kind", "onset", "detected", "peak", "end", "score", "attempt")
+    } == {
+        "kind": "spike",
+        "onset": 10,
+        "detected": 12,
+        "peak": 11,
+        "end": 15,
+        "score": 9.0,
+        "attempt": 0,
+    }
     assert "No internal precursor" in spike["words"]
     assert said["runs"][1]["spikes"] == []
     gain = said["metrics"]["composite_gain_fwd"]
@@ -276,7 +284,7 @@ def test_mistakes_are_one_line_that_names_the_fix(pair, cli, tmp_path, monkeypat
         (["compare", "a", "."], "is a folder of runs; pass a run directory, e.g."),
         (["report", "nowhere"], "nowhere does not exist; pass a run directory"),
         (["report", "a", "--out", "no/where.html"], "cannot write no/where.html"),
-        (["compare", *"ababababababa"], "13 lines cannot be told apart; pass at most 12 runs"),
+        (["compare", *"ababababababa"], "13 lines cannot be distinguished; pass at most 12 runs"),
     ):
         out = cli(*args)
         assert out.exit_code == 1, args
