@@ -16,10 +16,11 @@ import torch
 
 from geodiag.benchmarks.report import Parser, save, say, setting, where
 from geodiag.hooks.adapters import find_layout
-from geodiag.hooks.measure.metric_groups import PROBED
+from geodiag.hooks.failure_guard import RaisingGuard
 from geodiag.hooks.probes.batch import PROBE_TOKENS
-from geodiag.hooks.probes.runner import Probes
+from geodiag.hooks.probes.runner import PROBES, Probes
 from geodiag.metrics.cadence import PROBE_EVERY, Cadence
+from geodiag.metrics.registry import keys_of
 from geodiag.reference_models.config import sized
 from geodiag.reference_models.data import Batch
 from geodiag.reference_models.train import TrainConfig, Trainer
@@ -69,17 +70,19 @@ def measured(size: str, args: Any) -> dict[str, Any]:
     step = _times(lambda: trainer.step(batch), 3, args.steps, device)
     positions = max(1, PROBE_TOKENS // args.sequences)
     given = (ids[:, : min(positions, config.sequence)].contiguous(),)
-    probes = Probes(model, find_layout(model), _fail, batch=given, by_domain=True)
-    probes.run(frozenset().union(*PROBED.values()))
+    groups = {group: keys_of(group) for group in PROBES}
+    everything = frozenset().union(*groups.values())
+    probes = Probes(model, find_layout(model), RaisingGuard(), batch=given, by_domain=True)
+    probes.run(everything)
     _shake(model)  # so that there are flips to look at
     alone = {}
-    for group, metrics in PROBED.items():
+    for group, metrics in groups.items():
         before = _memory(device)
         seconds = _times(partial(probes.run, metrics), 1, args.repeats, device)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         alone[group] = {"ms": 1e3 * seconds, "memory_mb": (peak - before) / 1e6}
     cadence = Cadence.of()
-    often, rarely = (cadence.due(s) & frozenset().union(*PROBED.values()) for s in (PROBE_EVERY, 0))
+    often, rarely = (cadence.due(s) & everything for s in (PROBE_EVERY, 0))
     every = {"often": _times(lambda: probes.run(often), 1, args.repeats, device)}
     every["all"] = _times(lambda: probes.run(rarely), 1, args.repeats, device)
     period = max(cadence.every[m] for m in rarely)
@@ -132,10 +135,6 @@ def _shake(model: Transformer) -> None:
         )
 
 
-def _fail(what: str, error: Exception) -> None:
-    raise RuntimeError(f"{what}: {error}") from error
-
-
 def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = ["# What the probes cost", "", f"`{result['command']}`. {where(result)}", ""]
@@ -154,7 +153,7 @@ def page(result: dict[str, Any]) -> str:
         "Each group alone, in milliseconds (those but `spectra` and `growth` share one forward when together):",
         "",
     ]
-    groups = list(PROBED)
+    groups = list(PROBES)
     lines += ["| size | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
     for size, r in good.items():
         lines.append(

@@ -15,13 +15,13 @@ from geodiag.hooks.adapters import Layout, find_layout
 from geodiag.hooks.build_monitor import build_monitor
 from geodiag.hooks.control.policy import Policy, Rollback, Route, as_policy
 from geodiag.hooks.distributed.rank_exchange import Ranks
-from geodiag.hooks.measure.gradient_norms import optimizers_in
+from geodiag.hooks.measure.parameter_norms import optimizers_in
 from geodiag.hooks.monitor import Monitor
 from geodiag.hooks.probes.token_trace import Trace
 from geodiag.hooks.routing.base import Rerouting
 from geodiag.hooks.snapshots.disk_store import snapshots_in
 from geodiag.hooks.snapshots.snapshots import Snapshots
-from geodiag.hooks.step_measurement import Plan
+from geodiag.hooks.step_measurement import MeasurementPlan
 from geodiag.metrics.cadence import PROBE_EVERY, Cadence, Every, parse_layers
 from geodiag.run import Run
 
@@ -81,7 +81,7 @@ def attach(
         raise ValueError("sample and micro_batches are at least 1")
     optimizers = optimizers_in(optimizer)
     layout = find_layout(model, fresh)
-    plan = Plan(
+    plan = MeasurementPlan(
         cadence=Cadence.of(every, probe_every, parse_layers(layers, len(layout.layers))),
         sample=sample,
         micro_batches=micro_batches,

@@ -21,7 +21,7 @@ from geodiag.hooks.routing.base import Rerouting
 from geodiag.hooks.snapshots.rollback import Rollback
 from geodiag.hooks.snapshots.snapshots import Snapshots
 from geodiag.hooks.step_context import StepContext
-from geodiag.hooks.step_measurement import Measurement, Plan
+from geodiag.hooks.step_measurement import MeasurementPlan, StepMeasurement
 from geodiag.hooks.step_recording import StepRecording
 from geodiag.run import Run
 
@@ -31,7 +31,7 @@ def build_monitor(
     optimizers: list[Optimizer],
     run: Run,
     layout: Layout,
-    plan: Plan,
+    plan: MeasurementPlan,
     ranks: Ranks,
     *,
     routing: Rerouting | None,
@@ -45,7 +45,15 @@ def build_monitor(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     recorder = Recorder(run, layout, device, ranks, context)
     world = 1 if ranks.single_process else ranks.world
-    measurement = Measurement(model, optimizers, layout, plan, recorder.guard.failed, ranks=world)
+    measurement = StepMeasurement(
+        model,
+        optimizers,
+        layout,
+        plan,
+        recorder.guard,
+        anticipatory=lambda: routing is not None and routing.replaying,
+        ranks=world,
+    )
     rollback = Rollback(snapshots, routing)
     rewind = Rewind(context, recorder, measurement, rollback)
     delay_steps = routing.delay_steps if routing else 0
@@ -57,8 +65,6 @@ def build_monitor(
         record_event=recorder.event,
         go_back=rewind.go_back,
     )
-    if routing is not None:
-        measurement.replaying = lambda: routing.replaying
     recording = StepRecording(
         context=context,
         ranks=ranks,

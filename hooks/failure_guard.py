@@ -90,6 +90,16 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+class RaisingGuard(FailureGuard):
+    """Raises every failure: for benchmarks and tests, where nothing may fail."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda name, error: None)
+
+    def failed(self, name: str, error: Exception, *, retry: bool = True) -> None:
+        raise RuntimeError(f"{name}: {error!r}") from error
+
+
 class FirstFailure:
     """Keeps the first error of several calls, to be raised after all of them.
 

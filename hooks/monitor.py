@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from geodiag.hooks.adapters import Layout
-from geodiag.hooks.measure.step_buffers import Slots
+from geodiag.hooks.measure.step_buffers import StepBuffers
 from geodiag.hooks.record.step_observer import Observation
 from geodiag.hooks.rewind import Rewind
 from geodiag.hooks.routing.base import Rerouting
@@ -131,9 +131,9 @@ class Monitor:
         return self._recorder.last
 
     @property
-    def slots(self) -> Slots:
+    def slots(self) -> StepBuffers:
         """The device buffers that the hooks write into."""
-        return self._recording.measurement.slots
+        return self._recording.measurement.buffers
 
     @property
     def routing(self) -> Rerouting | None:

@@ -3,14 +3,18 @@
 from geodiag.hooks.record.recorder import Recorder
 from geodiag.hooks.snapshots.rollback import Rollback
 from geodiag.hooks.step_context import StepContext
-from geodiag.hooks.step_measurement import Measurement
+from geodiag.hooks.step_measurement import StepMeasurement
 
 
 class Rewind:
     """Rolls back training, record and measurement together. Used by `Steering` and at a resume."""
 
     def __init__(
-        self, context: StepContext, recorder: Recorder, measurement: Measurement, rollback: Rollback
+        self,
+        context: StepContext,
+        recorder: Recorder,
+        measurement: StepMeasurement,
+        rollback: Rollback,
     ) -> None:
         self._context = context
         self._recorder = recorder
@@ -31,4 +35,4 @@ class Rewind:
     def move_to(self, step: int) -> None:
         """Continue before `step`; measurements have no earlier step to compare with."""
         self._context.move_to(step)
-        self._measurement.stand_before(step)
+        self._measurement.start_at(step)

@@ -15,7 +15,7 @@ from geodiag.hooks.record.recorder import Recorder
 from geodiag.hooks.record.step_writer import StepMetadata
 from geodiag.hooks.snapshots.rollback import Rollback
 from geodiag.hooks.step_context import StepContext
-from geodiag.hooks.step_measurement import Measurement
+from geodiag.hooks.step_measurement import StepMeasurement
 
 Number = Tensor | float
 
@@ -41,7 +41,7 @@ class StepRecording:
     context: StepContext
     ranks: Ranks
     recorder: Recorder
-    measurement: Measurement
+    measurement: StepMeasurement
     rollback: Rollback
     steering: Steering
     consensus: RankConsensus
@@ -67,7 +67,7 @@ class StepRecording:
         exchange with those ranks is possible any more, and the caller ends the training.
         """
         try:
-            return self.measurement.probed(), None
+            return self.measurement.probe_values(), None
         except CollectiveAborted as error:
             self.recorder.wait()
             self.ranks.leave()
@@ -75,18 +75,18 @@ class StepRecording:
 
     def _measure(self, finished: FinishedStep, probed: dict[str, Tensor]) -> None:
         measurement = self.measurement
-        device = measurement.slots.device
+        device = measurement.buffers.device
         try:
             known = finished.grad_norm
             total = None if known is None else _scalar(known, device)
-            values, absent = measurement.values(total)
+            values, absent = measurement.step_values(total)
             values |= probed
-            values["loss"] = _scalar(finished.loss, device)
-            if finished.sequence_losses is not None and measurement.wants("domains.loss"):
-                values["domain/loss"] = finished.sequence_losses.detach()
+            values["steps.loss"] = _scalar(finished.loss, device)
+            if finished.sequence_losses is not None and measurement.is_due("domains.loss"):
+                values["domains.loss"] = finished.sequence_losses.detach()
             self.recorder.push(values, self._metadata(finished, absent))
         finally:  # also after a failure: no value of this step may be taken for one of the next
-            measurement.turn_over(self.context.next_step)
+            measurement.prepare(self.context.next_step)
 
     def _metadata(self, finished: FinishedStep, absent: tuple[str, ...]) -> StepMetadata:
         ended_at = self.context.step_ended_at

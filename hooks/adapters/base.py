@@ -34,6 +34,10 @@ class StatsRows(NamedTuple):
         """Return one column, without its dimension. Raises ValueError for an unknown name."""
         return self.rows[..., self.names.index(name)]
 
+    def has(self, names: tuple[str, ...]) -> bool:
+        """Return whether all of these columns are there."""
+        return all(name in self.names for name in names)
+
     def columns(self, names: tuple[str, ...]) -> Tensor:
         """Return the named columns in this order: a view where they already are neighbours."""
         first = self.names.index(names[0])
@@ -56,12 +60,12 @@ class MixView(NamedTuple):
     stats: StatsRows | None = None
     """The maps' geometry, if the model's kernels measured it.
 
-    Rows (P, W) with the names of `reduce.SITE_SUMS` and `reduce.SITE_MAXES`.
+    Rows (P, W) with the names of `GAINS.mean_columns` and `GAINS.extreme_columns`.
     """
 
 
 class WrittenView(NamedTuple):
-    """The streams after a site, as the model's kernels measured them; see `reduce.written`."""
+    """The streams after a site, as the model's kernels measured them; see `streams.from_kernel`."""
 
     stats: StatsRows
     """Rows (T, B, W), one for each token and block of channels.
@@ -101,7 +105,7 @@ class ActView(NamedTuple):
     act_AF: Tensor
     expert_A: Tensor | None
     counts: StatsRows | None = None
-    """The result of `reduce.counts`, if the model's kernels counted: rows (E, W)."""
+    """The result of `experts.count`, if the model's kernels counted: rows (E, W)."""
 
 
 Sink = Callable[[Callable[[], Any]], None]
@@ -181,6 +185,8 @@ class ExpertSite:
 
     layer: int
     experts: int
+    module: nn.Module
+    """Holds the weights of the routed experts."""
     watch: list[Watch]
     """→ ActView; routed experts first, then the shared one"""
     gate_limit: float | None

@@ -44,6 +44,7 @@ def expert_site(layer: int, mlp: Any) -> ExpertSite:
     return ExpertSite(
         layer=layer,
         experts=mlp.experts.num_experts,
+        module=mlp.experts,
         watch=[_watch_routed(mlp.experts), _watch_shared(mlp.shared_experts)],
         gate_limit=mlp.experts.limit,
         up_limit=mlp.experts.limit,

@@ -204,6 +204,7 @@ def _experts(layer: int, moe: MoE, limit: float | None) -> ExpertSite:
     return ExpertSite(
         layer=layer,
         experts=len(moe.experts.gate_up),
+        module=moe.experts,
         watch=[_act(a) for a in acts],
         gate_limit=limit,
         up_limit=limit,

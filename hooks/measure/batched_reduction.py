@@ -1,122 +1,174 @@
-"""From what the taps saw to the slots: all places of a kind at once where it can be kept so long,
-else one by one.
+"""Batched reduction: what the hooks of one forward keep becomes buffer values, all places at once.
+
+On a GPU measuring costs launches, not arithmetic: a few operations on the stacked tensors of all
+places take the time of one place. Inside torch.compile and CUDA graphs nothing can be kept from one
+place to the next, so there each place is reduced by itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from geodiag.hooks.adapters.base import Layout, WrittenView
-from geodiag.hooks.measure import reduce as measure
-from geodiag.hooks.measure.pending_tensors import Pending, alike, stacked
-from geodiag.hooks.measure.step_buffers import Slots
+from geodiag.hooks.adapters.base import Layout, StatsRows, WrittenView
+from geodiag.hooks.failure_guard import FailureGuard
+from geodiag.hooks.measure import experts, gains, routers, streams
+from geodiag.hooks.measure.step_buffers import StepBuffers
 
-Report = Callable[[str, Exception], None]
+# P places (sites, routers, …), S sites, T tokens, N streams, W columns
 
 
-def keeps() -> bool:
-    """Whether what a hook sees can be kept for later: neither a compiled nor a captured graph runs
-    its Python again.
+def can_keep() -> bool:
+    """Return whether tensors may be kept until the forward ends: a compiled or captured graph does
+    not run its Python again.
     """
     if torch.compiler.is_compiling():
         return False
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
-class Reduction:
-    """`saw` what a place shows, `finish` when the forward is over."""
+class BatchedReduction:
+    """Collects what hooks see (`add`) and writes it into the step's buffers (`finish`)."""
 
     def __init__(
-        self, layout: Layout, slots: Slots, report: Report, replaying: Callable[[], bool]
+        self,
+        layout: Layout,
+        buffers: StepBuffers,
+        guard: FailureGuard,
+        anticipatory: Callable[[], bool],
     ) -> None:
-        self._layout, self._slots, self._report, self._replaying = layout, slots, report, replaying
-        self._pending = Pending()
-        self._broken: set[str] = set()
-        self._ways: dict[str, tuple[str, Callable[[list[int], Any], None]]] = {
-            "maps": ("residual maps", self._maps),
-            "stream": ("streams", self._stream),
+        """anticipatory: whether older weights choose this batch's experts."""
+        self._layout = layout
+        self._buffers = buffers
+        self._guard = guard
+        self._anticipatory = anticipatory
+        self._kept: dict[str, dict[int, Any]] = {}
+        """Kind → place → tensors. A place that is seen again replaces what it had."""
+        self._writers: dict[str, tuple[str, Callable[[list[int], Any], None]]] = {
+            "maps": ("residual maps", self._maps),  # before the streams, which need H_res
+            "streams": ("streams", self._streams),
             "written": ("streams after the sites", self._written),
-            "branch": (
-                "block outputs",
-                lambda places, seen: self._put(places, {"branch_norm": seen[0]}),
-            ),
-            "grad": (
-                "gradients",
-                lambda places, seen: self._put(places, {"grad_square": seen[0].square()}),
-            ),
+            "branch": ("block outputs", self._branch),
+            "gradient": ("gradients", self._gradient),
             "router": ("routers", self._router),
-            "act": ("experts", lambda places, seen: self._put(places, measure.experts(seen[0]))),
+            "experts": ("experts", self._experts),
         }
-        """Kind → what a person calls it, and how stacked places of it are written, in this order.
-        """
+        """Kind → its name in reports, and what writes stacked places of it."""
 
-    def saw(self, kind: str, place: int, seen: tuple) -> None:
-        """Keeps what a place shows; where nothing can be kept, writes it there and then."""
-        if keeps():
-            self._pending.add(kind, place, seen)
+    def add(self, kind: str, place: int, seen: tuple) -> None:
+        """Keep what a hook saw at a place, or write it at once where nothing can be kept."""
+        if can_keep():
+            self._kept.setdefault(kind, {})[place] = seen
         else:
-            self._ways[kind][1]([place], stacked([seen]))
+            self._writers[kind][1]([place], stacked([seen]))
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Writes what was kept into this micro-batch's slot."""
-        for kind, (said, write) in self._ways.items():
-            seen = self._pending.take(kind)
-            if not seen or kind in self._broken:
-                continue
-            try:
-                for places, together in alike(seen, self._apart(kind)):
-                    write(places, together)
-            except (
-                Exception
-            ) as e:  # monitoring must not end a training: said once, then silent here
-                self._broken.add(kind)
-                self._report(said, e)
+        """Write everything that was kept into this micro-batch's slot."""
+        for kind, (name, write) in self._writers.items():
+            seen = self._kept.pop(kind, None)
+            if seen:
+                self._guard.run(name, partial(self._write_all, kind, seen, write), retry=False)
 
-    def forget(self) -> None:
-        """Drops what was kept."""
-        self._pending.clear()
+    def discard(self) -> None:
+        """Forget everything that was kept."""
+        self._kept.clear()
 
-    def _apart(self, kind: str) -> Callable[[int], Any]:
-        """What keeps two places apart, beside their shapes."""
-        routers = self._layout.routers
-        return (
-            (lambda i: (routers[i].k, routers[i].hashed)) if kind == "router" else (lambda _: None)
-        )
+    def _write_all(
+        self, kind: str, seen: dict[int, Any], write: Callable[[list[int], Any], None]
+    ) -> None:
+        for places, together in alike(seen, partial(self._kind_of_place, kind)):
+            write(places, together)
+
+    def _kind_of_place(self, kind: str, place: int) -> Hashable:
+        """Routers with another K, or a hash, are not stacked with the rest."""
+        if kind != "router":
+            return None
+        return self._layout.routers[place].k, self._layout.routers[place].hashed
 
     # -- how each kind is written ------------------------------------------------------------
 
-    def _maps(self, places: list[int], seen: measure.Maps) -> None:
-        self._put(places, measure.maps(seen, self._slots.index(seen.res_TNN.shape[1])))
+    def _maps(self, places: list[int], seen: gains.SiteMaps) -> None:
+        self._put(places, gains.reduce(seen, self._buffers.index(seen.res_TNN.shape[1])))
 
-    def _stream(self, places: list[int], seen: measure.Stream) -> None:
+    def _streams(self, places: list[int], seen: streams.StreamBatch) -> None:
         sites = [p for p in places if p < len(self._layout.sites)]
         identity = self._layout.streams == 1 or not sites
-        values = measure.streams(seen, None if identity else self._slots.written("res", sites))
-        mixed = values.pop("mixed_norm")[: len(sites)]
+        maps = None if identity else self._buffers.written("res", sites)
+        values, mixed = streams.reduce(seen, maps)
         self._put(places, values)
         if sites:
-            self._put(
-                sites,
-                {"mixed_norm": mixed} | ({"post_norm": torch.ones_like(mixed)} if identity else {}),
-            )
+            mixed = mixed[: len(sites)]
+            self._put(sites, {"mixed_norm": mixed})
+            if identity:
+                self._put(sites, {"post_norm": torch.ones_like(mixed)})
 
     def _written(self, places: list[int], seen: WrittenView) -> None:
-        values = measure.written(
-            seen.stats, seen.elements, self._slots.index(seen.stats.rows.shape[1])
-        )
-        self._put(
-            [p + 1 for p in places], {n: values.pop(n) for n in ("stream_sums", "stream_maxes")}
-        )
-        self._put([*places, places[-1] + 1], {"stream_norm": values.pop("stream_norm")})
-        self._put(places, values)
+        index = self._buffers.index(seen.stats.rows.shape[1])
+        after_site, norms, of_site = streams.from_kernel(seen, index)
+        self._put([p + 1 for p in places], after_site)
+        self._put([*places, places[-1] + 1], {"stream_norm": norms})
+        self._put(places, of_site)
 
-    def _router(self, places: list[int], seen: measure.Routed) -> None:
-        site, index = self._layout.routers[places[0]], self._slots.index(seen.scores_TE.shape[1])
-        self._put(places, measure.routers(seen, site.k, site.hashed, self._replaying(), index))
+    def _branch(self, places: list[int], seen: tuple[Tensor]) -> None:
+        self._put(places, {"branch_norm": seen[0]})
+
+    def _gradient(self, places: list[int], seen: tuple[Tensor]) -> None:
+        self._put(places, {"grad_square": seen[0].square()})
+
+    def _router(self, places: list[int], seen: routers.Routed) -> None:
+        site = self._layout.routers[places[0]]
+        index = self._buffers.index(seen.scores_TE.shape[1])
+        anticipatory = self._anticipatory()
+        self._put(places, routers.reduce(seen, site.k, site.hashed, anticipatory, index))
+
+    def _experts(self, places: list[int], seen: tuple[StatsRows]) -> None:
+        self._put(places, experts.reduce(seen[0]))
 
     def _put(self, places: list[int], values: dict[str, Tensor]) -> None:
         for name, value_P in values.items():
-            self._slots.put_all(name, value_P, places)
+            self._buffers.put_all(name, value_P, places)
+
+
+# -- stacking ----------------------------------------------------------------------------------
+
+
+def alike(
+    seen: dict[int, Any], kind_of_place: Callable[[int], Hashable]
+) -> Iterator[tuple[list[int], Any]]:
+    """Yield places whose tensors have the same shapes, and `kind_of_place`, with their tensors stacked.
+
+    Not all places of a model need have the same number of experts, or expose the same tensors.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for place in sorted(seen):
+        groups.setdefault((_shapes(seen[place]), kind_of_place(place)), []).append(place)
+    for places in groups.values():
+        yield places, stacked([seen[p] for p in places])
+
+
+def stacked(seen: Sequence[Any]) -> Any:
+    """Return tuples of tensors as one tuple of stacked tensors; other fields are alike in all.
+
+    Named tuples within the tuples are stacked in the same way.
+    """
+    fields = [_stacked_field(values) for values in zip(*seen, strict=True)]
+    return type(seen[0])(*fields) if hasattr(seen[0], "_fields") else tuple(fields)
+
+
+def _stacked_field(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.stack(list(values))
+    return stacked(values) if hasattr(values[0], "_fields") else values[0]
+
+
+def _shapes(seen: tuple) -> Hashable:
+    return tuple(_shape(value) for value in seen)
+
+
+def _shape(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    return _shapes(value) if hasattr(value, "_fields") else value

@@ -1,20 +1,20 @@
-"""Data shift: how far a batch's mean input embedding points away from where batches have pointed so
-far.
+"""Data shift: the angle between a batch's mean input embedding and its running mean.
 
-Works at every step, sampled or not, and asks nothing of the host: slots of its own, and a running
-mean on the device.
+Measured at every step, sampled or not, in buffers of its own and without a copy to the host.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from geodiag.hooks.adapters.base import Layout, Removable
-from geodiag.hooks.measure.forward_hooks import Report
-from geodiag.hooks.measure.step_buffers import Slots
+from geodiag.hooks.failure_guard import FailureGuard
+from geodiag.hooks.measure.step_buffers import StepBuffers
 
+_NAME = "data shift"
 REMEMBERED = 20
 """Steps over which the running mean forgets: the embedding itself moves while it is trained."""
 
@@ -28,15 +28,15 @@ class DataShift:
         layout: Layout,
         device: torch.device,
         micro_batches: int,
-        report: Report,
+        guard: FailureGuard,
     ) -> None:
-        self._slots = Slots(device, micro_batches, sample=1)
-        self._report, self._broken = report, False
+        self._buffers = StepBuffers(device, micro_batches, sample=1)
+        self._guard = guard
         self._mean_C: Tensor | None = None
         self._handles: list[Removable] = []
         embedding = _width(model)
         if layout.watch_input is not None and embedding:
-            self._slots.add("embedding", 1, embedding)
+            self._buffers.add("embedding", 1, embedding)
             self._handles = [
                 model.register_forward_pre_hook(self._begin),
                 *layout.watch_input(self._keep),
@@ -44,52 +44,50 @@ class DataShift:
 
     @torch.no_grad()
     def values(self) -> dict[str, Tensor]:
-        """The step's tokens, and 1 − cosine to the running mean, which then takes this batch in."""
-        if not self._handles or self._broken:
+        """Return the step's tokens, and 1 − cosine to the running mean, which this batch then enters."""
+        if not self._handles or self._guard.disabled(_NAME):
             return {}
-        batch_C, tokens = self._slots.mean("embedding")[0], self._slots.sum("tokens")
+        batch_C, tokens = self._buffers.mean("embedding")[0], self._buffers.sum("tokens")
         if self._mean_C is None:
             self._mean_C = batch_C.clone()
-            return {"tokens": tokens}
+            return {"steps.tokens": tokens}
         shift = 1 - torch.nn.functional.cosine_similarity(batch_C, self._mean_C, dim=0)
-        # A batch that is not finite is no news of what batches are like.
+        # A batch that is not finite does not enter the mean.
         taken = torch.where(batch_C.isfinite().all(), batch_C, self._mean_C)
         self._mean_C.lerp_(taken, 1 / REMEMBERED)
-        return {"tokens": tokens, "data_shift": shift}
+        return {"steps.tokens": tokens, "steps.data_shift": shift}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where batches have pointed so far; on the device, so that nobody waits for it."""
+        """Return the running mean; it stays on the device, so that the host does not wait."""
         return {"mean": None if self._mean_C is None else self._mean_C.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._mean_C = None if state["mean"] is None else state["mean"].to(self._slots.device)
+        self._mean_C = None if state["mean"] is None else state["mean"].to(self._buffers.device)
 
     def clear(self) -> None:
-        """The step is over."""
-        self._slots.clear()
+        """Forget the step that ended."""
+        self._buffers.clear()
 
     def remove(self) -> None:
-        """Takes the hooks off."""
+        """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def _begin(self, *_: Any) -> None:
         if torch.is_grad_enabled():
-            self._slots.begin()
+            self._buffers.begin()
 
     def _keep(self, view: Callable[[], Tensor]) -> None:
-        if not torch.is_grad_enabled() or self._broken:
-            return
-        try:
-            x_TC = view().detach().flatten(0, -2)
-            self._slots.count_tokens(len(x_TC))
-            self._slots.put("embedding", 0, x_TC.mean(0, dtype=torch.float32))
-        except Exception as e:  # monitoring must not end a training: said once, then silent
-            self._broken = True
-            self._report("data shift", e)
+        if torch.is_grad_enabled():
+            self._guard.run(_NAME, partial(self._write, view), retry=False)
+
+    def _write(self, view: Callable[[], Tensor]) -> None:
+        x_TC = view().detach().flatten(0, -2)
+        self._buffers.count_tokens(len(x_TC))
+        self._buffers.put("embedding", 0, x_TC.mean(0, dtype=torch.float32))
 
 
 def _width(model: nn.Module) -> int:
-    """Of the first embedding, which is that of the tokens; 0 where there is none."""
+    """Return the width of the first embedding, that of the tokens; 0 if there is none."""
     return next((m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)), 0)

@@ -1,4 +1,4 @@
-"""A stopwatch for work on the device, read later, so that nobody waits for it."""
+"""Device timer: seconds of work on the device, read later, so that the host does not wait."""
 
 import time
 from collections.abc import Callable
@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 
-class Stopwatch:
+class DeviceTimer:
     """Times the block it is entered for; `last` is None before."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._began: Any = None
         self.last: Callable[[], float] | None = None
-        """Seconds of the last block; call it when the device is through."""
+        """Seconds of the last block; call it once the device has finished it."""
 
     def clear(self) -> None:
-        """Forgets the last block."""
+        """Forget the last block."""
         self.last = None
 
     def __enter__(self) -> None:

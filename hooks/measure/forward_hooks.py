@@ -1,9 +1,8 @@
-"""The taps: what each place of a layout writes into the slots when the model runs.
+"""Forward hooks: what each place of a layout writes into the step's buffers when the model runs.
 
-Nothing here reads a value on the host, and nothing changes what the model computes. Outside of
-torch.compile and CUDA graphs a hook only keeps what it sees; when the forward is over, all places
-are reduced at once. Inside, where nothing can be kept from one place to the next, each writes for
-itself.
+No hook reads a value on the host, and none changes what the model computes. Outside of torch.compile
+and CUDA graphs a hook only keeps references; when the forward ends, all places are reduced at once
+(see batched_reduction.py).
 """
 
 from collections.abc import Callable
@@ -24,82 +23,81 @@ from geodiag.hooks.adapters.base import (
     Sink,
     WrittenView,
 )
-from geodiag.hooks.measure import reduce as measure
-from geodiag.hooks.measure.batched_reduction import Reduction, Report, keeps
-from geodiag.hooks.measure.metric_groups import TAPPED
-from geodiag.hooks.measure.reduce import Maps, Routed
-from geodiag.hooks.measure.step_buffers import Slots
-from geodiag.hooks.measure.stream_gradient_norms import StreamGradients
+from geodiag.hooks.failure_guard import FailureGuard
+from geodiag.hooks.measure import experts, gains, routers, streams
+from geodiag.hooks.measure.batched_reduction import BatchedReduction, can_keep
+from geodiag.hooks.measure.step_buffers import StepBuffers
+from geodiag.hooks.measure.stream_gradient_norms import StreamGradientNorms
+from geodiag.hooks.measure.values import Values
+from geodiag.metrics.metric import Group
 
-# T tokens, N streams, C channels, E experts, K experts per token, A assignments, F expert dim, P
-# places
+# T tokens, N streams, C channels
 
-COUNTERFACTUAL_LIMIT = 10.0
-GROUPS = frozenset(TAPPED)
+GROUPS: frozenset[Group] = frozenset({"streams", "gains", "routers", "experts"})
+"""Groups of metrics that the forward hooks measure."""
+
+_GROUPS_OF: dict[str, frozenset[Group]] = {
+    "first": GROUPS,  # also counts the tokens
+    "mix": frozenset({"gains", "streams"}),
+    "written": frozenset({"streams"}),
+    "branch": frozenset({"streams"}),
+    "router": frozenset({"routers"}),
+    "experts": frozenset({"experts"}),
+}
+"""Kind of hook → the groups that need it."""
 
 
-class Taps:
-    """Hooks on a model, writing into `slots`. `remove` takes them all off."""
+class ForwardHooks:
+    """Hooks on a model that write into `buffers`. `remove` takes all of them off."""
 
-    def __init__(self, model: nn.Module, layout: Layout, slots: Slots, report: Report) -> None:
-        self.layout, self.slots, self._report = layout, slots, report
-        self.replaying: Callable[[], bool] = lambda: False
-        """Whether anticipatory routing chooses this batch's experts."""
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        buffers: StepBuffers,
+        guard: FailureGuard,
+        anticipatory: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """anticipatory: whether older weights choose the experts of the batch in the model now."""
+        self.layout = layout
+        self.buffers = buffers
         self.past_weights: list[Tensor | None] = [None] * len(layout.routers)
         self.past_biases: list[Tensor | None] = [None] * len(layout.routers)
-        self.act_places = [
-            (i, kind) for i, e in enumerate(layout.experts) for kind in range(len(e.watch))
-        ]
-        """Which layer's routed (0) or shared (1) experts each place of the activation buffers
-        belongs to.
-        """
-        self.act_owner = torch.tensor(
-            [i for i, _ in self.act_places], dtype=torch.int64, device=slots.device
-        )
-        routed = [p for p, (_, kind) in enumerate(self.act_places) if kind == 0]
-        self.routed_places = torch.tensor(routed, dtype=torch.int64, device=slots.device)
-        self.quantiles = torch.tensor([0.01, 0.10], device=slots.device)
-        """Of the margins; here, because a tensor from the host would make the step wait."""
+        self._guard = guard
+        self._expert_places = experts.ExpertPlaces(layout, buffers.device)
+        # On the device from the start: a tensor from the host would make every step wait.
+        self._quantiles = torch.tensor([0.01, 0.10], device=buffers.device)
         self._flags = {
-            g: torch.ones((), dtype=torch.int32, device=slots.device)
+            g: torch.ones((), dtype=torch.int32, device=buffers.device)
             for g in ("gains", "streams", "experts")
         }
+        """Read by the model's own kernels, so that a new set of due groups compiles no new graph."""
         self._due = GROUPS
-        self._broken: set[str] = set()
-        self._reduction = Reduction(layout, slots, report, lambda: self.replaying())
-        self._gradients = StreamGradients(slots, self._reduction, report)
-        self._recorded: set[tuple[str, int]] = set()
+        self._reduction = BatchedReduction(layout, buffers, guard, anticipatory)
+        self._gradients = StreamGradientNorms(buffers, self._reduction, guard)
+        self._seen: set[tuple[str, int]] = set()
         self._handles: list[Removable] = []
         self._declare()
-        self._hook(model)
+        self._add_hooks(model)
 
     @property
-    def due(self) -> frozenset[str]:
-        """Groups that the coming step measures. Kernels hear of it through flags on the device: no
-        graph is new.
-        """
+    def due(self) -> frozenset[Group]:
+        """The groups that the coming step measures."""
         return self._due
 
     @due.setter
-    def due(self, groups: frozenset[str]) -> None:
-        for name in self._flags.keys() & (groups ^ self._due):
-            self._flags[name].fill_(name in groups)
+    def due(self, groups: frozenset[Group]) -> None:
+        for name, flag in self._flags.items():
+            if (name in groups) != (name in self._due):
+                flag.fill_(name in groups)
         self._due = groups
 
-    @property
-    def recording(self) -> bool:
-        """Whether anything is measured. Off between sampled steps."""
-        return bool(self._due)
-
-    @recording.setter
-    def recording(self, on: bool) -> None:
-        self.due = GROUPS if on else frozenset()
-
     def remove(self) -> None:
+        """Take all hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._reduction.forget()
+        self._reduction.discard()
         for site in self.layout.sites:
             if site.measure is not None:
                 site.measure(None, None)
@@ -107,181 +105,172 @@ class Taps:
             if expert.measure is not None:
                 expert.measure(None)
 
-    def _declare(self) -> None:
-        lay, add = self.layout, self.slots.add
-        sites, n = len(lay.sites), lay.streams
-        add("site_sums", sites, len(measure.SITE_SUMS) + n * n + 2 * n)
-        add("site_maxes", sites, len(measure.SITE_MAXES), kind="max")
-        add("stream_sums", sites + 1)
-        add("stream_maxes", sites + 1, kind="max")
-        add("grad_square", sites + 1)
-        add("res", sites, n, n, kind="sample")
-        add("stream_norm", sites + 1, kind="sample")
-        for name in ("post_norm", "mixed_norm", "branch_norm"):
-            add(name, sites, kind="sample")
-        if lay.routers:
-            add("router_sums", len(lay.routers), len(measure.ROUTER_SUMS))
-            add("margins", len(lay.routers), kind="sample")
-            add("load", len(lay.routers), 2, max(r.experts for r in lay.routers))
-        if lay.experts:
-            most = max(e.experts for e in lay.experts)
-            add("count_sums", len(self.act_places), most, len(measure.COUNT_SUMS))
-            add("count_maxes", len(self.act_places), most, len(measure.COUNT_MAXES), kind="max")
+    def finish(self) -> None:
+        """Write what the hooks kept into the buffers."""
+        self._reduction.finish()
 
-    def _hook(self, model: nn.Module) -> None:
+    @torch.no_grad()
+    def summarise(self) -> Values:
+        """Return everything that the hooks measured in one step, still on the device."""
+        self.finish()
+        layout, buffers = self.layout, self.buffers
+        reduced = buffers.reduced()
+        values: Values = {}
+        if "streams" in self._due:
+            values |= streams.summarise(buffers, reduced, layout)
+        if "gains" in self._due and layout.streams > 1:
+            values |= gains.summarise(buffers, reduced, layout)
+        if "routers" in self._due and layout.routers:
+            values |= routers.summarise(buffers, reduced, layout, self._quantiles)
+        if "experts" in self._due and layout.experts:
+            values |= experts.summarise(reduced, self._expert_places)
+        return values
+
+    # -- setting up --------------------------------------------------------------------------
+
+    def _declare(self) -> None:
+        gains.declare(self.buffers, self.layout)
+        streams.declare(self.buffers, self.layout)
+        routers.declare(self.buffers, self.layout)
+        experts.declare(self.buffers, self.layout, self._expert_places)
+
+    def _add_hooks(self, model: nn.Module) -> None:
         self._handles.append(model.register_forward_pre_hook(self._begin))
-        lay = self.layout
-        gains, streams = self._flags["gains"], self._flags["streams"]
-        self._told = {
-            i
-            for i, s in enumerate(lay.sites)
-            if s.measure is not None and s.measure(gains, streams)
-        }
-        for i, site in enumerate(lay.sites):
-            where = f"layer {site.layer} {site.site}"
-            told = i in self._told
-            self._handles += site.watch_mix(
-                self._sink(where, "mix" if i else "first", i, partial(self._mix, i, told))
-            )
-            if told and site.watch_written is not None:
-                sink = self._sink(f"{where} streams", "written", i, partial(self._written, i))
-                self._handles += site.watch_written(sink)
-            elif site.watch_branch is not None:
-                self._handles += site.watch_branch(
-                    self._sink(f"{where} output", "branch", i, partial(self._branch, i))
-                )
-        if lay.watch_end is not None:
-            end = len(lay.sites)
-            sink = self._sink(
-                "last stream",
-                "mix",
-                end,
-                lambda x: self._mix(end, end - 1 in self._told, MixView(x)),
-            )
-            self._handles += lay.watch_end(sink)
-        for i, router in enumerate(lay.routers):
-            sink = self._sink(
-                f"layer {router.layer} router", "router", i, partial(self._router, i, router)
-            )
-            self._handles += router.watch(sink)
-        for place, (i, kind) in enumerate(self.act_places):
-            expert = lay.experts[i]
-            if expert.measure is not None and kind == 0:
-                expert.measure(self._flags["experts"])
-            sink = self._sink(
-                f"layer {expert.layer} experts", "act", place, partial(self._act, place, expert)
-            )
-            self._handles += expert.watch[kind](sink)
+        self._measured_by_kernels = self._switch_kernels_on()
+        self._hook_sites()
+        self._hook_routers()
+        self._hook_experts()
         self._handles.append(model.register_forward_hook(self._end_of_forward))
 
+    def _switch_kernels_on(self) -> frozenset[int]:
+        """Return the sites whose kernels measure maps and streams themselves."""
+        gains_on, streams_on = self._flags["gains"], self._flags["streams"]
+        return frozenset(
+            i
+            for i, site in enumerate(self.layout.sites)
+            if site.measure is not None and site.measure(gains_on, streams_on)
+        )
+
+    def _hook_sites(self) -> None:
+        for i, site in enumerate(self.layout.sites):
+            where = f"layer {site.layer} {site.site}"
+            kind = "mix" if i else "first"
+            self._handles += site.watch_mix(self._sink(where, kind, i, partial(self._mix, i, i)))
+            if i in self._measured_by_kernels and site.watch_written is not None:
+                write = partial(self._written, i)
+                self._handles += site.watch_written(
+                    self._sink(f"{where} streams", "written", i, write)
+                )
+            elif site.watch_branch is not None:
+                write = partial(self._branch, i)
+                self._handles += site.watch_branch(
+                    self._sink(f"{where} output", "branch", i, write)
+                )
+        if self.layout.watch_end is not None:
+            end = len(self.layout.sites)
+            self._handles += self.layout.watch_end(
+                self._sink("last stream", "mix", end, self._last_stream)
+            )
+
+    def _hook_routers(self) -> None:
+        for i, router in enumerate(self.layout.routers):
+            write = partial(self._router, i, router)
+            sink = self._sink(f"layer {router.layer} router", "router", i, write)
+            self._handles += router.watch(sink)
+
+    def _hook_experts(self) -> None:
+        for place, (i, kind) in enumerate(self._expert_places.places):
+            site = self.layout.experts[i]
+            if site.measure is not None and kind == 0:
+                site.measure(self._flags["experts"])
+            write = partial(self._experts, place, site)
+            sink = self._sink(f"layer {site.layer} experts", "experts", place, write)
+            self._handles += site.watch[kind](sink)
+
     def _sink(self, where: str, kind: str, place: int, write: Callable[[Any], None]) -> Sink:
-        """A forward without gradient (evaluation, probe, capture) is not the training step: it
-        leaves no trace.
+        """Return what receives a place's view. A forward without gradient (evaluation, probe,
+        capture) is not the training step, and is not measured.
         """
         groups = _GROUPS_OF[kind]
 
         def sink(view: Callable[[], Any]) -> None:
             idle = not self._one_graph() and self._due.isdisjoint(groups)
-            if idle or not torch.is_grad_enabled() or where in self._broken:
+            if idle or not torch.is_grad_enabled():
                 return
-            if keeps():
-                if (kind, place) in self._recorded and torch._C._current_graph_task_id() != -1:
-                    return  # a checkpoint computes it once more, in the backward
-                self._recorded.add((kind, place))
-            try:
-                # What a view computes has no part in the gradient; nor may a checkpoint count it
-                # among what it saves.
-                with torch.no_grad():
-                    write(view())
-            except (
-                Exception
-            ) as e:  # monitoring must not end a training: said once, then silent here
-                self._broken.add(where)
-                self._report(where, e)
+            if can_keep():
+                if (kind, place) in self._seen and in_backward():
+                    return  # a checkpoint computes the forward once more
+                self._seen.add((kind, place))
+            self._guard.run(where, lambda: _without_grad(view, write), retry=False)
 
         return sink
 
     def _one_graph(self) -> bool:
-        """Where kernels look at the flags themselves, one compiled graph serves every step,
-        whatever is due.
+        """Return whether one compiled graph serves every step, whatever is due: the model's kernels
+        read the flags themselves.
         """
-        return bool(self._told) and torch.compiler.is_compiling()
+        return bool(self._measured_by_kernels) and torch.compiler.is_compiling()
 
     def _begin(self, *_: Any) -> None:
-        if (self._one_graph() or self.recording) and torch.is_grad_enabled():
-            if keeps():
+        if (self._one_graph() or self._due) and torch.is_grad_enabled():
+            if can_keep():
                 self.finish()
-                self._recorded.clear()
-            self.slots.begin()
+                self._seen.clear()
+            self.buffers.begin()
 
     def _end_of_forward(self, *_: Any) -> None:
-        if keeps() and torch.is_grad_enabled():
+        if can_keep() and torch.is_grad_enabled():
             self.finish()
 
-    def finish(self) -> None:
-        """What the hooks kept is written into the slots."""
-        self._reduction.finish()
+    # -- what each hook keeps ----------------------------------------------------------------
 
-    # -- what is seen ------------------------------------------------------------------------
+    def _last_stream(self, streams_TNC: Tensor) -> None:
+        end = len(self.layout.sites)
+        self._mix(end, end - 1, MixView(streams_TNC))
 
-    def _mix(self, place: int, told: bool, view: MixView) -> None:
-        streams = view.streams_TNC
-        if streams.requires_grad and (self._one_graph() or "streams" in self._due):
-            self._gradients.watch(place, streams)
-        x = streams.detach()
+    def _mix(self, place: int, site: int, view: MixView) -> None:
+        """`site`: the site whose kernels, if they measure, already have these streams."""
+        stream = view.streams_TNC
+        if stream.requires_grad and (self._one_graph() or "streams" in self._due):
+            self._gradients.watch(place, stream)
+        x = stream.detach()
         x_TNC = (x if self.layout.has_stream_axis else x.unsqueeze(-2)).flatten(0, -3)
         if place == 0:
-            self.slots.count_tokens(len(x_TNC))
+            self.buffers.count_tokens(len(x_TNC))
             if not self._one_graph() and self._due.isdisjoint(_GROUPS_OF["mix"]):
                 return
-        if view.res_TNN is not None and view.post_TN is not None:
-            res, post = view.res_TNN.detach().flatten(0, -3), view.post_TN.detach().flatten(0, -2)
-            pre = None if view.pre_TN is None else view.pre_TN.detach().flatten(0, -2)
-            logits = None if view.logits_TNN is None else view.logits_TNN.detach().flatten(0, -3)
-            self._reduction.saw("maps", place, Maps(pre, post, res, logits, view.stats))
-        if not told:
-            self._reduction.saw(
-                "stream", place, measure.stream(x_TNC, self.slots.index(len(x_TNC)))
-            )
+        maps = gains.seen_at_site(view)
+        if maps is not None:
+            self._reduction.add("maps", place, maps)
+        if site not in self._measured_by_kernels:
+            index = self.buffers.index(len(x_TNC))
+            self._reduction.add("streams", place, streams.seen_at_place(x_TNC, index))
 
     def _written(self, place: int, view: WrittenView) -> None:
         stats = view.stats._replace(rows=view.stats.rows.detach())
-        self._reduction.saw("written", place, WrittenView(stats, view.elements))
+        self._reduction.add("written", place, WrittenView(stats, view.elements))
 
     def _branch(self, place: int, branch: Tensor) -> None:
-        sample = self.slots.sample(branch.detach().flatten(0, -2))
-        self._reduction.saw(
-            "branch", place, (torch.linalg.vector_norm(sample, dim=-1, dtype=torch.float32),)
-        )
+        sample = self.buffers.sample(branch.detach().flatten(0, -2))
+        norm = torch.linalg.vector_norm(sample, dim=-1, dtype=torch.float32)
+        self._reduction.add("branch", place, (norm,))
 
-    @torch.no_grad()
     def _router(self, place: int, site: RouterSite, view: RouterView) -> None:
-        past, weight, bias = None, self.past_weights[place], self.past_biases[place]
-        if weight is not None and not site.hashed:
-            past = site.rescore(self.slots.sample(view.hidden_TC.detach()), weight).float()
-            past = past if bias is None else past + bias
-        # The trainer moves the bias in place before the step is over.
-        live = None if view.bias_E is None else view.bias_E.detach().clone()
-        scores, weights = view.scores_TE.detach(), view.weights_TK.detach()
-        self._reduction.saw(
-            "router", place, Routed(scores, live, view.expert_ids_TK, weights, past)
-        )
+        weight, bias = self.past_weights[place], self.past_biases[place]
+        seen = routers.seen_at_router(site, view, weight, bias, self.buffers)
+        self._reduction.add("router", place, seen)
 
-    def _act(self, place: int, site: ExpertSite, view: ActView) -> None:
-        if view.counts is not None:
-            table = view.counts._replace(rows=view.counts.rows.detach())
-        else:
-            limits = site.gate_limit or COUNTERFACTUAL_LIMIT, site.up_limit or COUNTERFACTUAL_LIMIT
-            gate, up, act = view.gate_AF.detach(), view.up_AF.detach(), view.act_AF.detach()
-            table = measure.counts(gate, up, act, view.expert_A, site.experts, limits)
-        self._reduction.saw("act", place, (table,))
+    def _experts(self, place: int, site: ExpertSite, view: ActView) -> None:
+        self._reduction.add("experts", place, (experts.seen_at_experts(site, view),))
 
 
-_GROUPS_OF = {
-    "first": GROUPS,  # counts the tokens of whatever is measured
-    "mix": frozenset({"gains", "streams"}),
-    "written": frozenset({"streams"}),
-    "branch": frozenset({"streams"}),
-    "router": frozenset({"routers"}),
-    "act": frozenset({"experts"}),
-}
+def _without_grad(view: Callable[[], Any], write: Callable[[Any], None]) -> None:
+    # What a view computes has no part in the gradient, and a checkpoint must not count it among the
+    # tensors that it saves.
+    with torch.no_grad():
+        write(view())
+
+
+def in_backward() -> bool:
+    """Return whether autograd is running a backward in this thread."""
+    return torch._C._current_graph_task_id() != -1

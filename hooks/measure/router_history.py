@@ -1,5 +1,7 @@
-"""What the routers were Δ steps ago, kept on the device, so that a router's own drift can be told
-from its input's.
+"""Router history: the routers' weights of the last Δ steps, on the device.
+
+With them `flip_rate_router` separates flips that the router's own update causes from flips that its
+input causes.
 """
 
 from collections import deque
@@ -11,33 +13,31 @@ from torch import Tensor, nn
 
 from geodiag.hooks.adapters.base import Layout, Removable, RouterSite
 from geodiag.hooks.distributed.sharded_weights import is_dtensor
-from geodiag.hooks.measure.forward_hooks import Taps
+from geodiag.hooks.measure.forward_hooks import ForwardHooks
 
 Snapshot = list[tuple[Tensor | None, Tensor | None]]
 
 
-class RouterPast:
-    """A ring of the last Δ router weights and biases; hands the oldest to the taps."""
+class RouterHistory:
+    """The last Δ weights and biases of the routers; the oldest go to the forward hooks."""
 
     def __init__(self, layout: Layout, lag: int) -> None:
         self.layout, self.lag = layout, lag
         self._ring: deque[Snapshot] = deque()
         self.ready = False
         """Whether the step that just ended had weights of Δ steps ago to compare with."""
-        self._spread = [is_dtensor(r.weight()) for r in layout.routers]
+        self._sharded = [is_dtensor(r.weight()) for r in layout.routers]
         self._used: dict[int, Tensor] = {}
-        """What is spread over ranks between the steps is whole in a forward: taken there, nobody
-        need be asked.
-        """
+        """Sharded weights are whole during a forward: copied there, they need no collective."""
         self._handles: list[Removable] = [
             r.module.register_forward_hook(self._take(place, r))
             for place, r in enumerate(layout.routers)
-            if self._spread[place]
+            if self._sharded[place]
         ]
         self._remember()
 
     def remove(self) -> None:
-        """Takes the hooks off."""
+        """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
 
@@ -48,21 +48,19 @@ class RouterPast:
 
         return hook
 
-    def remember(self, taps: Taps) -> None:
-        """After a step: keeps today's routers, and gives the coming step those that are then Δ
-        steps old.
-        """
+    def remember(self, hooks: ForwardHooks) -> None:
+        """Keep this step's routers, and give the next step those that are Δ steps old then."""
         self.ready = len(self._ring) > self.lag
         self._remember()
         if len(self._ring) > self.lag + 1:
             self._ring.popleft()
         if len(self._ring) > self.lag:
             for place, (weight, bias) in enumerate(self._ring[0]):
-                # What a forward used is a step older than what stands at the step's end.
-                taps.past_weights[place] = (
-                    self._ring[1][place][0] if self._spread[place] else weight
+                # Weights copied in a forward are a step older than those at the step's end.
+                hooks.past_weights[place] = (
+                    self._ring[1][place][0] if self._sharded[place] else weight
                 )
-                taps.past_biases[place] = bias
+                hooks.past_biases[place] = bias
 
     @torch.no_grad()
     def _remember(self) -> None:
@@ -70,7 +68,7 @@ class RouterPast:
         for place, router in enumerate(self.layout.routers):
             bias = router.bias()
             weight = (
-                self._used.get(place) if self._spread[place] else router.weight().detach().clone()
+                self._used.get(place) if self._sharded[place] else router.weight().detach().clone()
             )
             snapshot.append((weight, None if bias is None else bias.clone()))
         self._ring.append(snapshot)

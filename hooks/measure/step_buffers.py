@@ -18,7 +18,7 @@ Kind = Literal["sum", "max", "sample"]
 """Added up over micro-batches, the largest of them, or one value a sampled token, side by side."""
 
 
-class Slots:
+class StepBuffers:
     """Named float32 buffers of shape (M, P, …), and how they become one step's values.
 
     Buffers of one kind lie in one storage, so that clearing and reducing them is one operation. A
@@ -193,3 +193,13 @@ def assign(buffer: Tensor, current: Tensor, place: int, value: Tensor) -> None:
     target = buffer[:, place]
     value = value.detach().to(torch.float32).reshape(1, *target.shape[1:])
     target.index_copy_(0, current.remainder(len(buffer)), value)
+
+
+def token_mean(values_PT: Tensor, mask_T: Tensor) -> Tensor:
+    """Return the mean over the tokens of the mask, (P,) or whatever stands before the tokens."""
+    return torch.where(mask_T, values_PT, 0.0).sum(-1) / mask_T.sum()
+
+
+def token_max(values_PT: Tensor, mask_T: Tensor) -> Tensor:
+    """Return the largest value of the tokens of the mask."""
+    return torch.where(mask_T, values_PT, -torch.inf).amax(-1)

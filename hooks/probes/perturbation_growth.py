@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from geodiag.hooks.adapters.base import Layout, Removable
-from geodiag.hooks.measure import formulas as metrics
+from geodiag.hooks.measure import formulas
+from geodiag.hooks.measure.metric_group import MetricGroup
 from geodiag.hooks.probes.batch import PROBE_TOKENS, ProbeBatch
 
 # J copies, S positions, N streams, C channels
@@ -21,6 +22,9 @@ from geodiag.hooks.probes.batch import PROBE_TOKENS, ProbeBatch
 EPSILON = 2e-2
 """Length of the change, as a share of the token's stream; well above the last digit of bfloat16."""
 _SEED = 23
+
+
+GROWTH = MetricGroup("growth")
 
 
 class PerturbationGrowth:
@@ -45,12 +49,13 @@ class PerturbationGrowth:
             )
         self._handles += layout.watch_end(self._ended)
 
-    def run(self) -> dict[str, Tensor]:
-        """‖change at the end‖ / ‖change at the layer‖ over the piece's tokens, by layer; NaN for
-        those not watched.
+    def run(self) -> Tensor | None:
+        """Return ‖change at the end‖ / ‖change at the layer‖ over the tokens, one value a layer.
+
+        NaN for layers that are not recorded; None where the model's last stream is not known.
         """
         if not self._handles:
-            return {}
+            return None
         copies = 1 + len(self._layers)
         self._on, self._changes, self._end = True, [], None
         try:
@@ -60,7 +65,7 @@ class PerturbationGrowth:
             assert self._end is not None, "the end is watched"
             after = (self._end[1:] - self._end[:1]).flatten(1).norm(dim=1)
             growth = dict(zip(self._layers, after / torch.stack(self._changes), strict=True))
-            return {"layer/perturbation_growth": metrics.in_order(range(self._count), growth)}
+            return formulas.in_order(range(self._count), growth)
         finally:
             self._on, self._changes, self._end, self._failure = False, [], None, None
 
@@ -106,6 +111,11 @@ class PerturbationGrowth:
         """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
+
+
+@GROWTH.per_step("layers.perturbation_growth")
+def perturbation_growth(probe: PerturbationGrowth) -> Tensor | None:
+    return probe.run()
 
 
 def _moved(x_S: Tensor, layer: int) -> Tensor:

@@ -26,8 +26,9 @@ from geodiag.hooks.adapters.base import (
     RouterView,
     Sink,
 )
-from geodiag.hooks.measure import formulas as metrics
-from geodiag.hooks.measure.forward_hooks import COUNTERFACTUAL_LIMIT, Report
+from geodiag.hooks.failure_guard import Report
+from geodiag.hooks.measure import formulas
+from geodiag.hooks.measure.experts import COUNTERFACTUAL_LIMIT
 from geodiag.hooks.probes.batch import ProbeBatch
 from geodiag.hooks.probes.expert_block import gates
 from geodiag.hooks.probes.tear import FlippedTokens, pick_flipped
@@ -146,11 +147,11 @@ class ProbeForward:
         seen.choices[layer] = now
         if view is not None and not site.hashed:
             scores = view.scores_TE.float()
-            seen.margins[layer] = metrics.margins(
+            seen.margins[layer] = formulas.margins(
                 scores if view.bias_E is None else scores + view.bias_E, site.k
             )
         if then is not None:
-            flips = seen.flips[layer] = metrics.flips(now.expert_ids_TK, then.expert_ids_TK)
+            flips = seen.flips[layer] = formulas.flips(now.expert_ids_TK, then.expert_ids_TK)
             if "tear" in self._wanted and view is not None:
                 flipped = flips > 0
                 where = pick_flipped(flipped)

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from geodiag.hooks.adapters.base import Layout
 from geodiag.hooks.distributed.sharded_weights import for_each_gathered
-from geodiag.hooks.measure import formulas as metrics
+from geodiag.hooks.measure import formulas
+from geodiag.hooks.measure.metric_group import MetricGroup
 
-_ROUTER = "router/spectral_norm_router"
-_NAMES = ("spectral_norm_gate", "spectral_norm_up", "spectral_norm_down")
+SPECTRA = MetricGroup("spectra")
+
+_EXPERT_WEIGHTS = ("gate", "up", "down")
 _FIRST = 8
 """Iterations of the very first estimate, which has no vector to go on from."""
 
@@ -23,35 +25,27 @@ class WeightSpectra:
         self._vectors: dict[tuple[str, int], Tensor] = {}
 
     @torch.no_grad()
-    def run(self) -> dict[str, Tensor]:
-        """The estimates as they are now, one value a router or expert layer; NaN for a layer that
-        is not watched.
+    def run(self) -> dict[str, dict[int, Tensor]]:
+        """Return weight (`router`, `gate`, `up`, `down`) → layer → the estimate as it is now, of the
+        layers that are recorded.
         """
-        lay = self.layout
-        watched = [(i, layer) for i, layer in enumerate(lay.layers) if lay.watches(i)]
-        found = for_each_gathered(watched, self._norms)
-        owners = {_ROUTER: [r.layer for r in lay.routers]} | {
-            f"act/{n}": [e.layer for e in lay.experts] for n in _NAMES
-        }
-        by_name = {
-            name: {i: norms[name] for i, norms in found.items() if name in norms} for name in owners
-        }
-        return {
-            name: metrics.in_order(owners[name], values)
-            for name, values in by_name.items()
-            if values
-        }
+        layout = self.layout
+        layers = [(i, layer) for i, layer in enumerate(layout.layers) if layout.watches(i)]
+        of_layer = for_each_gathered(layers, self._norms)
+        found: dict[str, dict[int, Tensor]] = {}
+        for layer, norms in of_layer.items():
+            for weight, norm in norms.items():
+                found.setdefault(weight, {})[layer] = norm
+        return found
 
     def _norms(self, layer: int) -> dict[str, Tensor]:
         norms = {}
         for router in (r for r in self.layout.routers if r.layer == layer):
-            norms[_ROUTER] = self._norm(_ROUTER, layer, router.weight().detach().unsqueeze(0))
+            weight = router.weight().detach().unsqueeze(0)
+            norms["router"] = self._norm("router", layer, weight)
         for expert in (e for e in self.layout.experts if e.layer == layer):
             weights = expert.weights()
-            norms |= {
-                f"act/{n}": self._norm(n, layer, weights[n.removeprefix("spectral_norm_")])
-                for n in _NAMES
-            }
+            norms |= {w: self._norm(w, layer, weights[w]) for w in _EXPERT_WEIGHTS}
         return norms
 
     def _norm(self, name: str, layer: int, weight_ERC: Tensor) -> Tensor:
@@ -66,5 +60,22 @@ class WeightSpectra:
             self._vectors[key] = torch.nn.functional.normalize(start, dim=-1)
             iterations = _FIRST
         for _ in range(iterations):
-            norm_E, self._vectors[key] = metrics.power_step(weight_ERC, self._vectors[key])
+            norm_E, self._vectors[key] = formulas.power_step(weight_ERC, self._vectors[key])
         return norm_E.amax()
+
+
+@SPECTRA.per_step(
+    "layers.spectral_norm_router",
+    *(f"layers.spectral_norm_{weight}" for weight in _EXPERT_WEIGHTS),
+)
+def spectral_norms(spectra: WeightSpectra) -> list[Tensor | None]:
+    """One value a router or expert layer; NaN for a layer that is not recorded."""
+    found = spectra.run()
+    routers = [r.layer for r in spectra.layout.routers]
+    experts = [e.layer for e in spectra.layout.experts]
+    return [
+        formulas.in_order(routers if weight == "router" else experts, found[weight])
+        if weight in found
+        else None
+        for weight in ("router", *_EXPERT_WEIGHTS)
+    ]

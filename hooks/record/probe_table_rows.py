@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from geodiag.hooks.measure.values import TRACED_EXPERTS, TRACED_IDS, TRACED_TOKENS
 from geodiag.hooks.record.table_rows import Columns, Host, Places
 
 
@@ -11,35 +12,37 @@ def token_rows(host: Host, places: Places) -> Columns | None:
     """One row a traced token and site. Experts, margin and flips stand where the layer's router
     does.
     """
-    if "trace/streams" not in host:
+    streams = {name: host[f"tokens.{name}"] for name in _STREAMS if f"tokens.{name}" in host}
+    if not streams:
         return None
-    streams = host["trace/streams"]  # (site, token, [norm, projection, projection])
-    sites, traced = streams.shape[:2]
+    sites, traced = next(iter(streams.values())).shape
 
     def each(values: np.ndarray) -> list:
         return np.tile(values.astype(np.int64), sites).tolist()
 
     columns: Columns = {
-        "token": each(host["trace/token"]),
-        "token_id": each(host["trace/token_id"]) if "trace/token_id" in host else None,
+        "token": each(host[TRACED_TOKENS]),
+        "token_id": each(host[TRACED_IDS]) if TRACED_IDS in host else None,
         "layer": np.repeat(places.layer_S, traced),
         "site": [s for s in places.site_S for _ in range(traced)],
-        **dict(
-            zip(("norm", "projection_1", "projection_2"), streams.reshape(-1, 3).T, strict=True)
-        ),
+        **{name: values.ravel() for name, values in streams.items()},
     }
-    if "trace/experts" in host:
+    if TRACED_EXPERTS in host:
         experts: list[list[list[int]] | list[None]] = [[None] * traced for _ in range(sites)]
-        for row, chosen in zip(places.router_rows, host["trace/experts"], strict=True):
+        for row, chosen in zip(places.router_rows, host[TRACED_EXPERTS], strict=True):
             if not np.isnan(chosen).any():
                 experts[row] = chosen.astype(np.int64).tolist()
         columns["experts"] = [e for site in experts for e in site]
     for name in ("margin", "flipped"):
-        if f"trace/{name}" in host:
+        if f"tokens.{name}" in host:
             at_router = np.ma.masked_all((sites, traced), np.float32)
-            at_router[places.router_rows] = np.ma.masked_invalid(host[f"trace/{name}"])
+            at_router[places.router_rows] = np.ma.masked_invalid(host[f"tokens.{name}"])
             columns[name] = at_router.ravel()
     return columns
+
+
+_STREAMS = ("norm", "projection_1", "projection_2")
+"""Metrics of a traced token at every site; the others are a router's."""
 
 
 def domain_rows(
@@ -52,14 +55,14 @@ def domain_rows(
     sequences.
     """
     columns: dict[str, dict[str, float]] = {}
-    if of_batch is not None and "domain/loss" in host:
-        columns["loss"] = _means(of_batch, host["domain/loss"])
-        if "tokens" in host:
-            each = float(host["tokens"][0]) / len(of_batch)
+    if of_batch is not None and "domains.loss" in host:
+        columns["loss"] = _means(of_batch, host["domains.loss"])
+        if "steps.tokens" in host:
+            each = float(host["steps.tokens"][0]) / len(of_batch)
             columns["tokens"] = {d: each * of_batch.count(d) for d in set(of_batch)}
     for name in ("flip_rate", "clamp_gate_rate"):
-        if of_probe is not None and f"probe/{name}" in host:
-            columns[name] = _means(of_probe, host[f"probe/{name}"])
+        if of_probe is not None and f"domains.{name}" in host:
+            columns[name] = _means(of_probe, host[f"domains.{name}"])
     if not columns:
         return None
     domains = sorted({d for values in columns.values() for d in values})

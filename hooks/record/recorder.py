@@ -19,6 +19,7 @@ from geodiag.events import Event
 from geodiag.hooks.adapters.base import Layout
 from geodiag.hooks.distributed.rank_exchange import Ranks
 from geodiag.hooks.failure_guard import FailureGuard, describe
+from geodiag.hooks.measure.values import unregistered
 from geodiag.hooks.record.cascade_recorder import CascadeRecorder
 from geodiag.hooks.record.serial_worker import Worker
 from geodiag.hooks.record.step_observer import Observation, Observer
@@ -57,6 +58,9 @@ class Recorder:
 
     def push(self, values: dict[str, Tensor], metadata: StepMetadata) -> None:
         """Start the copy of one step's values to the host and queue the step for the writer."""
+        for key in unregistered(values):
+            values = {k: v for k, v in values.items() if k != key}
+            self.guard.failed(f"the values of {key!r}", KeyError("no metric has this name"))
         shapes = [(name, value.shape) for name, value in values.items()]
         flat = torch.cat([value.detach().reshape(-1).float() for value in values.values()])
         packed = StepValues(shapes, flat)

@@ -14,16 +14,10 @@ from geodiag import __version__
 from geodiag.anomaly.stage_scores import Scores
 from geodiag.cascade.early_warning import EarlyWarning, Held, Warning
 from geodiag.hooks.distributed.rank_messages import RankMessages
-from geodiag.hooks.record.table_rows import Host, Places, series_of
+from geodiag.hooks.measure.values import GRADIENT_TOTAL
+from geodiag.hooks.record.table_rows import Host, Places, series_of, without_idle_experts
+from geodiag.metrics.registry import live
 from geodiag.spikes.detector import SpikeDetector, Verdict
-
-WATCHED = (
-    "composite_gain_fwd",
-    "composite_gain_bwd",
-    "flip_rate",
-    "flip_rate_router",
-    "clamp_gate_rate",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +62,8 @@ class Observer:
         self._meet(host)
         at_place = self.scores.by_place(self.scores.update(self._values(host, absent)))
         said = {f"stage{s}": z for s, z in self.scores.by_stage(at_place).items()}
-        said |= {"here": 1.0} if "loss" in host else {}
-        names = {"loss": "loss", "tokens": "tokens", "grad_norm": "grad_total"}
+        said |= {"here": 1.0} if "steps.loss" in host else {}
+        names = {"loss": "steps.loss", "tokens": "steps.tokens", "grad_norm": GRADIENT_TOTAL}
         said |= {name: float(host[key][0]) for name, key in names.items() if key in host}
         warning = self.early.update(step, self.scores.places, at_place)
         return said, {"warning": asdict(warning)} if warning else {}
@@ -82,16 +76,15 @@ class Observer:
             return None
         grad_norm = _number(heard.largest("grad_norm"))
         if (
-            grad_norm is None and "grad_norm" in host
+            grad_norm is None and "steps.grad_norm" in host
         ):  # a sum over ranks, so the same on all of them
-            grad_norm = _number(float(host["grad_norm"][0]))
+            grad_norm = _number(float(host["steps.grad_norm"][0]))
         verdict = self.detector.update(step, heard.loss, grad_norm)
         news = heard.note.get("warning")
-        layers = _layers(host)
         worst = {
-            n: float(np.nanmax(layers[n]))
-            for n in WATCHED
-            if n in layers and not np.isnan(layers[n]).all()
+            m.name: float(np.nanmax(host[m.key]))
+            for m in live()
+            if m.key in host and not np.isnan(host[m.key]).all()
         }
         return Observation(
             step=step,
@@ -132,31 +125,16 @@ class Observer:
     def _values(self, host: Host, absent: Collection[str]) -> np.ndarray:
         """Every series' value of this step, NaN where it has none."""
         seen = {
-            key: host[key]
+            key: without_idle_experts(key, host[key], host)
             for key in self._keys
-            if key in host and key.rpartition("/")[2] not in absent
+            if key in host and key not in absent
         }
-        if "expert/elements" in host:
-            idle = host["expert/elements"] == 0
-            seen |= {
-                k: np.where(idle, np.nan, seen[k])
-                for k in ("expert/act_rms", "expert/act_amax")
-                if k in seen
-            }
         parts = [
             seen[key].ravel() if key in seen else np.full(n, np.nan)
             for key, n in self._keys.items()
             if n
         ]
         return np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)
-
-
-def _layers(host: Host) -> Host:
-    return {
-        k.partition("/")[2]: v
-        for k, v in host.items()
-        if k.partition("/")[0] in ("site", "router", "act")
-    }
 
 
 def _number(value: float) -> float | None:

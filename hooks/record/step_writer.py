@@ -110,7 +110,7 @@ class StepWriter:
         seen = self._guard.run(
             "the detector", lambda: self.observer.observe(metadata.step, host, messages)
         )
-        if "loss" in host:
+        if "steps.loss" in host:
             self._guard.run("rows", lambda: self._append(metadata, host, seen))
         self.last = seen
         return seen
@@ -168,14 +168,14 @@ class StepWriter:
 def _step_row(metadata: StepMetadata, host: Host, seen: Observation | None) -> Columns:
     row: Columns = {
         "step": [metadata.step],
-        "loss": host["loss"],
-        "grad_norm": host.get("grad_norm"),
+        "loss": host["steps.loss"],
+        "grad_norm": host.get("steps.grad_norm"),
         "lr": metadata.lr,
-        "tokens": host.get("tokens"),
+        "tokens": host.get("steps.tokens"),
         "step_seconds": metadata.step_seconds,
         "record_seconds": metadata.record_seconds,
         "probe_seconds": metadata.probe_seconds() if metadata.probe_seconds else None,
-        "data_shift": host.get("data_shift"),
+        "data_shift": host.get("steps.data_shift"),
         "routing_mode": metadata.routing_mode,
         "routing_lag": metadata.routing_lag,
     }

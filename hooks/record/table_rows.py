@@ -7,7 +7,9 @@ import numpy as np
 
 from geodiag.anomaly.metric_roles import SIGNALS, Series
 from geodiag.hooks.adapters.base import Layout
-from geodiag.metrics.schema import METRICS
+from geodiag.hooks.measure.values import EXPERT_ELEMENTS
+from geodiag.metrics.metric import Metric, Place
+from geodiag.metrics.registry import BY_KEY, MATRICES
 
 Host = dict[str, np.ndarray]
 Columns = dict[str, Any]
@@ -47,6 +49,19 @@ class Places:
             layout.watched,
         )
 
+    def rows_of(self, place: Place) -> np.ndarray | None:
+        """Return the rows of `layers` that carry values of a kind of place; None for all rows."""
+        if place == "site":
+            return None
+        if place == "layer":
+            return np.array(list(self.row_of_layer.values()), int)
+        of_place = {
+            "router": self.router_rows,
+            "experts": self.expert_rows,
+            "attention": self.attention_rows,
+        }
+        return of_place[place]
+
     def of_watched(self, columns: Columns) -> Columns:
         """The rows of the layers that are recorded."""
         if self.watched is None:
@@ -62,26 +77,23 @@ def _kept(values: Any, keep: np.ndarray) -> Any:
 
 
 def layer_rows(host: Host, places: Places) -> Columns:
-    """One row a site. A metric that a place does not have is null there."""
-    sites = len(places.layer_S)
+    """Return one row a site. A metric that a place does not have is null there."""
     columns: Columns = {"layer": places.layer_S, "site": places.site_S}
-    rows_of = {
-        "router": places.router_rows,
-        "act": places.expert_rows,
-        "attn": places.attention_rows,
-    }
-    for key, value in host.items():
-        group, _, name = key.partition("/")
-        if ("layers", name) not in METRICS:
-            continue
-        if group == "site":
-            columns[name] = value
-        elif group in rows_of:
-            columns[name] = _scattered(value, rows_of[group], sites)
-        elif group == "layer":
-            rows = np.array([places.row_of_layer[i] for i in range(len(value))])
-            columns[name] = _scattered(value, rows, sites)
+    for metric, value in _of_table("layers", host):
+        rows = places.rows_of(metric.place)
+        columns[metric.name] = (
+            value if rows is None else _scattered(value, rows, len(places.layer_S))
+        )
     return columns
+
+
+def _of_table(table: str, host: Host) -> list[tuple[Metric, np.ndarray]]:
+    """Return the values of a table's metrics."""
+    return [
+        (BY_KEY[key], value)
+        for key, value in host.items()
+        if key in BY_KEY and BY_KEY[key].table == table
+    ]
 
 
 def _scattered(value: np.ndarray, rows: np.ndarray, size: int) -> np.ma.MaskedArray:
@@ -90,10 +102,10 @@ def _scattered(value: np.ndarray, rows: np.ndarray, size: int) -> np.ma.MaskedAr
     return out
 
 
-def hide(columns: Columns, *names: str) -> None:
+def hide(columns: Columns, *keys: str) -> None:
     """Leaves out metrics that this step could not measure, so that they read as null."""
-    for name in names:
-        columns.pop(name, None)
+    for key in keys:
+        columns.pop(key.rpartition(".")[2], None)
 
 
 def hide_inapplicable(columns: Columns, layout: Layout, places: Places) -> None:
@@ -122,61 +134,55 @@ def hide_inapplicable(columns: Columns, layout: Layout, places: Places) -> None:
 
 
 def series_of(key: str, shape: tuple[int, ...], places: Places) -> list[Series]:
-    """What the values under a host key are, one by one; nothing where they say nothing about an
-    origin.
+    """Return what the values under a key are, one by one, for the search of an origin; nothing for
+    values that take no part in it.
     """
-    group, _, name = key.rpartition("/")
-    if group == "" and ("steps", name) in SIGNALS:
-        return [Series(name, -1, None)]
-    at = {
-        "site": np.arange(len(places.layer_S)),
-        "router": places.router_rows,
-        "act": places.expert_rows,
-    }
-    at["attn"] = places.attention_rows
-    at["layer"] = np.array(list(places.row_of_layer.values()), int)
-    if ("layers", name) in SIGNALS and group in at:
-        return [Series(name, int(places.layer_S[i]), places.site_S[i]) for i in at[group]]
-    if ("experts", name) in SIGNALS and group in ("", "expert"):
-        rows = places.router_rows if group == "" else places.expert_rows
-        layers, experts = shape
-        return [
-            Series(name, int(places.layer_S[rows[i]]), "ffn", e)
-            for i in range(layers)
-            for e in range(experts)
-        ]
-    return []
+    metric = BY_KEY.get(key)
+    if metric is None or (metric.table, metric.name) not in SIGNALS:
+        return []
+    if metric.table == "steps":
+        return [Series(metric.name, -1, None)]
+    rows = places.rows_of(metric.place)
+    at = range(len(places.layer_S)) if rows is None else rows
+    if metric.table == "layers":
+        return [Series(metric.name, int(places.layer_S[i]), places.site_S[i]) for i in at]
+    layers, experts = shape
+    return [
+        Series(metric.name, int(places.layer_S[at[i]]), "ffn", expert)
+        for i in range(layers)
+        for expert in range(experts)
+    ]
 
 
-_OF_EXPERTS = {
-    "load": "load",
-    "gate_mass": "gate_mass",
-    "expert/act_rms": "act_rms",
-    "expert/act_amax": "act_amax",
-    "expert/clamp_hits": "clamp_hits",
-    "expert/curvature": "curvature",
-}
+def without_idle_experts(key: str, values: np.ndarray, host: Host) -> np.ndarray:
+    """Return the values with NaN for experts without tokens: their activations do not exist."""
+    if EXPERT_ELEMENTS not in host or key not in _OF_ACTIVATIONS:
+        return values
+    return np.where(host[EXPERT_ELEMENTS] == 0, np.nan, values)
+
+
+_OF_ACTIVATIONS = ("experts.act_rms", "experts.act_amax")
+"""An expert without tokens has none of these."""
 
 
 def expert_rows(host: Host, places: Places) -> Columns | None:
-    """One row an expert. An expert that saw no token has no activation, and no curvature."""
-    columns = {name: host[key] for key, name in _OF_EXPERTS.items() if key in host}
-    if not columns:
+    """Return one row an expert. An expert without tokens has no activation and no curvature."""
+    found = _of_table("experts", host)
+    if not found:
         return None
-    layers, experts = next(iter(columns.values())).shape
-    if "expert/elements" in host:
-        idle = host["expert/elements"] == 0
-        columns |= {
-            n: np.ma.masked_array(columns[n], idle) for n in ("act_rms", "act_amax") if n in columns
-        }
-    if "curvature" in columns:
-        columns["curvature"] = np.ma.masked_where(
-            np.isnan(columns["curvature"]), columns["curvature"]
-        )
+    layers, experts = found[0][1].shape
+    columns: Columns = {}
+    for m, value in found:
+        columns[m.name] = value.ravel()
+        if m.key in _OF_ACTIVATIONS and EXPERT_ELEMENTS in host:
+            idle = host[EXPERT_ELEMENTS].ravel() == 0
+            columns[m.name] = np.ma.masked_array(value.ravel(), idle)
+        if m.group == "curvature":
+            columns[m.name] = np.ma.masked_where(np.isnan(value.ravel()), value.ravel())
     return {
         "layer": np.repeat(places.expert_layers, experts),
         "expert": np.tile(np.arange(experts), layers),
-        **{name: values.ravel() for name, values in columns.items()},
+        **columns,
     }
 
 
@@ -184,9 +190,9 @@ def matrix_rows(host: Host, places: Places) -> Columns | None:
     """Token-mean H_pre, H_post and H_res of every site, one row an entry; what a model does not
     expose is left out.
     """
-    if "maps" not in host:
+    if MATRICES not in host:
         return None
-    n, maps = places.streams, host["maps"]
+    n, maps = places.streams, host[MATRICES]
     kinds = ["pre"] * n + ["post"] * n + ["res"] * (n * n)
     i = [0] * n + list(range(n)) + [a for a in range(n) for _ in range(n)]
     j = list(range(n)) + [0] * n + [b for _ in range(n) for b in range(n)]

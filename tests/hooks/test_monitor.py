@@ -13,7 +13,7 @@ from torch import Tensor
 
 import geodiag
 from geodiag.errors import GeodiagError
-from geodiag.hooks.measure import reduce as measure
+from geodiag.hooks.measure import streams
 from geodiag.reference_models.mhc import HyperConnection
 from geodiag.reference_models.moe import HashRouter
 from tests.hooks import slow, small
@@ -72,8 +72,8 @@ def test_what_a_checkpoint_computes_again_is_not_looked_at_again(tmp_path: Path)
         small.watch(t, tmp_path / "run", probe_every=1 << 30) as monitor,
         pytest.MonkeyPatch.context() as patch,
     ):
-        whole = measure.stream
-        patch.setattr(measure, "stream", lambda *a: seen.append(1) or whole(*a))
+        whole = streams.seen_at_place
+        patch.setattr(streams, "seen_at_place", lambda *a: seen.append(1) or whole(*a))
         small.train(t, 1, monitor)
         fired = []
         t.model.blocks[0].attn_hc.register_forward_hook(lambda *_: fired.append(1))
@@ -399,7 +399,9 @@ def test_a_broken_tap_is_reported_once_and_training_goes_on(
     assert geodiag.open_run(tmp_path / "run").read("steps")["step"].tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("broken", ["step_measurement.summarise", "probes.runner.Probes.run"])
+@pytest.mark.parametrize(
+    "broken", ["measure.forward_hooks.ForwardHooks.summarise", "probes.runner.Probes.run"]
+)
 def test_a_failure_at_the_end_of_a_step_is_reported_once_and_the_loss_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture, broken: str
 ) -> None:

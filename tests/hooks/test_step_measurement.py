@@ -14,9 +14,20 @@ from torch import Tensor
 import geodiag
 from geodiag.errors import GeodiagError
 from geodiag.hooks.measure.data_shift import REMEMBERED
-from geodiag.hooks.measure.metric_groups import PROBED, TAPPED
+from geodiag.hooks.measure.experts import EXPERTS
+from geodiag.hooks.measure.forward_hooks import ForwardHooks
+from geodiag.hooks.measure.gains import GAINS
+from geodiag.hooks.measure.metric_group import MetricGroup
+from geodiag.hooks.measure.parameter_norms import PARAMETERS
+from geodiag.hooks.measure.routers import ROUTERS
+from geodiag.hooks.measure.streams import STREAMS
+from geodiag.hooks.measure.values import Values
+from geodiag.hooks.probes.measures import ON_PROBE_FORWARD
+from geodiag.hooks.probes.perturbation_growth import GROWTH
+from geodiag.hooks.probes.weight_spectra import SPECTRA
 from geodiag.hooks.record.probe_table_rows import domain_rows
 from geodiag.metrics.cadence import Cadence
+from geodiag.metrics.registry import MATRICES, METRICS, keys_of
 from tests.hooks import small
 from tests.hooks.adapters import tiny_v4
 
@@ -31,11 +42,51 @@ def recorded(path: Path, steps: int = 7, **options: Any) -> geodiag.Run:
     return geodiag.open_run(path)
 
 
-def test_every_recorded_metric_is_in_one_group_and_no_more() -> None:
-    groups = [*TAPPED.values(), *PROBED.values(), {"domains.loss", "domains.tokens"}]
-    every = set(Cadence.of().every)
-    assert sum(len(g) for g in groups) == len(every)
-    assert set().union(*groups) == every
+GROUPS = (GAINS, STREAMS, ROUTERS, EXPERTS, PARAMETERS, *ON_PROBE_FORWARD, GROWTH, SPECTRA)
+
+
+def test_every_metric_that_claims_a_group_has_one_measuring_function_there() -> None:
+    assert {g.name for g in GROUPS} == {m.group for m in METRICS.values()} - {None}
+    for group in GROUPS:
+        assert group.measured | ({MATRICES} if group is GAINS else set()) == keys_of(group.name)
+
+
+def test_every_metric_with_a_cadence_is_measured_or_reported_by_the_trainer() -> None:
+    measured = frozenset().union(*(g.measured for g in GROUPS))
+    assert measured | {MATRICES, "domains.loss", "domains.tokens"} == set(Cadence.of().every)
+
+
+def test_a_measuring_function_must_name_a_metric_of_its_group_that_has_no_other() -> None:
+    group = MetricGroup("routers")
+    with pytest.raises(KeyError, match=r"no metric is registered as 'layers\.max_voi'"):
+        group.per_step("layers.max_voi")(lambda seen: None)
+    with pytest.raises(ValueError, match="declared in group gains, not routers"):
+        group.per_token("layers.amax_gain_fwd")(lambda seen: None)
+    group.per_step("layers.max_vio")(lambda seen: None)
+    with pytest.raises(ValueError, match="two measuring functions"):
+        group.per_step("layers.max_vio")(lambda seen: None)
+
+
+@pytest.mark.parametrize("key", ["layers.max_voi", "router/max_vio", "max_vio"])
+def test_a_value_under_an_unknown_name_is_reported_once_as_a_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    original = ForwardHooks.summarise
+
+    def misspelt(hooks: ForwardHooks) -> Values:
+        values = original(hooks)
+        values[key] = values.pop("layers.max_vio")
+        return values
+
+    monkeypatch.setattr(ForwardHooks, "summarise", misspelt)
+    run = recorded(tmp_path / "run", steps=3)
+    problems = run.read("events").query("kind == 'problem'")
+    assert len(problems) == 1
+    assert key in problems["message"].iloc[0]
+    assert capsys.readouterr().err.count(key) == 1
+    layers = run.read("layers")
+    assert layers["max_vio"].isna().all()
+    assert layers["load_cv"].notna().any(), "the other values are recorded"
 
 
 # -- cadence and layers --------------------------------------------------------------------------
@@ -245,7 +296,7 @@ def test_flips_and_clamp_hits_by_domain_add_up_to_the_whole_probes(tmp_path: Pat
 @pytest.mark.parametrize("names", [("code",), ("code",) * 5])
 def test_domains_that_are_not_one_a_sequence_are_said_with_the_fix(names: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="name one a sequence"):
-        domain_rows({"domain/loss": np.ones(4)}, names, None)
+        domain_rows({"domains.loss": np.ones(4)}, names, None)
 
 
 def test_domains_without_a_probe_of_theirs_have_no_probe_columns(tmp_path: Path) -> None:

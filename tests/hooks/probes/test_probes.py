@@ -13,22 +13,20 @@ import torch
 from torch import Tensor
 
 from geodiag.hooks.adapters import find_layout
-from geodiag.hooks.measure.metric_groups import PROBED
+from geodiag.hooks.failure_guard import FailureGuard, RaisingGuard
+from geodiag.hooks.measure.values import TRACED_EXPERTS, TRACED_IDS, TRACED_TOKENS
 from geodiag.hooks.probes import perturbation_growth as growth
 from geodiag.hooks.probes import probe_forward as look
 from geodiag.hooks.probes.curvature import directions
-from geodiag.hooks.probes.runner import Probes
+from geodiag.hooks.probes.runner import PROBES, Probes
 from geodiag.hooks.probes.token_trace import TRACED, choose
+from geodiag.metrics.registry import keys_of
 from tests.hooks import slow, small
 from tests.hooks.adapters import tiny_v4
 from tests.hooks.probes.test_expert_block import slow_block, slow_curvature
 
 MODELS = ("reference", "deepseek_v4")
-ALL = frozenset().union(*PROBED.values())
-
-
-def complain(what: str, error: Exception) -> None:
-    raise AssertionError(f"{what}: {error!r}") from error
+ALL = frozenset().union(*(keys_of(group) for group in PROBES))
 
 
 class Subject:
@@ -47,7 +45,7 @@ class Subject:
             self.ids = tiny_v4.tokens(7)
             self.batch = {"input_ids": self.ids}  # type: ignore[assignment]
         self.layout = replace(find_layout(self.model), watched=options.pop("watched", None))
-        self.probes = Probes(self.model, self.layout, complain, batch=self.batch, **options)
+        self.probes = Probes(self.model, self.layout, RaisingGuard(), batch=self.batch, **options)
 
     def __call__(self) -> Any:
         return (
@@ -114,7 +112,9 @@ def twice(request: Any) -> tuple[Subject, list, list, dict[str, Tensor]]:
     subject = Subject(request.param, by_domain=True)
     then = subject.choices()
     first = subject.probes.run(ALL)
-    assert not {"router/flip_rate", "router/tear", "trace/flipped", "probe/flip_rate"} & set(first)
+    assert not {"layers.flip_rate", "layers.tear", "tokens.flipped", "domains.flip_rate"} & set(
+        first
+    )
     subject.train()
     return subject, then, subject.choices(), subject.probes.run(ALL)
 
@@ -130,7 +130,7 @@ def test_every_group_gives_its_values(twice: tuple) -> None:
         "tear_flipped",
         "spectral_norm_router",
     ):
-        assert f"router/{name}" in got
+        assert f"layers.{name}" in got
     for name in (
         "curvature",
         "curvature_max",
@@ -138,20 +138,20 @@ def test_every_group_gives_its_values(twice: tuple) -> None:
         "spectral_norm_up",
         "spectral_norm_down",
     ):
-        assert f"act/{name}" in got
-    assert {"layer/perturbation_growth", "expert/curvature", "trace/token", "trace/token_id"} <= got
-    assert {"trace/streams", "trace/experts", "trace/margin", "trace/flipped"} <= got
-    assert {"probe/flip_rate", "probe/clamp_gate_rate"} <= got
-    assert "attn/attn_logit_max" in got
+        assert f"layers.{name}" in got
+    assert {"layers.perturbation_growth", "experts.curvature", TRACED_TOKENS, TRACED_IDS} <= got
+    assert {"trace/streams", TRACED_EXPERTS, "tokens.margin", "tokens.flipped"} <= got
+    assert {"domains.flip_rate", "domains.clamp_gate_rate"} <= got
+    assert "layers.attn_logit_max" in got
 
 
 def test_flips_and_tear_follow_their_definitions(twice: tuple) -> None:
     subject, then, now, values = twice
-    assert values["router/flip_rate"][0] == values["router/tear"][0] == 0, "a hash never flips"
-    assert values["router/tear_flipped"][0].isnan()
+    assert values["layers.flip_rate"][0] == values["layers.tear"][0] == 0, "a hash never flips"
+    assert values["layers.tear_flipped"][0].isnan()
     for layer in (1, 2):
         (_, old, _), (x, ids, weights) = then[layer], now[layer]
-        assert values["router/flip_rate"][layer].item() == pytest.approx(
+        assert values["layers.flip_rate"][layer].item() == pytest.approx(
             slow.flip_rate(ids.tolist(), old.tolist())
         )
         today = subject.block(layer, x, ids, weights)
@@ -163,13 +163,13 @@ def test_flips_and_tear_follow_their_definitions(twice: tuple) -> None:
         assert 0 < flipped.sum() < look.pick_flipped(flipped).numel(), (
             "all flipped tokens must have room"
         )
-        assert values["router/tear"][layer].item() == pytest.approx(share.mean().item(), rel=1e-3)
-        assert values["router/tear_flipped"][layer].item() == pytest.approx(
+        assert values["layers.tear"][layer].item() == pytest.approx(share.mean().item(), rel=1e-3)
+        assert values["layers.tear_flipped"][layer].item() == pytest.approx(
             share[flipped].mean().item(), rel=1e-3
         )
         yesterday = subject.block(layer, x, old, weights) - today
         twin = (yesterday.norm(dim=-1) / today.norm(dim=-1)).mean().item()
-        assert values["router/tear"][layer].item() != pytest.approx(twin, rel=2e-3), (
+        assert values["layers.tear"][layer].item() != pytest.approx(twin, rel=2e-3), (
             "today's weights must be regathered"
         )
 
@@ -188,16 +188,16 @@ def test_curvature_follows_its_definition_by_layer_and_by_expert(twice: tuple) -
             weights,
             directions(len(x), x.shape[1], x.device),
         )
-        assert values["act/curvature"][layer].item() == pytest.approx(
+        assert values["layers.curvature"][layer].item() == pytest.approx(
             expected.mean().item(), rel=5e-2
         )
-        assert values["act/curvature_max"][layer].item() == pytest.approx(
+        assert values["layers.curvature_max"][layer].item() == pytest.approx(
             expected.max().item(), rel=5e-2
         )
-        for expert in range(values["expert/curvature"].shape[1]):
+        for expert in range(values["experts.curvature"].shape[1]):
             chose = (ids == expert).any(-1)
             mean = expected[chose].mean().item() if chose.any() else float("nan")
-            assert values["expert/curvature"][layer, expert].item() == pytest.approx(
+            assert values["experts.curvature"][layer, expert].item() == pytest.approx(
                 mean, rel=5e-2, nan_ok=True
             )
         assert expected.max() > 1.2 * expected.mean(), (
@@ -226,9 +226,9 @@ def streams_at(subject: Subject) -> list[Tensor]:
 
 def test_traced_tokens_are_where_the_streams_say(twice: tuple) -> None:
     subject, then, now, values = twice
-    at = values["trace/token"].long()
+    at = values[TRACED_TOKENS].long()
     assert len(at) == TRACED
-    assert values["trace/token_id"].tolist() == subject.ids.flatten()[at].tolist()
+    assert values[TRACED_IDS].tolist() == subject.ids.flatten()[at].tolist()
     streams = streams_at(subject)
     assert values["trace/streams"].shape == (6, TRACED, 3)
     r1, r2 = subject.probes._look._project._directions.double().T  # type: ignore[union-attr]
@@ -245,14 +245,14 @@ def test_traced_tokens_are_where_the_streams_say(twice: tuple) -> None:
     for layer in range(3):
         _, ids, weights = now[layer]
         heavy = ids[at].gather(1, weights[at].argsort(1, descending=True))
-        assert values["trace/experts"][layer].tolist() == heavy.tolist()
+        assert values[TRACED_EXPERTS][layer].tolist() == heavy.tolist()
         share = [
             slow.flip_rate([a], [b])
             for a, b in zip(ids[at].tolist(), then[layer][1][at].tolist(), strict=True)
         ]
-        assert values["trace/flipped"][layer].tolist() == pytest.approx(share)
-    assert values["trace/margin"][0].isnan().all()
-    assert values["trace/flipped"].amax(0).gt(0).sum() >= TRACED - 1, (
+        assert values["tokens.flipped"][layer].tolist() == pytest.approx(share)
+    assert values["tokens.margin"][0].isnan().all()
+    assert values["tokens.flipped"].amax(0).gt(0).sum() >= TRACED - 1, (
         "those that flipped come first"
     )
 
@@ -299,7 +299,9 @@ def slow_growth(subject: Subject, layer: int) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_growth_is_that_of_two_forwards(name: str) -> None:
     subject = Subject(name)
-    got = subject.probes.run(frozenset({"layers.perturbation_growth"}))["layer/perturbation_growth"]
+    got = subject.probes.run(frozenset({"layers.perturbation_growth"}))[
+        "layers.perturbation_growth"
+    ]
     expected = [slow_growth(subject, layer) for layer in range(3)]
     assert got.tolist() == pytest.approx(expected, rel=2e-3)
     assert max(expected) / min(expected) > 1.02, "the twin: layers must not be mixed up"
@@ -326,7 +328,7 @@ def test_the_largest_attention_logit_is_that_of_all_queries() -> None:
         block.attn.register_forward_pre_hook(lambda _m, args, i=i: inputs.__setitem__(i, args))
         block.attn.q_norm.weight.data.mul_(1 + i)
     subject.choices()
-    got = subject.probes.run(frozenset({"layers.attn_logit_max"}))["attn/attn_logit_max"]
+    got = subject.probes.run(frozenset({"layers.attn_logit_max"}))["layers.attn_logit_max"]
     from geodiag.reference_models.attention import rotate
 
     for i, block in enumerate(subject.blocks):
@@ -366,7 +368,7 @@ def test_the_largest_attention_logit_of_deepseek_v4_is_what_its_own_weights_say(
         block.self_attn.sinks.data.normal_(generator=torch.Generator().manual_seed(i))
     with torch.no_grad():
         expected = told_by_the_sinks(model, subject.ids)
-    got = subject.probes.run(frozenset({"layers.attn_logit_max"}))["attn/attn_logit_max"]
+    got = subject.probes.run(frozenset({"layers.attn_logit_max"}))["layers.attn_logit_max"]
     torch.testing.assert_close(got.double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
     assert got[2] > 1.5 * got[0], "the twin: layers must not be mixed up"
 
@@ -394,7 +396,9 @@ def test_clamp_hits_and_flips_by_sequence_are_those_of_its_own_tokens(implementa
                 gates.append(moe.shared_experts.gate_proj.weight.double() @ token)
             hits[t // 12] += sum((g > limit).sum().item() for g in gates)
             elements += sum(g.numel() for g in gates)
-    assert values["probe/clamp_gate_rate"].tolist() == pytest.approx(4 * hits / elements, rel=1e-3)
+    assert values["domains.clamp_gate_rate"].tolist() == pytest.approx(
+        4 * hits / elements, rel=1e-3
+    )
     assert len(set(hits)) == 4, "the twin: sequences must differ"
     flips = np.array(
         [
@@ -402,7 +406,9 @@ def test_clamp_hits_and_flips_by_sequence_are_those_of_its_own_tokens(implementa
             for n, t in zip(now[1:], then[1:], strict=True)
         ]
     )
-    assert values["probe/flip_rate"].tolist() == pytest.approx(flips.mean(0).reshape(4, 12).mean(1))
+    assert values["domains.flip_rate"].tolist() == pytest.approx(
+        flips.mean(0).reshape(4, 12).mean(1)
+    )
 
 
 def trace_of(subject: Subject) -> Callable[[], list[Any]]:
@@ -443,13 +449,13 @@ def test_what_is_not_due_is_not_measured() -> None:
     subject.model.embed.register_forward_hook(lambda *_: runs.append(2))
     assert subject.probes.run(frozenset()) == {}
     assert set(subject.probes.run(frozenset({"layers.spectral_norm_up"}))) >= {
-        "act/spectral_norm_up"
+        "layers.spectral_norm_up"
     }
     assert runs == []
     assert set(subject.probes.run(frozenset({"layers.curvature"}))) == {
-        "act/curvature",
-        "act/curvature_max",
-        "expert/curvature",
+        "layers.curvature",
+        "layers.curvature_max",
+        "experts.curvature",
     }
     assert runs == [2], "one forward, which ends before the head"
 
@@ -460,11 +466,11 @@ def test_layers_that_are_not_watched_cost_nothing_and_have_no_value() -> None:
     subject.train()
     values = subject.probes.run(ALL)
     for key in (
-        "router/flip_rate",
-        "router/tear",
-        "act/curvature",
-        "act/spectral_norm_up",
-        "layer/perturbation_growth",
+        "layers.flip_rate",
+        "layers.tear",
+        "layers.curvature",
+        "layers.spectral_norm_up",
+        "layers.perturbation_growth",
     ):
         assert values[key].isnan().tolist() == [True, False, True], key
 
@@ -476,14 +482,14 @@ def test_curvature_alone_does_not_make_yesterdays_choice_todays() -> None:
     subject.train()
     subject.probes.run(frozenset({"layers.curvature"}))
     subject.train()
-    got = subject.probes.run(frozenset({"layers.flip_rate"}))["router/flip_rate"]
+    got = subject.probes.run(frozenset({"layers.flip_rate"}))["layers.flip_rate"]
     now = subject.choices()
     expected = [
         slow.flip_rate(n[1].tolist(), t[1].tolist()) for n, t in zip(now, then, strict=True)
     ]
     assert got.tolist() == pytest.approx(expected)
     subject.probes.forget()
-    assert "router/flip_rate" not in subject.probes.run(frozenset({"layers.flip_rate"}))
+    assert "layers.flip_rate" not in subject.probes.run(frozenset({"layers.flip_rate"}))
 
 
 def test_a_place_that_cannot_be_watched_is_said_and_the_others_are_measured(
@@ -496,13 +502,13 @@ def test_a_place_that_cannot_be_watched_is_said_and_the_others_are_measured(
     probes = Probes(
         subject.model,
         find_layout(subject.model),
-        lambda what, _e: said.append(what),
+        FailureGuard(lambda what, _e: said.append(what)),
         batch=subject.batch,
     )
     monkeypatch.undo()
     monkeypatch.setattr("geodiag.hooks.adapters.reference.rotate", lambda *_: 1 / 0)
     for _ in range(2):
-        assert "act/curvature" in probes.run(ALL)
+        assert "layers.curvature" in probes.run(ALL)
     assert said == [f"probe of attention {i}" for i in range(3)]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import geodiag
-from geodiag.hooks.measure import reduce as measure
+from geodiag.hooks.measure import experts, gains, streams
 from geodiag.reference_models.config import ModelConfig
 from geodiag.reference_models.data import Batch
 from geodiag.reference_models.train import TrainConfig, Trainer
@@ -73,9 +73,9 @@ def test_the_kernels_numbers_are_the_ones_on_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without this, the torch path alone could pass the test above."""
-    for fallback in ("_geometry", "stream", "counts"):
+    for module, fallback in ((gains, "MapBatch"), (streams, "seen_at_place"), (experts, "count")):
         monkeypatch.setattr(
-            measure, fallback, lambda *_: pytest.fail("the kernels have measured it already")
+            module, fallback, lambda *_: pytest.fail("the kernels have measured it already")
         )
     rows = recorded(tmp_path / "a", "triton").read("layers")
     for name in (
