@@ -351,4 +351,38 @@ _STREAMS = [
     ),
 ]
 
-RESIDUAL_METRICS = [*_SINGLE, *_COMPOSITE, *_OF_MEAN, *_MAPS, *_STREAMS]
+_UPDATES = [
+    metric(
+        "layers",
+        "update_ratio",
+        "1",
+        ("last", "mean"),
+        "‖Δθ‖ / ‖θ‖ of the layer's own parameters, Δθ their change in this optimizer step.",
+        group="parameters",
+        place="layer",
+        every=10,
+        chart=_gain_page(menu="update ratio", over="mean"),
+    ),
+    metric(
+        "layers",
+        "update_ratio_router",
+        "1",
+        ("last", "mean"),
+        "The same, of the router's parameters.",
+        group="parameters",
+        place="router",
+        every=10,
+    ),
+    metric(
+        "layers",
+        "update_ratio_experts",
+        "1",
+        ("last", "mean"),
+        "The same, of the routed experts' parameters.",
+        group="parameters",
+        place="experts",
+        every=10,
+    ),
+]
+
+RESIDUAL_METRICS = [*_SINGLE, *_COMPOSITE, *_OF_MEAN, *_MAPS, *_STREAMS, *_UPDATES]

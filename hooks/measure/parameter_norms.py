@@ -313,3 +313,18 @@ def grad_norm(seen: ParameterTotals) -> np.ndarray | None:
     """An infinite norm over another one is NaN, and is recorded so."""
     squares = seen.of_layers(GRADIENT_SQUARES)
     return None if squares is None else np.sqrt(squares) * seen.clip
+
+
+@PARAMETERS.per_step(
+    "layers.update_ratio", "layers.update_ratio_router", "layers.update_ratio_experts"
+)
+def update_ratios(seen: ParameterTotals) -> tuple[np.ndarray | None, ...]:
+    """‖Δθ‖ / ‖θ‖ = √(Σ Δθ² / Σ θ²), one value a layer, router and layer of experts."""
+    groups = (seen.of_layers, seen.of_routers, seen.of_experts)
+    return tuple(_ratio(group(UPDATE_SQUARES), group(WEIGHT_SQUARES)) for group in groups)
+
+
+def _ratio(update: np.ndarray | None, weight: np.ndarray | None) -> np.ndarray | None:
+    if update is None or weight is None or not len(weight):
+        return None
+    return np.sqrt(update / weight)

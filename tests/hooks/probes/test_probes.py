@@ -140,7 +140,7 @@ def test_every_group_gives_its_values(twice: tuple) -> None:
     ):
         assert f"layers.{name}" in got
     assert {"layers.perturbation_growth", "experts.curvature", TRACED_TOKENS, TRACED_IDS} <= got
-    assert {"trace/streams", TRACED_EXPERTS, "tokens.margin", "tokens.flipped"} <= got
+    assert {"tokens.norm", "tokens.projection_2", TRACED_EXPERTS, "tokens.margin", "tokens.flipped"} <= got
     assert {"domains.flip_rate", "domains.clamp_gate_rate"} <= got
     assert "layers.attn_logit_max" in got
 
@@ -230,15 +230,16 @@ def test_traced_tokens_are_where_the_streams_say(twice: tuple) -> None:
     assert len(at) == TRACED
     assert values[TRACED_IDS].tolist() == subject.ids.flatten()[at].tolist()
     streams = streams_at(subject)
-    assert values["trace/streams"].shape == (6, TRACED, 3)
+    traced = torch.stack(
+        [values[f"tokens.{n}"] for n in ("norm", "projection_1", "projection_2")], -1
+    )
+    assert traced.shape == (6, TRACED, 3)
     r1, r2 = subject.probes._look._project._directions.double().T  # type: ignore[union-attr]
     assert abs(r1.dot(r2).item()) < 1e-6
     assert r1.norm().item() == pytest.approx(1, abs=1e-6) == r2.norm().item()
     for place, x in enumerate(streams):
         expected = torch.stack([x[at].norm(dim=1), x[at] @ r1, x[at] @ r2], 1)
-        torch.testing.assert_close(
-            values["trace/streams"][place].double(), expected, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(traced[place].double(), expected, rtol=1e-4, atol=1e-5)
     before = torch.stack([streams[0][at] @ r1, streams[0][at] @ r2], 1)
     after = torch.stack([streams[-1][at] @ r1, streams[-1][at] @ r2], 1)
     assert (before - after).abs().max() > 1e-3, "the twin: sites must not be mixed up"
