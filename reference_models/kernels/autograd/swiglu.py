@@ -2,7 +2,7 @@
 same pass.
 """
 
-# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+# Kernel bodies are Triton code: tuples grow by concatenation, and arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 from typing import NamedTuple

@@ -1,10 +1,10 @@
-"""Exponentials and reciprocals on the device, by 2ˣ and 1/√x: one instruction each, where eˣ takes
-four and 1/x five.
+"""Exponential, reciprocal and sigmoid on the device, by the hardware's 2ˣ and 1/√x.
 
-Errors are a few units of float32's last place; subnormal numbers count as zero.
+eˣ and 1/x of the math library take four and five instructions, these one or two. Errors are a few
+units in float32's last place; subnormal numbers are treated as zero.
 """
 
-# Bodies of kernels are Triton's language.
+# Kernel bodies are Triton code.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
@@ -13,17 +13,19 @@ import triton.language as tl
 
 @triton.jit
 def exp(x):
+    """eˣ = 2^(x · log₂ e)."""
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def inverse(x):
-    """1/x of what is not negative."""
+    """1/x = (1/√x)², for x ≥ 0."""
     root = tl.rsqrt(x)
     return root * root
 
 
 @triton.jit
 def sigmoid(x):
-    # Not exp(-x): the sign would be an instruction of its own.
+    """σ(x) = 1 / (1 + e⁻ˣ)."""
+    # The sign is part of the constant: exp(-x) would need one more instruction.
     return inverse(1 + tl.exp2(x * -1.4426950408889634))

@@ -1,8 +1,10 @@
-"""What of `mhc_post` runs on the device: one token a program, so that its coefficients are
-scalars.
+"""`mhc_post` on the device: X' = H_res X + H_postᵀ f (arXiv 2512.24880 eq. 3), and its backward.
+
+One token a program: its N² + N coefficients are then scalars in registers, and each number of the
+streams is read and written once.
 """
 
-# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+# Kernel bodies are Triton code: tuples grow by concatenation, and arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 import triton
@@ -27,7 +29,7 @@ def post_forward(
     BL: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """The streams after the site, and where there is a flag what they measure."""
+    """Store the streams after the site; with a flag, also the statistics of their norms."""
     t = tl.program_id(0).to(tl.int64)
     post = ()
     res = ()
@@ -35,7 +37,7 @@ def post_forward(
         post = post + (tl.load(post_ptr + t * N + i),)
         for j in tl.static_range(N):
             res = res + (tl.load(res_ptr + (t * N + i) * N + j),)
-    # Sums for the statistics stay within a thread until the loop is over: one register each.
+    # Each lane keeps its own sums, one register each; one reduction follows the loop.
     amax = tl.zeros((BL,), tl.float32)
     after = tl.zeros((BL,), tl.float32)
     wrote = tl.zeros((BL,), tl.float32)
@@ -88,7 +90,10 @@ def post_backward(
     BL: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """d_branch; d_post and d_res, summed over the channels; dx where it is asked for."""
+    """df = Σ_i post_i dX'_i; d_post_i = Σ_c dX'_i f; d_res_ij = Σ_c dX'_i x_j; dx = H_resᵀ dX'.
+
+    dx is left to `dx_dphi` where the site is linked (dx_ptr is None): there it costs no pass.
+    """
     t = tl.program_id(0).to(tl.int64)
     post = ()
     d_post = ()
@@ -99,7 +104,7 @@ def post_backward(
         for _ in tl.static_range(N):
             d_res = d_res + (tl.zeros((BL,), tl.float32),)
     for c0 in range(0, C, BL * VEC):
-        # Sums stay within a thread's own 16 bytes until the loop is over.
+        # Each lane sums its own 16 bytes; lanes exchange their sums after the loop.
         c = c0 + (tl.arange(0, BL) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
         inside = c < C
         branch = tl.load(branch_ptr + t * C + c, inside, 0.0).to(tl.float32)

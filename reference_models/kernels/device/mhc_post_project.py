@@ -1,8 +1,10 @@
-"""What of `mhc_post_project` runs on the device: the streams after a site, and their projection
-for the next one.
+"""`mhc_post` and the next site's projection in one kernel: the new streams are not read again.
+
+A site alone reads its streams once only to project them. Here the kernel that writes the streams
+multiplies them by the next site's φ while they are in registers.
 """
 
-# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+# Kernel bodies are Triton code: tuples grow by concatenation, and arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 import triton
@@ -33,10 +35,9 @@ def split_rows(
     BW: tl.constexpr,
     P: tl.constexpr,
 ):
-    """parts = [high; low], (2·KP, W): φ transposed, in two bfloat16 parts, or in float32 as it is
-    where P is 1.
+    """parts = [high; low], (P·KP, W): φ transposed, in two bfloat16 parts, or float32 (P = 1).
 
-    Its columns are the streams of the first channel, then those of the second.
+    Columns are ordered by channel, then by stream, as `_interleaved` orders the streams.
     """
     w = tl.program_id(0) * BW + tl.arange(0, BW)
     source = w % N * (W // N) + w // N
@@ -54,14 +55,15 @@ def split_rows(
 
 @triton.jit
 def _own(x):
-    """Each lane's sum of eight neighbours."""
+    """Sum eight neighbouring channels, which one lane holds: no exchange between lanes."""
     return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), 2)
 
 
 @triton.jit
 def _interleaved(v, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """N tiles (BT, BC) as one of (BT, BC * N), stream after stream for each channel: no number
-    leaves its lane.
+    """Join N tiles (BT, BC) to one of (BT, BC · N), ordered by channel, then stream.
+
+    Joining in this order moves no number to another lane; one product then serves all streams.
     """
     if N == 1:
         one = v[0]
@@ -98,12 +100,13 @@ def post_project(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out = the new streams of BT tokens and a slice of C; part[s, t] = the slice's share of [out·φ
-    | Σout²].
+    """out = the new streams of BT tokens, slice s of C; part[s, t] = its share of [out·φ | Σout²].
+
+    64 tokens × 32 channels: φ is read for each block of tokens, so more tokens save traffic in the
+    L2 cache, and larger tiles spill. S = 4 slices give enough programs for the whole GPU.
     """
     K: tl.constexpr = N * N + 2 * N
-    # A block of tokens is written by neighbouring programs, so the last blocks are what is left in
-    # the cache.
+    # Neighbouring programs write the same tokens, so the last tokens stay in the cache for `mix`.
     s = tl.program_id(0) % S
     t0 = tl.program_id(0) // S * BT
     t = t0.to(tl.int64) + tl.arange(0, BT)
@@ -116,10 +119,10 @@ def post_project(
         post = post + (tl.load(post_ptr + t[:, None] * N + i, live, 0.0),)
         for j in tl.static_range(N):
             res = res + (tl.load(res_ptr + (t[:, None] * N + i) * N + j, live, 0.0),)
-    # Transposed: the new streams are then the factor that tensor cores read from shared memory, and
-    # are made once, in the layout in which they are stored.
+    # Transposed product: the streams are the factor that tensor cores read from shared memory, so
+    # they are computed once, in the layout in which they are stored.
     acc = tl.zeros((P * KP, BT), tl.float32)
-    # Sums stay within a lane's own eight channels until the loop is over.
+    # Each lane sums its own eight channels; lanes exchange sums once, after the loop.
     after = tl.zeros((BT, BC // 8), tl.float32)
     amax = after
     wrote = after
@@ -152,8 +155,8 @@ def post_project(
             new = mixed + post[i] * branch.to(tl.float32)
             rounded = new.to(branch.dtype)
             tl.store(out_ptr + (t[:, None] * N + i) * C + c[None, :], rounded, inside)
-            # Of the number before rounding: rounding it back would cost more than all else here,
-            # and is noise in a sum.
+            # The sum takes the number before rounding: converting it back would cost more than all
+            # else here, and rounding averages out in a sum.
             squares += new * new
             if flag_ptr is not None:
                 most = tl.maximum(most, tl.abs(new))
@@ -186,7 +189,7 @@ def post_project(
         for i in tl.static_range(N):
             p = tl.load(post_ptr + t * N + i, t < T, 0.0)
             gain += p * p
-        # Rounding is monotonic: the largest rounded number is the largest, rounded.
+        # Rounding is monotonic, so the largest rounded number is the rounded largest.
         amax = amax.to(branch_ptr.dtype.element_ty if not TMA else tl.bfloat16).to(tl.float32)
         tl.store(row + STREAM_AMAX, amax + 0.0 * after + off, t < T)
         tl.store(row + STREAM_AFTER, after + off, t < T)

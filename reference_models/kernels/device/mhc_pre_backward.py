@@ -1,8 +1,11 @@
-"""What of the backward of `mhc_pre` runs on the device: the coefficients' chain, then dx and dφ
-in one pass.
+"""Backward of `mhc_pre` on the device, per token: the gradient of the coefficients.
+
+∂L/∂pre needs all channels of a token (`inner_to_pre`), Sinkhorn's backward needs the whole map
+(`coefficients`), and only then can dx start (`mhc_pre_dx_dphi`). `add_up` ends the reductions over
+tokens in a fixed order, so that gradients repeat bit for bit.
 """
 
-# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+# Kernel bodies are Triton code: tuples grow by concatenation, and arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 import triton
@@ -24,13 +27,16 @@ def inner_to_pre(
     BL: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """∂L/∂pre of one token, Σ_c d_inner·x: one warp, whose lanes meet once at the end."""
+    """∂L/∂pre_n = Σ_c d_inner_c · x_nc of one token.
+
+    One warp serves a token: its lanes exchange their sums once, after the last channel.
+    """
     t = tl.program_id(0).to(tl.int64)
     sums = ()
     for _ in tl.static_range(N):
         sums = sums + (tl.zeros((BL,), tl.float32),)
     for c0 in range(0, C, BL * VEC):
-        # Sums stay within a thread's own 16 bytes until the loop is over.
+        # Each lane sums its own 16 bytes; lanes exchange their sums after the loop.
         c = c0 + (tl.arange(0, BL) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
         d = tl.load(d_inner_ptr + t * C + c, c < C, 0.0).to(tl.float32)
         added = ()
@@ -68,10 +74,13 @@ def coefficients(
     S: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """coef[t] = [∂L/∂(x·φ) | 0 …]; scalars[t] = [∂L/∂(Σx²)·2, 0 | pre | resᵀ]: all that dx takes of
-    a token.
+    """The chain rule from gates and map back to the projections, BT tokens a program.
 
-    small[p] = this program's share of ∂L/∂bias and ∂L/∂alpha·.
+    coef[t] = [∂L/∂(x·φ) | 0 …] and scalars[t] = [2·∂L/∂(Σx²), 0 | pre | H_resᵀ] are all that dx
+    needs of a token; small[p] is this program's share of ∂L/∂bias and ∂L/∂α.
+
+    With σ' = σ(1 − σ): dh_pre = α d_pre σ', dh_post = 2α d_post σ', and dh_res is α times
+    Sinkhorn's backward (arXiv 2512.24880 eq. 8, differentiated).
     """
     K: tl.constexpr = N * N + 2 * N
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -132,7 +141,7 @@ def coefficients(
     d_pre *= a_pre
     d_post *= a_post
     d_res *= a_res
-    # h = u·rms and rms = (Σx²/W + e)^(-1/2): the norm's gradient along x is -(Σ dh·h)·rms²/W.
+    # h = u·rms with rms = (Σx²/W + e)^(-1/2): the norm's gradient along x is -(Σ dh·h)·rms²/W.
     along = (
         tl.sum(d_pre * h_pre, 1) + tl.sum(d_post * h_post, 1) + tl.sum(tl.sum(d_res * h_res, 2), 1)
     )
@@ -164,8 +173,9 @@ def add_up(
     KP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Partial sums in order: dφ over P chunks, by all programs but two; dbias and dα over Q, by one
-    each.
+    """Add partial sums in a fixed order: no atomics, so gradients repeat bit for bit.
+
+    All programs but two add dφ over P chunks; the last two add dα and dbias over Q programs.
     """
     pid = tl.program_id(0)
     last = tl.num_programs(0) - 1

@@ -1,11 +1,12 @@
-"""Forward kernels of `mhc_pre`.
+"""Forward of `mhc_pre` on the device: project the streams, then make gates, maps and block inputs.
 
-`split` prepares φ for the tensor cores; `project_streams` forms x·φ and Σx² in one pass over the
-stream; `mix` turns them into gates and a doubly stochastic map in registers, and sums the streams
-in another pass.
+The coefficients of a token come from x⃗·φ and ‖x⃗‖, sums over all N·C channels, so nothing can be
+mixed before the whole token has been read once. Hence two passes over the streams:
+`project_streams` computes the sums, `mix` turns them into coefficients in registers and reads the
+streams again for the block's input (arXiv 2512.24880 eq. 7-8 and 3).
 """
 
-# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+# Kernel bodies are Triton code: tuples grow by concatenation, and arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 import triton
@@ -29,8 +30,10 @@ def split(
     BW: tl.constexpr,
     TWO_PARTS: tl.constexpr,
 ):
-    """parts[w] = [high | low], two bfloat16 parts of φ padded to KP: 16 bits of it, more than tf32
-    would carry.
+    """parts[w] = [high | low]: φ as two bfloat16 parts, padded to KP columns.
+
+    Two parts keep 16 bits of the mantissa, tf32 would keep 10; and the stream, which is bfloat16,
+    enters the tensor cores without a conversion. Without TWO_PARTS φ is copied in float32.
     """
     w = tl.program_id(0) * BW + tl.arange(0, BW)
     k = tl.arange(0, KP)
@@ -62,7 +65,12 @@ def project_streams(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """part[s, t] = [x·φ | Σx²] over slice s of W."""
+    """part[s, t] = [x·φ | Σx²] over slice s of W.
+
+    The RMS factor r of eq. 7 commutes with the product, so one pass gives both, and `mix` divides.
+    The width is cut into S slices where there are too few tokens to fill the GPU; partial sums are
+    added in a fixed order by the reader, so results repeat bit for bit.
+    """
     P: tl.constexpr = 2 if TWO_PARTS else 1
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     s = tl.program_id(1)
@@ -97,7 +105,7 @@ def project_streams(
 def _gates(
     part_ptr, t, live, first, T, S, norm_eps, N: tl.constexpr, C: tl.constexpr, KP: tl.constexpr
 ):
-    """N normalised projections from column `first` on, and 1/‖x‖: the slices' sums."""
+    """Add up the slices: N normalised projections from column `first` on, and the factor 1/RMS."""
     K: tl.constexpr = N * N + 2 * N
     n = tl.arange(0, N)
     squares = tl.zeros(t.shape, tl.float32)
@@ -112,7 +120,7 @@ def _gates(
 
 @triton.jit
 def _map(part_ptr, t, live, rms, T, S, N: tl.constexpr, KP: tl.constexpr):
-    """The N×N normalised projections of `res`."""
+    """Add up the slices: the N×N normalised projections of H_res."""
     n = tl.arange(0, N)
     nn = 2 * N + n[None, :, None] * N + n[None, None, :]
     h = tl.zeros((t.shape[0], N, N), tl.float32)
@@ -124,20 +132,11 @@ def _map(part_ptr, t, live, rms, T, S, N: tl.constexpr, KP: tl.constexpr):
 
 @triton.jit
 def _store_maps(
-    part_ptr,
-    alpha_ptr,
-    bias_ptr,
-    post_ptr,
-    res_ptr,
-    logits_ptr,
-    h_ptr,
+    program,
+    inputs,
+    outputs,
     flag_ptr,
     stats_ptr,
-    program,
-    T,
-    S,
-    eps,
-    norm_eps,
     ITERATIONS: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
     N: tl.constexpr,
@@ -145,7 +144,12 @@ def _store_maps(
     KP: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """`post` and `res` of BM tokens: no stream is read."""
+    """Store H_post and H_res of BM tokens, from their projections alone: no stream is read.
+
+    H_post = 2σ(α h + b) and H_res = Sinkhorn(exp(α h + b)), arXiv 2512.24880 eq. 8.
+    """
+    part_ptr, alpha_ptr, bias_ptr, T, S, eps, norm_eps = inputs
+    post_ptr, res_ptr, logits_ptr, h_ptr = outputs
     K: tl.constexpr = N * N + 2 * N
     t = program.to(tl.int64) * BM + tl.arange(0, BM)
     n = tl.arange(0, N)
@@ -168,19 +172,10 @@ def _store_maps(
 
 @triton.jit
 def _store_inner(
-    x_ptr,
-    part_ptr,
-    alpha_ptr,
-    bias_ptr,
-    inner_ptr,
-    pre_ptr,
-    h_ptr,
-    rms_ptr,
     program,
-    T,
-    S,
-    eps,
-    norm_eps,
+    x_ptr,
+    inputs,
+    outputs,
     N: tl.constexpr,
     C: tl.constexpr,
     KP: tl.constexpr,
@@ -188,7 +183,9 @@ def _store_inner(
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`pre` of BT tokens, and their streams' sum."""
+    """Store H_pre of BT tokens and the block's input, Σ_n pre_n x_n (arXiv 2512.24880 eq. 3)."""
+    part_ptr, alpha_ptr, bias_ptr, T, S, eps, norm_eps = inputs
+    inner_ptr, pre_ptr, h_ptr, rms_ptr = outputs
     K: tl.constexpr = N * N + 2 * N
     t = program.to(tl.int64) * BT + tl.arange(0, BT)
     n = tl.arange(0, N)
@@ -241,53 +238,22 @@ def mix(
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The first programs iterate Sinkhorn, all latency; the others stream, all bandwidth; neither
-    waits.
+    """Gates, maps and block inputs of all tokens.
+
+    The first programs iterate Sinkhorn, which is all latency; the others read the streams, which is
+    all bandwidth. In one launch the latency is hidden behind the streaming.
     """
+    inputs = (part_ptr, alpha_ptr, bias_ptr, T, S, eps, norm_eps)
     if tl.program_id(0) < tl.cdiv(T, BM):
+        outputs = (post_ptr, res_ptr, logits_ptr, h_ptr)
+        program = tl.program_id(0)
         _store_maps(
-            part_ptr,
-            alpha_ptr,
-            bias_ptr,
-            post_ptr,
-            res_ptr,
-            logits_ptr,
-            h_ptr,
-            flag_ptr,
-            stats_ptr,
-            tl.program_id(0),
-            T,
-            S,
-            eps,
-            norm_eps,
-            ITERATIONS,
-            ROWS_FIRST,
-            N,
-            C,
-            KP,
-            BM,
+            program, inputs, outputs, flag_ptr, stats_ptr, ITERATIONS, ROWS_FIRST, N, C, KP, BM
         )
     else:
-        # Last tokens first: their streams are what `project_streams` left in the cache.
-        program = tl.num_programs(0) - 1 - tl.program_id(0)
+        outputs_of_streams = (inner_ptr, pre_ptr, h_ptr, rms_ptr)
+        # Last tokens first: `project_streams` left their streams in the cache.
+        program_of_streams = tl.num_programs(0) - 1 - tl.program_id(0)
         _store_inner(
-            x_ptr,
-            part_ptr,
-            alpha_ptr,
-            bias_ptr,
-            inner_ptr,
-            pre_ptr,
-            h_ptr,
-            rms_ptr,
-            program,
-            T,
-            S,
-            eps,
-            norm_eps,
-            N,
-            C,
-            KP,
-            BT,
-            BC,
-            STAGES,
+            program_of_streams, x_ptr, inputs, outputs_of_streams, N, C, KP, BT, BC, STAGES
         )

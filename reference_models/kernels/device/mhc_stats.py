@@ -1,11 +1,11 @@
-"""The geometry of the maps and of the streams, from values the mHC kernels already hold in
-registers.
+"""Statistics of maps and streams, from values that the mHC kernels already hold in registers.
 
-Kernels write one row of partial results a program, only while a device-side flag is set. The
-columns of a row are those of `stats_layout`.
+Measuring costs no further read of device memory. Each program writes one row of partial results,
+and only while a flag on the device is set, so that switching it on needs no new graph or launch.
+`stats_layout` names the columns.
 """
 
-# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+# Kernel bodies are Triton code: tuples grow by concatenation, and arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 import triton
@@ -13,10 +13,10 @@ import triton.language as tl
 
 from geodiag.reference_models.kernels.stats_layout import MAPS_LAYOUT, STREAMS_LAYOUT
 
-# T tokens, N streams, P programs, S sites
+# T tokens, N streams
 
 BLOCK = 8
-"""Tokens of one map program of the `mix` kernel, so of one row of its statistics."""
+"""Tokens of one map program of the `mix` kernel, and therefore of one row of its statistics."""
 
 # Columns as constants of the device code.
 MAPS_WIDTH = tl.constexpr(16)
@@ -56,7 +56,7 @@ def streams_shape(tokens: int, blocks: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _worst(value, live):
-    """The largest live value; NaN where any is, because `tl.max` would pass over it."""
+    """The largest live value; NaN if any live value is NaN, which `tl.max` may skip."""
     return tl.max(tl.where(live, value, float("-inf")), 0) + 0.0 * tl.sum(
         tl.where(live, value, 0.0), 0
     )
@@ -91,7 +91,13 @@ def spectral_norm(h, N: tl.constexpr):
 
 @triton.jit
 def measure_maps(res, logits, post, t, T, N: tl.constexpr):
+    """Return one row of `MAPS_LAYOUT`.
+
+    Amax gains are the largest |row sum| and |column sum| of H_res (arXiv 2512.24880 §3.1). Both are
+    1 for a doubly stochastic map, and `off` is the largest distance from that.
+    """
     live = t < T
+    # `0.0 * sum` carries a NaN on, which `max` may skip.
     fwd = tl.abs(tl.sum(res, 2))
     bwd = tl.abs(tl.sum(res, 1))
     fwd_max = tl.max(fwd, 1) + 0.0 * tl.sum(fwd, 1)
@@ -121,7 +127,7 @@ def measure_maps(res, logits, post, t, T, N: tl.constexpr):
 
 @triton.jit
 def store_maps(stats_ptr, enabled, res, logits, post, t, T, N: tl.constexpr):
-    """One row of `MAPS_LAYOUT` for the program's tokens; NaN while switched off."""
+    """Store one row of `MAPS_LAYOUT` for the program's tokens; NaN while the flag is 0."""
     i = tl.arange(0, MAPS_WIDTH)
     if enabled:
         row = measure_maps(res, logits, post, t, T, N)
@@ -137,11 +143,11 @@ def _together(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
 
 @triton.jit
 def store_streams(stats_ptr, enabled, amax, after, branch, mixed, before):
-    """One row of `STREAMS_LAYOUT` for a token's block of channels; NaN while switched off."""
+    """Store one row of `STREAMS_LAYOUT` for a token's channels; NaN while the flag is 0."""
     i = tl.arange(0, 8)
     row = tl.full((8,), float("nan"), tl.float32)
     if enabled:
-        # One reduction for all five: warps meet once.
+        # One reduction for all five numbers: warps synchronise once.
         top, total, b, m, e = tl.reduce((amax, after, branch, mixed, before), 0, _together)
         row = tl.where(i == STREAM_AMAX, top + 0.0 * total, row)
         row = tl.where(i == STREAM_AFTER, total, row)

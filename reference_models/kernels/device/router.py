@@ -1,6 +1,11 @@
-"""Routing on the device: affinity, bias, top-k, gate weights and diagnostics of 16 tokens a program."""
+"""Routing on the device, 16 tokens a program: affinity, top-k, gate weights and diagnostics.
 
-# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+s = √softplus(z), the K best of s + bias are chosen, and w_k = scale · s_k / Σ_chosen s (arXiv
+2606.19348 and 2408.15664). All E affinities of a token are in registers once, so entropy, margin
+and flips cost no further read.
+"""
+
+# Kernel bodies are Triton code: tuples grow by concatenation, and arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 import triton
@@ -11,10 +16,10 @@ import triton.language as tl
 
 @triton.jit
 def _affinity(z):
-    """√softplus, and its derivative. log1p of a small e^z is e^z itself, which log(1 + e^z) would
-    lose.
+    """√softplus(z), and its derivative σ(z) / (2 √softplus(z)).
 
-    Where softplus underflows, the root's derivative would be 0/0: held at the smallest number, it
+    For small e^z, log(1 + e^z) would round to 0, so its series is used. Where softplus underflows,
+    the derivative would be 0/0: softplus is held at the smallest normal number, and the derivative
     is 0.
     """
     e = tl.exp(-tl.abs(z))
@@ -52,7 +57,7 @@ def route_fwd(
     )
     tl.store(scores_ptr + t[:, None] * E + e[None, :], score, inside)
 
-    # A NaN ranks first, as in torch.topk: ids stay valid and the weights say NaN.
+    # A NaN ranks first, as in torch.topk: ids stay valid, and the gate weights become NaN.
     biased = score + tl.load(bias_ptr + e, e < E, 0.0)[None, :]
     biased = tl.where(biased == biased, biased, float("inf"))
     left = tl.where((e < E)[None, :], biased, float("-inf"))
@@ -95,7 +100,7 @@ def route_fwd(
     tl.store(per_token_ptr + t * 3, entropy, live)
     tl.store(per_token_ptr + t * 3 + 1, last - rejected + 0.0 * total, live)
     tl.store(per_token_ptr + t * 3 + 2, flipped, live)
-    # Integer sums commute: the order of these atomics cannot show.
+    # Integer sums do not depend on the order of the atomics, so the load is deterministic.
     count = tl.sum(tl.where(live[:, None], taken, 0), 0)
     tl.atomic_add(load_ptr + e, count, (e < E) & (count > 0))
 

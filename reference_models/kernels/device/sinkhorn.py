@@ -1,6 +1,10 @@
-"""Sinkhorn-Knopp in registers: exact forward and backward, no history in device memory."""
+"""Sinkhorn-Knopp in registers: exact forward and backward, without history in device memory.
 
-# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+M⁽⁰⁾ = exp(logits), M⁽ᵗ⁾ = rows(columns(M⁽ᵗ⁻¹⁾)), 20 times (arXiv 2512.24880 eq. 9). A map is 16
+numbers, so all iterations run in registers and only logits and result touch memory.
+"""
+
+# Kernel bodies are Triton code: tuples grow by concatenation, and arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 import triton
@@ -13,20 +17,21 @@ from geodiag.reference_models.kernels.device.math import exp, inverse
 
 @triton.jit
 def half_step(m, eps, AXIS: tl.constexpr):
-    """One side normalised, and what it was divided by."""
+    """Divide by the sums along AXIS, and return the divisors too."""
     d = tl.sum(m, AXIS) + eps
     return m * tl.expand_dims(inverse(d), AXIS), d
 
 
 @triton.jit
 def softmax(logits, AXIS: tl.constexpr):
+    """exp and the first normalisation in one: large logits cannot overflow."""
     m = exp(logits - tl.expand_dims(tl.max(logits, AXIS), AXIS))
     return m * tl.expand_dims(inverse(tl.sum(m, AXIS)), AXIS)
 
 
 @triton.jit
 def project(logits, eps, ITERATIONS: tl.constexpr, ROWS_FIRST: tl.constexpr):
-    """`reference.sinkhorn` of one tile."""
+    """`reference.sinkhorn` of one tile (BT, N, N)."""
     FIRST: tl.constexpr = 2 if ROWS_FIRST else 1
     m = softmax(logits, FIRST) + eps
     m, _ = half_step(m, eps, 3 - FIRST)
@@ -38,9 +43,7 @@ def project(logits, eps, ITERATIONS: tl.constexpr, ROWS_FIRST: tl.constexpr):
 
 @triton.jit
 def half_step_vjp(m, gm, d, AXIS: tl.constexpr):
-    """Undoes one half step, from the divisor that was kept: the matrix before it, and its gradient
-    times it.
-    """
+    """Undo one half step: return the matrix before it, and (gradient × matrix) before it."""
     return m * tl.expand_dims(d, AXIS), gm - m * tl.expand_dims(tl.sum(gm, AXIS), AXIS)
 
 
@@ -48,10 +51,10 @@ def half_step_vjp(m, gm, d, AXIS: tl.constexpr):
 def project_vjp(logits, g, eps, ITERATIONS: tl.constexpr, ROWS_FIRST: tl.constexpr):
     """Gradient of `project` with respect to the logits.
 
-    Every iterate is a diagonal scaling of the next, so the 2·ITERATIONS divisors (N numbers each)
-    replay the whole history backwards from the final matrix. Unrolled, they live in registers. What
-    is carried is not the gradient but its product with the matrix, element by element, for which a
-    half step has no division.
+    Each iterate is a diagonal scaling of the next one. The 2·ITERATIONS divisors (N numbers each)
+    are therefore enough to run the history backwards from the final matrix; unrolled, they stay in
+    registers. The loop carries gm = gradient × matrix, for which half a step needs no division:
+    m' = m / d gives gm = gm' − m' Σ gm'.
     """
     FIRST: tl.constexpr = 2 if ROWS_FIRST else 1
     p = softmax(logits, FIRST)

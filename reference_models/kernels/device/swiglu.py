@@ -1,6 +1,10 @@
-"""The clamped activation on the device: one pass forward, one backward."""
+"""The clamped activation on the device: one pass forward, one backward.
 
-# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+The kernels run at copy bandwidth, and counting has to fit into the same pass: each lane keeps its
+own extrema and sums for PARTS rows, and lanes exchange them once a program.
+"""
+
+# Kernel bodies are Triton code: tuples grow by concatenation, and arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 import triton
@@ -36,8 +40,8 @@ def _activate(
     BR: tl.constexpr,
     MEASURED: tl.constexpr,
 ):
-    """Writes the products of all parts; each lane's largest |gate|, |up|, |product| and Σ product²,
-    if MEASURED.
+    """Store the products of all rows. If MEASURED, return each lane's largest |gate|, |up| and
+    |product|, and its Σ product².
     """
     squares = tl.zeros((BR, f.shape[0]), tl.float32)
     gate_most = squares
@@ -54,7 +58,7 @@ def _activate(
             out_ptr + a[:, None, None] * F + f[None], out, (a < A)[:, None, None] & (f < F)[None]
         )
         if MEASURED:
-            # Outside, g and u read as 0 and so is the product, whatever the offset.
+            # Outside the rows, g and u are loaded as 0; the product is then 0 for every offset.
             gate_most = nan_max(gate_most, most(g))
             up_most = nan_max(up_most, most(u))
             out_most = nan_max(out_most, most(out))
@@ -84,11 +88,10 @@ def swiglu_fwd(
     BF: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """PARTS · BR rows, BF columns; where rows are counted, one record for each expert that the rows
-    belong to.
+    """PARTS · BR rows and BF columns; with a flag, also one record for each expert in these rows.
 
-    Rows are sorted by expert and `ends` is where each expert's end, so record `block + expert` is
-    nobody else's.
+    Rows are sorted by expert, and `ends` has the row behind each expert's last. Both the block's
+    number and the expert's only rise along the rows, so record `block + expert` has one writer.
     """
     a0 = tl.program_id(0).to(tl.int64) * (PARTS * BR)
     f = (
@@ -98,7 +101,7 @@ def swiglu_fwd(
     )
     gates = ()
     ups = ()
-    # All loads before the first store, behind which the compiler would keep them.
+    # All loads come before the first store: the compiler does not move loads across a store.
     for r in tl.static_range(PARTS):
         a = a0 + r * BR + tl.arange(0, BR)
         g, u = load_both(x_ptr, a, f, a < A, F, INTERLEAVED)
@@ -219,6 +222,7 @@ def swiglu_bwd(
     BA: tl.constexpr,
     BF: tl.constexpr,
 ):
+    """d_gate = d · up · gate', d_up = d · gate; a clamped value has no gradient."""
     a = tl.program_id(0).to(tl.int64) * BA + tl.arange(0, BA)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     inside = (a < A)[:, None] & (f < F)[None, :]

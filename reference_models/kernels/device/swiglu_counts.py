@@ -1,10 +1,10 @@
-"""What a tile of clamped activations says of each expert: clamp hits, extrema, squares.
+"""Counts of clamped activations for each expert: clamp hits, extrema and sums of squares.
 
-A program writes one record for each expert whose rows are in its tile; as rows are sorted, that is
-nearly always one.
+A program writes one record for each expert in its tile. Rows are sorted by expert, so a tile nearly
+always has one; `per_expert` then adds up an expert's records, which are neighbours in memory.
 """
 
-# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+# Kernel bodies are Triton code: tuples grow by concatenation, and arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 import triton
@@ -28,19 +28,22 @@ _ELEMENTS = tl.constexpr(COUNTS_LAYOUT.index("elements"))
 
 @triton.jit
 def nan_max(a, b):
+    """The larger of two numbers; NaN if either is NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def most(x):
-    """The largest magnitude among each lane's own, or NaN: (BR, lanes, VEC) to (BR, lanes)."""
+    """Reduce (BR, lanes, VEC) to (BR, lanes): each lane's largest magnitude, or NaN."""
     return tl.reduce(tl.abs(x), 2, nan_max)
 
 
 @triton.jit
 def _largest(magnitudes):
-    """The largest of all lanes' as a whole number with its bits: above infinity's where there is a
-    NaN.
+    """Return the bits of the largest magnitude of all lanes.
+
+    Magnitudes are not negative, so their bits as integers have their order, with NaN above ∞: an
+    integer maximum keeps a NaN, which a float maximum may skip.
     """
     return tl.max(tl.max(magnitudes.to(tl.int32, bitcast=True), 1), 0)
 
@@ -63,8 +66,9 @@ def _beyond(bits, LIMIT: tl.constexpr):
 def _hits(
     g, u, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, ALPHA: tl.constexpr, AFTER: tl.constexpr
 ):
-    """Each lane's hits of the gate's limit, of up's above and of up's below, a byte each: it has
-    few elements.
+    """Each lane's hits of the gate's limit, of up's from above and from below, one byte each.
+
+    One sum then counts all three; a lane has fewer than 256 elements.
     """
     _, _, gate_hit = gated(g.to(tl.float32), GATE_LIMIT, ALPHA, AFTER)
     _, high, low = clamp_up(u.to(tl.float32), UP_LIMIT, 0.0)
@@ -73,7 +77,7 @@ def _hits(
 
 @triton.jit
 def _write(part_ptr, counts, gate_most, up_most, out_most, squares):
-    """A record's eight words: three counts, three extrema's bits, Σ product²; the last is not read."""
+    """Store a record: three counts, the bits of three extrema and of Σ product², one unused word."""
     # Two sums in one word: a tile has fewer than 32768 elements.
     two = _summed((counts & 0xFF) + ((counts & 0xFF00) << 8))
     i = tl.arange(0, COUNTS_WIDTH)
@@ -104,11 +108,10 @@ def record_whole(
     AFTER: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """A tile of one expert: of most, the extrema say that there is no hit to count."""
+    """Record a tile of one expert. Hits are counted only if an extremum is beyond a limit."""
     gate = _largest(gate_most)
     up = _largest(up_most)
     counts = tl.zeros(gate_most.shape, tl.int32)
-    # Only a value beyond a limit can have hit it.
     if (_beyond(gate, GATE_LIMIT) | _beyond(up, UP_LIMIT)) != 0:
         for r in tl.static_range(PARTS):
             counts += _hits(gates[r], ups[r], GATE_LIMIT, UP_LIMIT, ALPHA, AFTER)
@@ -133,9 +136,7 @@ def record_share(
     PARTS: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """The rows from `start` to `end` of a tile that several experts share: it is read once more,
-    from the cache.
-    """
+    """Record one expert's rows of a shared tile, `start` to `end`, read again from the cache."""
     squares = tl.zeros((BR, f.shape[0]), tl.float32)
     gate_most = squares
     up_most = squares
@@ -172,9 +173,7 @@ def per_expert(
     BA: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """One expert's eight numbers, from its records, which lie one behind another; NaN while
-    switched off.
-    """
+    """Reduce one expert's records to its row of `COUNTS_LAYOUT`; NaN while the flag is 0."""
     e = tl.program_id(0)
     start = tl.load(ends_ptr + e - 1, e > 0, 0)
     end = tl.load(ends_ptr + e)

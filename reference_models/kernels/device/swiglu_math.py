@@ -1,6 +1,10 @@
-"""The clamped gated activation of one tile, on the device: gate, up, slopes and clamp hits."""
+"""The clamped gated activation of one tile on the device: values, derivatives and clamp hits.
 
-# Bodies of kernels are Triton's language: tuples grow, arguments are pointers.
+silu(min(g, limit)) · clamp(u, ±limit), DeepSeek-V4's clamped SwiGLU (arXiv 2606.19348); gpt-oss
+has g·σ(αg)·(u + 1) with interleaved columns.
+"""
+
+# Kernel bodies are Triton code: tuples grow by concatenation, and arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 import triton
@@ -13,8 +17,9 @@ from geodiag.reference_models.kernels.device.math import sigmoid
 
 @triton.jit
 def gated(g, LIMIT: tl.constexpr, ALPHA: tl.constexpr, AFTER: tl.constexpr):
-    """The gate's factor, its derivative, and where it hit its limit. Comparisons, unlike minimum,
-    keep NaN.
+    """g·σ(αg) with the gate clamped, its derivative, and where the limit was hit.
+
+    The clamp is a comparison and not `minimum`, which would replace a NaN by the limit.
     """
     held = g
     if LIMIT is not None and not AFTER:
@@ -35,6 +40,7 @@ def gated(g, LIMIT: tl.constexpr, ALPHA: tl.constexpr, AFTER: tl.constexpr):
 
 @triton.jit
 def clamp_up(u, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
+    """clamp(u, ±LIMIT) + OFFSET, and where u was above and below."""
     high = u > float("inf")
     low = high
     held = u
@@ -47,6 +53,7 @@ def clamp_up(u, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
 
 @triton.jit
 def columns(f, F: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Return the columns of gate f and up f: alternating, or one half each."""
     if INTERLEAVED:
         return 2 * f, 2 * f + 1
     return f, F + f
@@ -54,8 +61,9 @@ def columns(f, F: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def load_both(x_ptr, a, f, live, F: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Gates and ups of rows a, (BR), and columns f, (lanes, VEC): (BR, lanes, VEC), so that a lane
-    sums its own.
+    """Load gates and ups of rows a (BR) and columns f (lanes, VEC), each as (BR, lanes, VEC).
+
+    VEC neighbours are 16 bytes of one lane, so a sum over the last dimension stays in the lane.
     """
     gate_column, up_column = columns(f, F, INTERLEAVED)
     inside = live[:, None, None] & (f < F)[None]

@@ -1,6 +1,6 @@
 """Loading one tile of a stream."""
 
-# Bodies of kernels are Triton's language: arguments are pointers.
+# Kernel bodies are Triton code: arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
@@ -9,7 +9,10 @@ import triton.language as tl
 
 @triton.jit
 def tile(ptr, t0, j, c0, t, c, inside, N: tl.constexpr, C: tl.constexpr, TMA: tl.constexpr):
-    """Tokens t of stream j, channels c: through a descriptor of (T, N·C), or by addresses."""
+    """Load tokens t of stream j, channels c: by the copy engine (TMA) or by addresses.
+
+    TMA keeps loads in flight without registers for addresses, and pipelines safely into a product.
+    """
     if TMA:
         return ptr.load([t0, j * C + c0])
     else:
