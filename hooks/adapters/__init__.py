@@ -3,6 +3,7 @@
 from torch import nn
 
 from geodiag.errors import GeodiagError
+from geodiag.hooks import torch_internals
 from geodiag.hooks.adapters import deepseek_v4, generic, reference
 from geodiag.hooks.adapters.base import Layout
 
@@ -15,7 +16,7 @@ def find_layout(model: nn.Module, fresh: bool = False) -> Layout:
     fresh: compiled parts of the model have not run yet, so hooks added now take effect.
     GeodiagError if the model has no blocks, or if it is compiled already.
     """
-    if not fresh and any(_compiled(m) for m in model.modules()):
+    if not fresh and any(torch_internals.is_compiled(m) for m in model.modules()):
         raise GeodiagError(
             f"{type(model).__name__} is compiled already, and compiled code ignores hooks that are "
             "added later; attach geodiag first, then call torch.compile"
@@ -28,7 +29,3 @@ def find_layout(model: nn.Module, fresh: bool = False) -> Layout:
         f"{type(model).__name__} has no list of alike blocks to watch; "
         "attach to the module that holds the decoder's layers"
     )
-
-
-def _compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from geodiag.hooks import torch_internals
+
 # T tokens (any leading shape), N streams, C channels, E experts, K experts per token,
 # A assignments of tokens to experts, F expert dim
 
@@ -303,14 +305,7 @@ def output_scaling(
 def register_first_hook(
     module: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any]
 ) -> Removable:
-    """Register a forward hook that runs before all existing ones.
-
-    torch's own `prepend` orders the hooks differently for calls and for enumeration, and
-    torch.compile before 2.13 enumerates: it would confuse the variables of two hooks. Here both
-    orders are the same.
-    """
+    """Register a forward hook that runs before all existing ones."""
     handle = module.register_forward_hook(hook)
-    hooks = module._forward_hooks
-    for key in list(hooks)[:-1]:
-        hooks[key] = hooks.pop(key)
+    torch_internals.move_last_forward_hook_to_front(module)
     return handle

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geodiag.hooks import torch_internals
 from geodiag.hooks.distributed.sharded_weights import complete_on_all_ranks, is_sharded
 from geodiag.hooks.routing.isolated_forward import isolated
 
@@ -138,10 +139,7 @@ def _eager(model: nn.Module) -> AbstractContextManager[Any]:
     """Compiled parts run as they are written: a probe is not worth graphs of its own, and its hooks
     do what no graph can hold.
     """
-    compiled = any(
-        m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule"
-        for m in model.modules()
-    )
+    compiled = any(torch_internals.is_compiled(m) for m in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geodiag.hooks import torch_internals
 from geodiag.hooks.adapters.base import Choice, Removable, RouterSite, Watch
 from geodiag.hooks.distributed.sharded_weights import is_sharded, reshard
 
@@ -46,16 +47,18 @@ class _SavedBuffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._saved: list[tuple[nn.Module, str, Tensor, int, Tensor]] = [
-            (module, name, buffer, buffer._version, buffer.clone())
+            (module, name, buffer, torch_internals.version(buffer), buffer.clone())
             for module in model.modules()
-            for name, buffer in module._buffers.items()
+            for name, buffer in torch_internals.own_buffers(module).items()
             if buffer is not None
         ]
 
     def restore(self) -> None:
         for module, name, buffer, version, saved in self._saved:
-            module._buffers[name] = buffer  # some modules replace the tensor itself
-            if buffer._version != version:
+            torch_internals.own_buffers(module)[name] = (
+                buffer  # some modules replace the tensor itself
+            )
+            if torch_internals.version(buffer) != version:
                 buffer.copy_(saved)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from geodiag.defaults import DELAY_STEPS
 from geodiag.errors import GeodiagError
+from geodiag.hooks import torch_internals
 from geodiag.hooks.adapters.base import RouterSite, RouterView
 from geodiag.hooks.distributed.sharded_weights import full_from_local, is_dtensor, local
 from geodiag.hooks.routing.base import Rerouting
@@ -135,7 +136,7 @@ class RouterLag(Rerouting):
                 torch.empty_like(t, dtype=like.dtype)
                 for t, like in zip(old, self._today, strict=True)
             ]
-        torch._foreach_copy_(self._lagged, old)
+        torch_internals.copy_all(self._lagged, old)
 
     def _switch_off(self) -> None:
         self._on = False
