@@ -118,6 +118,11 @@ def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[Tensor]:
     return list(torch._foreach_norm(list(tensors), order))
 
 
+def subtract_all(minuends: Sequence[Tensor], subtrahends: Sequence[Tensor]) -> list[Tensor]:
+    """Return the difference of each pair, in a few kernels for all. `torch._foreach_sub`."""
+    return list(torch._foreach_sub(list(minuends), list(subtrahends)))
+
+
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its target, in a few kernels for all of them. `torch._foreach_copy_`."""
     torch._foreach_copy_(list(targets), list(sources))

@@ -8,10 +8,13 @@ name, so that this module works with every torch version that geodiag supports.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from geodiag.hooks.failure_guard import FirstFailure
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -138,18 +141,13 @@ def for_each_gathered(
     since the other ranks gather them too; the first error is raised at the end.
     """
     results: dict[K, V] = {}
-    failure: Exception | None = None
+    failures = FirstFailure()
     for key, module in modules:
         with gathered(module):
-            try:
-                result = work(key)
-            except Exception as e:  # raised after the loop
-                failure = failure or e
-                continue
+            result = failures.run(partial(work, key))
         if result is not None:
             results[key] = result
-    if failure is not None:
-        raise failure
+    failures.raise_if_any()
     return results
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geodiag.hooks import torch_internals
 from geodiag.hooks.adapters.base import (
     ActView,
     ExpertSite,
@@ -198,7 +199,7 @@ class ForwardHooks:
             if idle or not torch.is_grad_enabled():
                 return
             if can_keep():
-                if (kind, place) in self._seen and in_backward():
+                if (kind, place) in self._seen and torch_internals.in_backward():
                     return  # a checkpoint computes the forward once more
                 self._seen.add((kind, place))
             self._guard.run(where, lambda: _without_grad(view, write), retry=False)
@@ -269,8 +270,3 @@ def _without_grad(view: Callable[[], Any], write: Callable[[Any], None]) -> None
     # tensors that it saves.
     with torch.no_grad():
         write(view())
-
-
-def in_backward() -> bool:
-    """Return whether autograd is running a backward in this thread."""
-    return torch._C._current_graph_task_id() != -1

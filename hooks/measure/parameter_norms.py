@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from geodiag.hooks import torch_internals
 from geodiag.hooks.adapters.base import Layout, Removable
 from geodiag.hooks.distributed.sharded_weights import local, replica_count
 from geodiag.hooks.failure_guard import FailureGuard
@@ -184,7 +185,7 @@ class ParameterNorms:
         after = [_sample(p, s) for p, s in self._sampled(params)]
         scale = [s for _, s in self._sampled(params)]
         self._add(place, WEIGHT_SQUARES, params, before, scale)
-        self._add(place, UPDATE_SQUARES, params, list(torch._foreach_sub(after, before)), scale)
+        self._add(place, UPDATE_SQUARES, params, torch_internals.subtract_all(after, before), scale)
 
     def _sampled(self, params: list[Tensor]) -> list[tuple[Tensor, int]]:
         """Return each parameter's local values and the stride of those that are compared."""
@@ -200,7 +201,7 @@ class ParameterNorms:
     ) -> None:
         """Add up the squares of one tensor a parameter, by owner."""
         sums = self._sums_of(params)
-        norms = torch.stack(torch._foreach_norm(values)).float()
+        norms = torch.stack(torch_internals.norms(values)).float()
         squares = norms.square() * sums.shares
         if strides is not None:
             squares = squares * self._strides(params, strides)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from geodiag.hooks import torch_internals
 from geodiag.hooks.adapters.base import Layout, RouterSite, RouterView
 from geodiag.hooks.measure import formulas
 from geodiag.hooks.measure.metric_group import MetricGroup
@@ -211,7 +212,7 @@ def load_cv(seen: RouterTotals) -> Tensor:
 def bias_abs_max(seen: RouterTotals) -> Tensor:
     """NaN where a router has no bias."""
     there = [b.detach() for b in seen.biases if b is not None]
-    norms = iter(torch._foreach_norm(there, torch.inf) if there else [])
+    norms = iter(torch_internals.norms(there, torch.inf) if there else [])
     nothing = seen.load_RE.new_full((), torch.nan)
     return torch.stack([nothing if b is None else next(norms).float() for b in seen.biases])
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from geodiag.hooks.adapters.base import Layout, Removable
+from geodiag.hooks.failure_guard import FirstFailure
 from geodiag.hooks.measure import formulas
 from geodiag.hooks.measure.metric_group import MetricGroup
 from geodiag.hooks.probes.batch import PROBE_TOKENS, ProbeBatch
@@ -37,7 +38,7 @@ class PerturbationGrowth:
         self._on = False
         self._changes: list[Tensor] = []
         self._end: Tensor | None = None
-        self._failure: Exception | None = None
+        self._failures = FirstFailure()
         self._handles: list[Removable] = []
         if layout.watch_end is None:
             return
@@ -60,32 +61,20 @@ class PerturbationGrowth:
         self._on, self._changes, self._end = True, [], None
         try:
             self._batch.run_copies(copies, max(16, PROBE_TOKENS // copies))
-            if self._failure is not None:
-                raise self._failure
+            self._failures.raise_if_any()
             assert self._end is not None, "the end is watched"
             after = (self._end[1:] - self._end[:1]).flatten(1).norm(dim=1)
             growth = dict(zip(self._layers, after / torch.stack(self._changes), strict=True))
             return formulas.in_order(range(self._count), growth)
         finally:
-            self._on, self._changes, self._end, self._failure = False, [], None, None
-
-    def _guarded(self, work: Callable[[], Any]) -> Any:
-        """What fails here is raised behind the forward: of a sharded model, one that was begun must
-        end.
-        """
-        try:
-            return work()
-        except Exception as e:  # raised by `run`, when the forward is over
-            self._failure = self._failure or e
-            return None
+            self._on, self._changes, self._end = False, [], None
+            self._failures = FirstFailure()
 
     def _changing(self, copy: int, layer: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            return (
-                self._guarded(lambda: self._changed(copy, layer, args, kwargs))
-                if self._on
-                else None
-            )
+            if not self._on:
+                return None
+            return self._failures.run(lambda: self._changed(copy, layer, args, kwargs))
 
         return hook
 
@@ -104,7 +93,7 @@ class PerturbationGrowth:
 
     def _ended(self, view: Callable[[], Tensor]) -> None:
         if self._on:
-            self._end = self._guarded(lambda: view().detach().float())
+            self._end = self._failures.run(lambda: view().detach().float())
             self._batch.stop_forward()
 
     def remove(self) -> None:

@@ -26,7 +26,7 @@ from geodiag.hooks.adapters.base import (
     RouterView,
     Sink,
 )
-from geodiag.hooks.failure_guard import Report
+from geodiag.hooks.failure_guard import FailureGuard
 from geodiag.hooks.measure import formulas
 from geodiag.hooks.measure.experts import COUNTERFACTUAL_LIMIT
 from geodiag.hooks.probes.batch import ProbeBatch
@@ -58,13 +58,13 @@ class ProbeResult:
 class ProbeForward:
     """Watches the layers that are recorded."""
 
-    def __init__(self, batch: ProbeBatch, layout: Layout, report: Report) -> None:
-        self.batch, self._report = batch, report
+    def __init__(self, batch: ProbeBatch, layout: Layout, guard: FailureGuard) -> None:
+        self.batch = batch
+        self._guard = guard
         self.seen = ProbeResult()
         self._wanted: frozenset[str] = frozenset()
         self._then: dict[int, Choice] = {}
         self._view: RouterView | None = None
-        self._broken: set[str] = set()
         self._project = Projection()
         self._handles: list[Removable] = []
         for router in layout.routers:
@@ -118,19 +118,9 @@ class ProbeForward:
     def _sink(self, where: str, write: Callable[[Any], None], group: str) -> Sink:
         def sink(view: Callable[[], Any]) -> None:
             if group in self._wanted:
-                self._guarded(where, lambda: write(view()))
+                self._guard.run(f"probe of {where}", lambda: write(view()), retry=False)
 
         return sink
-
-    def _guarded(self, where: str, work: Callable[[], None]) -> None:
-        """One place that cannot be watched does not take the others with it."""
-        if where in self._broken:
-            return
-        try:
-            work()
-        except Exception as e:  # monitoring must not end a training: said once, then silent here
-            self._broken.add(where)
-            self._report(f"probe of {where}", e)
 
     # -- what is kept ------------------------------------------------------------------------
 
@@ -139,7 +129,8 @@ class ProbeForward:
 
     def _chosen(self, site: RouterSite, _module: nn.Module, _args: tuple, output: Any) -> None:
         if self._wanted:
-            self._guarded(f"router {site.layer}", lambda: self._router(site, output))
+            name = f"probe of router {site.layer}"
+            self._guard.run(name, lambda: self._router(site, output), retry=False)
 
     def _router(self, site: RouterSite, output: Any) -> None:
         seen, layer, view = self.seen, site.layer, self._view

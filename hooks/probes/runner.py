@@ -62,7 +62,7 @@ class Probes:
         self.batch = ProbeBatch(model, batch)
         self._by_domain = by_domain
         self._guard = guard
-        self._forward = ProbeForward(self.batch, layout, guard.failed)
+        self._forward = ProbeForward(self.batch, layout, guard)
         self._growth = PerturbationGrowth(self.batch, layout)
         self._spectra = WeightSpectra(layout)
         self._then: dict[int, Choice] = {}

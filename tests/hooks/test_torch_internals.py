@@ -92,6 +92,13 @@ def test_foreach_norm_is_the_norm_of_each():
             torch.testing.assert_close(norm, torch.linalg.vector_norm(tensor, order))
 
 
+def test_foreach_sub_subtracts_each():
+    a = [torch.randn(3), torch.randn(2, 2)]
+    b = [torch.randn(3), torch.randn(2, 2)]
+    for found, x, y in zip(torch_internals.subtract_all(a, b), a, b, strict=True):
+        assert torch.equal(found, x - y)
+
+
 def test_foreach_copy_copies_each():
     sources: list[Tensor] = [torch.randn(3), torch.randn(2, 2)]
     targets = [torch.zeros(3), torch.zeros(2, 2)]

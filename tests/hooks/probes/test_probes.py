@@ -140,7 +140,13 @@ def test_every_group_gives_its_values(twice: tuple) -> None:
     ):
         assert f"layers.{name}" in got
     assert {"layers.perturbation_growth", "experts.curvature", TRACED_TOKENS, TRACED_IDS} <= got
-    assert {"tokens.norm", "tokens.projection_2", TRACED_EXPERTS, "tokens.margin", "tokens.flipped"} <= got
+    assert {
+        "tokens.norm",
+        "tokens.projection_2",
+        TRACED_EXPERTS,
+        "tokens.margin",
+        "tokens.flipped",
+    } <= got
     assert {"domains.flip_rate", "domains.clamp_gate_rate"} <= got
     assert "layers.attn_logit_max" in got
 
