@@ -45,10 +45,10 @@ def curves(
         trial = by_arm[name]
         seen, steps = losses(trial), np.array(trial["steps"])
         last = {s: i for i, s in enumerate(steps)}
-        undone = np.array([last[s] != i for i, s in enumerate(steps)])
+        replaced = np.array([last[s] != i for i, s in enumerate(steps)])
         figure.add_scatter(y=seen, line={"color": LIGHT.ink, "width": 1.4}, row=row, col=1)
         figure.add_scatter(
-            y=np.where(undone, seen, np.nan),
+            y=np.where(replaced, seen, np.nan),
             line={"color": ROLLED_BACK, "width": 1.6},
             row=row,
             col=1,
@@ -98,9 +98,9 @@ def against_none(rows: Sequence[Mapping[str, Any]], measure: str, title: str) ->
     better.
     """
     # Where no spike was detected, every answer to spikes is the training without one, bit for bit.
-    told = [r for r in rows if r["arm"] != "none" and r["against_none"].get(measure, {}).get("n")]
+    rated = [r for r in rows if r["arm"] != "none" and r["against_none"].get(measure, {}).get("n")]
     found = [
-        r for r in told if r["against_none"][measure]["low"] or r["against_none"][measure]["high"]
+        r for r in rated if r["against_none"][measure]["low"] or r["against_none"][measure]["high"]
     ]
     names = [f"{r['scenario']}   <b>{r['arm']}</b>" for r in found]
     cells = [r["against_none"][measure] for r in found]

@@ -1,9 +1,8 @@
-"""Screenshots of every page, light and dark: `python tools/screenshots.py RUNS_FOLDER RUN [--out
-docs/screenshots]`.
+"""Write screenshots of every page: `python tools/screenshots.py FOLDER RUN [--out docs/screenshots]`.
 
-Serves the folder itself, drives the system Chromium (or $CHROMIUM), and writes <page>.png and
-<page>-dark.png. With `--cascade NAME`, the verdict and the picture of one cascade alone, as
-cascade-NAME.png.
+The script serves the folder itself and uses the system's Chromium (or $CHROMIUM). It writes
+<page>.png and <page>-dark.png. With `--cascade NAME` it writes only the verdict and the figure of
+one cascade, as cascade-NAME.png.
 """
 
 import argparse
@@ -22,7 +21,7 @@ FLAGS += ["--disable-component-update", "--disable-sync"]
 
 
 def shoot(page: Page, base: str, run: str, name: str, query: str, target: Path, full: bool) -> None:
-    """One page, once its charts are drawn."""
+    """Write a screenshot of one page after its charts are drawn."""
     page.goto(f"{base}/" if name == "runs" else f"{base}/run/{run}/{name}{query}")
     page.wait_for_selector(".card")
     page.wait_for_load_state("networkidle")
@@ -33,7 +32,7 @@ def shoot(page: Page, base: str, run: str, name: str, query: str, target: Path, 
 
 
 def shoot_cascade(page: Page, base: str, run: str, query: str, target: Path) -> None:
-    """The verdict and the picture, without the frame around them."""
+    """Write a screenshot of the verdict and the cascade figure alone."""
     page.goto(f"{base}/run/{run}/cascade{query}")
     page.wait_for_selector("#cascade-picture .main-svg")
     page.wait_for_load_state("networkidle")

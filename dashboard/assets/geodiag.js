@@ -1,10 +1,10 @@
-// What runs in the browser: the tick that rests in hidden tabs, light and dark, and the cells of the tables.
+// Code in the browser: the tick (off in hidden tabs), light or dark, cells of the tables.
 
 window.dash_clientside = window.dash_clientside || {};
 window.dash_clientside.geodiag = {
   tick: (n) => (document.hidden || !n ? window.dash_clientside.no_update : n),
 
-  // First call: follow the system unless a cookie already said which. Later calls: the button.
+  // First call: follow the system unless a cookie has the choice. Later calls: the button.
   theme: (clicks, now, known) => {
     const keep = [window.dash_clientside.no_update, window.dash_clientside.no_update];
     let next = now === "dark" ? "light" : "dark";

@@ -1,15 +1,15 @@
-// What runs in a page that is a file: it draws the charts, follows light and dark, zooms them together, and prints.
+// Script of a report: draws the charts, follows light and dark, zooms them together, prints.
 
 (() => {
   const { charts, template, config } = JSON.parse(document.getElementById("data").textContent);
   const system = window.matchMedia("(prefers-color-scheme: dark)");
-  const PRINTED = 670; // what a sheet leaves a chart between its margins and its frame, in CSS pixels
-  let look = null;
+  const PRINTED = 670; // width of a chart on paper, in CSS pixels
+  let theme = null;
   let zooming = false;
 
   const figureOf = (chart) => {
     const { data, layout } = structuredClone(chart.figure);
-    if (look === "dark") {
+    if (theme === "dark") {
       for (const [path, value] of chart.dark) {
         const last = path[path.length - 1];
         path.slice(0, -1).reduce((at, key) => at[key], { data, layout })[last] = value;
@@ -38,18 +38,18 @@
     place.on("plotly_relayout", (change) => zoomed(chart, change));
   };
 
-  const wear = (name) => {
-    look = name;
+  const applyTheme = (name) => {
+    theme = name;
     document.documentElement.dataset.mantineColorScheme = name;
   };
 
   const follow = () => {
-    wear(system.matches ? "dark" : "light");
+    applyTheme(system.matches ? "dark" : "light");
     charts.filter((c) => c.drawn).forEach(draw);
   };
 
   window.addEventListener("beforeprint", () => {
-    wear("light");
+    applyTheme("light");
     charts.forEach((c) => { draw(c); Plotly.relayout(c.id, { width: PRINTED }); });
   });
   window.addEventListener("afterprint", () => {

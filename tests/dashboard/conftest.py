@@ -1,4 +1,4 @@
-"""The page under test: synthetic runs, one server for all browser tests, one Chromium."""
+"""Fixtures: synthetic runs, one server for all browser tests, one Chromium."""
 
 import os
 import shutil
@@ -54,9 +54,7 @@ def chromium():
 
 @pytest.fixture
 def page(chromium, served):
-    """A fresh tab that is logged in; at the end, nothing may have been logged as an error or
-    fetched elsewhere.
-    """
+    """A new tab with the token. Fails on console errors and on requests to other hosts."""
     context = chromium.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light")
     tab = context.new_page()
     wrong: list[str] = []

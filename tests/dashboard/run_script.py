@@ -1,6 +1,4 @@
-"""What a synthetic run is like: every table's columns as functions of the step, with tears that
-cascade.
-"""
+"""The script of a synthetic run: the columns of every table as functions of the step."""
 
 from dataclasses import dataclass
 
@@ -14,9 +12,7 @@ from geodiag.metrics.schema import SITES
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptedSpike:
-    """A loss spike that starts in one expert, spreads to the routers, is amplified, and reaches the
-    loss.
-    """
+    """A loss spike that starts in one expert and passes through all three stages."""
 
     onset: int
     layer: int
@@ -24,7 +20,7 @@ class ScriptedSpike:
     rise: int = 6
     decay: float = 18.0
     leads: tuple[int, int, int] = (22, 13, 8)
-    """How many steps before the loss each stage begins."""
+    """Steps between the start of each stage and the spike of the loss."""
 
     def pulse(self, step_S: np.ndarray, stage: int = 0) -> np.ndarray:
         """0 before the stage begins, 1 at the loss's peak, then decaying."""
@@ -44,7 +40,7 @@ class ScriptedSpike:
 
 @dataclass(frozen=True, kw_only=True)
 class RunScript:
-    """What a synthetic run is like."""
+    """A synthetic run: its model, its length, its spikes."""
 
     residual: str = "mhc"
     layers: int = 6
@@ -377,10 +373,11 @@ class RunScript:
         return sorted(out, key=lambda e: e.step)
 
     def _near(self, step_S, layer_R, stage: int, reach: int = 0, below: bool = False) -> np.ndarray:
-        """How strongly each step and site feels the tears: at their layer, `reach` layers on, or
-        all below.
+        """Return the effect of the spikes at each step and site.
+
+        A spike acts on its own layer, on the next `reach` layers, or on all layers below.
         """
-        felt = np.zeros((len(step_S), len(layer_R)))
+        effect = np.zeros((len(step_S), len(layer_R)))
         for spike in self.spikes:
             distance = layer_R - spike.layer
             share = np.where(
@@ -388,8 +385,8 @@ class RunScript:
                 0.75**distance if not below else 1,
                 0,
             )
-            felt += spike.pulse(step_S, stage)[:, None] * share[None]
-        return felt
+            effect += spike.pulse(step_S, stage)[:, None] * share[None]
+        return effect
 
 
 def _only(where: np.ndarray, values: np.ndarray) -> np.ma.MaskedArray:

@@ -1,8 +1,7 @@
-"""Realistic runs without training: written with Run.create and Run.append, as a training would
-write them.
+"""Realistic runs without training, written with Run.create and Run.append.
 
-`python tests/dashboard/synthetic.py FOLDER [--long]` makes the runs that the page is developed
-with.
+`python tests/dashboard/synthetic.py FOLDER [--long]` writes the runs for the development
+of the pages.
 """
 
 import sys
@@ -15,7 +14,7 @@ from tests.dashboard.run_script import RunScript, ScriptedSpike
 
 
 def write_rows(run: Run, script: RunScript, first: int, last: int, chunk: int = 200) -> None:
-    """Appends the rows of steps first ≤ step < last."""
+    """Append the rows of steps first ≤ step < last."""
     for a in range(first, last, chunk):
         step_S = np.arange(a, min(a + chunk, last))
         run.append("steps", script.steps_columns(step_S))
@@ -31,7 +30,7 @@ def write_rows(run: Run, script: RunScript, first: int, last: int, chunk: int = 
 
 
 def create(folder: Path, script: RunScript) -> Run:
-    """An open run whose manifest tells the story; no rows yet."""
+    """Create an open run with the manifest of the script, without rows."""
     sites = [f"{layer}.{s}" for layer in range(script.layers) for s in ("attn", "ffn")]
     found = {
         "sites": sites if script.residual != "plain" else [],
@@ -47,7 +46,7 @@ def create(folder: Path, script: RunScript) -> Run:
 
 
 def write(folder: Path, script: RunScript, close: bool = True) -> Run:
-    """The whole story as a run directory."""
+    """Write the whole script as a run directory."""
     run = create(folder, script)
     write_rows(run, script, 0, script.steps)
     for event in script.events():

@@ -1,4 +1,4 @@
-"""The cascade view in a real browser: chosen, clicked, shared, followed while the training runs."""
+"""The cascade page in a real browser: select, click, share, follow a live training."""
 
 import json
 import re
@@ -117,7 +117,7 @@ def test_a_drag_picks_a_window_in_a_run_without_a_spike(page):
     page.locator(".choice.here").wait_for()
 
 
-def test_the_view_follows_a_training_and_shows_its_spike_when_it_comes(page, runs):
+def test_the_page_shows_a_spike_of_a_live_training_when_it_is_detected(page, runs):
     script = synthetic.RunScript(
         steps=400, layers=3, seed=6, spikes=(synthetic.ScriptedSpike(onset=300, layer=1, expert=2),)
     )

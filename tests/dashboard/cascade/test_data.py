@@ -1,6 +1,4 @@
-"""What the cascade page looks at: which spikes there are, the window, the cell, its maps, tokens
-and usual ranges.
-"""
+"""Data of the cascade page: spikes, window, cell, residual maps, tokens, usual ranges."""
 
 import shutil
 
@@ -100,7 +98,7 @@ def test_spikes_and_warnings_can_be_chosen_and_the_newest_spike_is(spiked):
     assert chosen_step(spiked, View(spike=351)) == 351
 
 
-def test_the_cascade_of_the_chosen_spike_is_the_cores(spiked):
+def test_the_cascade_of_the_chosen_spike_equals_explain(spiked):
     from geodiag.cascade.explain import explain
 
     found = cascade_of(spiked, 360)
@@ -109,14 +107,14 @@ def test_the_cascade_of_the_chosen_spike_is_the_cores(spiked):
     assert (found.stage, found.layer) == (1, 3)
 
 
-def test_any_step_can_be_asked_about_and_nonsense_is_one_line(spiked):
-    asked = cascade_of(spiked, 355)
-    assert isinstance(asked, Cascade)
-    assert asked.spike is None
-    said = cascade_of(spiked, 10**6)
-    assert isinstance(said, str)
-    assert "599" in said
-    assert "\n" not in said
+def test_any_step_can_be_explained_and_an_unknown_step_is_one_line(spiked):
+    found_by_step = cascade_of(spiked, 355)
+    assert isinstance(found_by_step, Cascade)
+    assert found_by_step.spike is None
+    text = cascade_of(spiked, 10**6)
+    assert isinstance(text, str)
+    assert "599" in text
+    assert "\n" not in text
 
 
 def test_a_run_without_a_spike_offers_its_most_unusual_step(runs):
@@ -156,7 +154,7 @@ def test_a_very_wide_window_is_cut_around_the_spike():
     assert window_of(Long(), View(steps=(0, 19_999)), None) == (19_999 - LONGEST, 19_999)
 
 
-def test_the_cell_is_the_readers_else_the_origin_else_the_worst_there_is(spiked):
+def test_the_cell_is_the_selected_one_else_the_origin_else_the_worst(spiked):
     found = cascade_of(spiked, 360)
     stages = stages_of(spiked, (320, 400))
     assert cell_of(View(stage=2, layer=4, step=370), found, stages) == StageCell(2, 4, 370)
@@ -187,7 +185,7 @@ def test_a_click_on_a_map_is_a_cell_and_a_click_on_the_loss_is_none():
 # -- what is in a cell -----------------------------------------------------------------------------
 
 
-def test_the_series_of_a_cell_are_its_stages_and_the_odd_ones_come_first(spiked):
+def test_the_series_of_a_cell_belong_to_its_stage_and_the_most_unusual_come_first(spiked):
     from geodiag.anomaly.metric_roles import SIGNALS, STAGE_OF
 
     found = cascade_of(spiked, 360)
@@ -201,7 +199,7 @@ def test_the_series_of_a_cell_are_its_stages_and_the_odd_ones_come_first(spiked)
     assert odd.score > 5 * calm.score
 
 
-def test_what_is_usual_is_told_from_before_the_cascade_only(spiked):
+def test_the_usual_range_is_computed_from_steps_before_the_cascade(spiked):
     found = cascade_of(spiked, 360)
     series = {
         s.metric.name: s
@@ -219,7 +217,7 @@ def test_what_is_usual_is_told_from_before_the_cascade_only(spiked):
     assert late["gate_amax"].usual[1] > 2 * gate.usual[1]  # the twin: it would swallow the rise
 
 
-def test_a_composite_is_the_product_of_the_maps_in_the_order_in_which_they_are_passed(spiked):
+def test_a_composite_map_is_the_product_of_the_maps_in_the_order_of_the_sites(spiked):
     rows = spiked.run.read("matrices", steps=(350, 351))
     product = np.eye(4)
     for layer in range(4):
@@ -264,7 +262,7 @@ def test_traced_tokens_keep_their_order_of_sites_and_their_flips(spiked):
 # --------------------------------------------------------------------------------------
 
 
-def test_the_map_of_a_living_run_is_not_worked_out_at_every_step(tmp_path, monkeypatch):
+def test_the_stage_map_of_a_live_run_is_not_recomputed_at_every_step(tmp_path, monkeypatch):
     script = synthetic.RunScript(steps=400, layers=3)
     run = synthetic.create(tmp_path / "r", script)
     synthetic.write_rows(run, script, 0, 300)
@@ -285,7 +283,7 @@ def test_the_map_of_a_living_run_is_not_worked_out_at_every_step(tmp_path, monke
     run.close()
 
 
-def test_a_cascade_is_explained_once_and_anew_when_more_of_it_is_known(tmp_path, monkeypatch):
+def test_a_cascade_is_explained_again_only_when_new_steps_can_change_it(tmp_path, monkeypatch):
     script = synthetic.RunScript(
         steps=500, layers=3, spikes=(synthetic.ScriptedSpike(onset=300, layer=1, expert=2),)
     )
@@ -295,18 +293,18 @@ def test_a_cascade_is_explained_once_and_anew_when_more_of_it_is_known(tmp_path,
         if event.step <= 302:
             run.event(event)
     cache = RunCache(open_run(tmp_path / "r"))
-    asked: list[int] = []
-    monkeypatch.setattr(selection, "explain", lambda r, s: asked.append(s))
+    explained: list[int] = []
+    monkeypatch.setattr(selection, "explain", lambda r, s: explained.append(s))
     for last in range(303, 330):
         synthetic.write_rows(run, script, last, last + 1)
         cache.refresh()
         cascade_of(cache, 300)
         cascade_of(cache, 300)
-    assert len(asked) == 6  # steps 303 to 308, which may still tell how far it reached
+    assert len(explained) == 6  # steps 303 to 308, which can still change the result
     run.close()
 
 
-def test_the_page_is_whole_at_every_moment_of_a_run(tmp_path):
+def test_the_page_can_be_drawn_at_every_moment_of_a_run(tmp_path):
     script = synthetic.RunScript(
         steps=60, layers=2, spikes=(synthetic.ScriptedSpike(onset=40, layer=1, expert=2),)
     )
@@ -343,7 +341,7 @@ def test_a_run_that_lacks_a_table_is_shown_without_it(runs, tmp_path, gone):
         assert "Nothing of this stage was recorded here." in texts
 
 
-def test_a_run_of_steps_alone_says_what_to_call(runs, tmp_path):
+def test_a_run_with_steps_alone_names_the_function_to_call(runs, tmp_path):
     shutil.copytree(runs / "mhc-tear", tmp_path / "r")
     for table in ("layers", "experts"):
         shutil.rmtree(tmp_path / "r" / table)
@@ -397,7 +395,7 @@ def test_a_sparse_cadence_is_shown_as_wide_columns(tmp_path):
 # ------------------------------------------------------------------------------------------
 
 
-def test_a_spike_that_was_rolled_back_is_shown_among_its_own_steps(rolled_back):
+def test_a_rolled_back_spike_is_shown_with_the_steps_of_its_attempt(rolled_back):
     assert chosen_step(rolled_back, View()) == 300
     cache_then = selection.cache_of_spike(rolled_back, 300)
     assert cache_then is not rolled_back
@@ -413,7 +411,7 @@ def test_a_spike_that_was_rolled_back_is_shown_among_its_own_steps(rolled_back):
     every_part(rolled_back, View())
 
 
-def test_what_was_rolled_back_is_kept_apart_from_what_took_its_place(rolled_back):
+def test_rolled_back_steps_are_separate_from_the_steps_that_replaced_them(rolled_back):
     (old,) = rolled_back.superseded()
     assert (old.attempt, old.step_S[0], old.step_S[-1]) == (0, 280, 309)
     now = rolled_back.steps()
@@ -440,18 +438,18 @@ def test_marks_are_spikes_warnings_rollbacks_and_later_attempts(rolled_back):
 # ---------------------------------------------------------------------------------------------
 
 
-def test_a_spike_of_the_trail_leads_to_its_cascade_and_a_warning_too(spiked):
+def test_a_spike_and_a_warning_link_to_their_cascade(spiked):
     by_kind = {e["kind"]: e for e in spiked.events()}
     assert jump(spiked, by_kind["spike"]) == "/run/mhc-tear/cascade?spike=360"
     assert jump(spiked, by_kind["early_warning"]) == "/run/mhc-tear/cascade?spike=351"
-    told = {"step": 371, "kind": "cascade", "data": '{"spike_onset": 360, "onset": 351}'}
-    assert jump(spiked, told) == "/run/mhc-tear/cascade?spike=360"
+    event = {"step": 371, "kind": "cascade", "data": '{"spike_onset": 360, "onset": 351}'}
+    assert jump(spiked, event) == "/run/mhc-tear/cascade?spike=360"
     assert jump(spiked, by_kind["decision"]) == "/run/mhc-tear/overview?steps=303-423&step=363"
 
 
-def test_the_verdict_says_where_when_how_sure_and_what_fits(spiked):
+def test_the_verdict_has_place_lead_confidence_and_suggested_fix(spiked):
     found = cascade_of(spiked, 360)
-    said = str(cascade_page._verdict(spiked, View()))
+    text = str(cascade_page._verdict(spiked, View()))
     assert verdict_card.headline(found).startswith("Spike at step 360: ")
     for part in (
         "layer 3, ffn",
@@ -459,11 +457,11 @@ def test_the_verdict_says_where_when_how_sure_and_what_fits(spiked):
         f"{found.confidence:.2f}",
         "SwiGLU clamping",
     ):
-        assert part in said
-    assert said.count("SwiGLU clamping") == 1
+        assert part in text
+    assert text.count("SwiGLU clamping") == 1
 
 
-def test_the_evidence_is_told_with_its_units_and_its_place(spiked):
+def test_the_evidence_has_units_and_places(spiked):
     found = cascade_of(spiked, 360)
     rows = verdict_card.evidence_rows(found)
     assert len(rows) == len(found.evidence)
@@ -473,7 +471,7 @@ def test_the_evidence_is_told_with_its_units_and_its_place(spiked):
     assert all(r["help"] for r in rows)
 
 
-def test_the_frame_tells_what_the_lines_mean_for_kinds_that_there_are(runs, rolled_back):
+def test_the_legend_explains_only_kinds_of_events_that_occur(runs, rolled_back):
     from geodiag.dashboard.components.frame import legend
 
     library = RunLibrary(runs)
@@ -487,7 +485,7 @@ def test_the_frame_tells_what_the_lines_mean_for_kinds_that_there_are(runs, roll
     )
 
 
-def test_a_past_run_reads_like_a_run_that_was_never_rolled_back(rolled_back, tmp_path):
+def test_an_earlier_attempt_reads_like_a_run_that_was_never_rolled_back(rolled_back, tmp_path):
     bad = synthetic.RunScript(
         spikes=(synthetic.ScriptedSpike(onset=300, layer=2, expert=1),), steps=310
     )

@@ -1,6 +1,4 @@
-"""The cascade's pictures: rings where the record says, a path from the origin to the loss, and
-nothing made up.
-"""
+"""The cascade figure: rings at the recorded onsets, and a path from the origin to the loss."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -162,7 +160,7 @@ def test_every_onset_has_its_ring_in_its_own_map_and_layer():
     assert sizes[0] > 2 * sizes[1]
 
 
-def test_the_notes_say_where_what_and_when():
+def test_the_labels_have_place_measurement_and_delay():
     notes = [
         a.text for a in cascade_figure(scene(), LIGHT, cascade()).layout.annotations if a.showarrow
     ]
@@ -171,7 +169,7 @@ def test_the_notes_say_where_what_and_when():
     assert notes[-1] == "loss leaves its trend<br><b>20 steps later</b>"
 
 
-def test_a_note_stays_in_its_own_panel_and_on_the_quiet_side():
+def test_a_label_stays_in_its_panel_and_on_the_quiet_side():
     for layer in range(8):
         fig = cascade_figure(
             scene(), LIGHT, cascade(layer=layer, path=(onset(1, layer, 140), LOSS))
@@ -234,7 +232,7 @@ def test_without_a_precursor_there_is_the_loss_and_no_path():
     assert list(named(fig, "the loss")[0].x) == [160]
 
 
-def test_a_layer_that_the_map_does_not_have_is_no_traceback():
+def test_a_layer_that_is_not_in_the_map_raises_no_error():
     strange = cascade(path=(onset(1, 99, 140), onset("data", None, 141), LOSS))
     assert cascade_figure(scene(), LIGHT, strange, cell=(1, 99, 140)) is not None
 
@@ -249,7 +247,7 @@ def test_layers_need_not_begin_at_0_nor_follow_one_another():
     assert {(s.y0, s.y1) for s in frames} == {(1.5, 2.5)}
 
 
-def test_a_stage_without_a_value_says_why_and_the_others_are_drawn():
+def test_a_stage_without_scores_shows_the_reason_and_the_others_are_drawn():
     scores = np.ones((3, 8, 100), np.float32)
     scores[1] = np.nan
     fig = cascade_figure(scene(scores, missing={2: "no router here"}), LIGHT, cascade())
@@ -264,14 +262,14 @@ def test_a_loss_that_is_not_finite_is_a_mark_and_not_a_gap():
     assert paths(fig)[-1][3] == fig.layout.yaxis.domain[1]
 
 
-def test_an_empty_run_waits_calmly():
+def test_an_empty_run_shows_that_it_waits_for_the_first_step():
     steps = {"step": np.array([], int), "loss": np.array([])}
     stages = StageMap(np.array([], int), np.array([], int), np.empty((3, 0, 0), np.float32))
     fig = cascade_figure(scene(steps=steps, stages=stages), LIGHT)
     assert fig.layout.annotations[0].text == "Waiting for the first step."
 
 
-def test_routing_and_what_was_undone_are_there_too():
+def test_routing_spans_and_rolled_back_steps_are_drawn():
     old = SupersededSteps(0, np.arange(150, 170), np.full(20, 5.0), np.ones(20))
     fig = cascade_figure(
         scene(spans=[RoutingSpan(mode="on", start=170, end=190)], superseded=[old]), DARK, cascade()
@@ -287,11 +285,11 @@ def test_routing_and_what_was_undone_are_there_too():
 def test_each_kind_of_mark_has_a_line_of_its_own_kind_and_only_in_view():
     steps = {"step": STEPS, "loss": np.ones(100), "grad_norm": np.ones(100)}
     steps |= {f"stage{i}_score": np.zeros(100) for i in (1, 2, 3)}
-    said = [
+    given = [
         Mark(kind=k, step=s)
         for k, s in (("spike", 150), ("early_warning", 140), ("rollback", 155), ("fault", 20))
     ]
-    fig = timeline(steps, [], [], LIGHT, marks=said)
+    fig = timeline(steps, [], [], LIGHT, marks=given)
     lines = {s.x0: (s.line.color, s.line.dash) for s in fig.layout.shapes if s.type == "line"}
     assert sorted(lines) == [140, 150, 155]
     assert len(set(lines.values())) == 3
@@ -324,7 +322,7 @@ def test_experts_colours_are_of_one_lightness_and_apart():
 # -- what is in a cell ------------------------------------------------------------------------
 
 
-def test_the_usual_band_lies_behind_its_own_strip():
+def test_the_usual_range_is_a_band_behind_its_own_strip():
     value = np.where(STEPS < 150, 4.0, 40.0)
     strips = [
         Strip("gate_amax", "", STEPS, value, (3.9, 4.1)),
@@ -340,7 +338,7 @@ def test_the_usual_band_lies_behind_its_own_strip():
     )
 
 
-def test_maps_are_not_transposed_and_say_their_gain():
+def test_maps_are_not_transposed_and_show_their_gain():
     m = np.array([[1.0, 0.5], [0.0, 1.0]])
     fig = residual_maps(
         [("before", [Tile("3.attn", np.eye(2))]), ("at the cell", [Tile("3.attn", m)])],
@@ -367,7 +365,7 @@ def tokens(shift=0.0) -> list[Trajectory]:
     ]  # fmt: skip
 
 
-def test_tokens_have_a_bead_where_they_were_routed_and_a_ring_where_they_flipped():
+def test_tokens_have_a_point_at_each_router_and_a_ring_at_each_flip():
     fig = trajectories(tokens(), tokens(-1), LIGHT, "none")
     beads = [t for t in fig.data if t.name == "tokens"]
     assert [t.xaxis for t in beads] == ["x", "x2"]
@@ -384,7 +382,7 @@ def test_tokens_have_a_bead_where_they_were_routed_and_a_ring_where_they_flipped
     assert trajectories([], [], LIGHT, "nobody").layout.annotations[0].text == "nobody"
 
 
-def test_a_spike_that_was_rolled_back_is_marked_on_its_own_loss_and_has_no_end():
+def test_a_rolled_back_spike_is_marked_on_the_loss_of_its_attempt_and_has_no_end():
     from geodiag.dashboard.data.timeline_marks import spikes_from_events
 
     data = '{"kind": "spike", "onset": 150, "detected": 152, "peak": 153, "end": null}'

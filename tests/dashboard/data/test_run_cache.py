@@ -1,4 +1,4 @@
-"""What the pages read: ranks merged, nulls kept apart from NaN, and only the tail read again."""
+"""The run cache: ranks are merged, null differs from NaN, a refresh reads only new steps."""
 
 import json
 import time
@@ -23,7 +23,7 @@ def rows(step, **columns):
     return {"step": [step, step], "layer": [0, 0], "site": ["attn", "ffn"], **columns}
 
 
-def test_ranks_become_one_as_the_registry_says(tmp_path):
+def test_ranks_are_reduced_by_the_rule_of_the_registry(tmp_path):
     both = [Run.create(tmp_path / "r", rank=rank, world_size=2) for rank in (0, 1)]
     for run, gain, worst in zip(both, (1.0, 3.0), (5.0, 2.0), strict=True):
         run.append(
@@ -68,7 +68,7 @@ def test_a_live_run_is_followed_and_equals_a_fresh_reading(tmp_path):
     assert np.array_equal(grid.values_RS, fresh.values_RS, equal_nan=True)
 
 
-def test_what_is_sampled_seldom_is_followed_without_reading_all_again(tmp_path):
+def test_rarely_sampled_metrics_are_refreshed_without_reading_all_steps(tmp_path):
     run = Run.create(tmp_path / "r")
     cache = RunCache(open_run(tmp_path / "r"))
     for step in (0, 200, 400):
@@ -88,7 +88,7 @@ def test_what_is_sampled_seldom_is_followed_without_reading_all_again(tmp_path):
     run.close()
 
 
-def test_a_new_attempt_takes_the_place_of_old_rows(tmp_path):
+def test_a_new_attempt_replaces_old_rows(tmp_path):
     run = synthetic.create(tmp_path / "r", SHORT)
     synthetic.write_rows(run, SHORT, 0, 30)
     cache = RunCache(open_run(tmp_path / "r"))
@@ -124,7 +124,7 @@ def test_rows_in_another_order_are_put_in_static_order(tmp_path):
     assert grid.values_RS.ravel().tolist() == [1, 2, 3]
 
 
-def test_recent_equals_the_end_of_the_whole(runs):
+def test_recent_equals_the_end_of_the_complete_grid(runs):
     cache = RunCache(open_run(runs / "mhc-tear"))
     few = cache.recent("layers", "stream_rms", back=5)[0]
     complete = cache.grids("layers", "stream_rms")[0]
@@ -132,7 +132,7 @@ def test_recent_equals_the_end_of_the_whole(runs):
     assert np.array_equal(few.values_RS, complete.values_RS[:, -5:])
 
 
-def test_a_long_run_is_read_in_stretches_and_is_the_same(runs, monkeypatch):
+def test_a_long_run_read_in_chunks_gives_the_same_grid(runs, monkeypatch):
     (at_once,) = RunCache(open_run(runs / "mhc-tear")).grids("layers", "transport_gain_fwd")
     monkeypatch.setattr(
         "geodiag.store.step_chunks.CELLS", 6000
@@ -148,7 +148,7 @@ def test_a_long_run_is_read_in_stretches_and_is_the_same(runs, monkeypatch):
     assert np.array_equal(grid.values_RS, at_once.values_RS, equal_nan=True)
 
 
-def test_stretches_of_other_rows_are_read_at_once(tmp_path, monkeypatch):
+def test_chunks_with_different_rows_are_read_as_a_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("geodiag.store.step_chunks.CELLS", 1)
     monkeypatch.setattr("geodiag.store.step_chunks.NEWEST_STEPS", 1)
     run = Run.create(tmp_path / "r")
@@ -162,7 +162,7 @@ def test_stretches_of_other_rows_are_read_at_once(tmp_path, monkeypatch):
     assert np.array_equal(grid.values_RS, [[1, np.nan], [2, 3]], equal_nan=True)
 
 
-def test_a_training_that_never_said_its_routing_mode_is_off(tmp_path):
+def test_a_run_without_routing_modes_is_off(tmp_path):
     run = Run.create(tmp_path / "r")
     run.append("steps", {"step": [0, 1], "loss": [2.0, 2.0]})
     assert RunCache(open_run(tmp_path / "r")).routing_mode() == "off"
@@ -195,12 +195,12 @@ def test_worst_names_value_step_and_row():
     assert Grid(grid.metric, (), np.array([]), np.empty((0, 0))).worst() is None
 
 
-def test_spikes_are_joined_with_what_was_learnt_later(tmp_path):
+def test_spikes_get_peak_and_end_from_later_events(tmp_path):
     events = [e.columns() for e in synthetic.MHC.events()]
-    told = [{k: v[0] for k, v in e.items()} for e in events]
-    (spike,) = spikes_from_events(told)
+    rows_of_events = [{k: v[0] for k, v in e.items()} for e in events]
+    (spike,) = spikes_from_events(rows_of_events)
     assert (spike.onset, spike.peak, spike.end, spike.score) == (360, 366, 405, 14.1)
-    (early,) = spikes_from_events([e for e in told if e["kind"] != "recovered"])
+    (early,) = spikes_from_events([e for e in rows_of_events if e["kind"] != "recovered"])
     assert (early.peak, early.end) == (None, None)
 
 
@@ -218,7 +218,7 @@ def test_spans_are_runs_of_one_mode():
     ]  # fmt: skip
 
 
-def test_a_corrupt_part_is_named_and_the_rest_is_shown(tmp_path):
+def test_a_corrupt_file_is_named_and_the_rest_is_shown(tmp_path):
     synthetic.write(tmp_path / "r", SHORT)
     part = next((tmp_path / "r" / "layers").rglob("*.parquet"))
     part.write_bytes(part.read_bytes()[:200])

@@ -1,4 +1,4 @@
-"""Figures are pure functions: rows in, a figure out, and the figure does not lie."""
+"""Figures: every extreme, gap and unit of the data is in the figure."""
 
 import numpy as np
 import plotly.graph_objects as go
@@ -135,13 +135,13 @@ def test_the_timeline_marks_onset_peak_end_and_routing():
     assert (59.5, 80.5) in bars
 
 
-def test_the_loss_axis_says_its_unit():
+def test_the_loss_axis_has_its_unit():
     fig = timeline(steps_table(), [], [], LIGHT)
     assert fig.layout.yaxis.title.text == f"loss, {METRICS['steps', 'loss'].unit}"
     assert fig.layout.xaxis.title.text == "step"
 
 
-def test_without_stage_scores_the_steps_stay_below_and_it_says_so():
+def test_without_stage_scores_the_step_axis_stays_and_a_sentence_replaces_the_map():
     steps = steps_table() | {f"stage{i}_score": np.full(100, np.nan, np.float32) for i in (1, 2, 3)}
     fig = timeline(steps, [], [], LIGHT)
     assert "No stage scores in this range." in [a.text for a in fig.layout.annotations]
@@ -151,7 +151,7 @@ def test_without_stage_scores_the_steps_stay_below_and_it_says_so():
     assert "No stage scores in this range." not in [a.text for a in scored.layout.annotations]
 
 
-def test_a_run_of_one_step_is_seen_and_its_axis_names_that_step():
+def test_a_run_of_one_step_is_visible_and_its_axis_has_that_tick():
     fig = timeline(steps_table(1), [], [], LIGHT)
     assert next(t for t in fig.data if t.name == "loss").mode == "lines+markers"
     assert (list(fig.layout.xaxis.range), fig.layout.xaxis.dtick) == ([-0.5, 0.5], 1)
@@ -160,7 +160,7 @@ def test_a_run_of_one_step_is_seen_and_its_axis_names_that_step():
     assert long.layout.xaxis.dtick is None
 
 
-def test_maps_that_are_not_finite_say_so():
+def test_maps_that_are_not_finite_are_replaced_by_a_sentence():
     nan, ones = np.full((4, 4), np.nan), np.eye(4)
     assert "not finite" in map_matrices({"res": nan}, LIGHT).layout.annotations[0].text
     assert (
@@ -184,7 +184,7 @@ def test_a_long_sentence_in_an_empty_chart_is_broken_where_the_narrowest_card_en
     assert len(lines) == 2
 
 
-def test_an_empty_run_waits_calmly():
+def test_an_empty_run_shows_that_it_waits_for_the_first_step():
     fig = timeline(steps_table(0), [], [], LIGHT)
     assert fig.layout.annotations[0].text == "Waiting for the first step."
 
@@ -278,7 +278,7 @@ def test_a_load_of_zero_is_the_deepest_colour_and_not_a_gap():
     assert not np.isnan(fig.data[0].z).any()
 
 
-def test_a_metric_that_a_run_does_not_have_says_so():
+def test_a_metric_that_a_run_lacks_is_replaced_by_a_sentence():
     fig = heat_map([Panel(grid(np.full((4, 5), np.nan)), "t")], LIGHT, nothing="it has no such map")
     assert fig.layout.annotations[0].text == "it has no such map"
 
@@ -296,9 +296,9 @@ def test_shares_read_as_percent_and_gains_as_factors():
     strip = Strip("clamped", [Line("gate", np.arange(3), np.array([0.0, 0.2, 0.4]))], "share")
     axis = over_steps([strip], LIGHT).layout.yaxis
     assert (axis.title.text, axis.tickformat) == ("clamped", ".3~p")
-    for metric, said in ((share, ".3p"), (GAIN, "×%{")):
+    for metric, format in ((share, ".3p"), (GAIN, "×%{")):
         fig = heat_map([Panel(grid(np.full((4, 5), 0.5), metric), "t")], LIGHT)
-        assert said in fig.data[0].hovertemplate
+        assert format in fig.data[0].hovertemplate
 
 
 def test_values_of_every_size_get_a_colour_axis_with_few_ticks():
@@ -312,7 +312,7 @@ def test_values_of_every_size_get_a_colour_axis_with_few_ticks():
 # -- profile, matrices, colours ---------------------------------------------------------------
 
 
-def test_the_profile_has_one_point_a_site_in_order():
+def test_the_profile_has_one_point_per_site_in_order():
     g = grid([[1, 2], [1, 3], [1, 4], [1, 5]])
     fig = profile([Curve("forward", g, g.at(1))], LIGHT, row="1.attn")
     assert list(fig.data[0].x) == [2, 3, 4, 5]

@@ -1,6 +1,4 @@
-"""The page in a real browser: opened, zoomed, steered; `page` fails on any error in its console or
-foreign request.
-"""
+"""The pages in a real browser. Fixture `page` fails on console errors and foreign requests."""
 
 import json
 import re
@@ -145,7 +143,7 @@ def shifted(page, name: str) -> float:
     return page.evaluate("window.shifted")
 
 
-def test_nothing_jumps_while_a_page_is_built(page):
+def test_nothing_moves_while_a_page_is_built(page):
     page.add_init_script(SHIFTS)
     for name in ("overview", "cascade", "gain", "routing", "activations"):
         assert shifted(page, name) < 0.02, name
@@ -153,7 +151,7 @@ def test_nothing_jumps_while_a_page_is_built(page):
     assert shifted(page, "cascade") > 0.05, "where no room is kept, it does"
 
 
-def test_no_button_of_a_chart_leads_elsewhere(page):
+def test_no_button_of_a_chart_leads_to_another_site(page):
     page.goto(f"{page.home}run/mhc-tear/overview")
     chart(page, "overview-timeline")
     titles = page.evaluate(
@@ -162,7 +160,7 @@ def test_no_button_of_a_chart_leads_elsewhere(page):
     assert titles == ["Download plot as a PNG", "Reset axes"]
 
 
-def test_a_run_without_hyper_connections_says_so_and_shows_the_rest(page):
+def test_a_run_without_hyper_connections_has_a_notice_and_its_other_charts(page):
     page.goto(f"{page.home}run/plain/gain")
     page.get_by_text("no hyper-connections").wait_for()
     until(
@@ -190,12 +188,12 @@ def test_in_a_narrow_window_nothing_is_cut_and_charts_keep_their_room(page):
         assert page.locator(".crumb.here").inner_text() == "mhc-tear"
 
 
-def test_an_empty_run_waits_calmly_on_every_page(page):
+def test_every_page_of_an_empty_run_shows_that_it_waits_for_the_first_step(page):
     for name in ("overview", "cascade", "gain", "routing", "activations", "events"):
         page.goto(f"{page.home}run/empty/{name}")
         page.locator(".card").first.wait_for()
-        said = "No events so far." if name == "events" else "Waiting for the first step."
-        page.get_by_text(said).first.wait_for()
+        text = "No events so far." if name == "events" else "Waiting for the first step."
+        page.get_by_text(text).first.wait_for()
 
 
 def test_a_spike_leads_to_its_cascade_and_another_event_to_its_step(page):
@@ -212,15 +210,15 @@ def test_a_spike_leads_to_its_cascade_and_another_event_to_its_step(page):
     assert layout(page, "overview-timeline", "xaxis.range") == [303, 423]
 
 
-def test_a_finished_run_cannot_be_steered_and_the_page_says_why(page):
+def test_a_finished_run_cannot_be_controlled_and_the_page_gives_the_reason(page):
     page.goto(f"{page.home}run/mhc-tear/overview")
     page.get_by_text("The training is not running").wait_for()
     assert page.locator("#ask-on").is_disabled()
     assert "spike at step 361" in page.locator("#control-state").inner_text()
 
 
-def test_an_unknown_run_or_page_is_a_calm_line(page):
-    page.goto(f"{page.home}run/nobody/gain")
+def test_an_unknown_run_or_page_is_one_line(page):
+    page.goto(f"{page.home}run/unknown/gain")
     page.get_by_text("There is no such run here.").wait_for()
     page.goto(f"{page.home}run/plain/nothing")
     page.get_by_text("There is no such page.").wait_for()
@@ -248,7 +246,7 @@ def live(runs):
     run.close()
 
 
-def test_routing_is_asked_and_then_on_and_the_page_follows_the_training(page, live, runs):
+def test_a_routing_request_is_shown_until_routing_is_on(page, live, runs):
     page.goto(f"{page.home}run/live/overview")
     chart(page, "overview-timeline")
     page.get_by_text("step 39", exact=True).wait_for()
@@ -257,17 +255,17 @@ def test_routing_is_asked_and_then_on_and_the_page_follows_the_training(page, li
     page.get_by_role("textbox", name="delay in steps").fill("4")
     page.locator("#ask-on").click()
     page.get_by_text("requested: on, Δ = 4").wait_for()
-    said = json.loads((runs / "live" / "control.json").read_text())
-    assert (said["routing"], said["delay_steps"], said["by"]) == ("on", 4, "dashboard")
+    request = json.loads((runs / "live" / "control.json").read_text())
+    assert (request["routing"], request["delay_steps"], request["by"]) == ("on", 4, "dashboard")
     assert "now: off" in page.locator("#control-state").inner_text()
 
     live.event(
         Event(
             step=40, kind="acknowledge", message="obeyed: routing on (by dashboard)",
-            data={"request": said["id"], "obeyed": True, "routing": "on"}, time=time.time(),
+            data={"request": request["id"], "obeyed": True, "routing": "on"}, time=time.time(),
         )
     )  # fmt: skip
-    live.event(Event(step=40, kind="decision", message="dashboard asked for on", time=time.time()))
+    live.event(Event(step=40, kind="decision", message="dashboard requested on", time=time.time()))
     columns = live.script.steps_columns(np.arange(40, 60)) | {
         "routing_mode": ["warmup"] * 4 + ["on"] * 16
     }
@@ -275,9 +273,9 @@ def test_routing_is_asked_and_then_on_and_the_page_follows_the_training(page, li
     live.append("layers", live.script.layers_columns(np.arange(40, 60)))
     page.get_by_text("now: on").wait_for()
     state = page.locator("#control-state").inner_text()
-    assert "requested" not in state
+    assert "requested: on" not in state
     assert "since step 44" in state
-    assert "dashboard asked for on" in state
+    assert "dashboard requested on" in state
     page.get_by_text("step 59", exact=True).wait_for()
     assert f"steps={low}-{high}" in page.url  # the zoom survived the refresh
     assert page.locator("#ask-on").get_attribute("data-variant") == "filled"
@@ -295,17 +293,17 @@ def test_the_profile_follows_the_newest_step_of_a_live_run(page, live):
     assert page.url.endswith("/run/live/gain")
 
 
-def test_a_page_of_a_finished_run_asks_nothing_more(page):
+def test_a_page_of_a_finished_run_sends_no_more_requests(page):
     page.goto(f"{page.home}run/mhc-tear/overview")
     chart(page, "overview-timeline")
     page.wait_for_timeout(1500)
-    asked = []
-    page.on("request", lambda r: asked.append(r.post_data or r.url))
+    requests = []
+    page.on("request", lambda r: requests.append(r.post_data or r.url))
     page.wait_for_timeout(3200)
-    assert asked == []
+    assert requests == []
 
 
-def test_opening_a_page_draws_each_chart_once_and_chooses_nothing(page):
+def test_opening_a_page_draws_each_chart_once_and_keeps_the_address(page):
     drawn = []
     page.on(
         "request",

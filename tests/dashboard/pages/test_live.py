@@ -1,6 +1,4 @@
-"""The whole line: a real training in its own process, steered from the page and the command line,
-and it obeys.
-"""
+"""A real training in its own process, controlled from the page and from the command line."""
 
 import subprocess
 import sys
@@ -34,11 +32,11 @@ def training(tmp_path: Path) -> Iterator[Path]:
     finally:
         process.send_signal(2)
         try:
-            _, said = process.communicate(timeout=PATIENCE)
+            _, output = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()  # does nothing to one that has ended
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
     assert open_run(folder).status() == "interrupted"
 
 
@@ -60,7 +58,7 @@ def messages(folder: Path, kind: str) -> list[str]:
 
 
 @pytest.mark.browser
-def test_the_page_switches_a_live_training_and_the_training_obeys(training: Path, chromium) -> None:
+def test_the_page_switches_routing_of_a_live_training(training: Path, chromium) -> None:
     from geodiag.dashboard.serve import DashboardServer
 
     page = DashboardServer(training, "127.0.0.1", 0, None)
@@ -97,7 +95,7 @@ def test_the_page_switches_a_live_training_and_the_training_obeys(training: Path
     assert set(layers.dropna()["step"]) == set(steps[steps["routing_lag"] == 2]["step"])
 
 
-def test_the_command_line_switches_a_live_training_and_reading_it_meanwhile_works(
+def test_the_command_line_switches_routing_of_a_live_training_that_stays_readable(
     training: Path,
 ) -> None:
     command = [
@@ -110,9 +108,9 @@ def test_the_command_line_switches_a_live_training_and_reading_it_meanwhile_work
         "--wait",
         str(PATIENCE),
     ]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
-    assert said.returncode == 0, said.stderr
-    assert "obeyed" in said.stdout
+    output = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
+    assert output.returncode == 0, output.stderr
+    assert "obeyed" in output.stdout
     wait(lambda: "on" in modes(open_run(training)))
     run = open_run(training)
     steps, layers = run.read("steps"), run.read("layers")

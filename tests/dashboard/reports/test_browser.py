@@ -1,6 +1,4 @@
-"""Reports and comparisons in a real browser without a network: charts are drawn, nothing is
-fetched, nothing fails.
-"""
+"""Reports and comparisons in a real browser without a network."""
 
 import time
 from pathlib import Path
@@ -27,12 +25,12 @@ def files(runs, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("files")
     synthetic.write(folder / NAME, SHORT)
     named = open_run(folder / NAME)
-    told = compare([open_run(runs / "mhc-tear"), named, open_run(runs / "plain")])
+    compared = compare([open_run(runs / "mhc-tear"), named, open_run(runs / "plain")])
     pages = {
         "report": report(open_run(runs / "mhc-tear")).html(time.time()),
         "named": report(named).html(time.time()),
         "empty": report(open_run(runs / "empty")).html(time.time()),
-        "compare": compare_page(told, time.time()),
+        "compare": compare_page(compared, time.time()),
     }
     for name, text in pages.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
@@ -77,14 +75,14 @@ def opened(chromium, files):
 
 
 def drawn(tab: Any) -> list[dict[str, Any]]:
-    """Every chart: its name, how many of its traces are on the page, and what it says where it has
-    none.
+    """Every chart: its name, how many of its traces are on the page, and the text in
+    place of a chart.
     """
     return tab.evaluate(
         """() => [...document.querySelectorAll(".chart")].map((e) => ({
              name: e.getAttribute("aria-label"),
              traces: e.querySelectorAll(".scatterlayer .trace, .heatmaplayer .hm").length,
-             says: e.querySelector(".annotation-text")?.textContent ?? "",
+             text: e.querySelector(".annotation-text")?.textContent ?? "",
              axis: e.layout.xaxis?.range,
            }))"""
     )
@@ -102,10 +100,10 @@ def until(tab: Any, expression: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["report", "named", "compare", "empty"])
-def test_every_chart_is_drawn_or_says_why_not(opened, name) -> None:
+def test_every_chart_is_drawn_or_replaced_by_a_reason(opened, name) -> None:
     charts = drawn(opened(name))
     assert len(charts) >= {"report": 9, "named": 9, "compare": 3, "empty": 5}[name]
-    assert all(c["traces"] or c["says"] for c in charts)
+    assert all(c["traces"] or c["text"] for c in charts)
     if name != "empty":
         assert all(c["traces"] for c in charts), [c for c in charts if not c["traces"]]
 
@@ -158,12 +156,12 @@ def test_light_and_dark_follow_the_system_and_paper_is_light(opened, name) -> No
 
 @pytest.mark.parametrize("name", ["report", "compare"])
 @pytest.mark.parametrize("width", [420, 1000])
-def test_nothing_sticks_out_of_a_narrow_window(opened, name, width) -> None:
+def test_nothing_is_wider_than_a_narrow_window(opened, name, width) -> None:
     tab = opened(name, width=width)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_a_run_is_called_what_its_folder_is_called_in_charts_too(opened) -> None:
+def test_a_folder_name_with_markup_is_shown_as_text_in_charts_too(opened) -> None:
     tab = opened("compare")
     assert NAME in tab.evaluate(
         "[...document.querySelectorAll('.legendtext')].map((e) => e.textContent)"

@@ -1,6 +1,4 @@
-"""Reports and comparisons as data and as files: numbers that are known, odd runs, and nothing that
-a name can do.
-"""
+"""Reports and comparisons as data and as files: known numbers, unusual runs, escaped names."""
 
 import json
 import re
@@ -88,17 +86,17 @@ def data_of(text: str) -> dict[str, Any]:
     return json.loads(found.group(1))
 
 
-# -- what is said --------------------------------------------------------------------------
+# -- output --------------------------------------------------------------------------
 
 
 def test_compare_json_has_the_known_numbers_of_both_runs(pair, cli) -> None:
-    said = json.loads(cli("compare", *pair, "--json").output)
-    assert list(said) == ["runs", "shared", "metrics", "differences"]
-    assert [r["label"] for r in said["runs"]] == ["a", "b"]
-    assert [r["last_step"] for r in said["runs"]] == [19, 79]
-    assert [r["tokens"] for r in said["runs"]] == [2000, 8000]
-    assert said["shared"] == {"last_step": 19, "steps": 20, "loss": [3.0, 2.5]}
-    (spike,) = said["runs"][0]["spikes"]
+    output = json.loads(cli("compare", *pair, "--json").output)
+    assert list(output) == ["runs", "shared", "metrics", "differences"]
+    assert [r["label"] for r in output["runs"]] == ["a", "b"]
+    assert [r["last_step"] for r in output["runs"]] == [19, 79]
+    assert [r["tokens"] for r in output["runs"]] == [2000, 8000]
+    assert output["shared"] == {"last_step": 19, "steps": 20, "loss": [3.0, 2.5]}
+    (spike,) = output["runs"][0]["spikes"]
     assert {
         k: spike[k] for k in ("kind", "onset", "detected", "peak", "end", "score", "attempt")
     } == {
@@ -111,32 +109,36 @@ def test_compare_json_has_the_known_numbers_of_both_runs(pair, cli) -> None:
         "attempt": 0,
     }
     assert "No internal precursor" in spike["words"]
-    assert said["runs"][1]["spikes"] == []
-    gain = said["metrics"]["composite_gain_fwd"]
+    assert output["runs"][1]["spikes"] == []
+    gain = output["metrics"]["composite_gain_fwd"]
     assert gain["worst"] == [
         {"value": 1.5, "step": 19, "layer": 0, "site": "attn"},
         {"value": 4.0, "step": 79, "layer": 0, "site": "attn"},
     ]
     assert (gain["last"], gain["unit"], gain["worse"]) == ([1.5, 4.0], "×", "high")
     assert gain["better"] == {"worst": [0], "last": [0]}
-    assert said["metrics"]["loss"]["better"] == {"worst": [], "last": [1]}
-    assert said["differences"] == {"model.wide": [8, None], "seed": [0, 1]}
+    assert output["metrics"]["loss"]["better"] == {"worst": [], "last": [1]}
+    assert output["differences"] == {"model.wide": [8, None], "seed": [0, 1]}
 
 
-def test_report_json_is_that_of_show_and_tells_the_cascades(runs, cli) -> None:
-    said = json.loads(cli("report", runs / "mhc-tear", "--json").output)
+def test_report_json_equals_show_json_and_adds_the_cascades(runs, cli) -> None:
+    output = json.loads(cli("report", runs / "mhc-tear", "--json").output)
     shown = json.loads(cli("show", runs / "mhc-tear", "--json").output)
     assert {
-        k: said[k] for k in ("run", "status", "last_step", "loss", "stages", "composite", "found")
+        k: output[k] for k in ("run", "status", "last_step", "loss", "stages", "composite", "found")
     } == {
         k: shown[k] for k in ("run", "status", "last_step", "loss", "stages", "composite", "found")
     }
-    assert said["worst"].items() <= shown["worst"].items()
-    assert said["cascades"] == json.loads(cli("cascade", runs / "mhc-tear", "--json").output)
-    assert (said["name"], said["untold"], said["config"]["residual"]) == ("mhc-tear", 0, "mhc")
+    assert output["worst"].items() <= shown["worst"].items()
+    assert output["cascades"] == json.loads(cli("cascade", runs / "mhc-tear", "--json").output)
+    assert (output["name"], output["untold"], output["config"]["residual"]) == (
+        "mhc-tear",
+        0,
+        "mhc",
+    )
 
 
-def test_json_writes_a_page_only_where_one_was_asked_for(pair, cli, tmp_path, monkeypatch) -> None:
+def test_json_writes_a_page_only_if_requested(pair, cli, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     cli("compare", *pair, "--json")
     cli("report", pair[0], "--json")
@@ -145,7 +147,7 @@ def test_json_writes_a_page_only_where_one_was_asked_for(pair, cli, tmp_path, mo
     assert (tmp_path / "x.html").exists()
 
 
-def test_the_terminal_says_what_was_found_and_where_the_page_is(
+def test_the_terminal_output_names_the_results_and_the_file(
     pair, cli, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -153,13 +155,13 @@ def test_the_terminal_says_what_was_found_and_where_the_page_is(
     assert out.exit_code == 0, out.output
     assert "wrote compare-a-b.html (" in out.output
     assert "2 settings differ: model.wide, seed" in out.output
-    assert "mean of the 20 newest steps that all have, up to step 19" in out.output
+    assert "mean of the 20 newest steps that all runs have, up to step 19" in out.output
     assert "wrote report-a.html (" in cli("report", pair[0]).output
     (tmp_path / "there").mkdir()
     assert "wrote there/report-b.html" in cli("report", pair[1], "--out", "there").output
 
 
-def test_the_better_run_is_told_only_by_a_difference_that_can_be_read() -> None:
+def test_a_run_is_marked_as_better_only_by_a_visible_difference() -> None:
     assert better("flip_rate", [0.2, 0.1, None]) == [1]
     assert better("router_entropy", [1.0, 2.0]) == [1], "a low entropy is the bad end"
     assert better("flip_rate", [0.1, 0.10000001]) == []
@@ -172,7 +174,7 @@ def test_the_better_run_is_told_only_by_a_difference_that_can_be_read() -> None:
 # -- files ---------------------------------------------------------------------------------
 
 
-def test_a_page_fetches_nothing_and_holds_the_charting_library_once(pair, cli, tmp_path) -> None:
+def test_a_page_fetches_nothing_and_contains_the_charting_library_once(pair, cli, tmp_path) -> None:
     cli("report", pair[0], "--out", tmp_path / "r.html")
     cli("compare", *pair, "--out", tmp_path / "c.html")
     for name in ("r.html", "c.html"):
@@ -192,7 +194,7 @@ def test_a_page_fetches_nothing_and_holds_the_charting_library_once(pair, cli, t
         assert len([t for t, _ in seen.tags if t == "script"]) == 3
 
 
-def test_whatever_a_run_says_stays_text(tmp_path, cli) -> None:
+def test_every_text_of_a_run_is_escaped(tmp_path, cli) -> None:
     folder = tmp_path / "<b onclick=alert(3)>&amp; <"
     script = write_run(folder, 30, 2.0, 1.2, spike=20, config={EVIL: EVIL, "list": [EVIL]})
     run = Run.create(
@@ -268,7 +270,7 @@ def test_twelve_runs_have_twelve_strokes() -> None:
 # -- odd runs ------------------------------------------------------------------------------
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path) -> None:
+def test_runs_with_the_same_folder_name_get_different_labels(tmp_path) -> None:
     for place in ("x/day/run", "y/day/run", "y/run", "z"):
         write_run(tmp_path / place, 3, 2.0, 1.0)
     runs = [open_run(tmp_path / p) for p in ("x/day/run", "y/day/run", "y/run", "z")]
@@ -288,15 +290,13 @@ def test_mistakes_are_one_line_that_names_the_fix(pair, cli, tmp_path, monkeypat
     ):
         out = cli(*args)
         assert out.exit_code == 1, args
-        said = out.stderr.strip().splitlines()
-        assert len(said) == 1
-        assert words in said[0]
+        output = out.stderr.strip().splitlines()
+        assert len(output) == 1
+        assert words in output[0]
 
 
 @pytest.mark.parametrize("without", ["steps", "layers", "events", "run.json", "everything"])
-def test_a_run_that_lacks_something_is_told_and_compared_all_the_same(
-    pair, cli, tmp_path, without
-) -> None:
+def test_incomplete_runs_are_reported_and_compared(pair, cli, tmp_path, without) -> None:
     import shutil
 
     whole, poor = pair[1], pair[0]
@@ -310,16 +310,16 @@ def test_a_run_that_lacks_something_is_told_and_compared_all_the_same(
     assert cli("report", poor, "--out", tmp_path / "r.html").exit_code == 0
     out = cli("compare", poor, whole, "--json")
     assert out.exit_code == 0, out.output
-    said = json.loads(out.output)
+    output = json.loads(out.output)
     if without in ("steps", "everything"):
-        assert said["runs"][0]["last_step"] is None
-        assert said["shared"]["loss"] == [None, 2.5], (
+        assert output["runs"][0]["last_step"] is None
+        assert output["shared"]["loss"] == [None, 2.5], (
             "a run without a loss does not take it from the others"
         )
     assert cli("compare", poor, whole, "--out", tmp_path / "c.html").exit_code == 0
 
 
-def test_a_run_of_a_newer_geodiag_says_so_on_the_page(pair, cli, tmp_path) -> None:
+def test_a_run_of_a_newer_geodiag_is_named_on_the_page(pair, cli, tmp_path) -> None:
     manifest = json.loads((pair[0] / "run.json").read_text()) | {"schema_version": 99}
     (pair[0] / "run.json").write_text(json.dumps(manifest))
     assert "upgrade geodiag" in cli("report", pair[0], "--out", tmp_path / "r.html").output
@@ -328,12 +328,12 @@ def test_a_run_of_a_newer_geodiag_says_so_on_the_page(pair, cli, tmp_path) -> No
     assert "upgrade geodiag" in (tmp_path / "c.html").read_text()
 
 
-def test_a_run_that_still_trains_is_told_up_to_where_it_is(tmp_path, cli) -> None:
+def test_a_running_training_is_reported_up_to_its_newest_step(tmp_path, cli) -> None:
     run = Run.create(tmp_path / "now")
     run.append("steps", {"step": [0, 1, 2], "loss": [3.0, 2.0, 1.0]})
     run.heartbeat(2)
-    said = json.loads(cli("report", tmp_path / "now", "--json").output)
-    assert (said["status"], said["last_step"], said["loss"]) == ("running", 2, 1.0)
+    output = json.loads(cli("report", tmp_path / "now", "--json").output)
+    assert (output["status"], output["last_step"], output["loss"]) == ("running", 2, 1.0)
     run.close()
 
 
@@ -346,11 +346,11 @@ def test_the_newest_attempt_is_compared_and_a_spike_that_was_rolled_back_is_kept
     run.append("steps", {"step": range(12, 30), "loss": [2.0] * 18})
     run.close()
     write_run(tmp_path / "calm", 30, 2.0, 1.0)
-    told = compare([open_run(tmp_path / "r"), open_run(tmp_path / "calm")])
-    assert told.shared()["loss"] == [2.0, 2.0]
+    compared = compare([open_run(tmp_path / "r"), open_run(tmp_path / "calm")])
+    assert compared.shared()["loss"] == [2.0, 2.0]
     from geodiag.dashboard.reports.comparison_page import draw_losses
 
-    rings = [t for t in draw_losses(told, LIGHT).data if t.marker.symbol == "circle-open"]
+    rings = [t for t in draw_losses(compared, LIGHT).data if t.marker.symbol == "circle-open"]
     assert [(list(t.x), list(t.y)) for t in rings] == [([15.0], [9.0])], (
         "where its own attempt had it"
     )
@@ -363,9 +363,9 @@ def test_ranks_are_one_run(tmp_path, cli) -> None:
     for run in reversed(ranks):
         run.close()
     write_run(tmp_path / "one", 10, 3.5, 1.0)
-    said = json.loads(cli("compare", tmp_path / "two", tmp_path / "one", "--json").output)
-    assert said["shared"]["loss"] == [3.0, 3.5]
-    assert [r["tokens"] for r in said["runs"]] == [1000, 1000]
+    output = json.loads(cli("compare", tmp_path / "two", tmp_path / "one", "--json").output)
+    assert output["shared"]["loss"] == [3.0, 3.5]
+    assert [r["tokens"] for r in output["runs"]] == [1000, 1000]
 
 
 def test_a_url_is_read_like_a_folder(pair, cli, tmp_path) -> None:
@@ -373,20 +373,20 @@ def test_a_url_is_read_like_a_folder(pair, cli, tmp_path) -> None:
     memory.put(str(pair[0]), "/far/a", recursive=True)
     try:
         assert cli("report", "memory://far/a", "--out", tmp_path / "r.html").exit_code == 0
-        said = json.loads(cli("compare", "memory://far/a", *pair, "--json").output)
-        assert len({r["label"] for r in said["runs"]}) == 3
+        output = json.loads(cli("compare", "memory://far/a", *pair, "--json").output)
+        assert len({r["label"] for r in output["runs"]}) == 3
     finally:
         memory.rm("/far", recursive=True)
 
 
-def test_tokens_are_an_axis_only_where_every_step_says_them(pair, tmp_path) -> None:
+def test_tokens_are_an_axis_only_if_every_step_has_their_number(pair, tmp_path) -> None:
     from geodiag.dashboard.reports.comparison_page import draw_losses_over_tokens
 
     silent = Run.create(tmp_path / "silent")
     silent.append("steps", {"step": range(5), "loss": [1.0] * 5})
     silent.close()
-    told = compare([open_run(p) for p in (*pair, tmp_path / "silent")])
-    shown = [t for t in draw_losses_over_tokens(told, LIGHT).data if len(t.x)]
+    compared = compare([open_run(p) for p in (*pair, tmp_path / "silent")])
+    shown = [t for t in draw_losses_over_tokens(compared, LIGHT).data if len(t.x)]
     assert [t.name for t in shown] == ["a", "b"]
     assert [float(t.x[-1]) for t in shown] == [2000, 8000]
     with pytest.raises(GeodiagError, match="two runs or more"):

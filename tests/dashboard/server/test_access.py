@@ -1,4 +1,4 @@
-"""Who may look: nobody without the token, nobody under another name, and nobody by guessing."""
+"""Access: refused without the token, under another host name, and with a wrong token."""
 
 import pytest
 from typer import Typer
@@ -85,7 +85,7 @@ def test_without_a_given_token_there_is_a_random_one(runs):
     assert new_token() != new_token()
 
 
-def test_nothing_may_be_fetched_from_elsewhere(app):
+def test_the_content_policy_forbids_other_hosts(app):
     client = app.server.test_client()
     client.get("/?token=secret", **HOST)
     page = client.get("/", **HOST)
@@ -104,7 +104,7 @@ def test_a_port_in_use_names_one_that_is_free(runs):
         first._server.server_close()
 
 
-def test_a_host_that_is_not_ours_is_one_line(runs):
+def test_an_unknown_host_is_one_error_line(runs):
     with pytest.raises(GeodiagError, match=r"--host 127\.0\.0\.1"):
         serve(runs, host="203.0.113.7", port=0)
 

@@ -1,6 +1,4 @@
-"""How answers travel: compressed where the browser takes it, the same once unpacked, and charts
-asked for ahead.
-"""
+"""Compression: gzip if the browser accepts it, equal content after decompression, preload headers."""
 
 import gzip
 import json
@@ -20,15 +18,15 @@ def client(runs):
     return client
 
 
-def test_a_large_answer_is_small_on_the_way_and_the_same_at_the_end(client):
-    small = client.get(PLOTLY, headers={"Accept-Encoding": "gzip, br"}, **HERE)
-    whole = client.get(PLOTLY, **HERE)
-    assert small.headers["Content-Encoding"] == "gzip"
-    assert int(small.headers["Content-Length"]) == len(small.data) < 0.5 * len(whole.data)
-    assert gzip.decompress(small.data) == whole.data
-    assert "Content-Encoding" not in whole.headers
+def test_a_large_response_is_compressed_and_decompresses_to_the_same_bytes(client):
+    compressed = client.get(PLOTLY, headers={"Accept-Encoding": "gzip, br"}, **HERE)
+    plain = client.get(PLOTLY, **HERE)
+    assert compressed.headers["Content-Encoding"] == "gzip"
+    assert int(compressed.headers["Content-Length"]) == len(compressed.data) < 0.5 * len(plain.data)
+    assert gzip.decompress(compressed.data) == plain.data
+    assert "Content-Encoding" not in plain.headers
     assert (
-        client.get(PLOTLY, headers={"Accept-Encoding": "gzip"}, **HERE).data == small.data
+        client.get(PLOTLY, headers={"Accept-Encoding": "gzip"}, **HERE).data == compressed.data
     )  # as kept
 
 
@@ -42,16 +40,18 @@ def test_a_figure_is_compressed_too(client):
         "inputs": [i | {"value": values[f"{i['id']}.{i['property']}"]} for i in draw["inputs"]],
         "state": [{"id": "url", "property": "pathname", "value": "/run/mhc-tear/gain"}],
     }  # fmt: skip
-    said = {"json": body, **HERE}
-    small = client.post("/_dash-update-component", headers={"Accept-Encoding": "gzip"}, **said)
-    whole = client.post("/_dash-update-component", **said)
-    assert small.headers["Content-Encoding"] == "gzip"
-    assert len(small.data) < 0.7 * len(whole.data)
-    assert json.loads(gzip.decompress(small.data)) == whole.json
-    assert whole.json["response"]["gain-heat"]["figure"]["data"]
+    request = {"json": body, **HERE}
+    compressed = client.post(
+        "/_dash-update-component", headers={"Accept-Encoding": "gzip"}, **request
+    )
+    plain = client.post("/_dash-update-component", **request)
+    assert compressed.headers["Content-Encoding"] == "gzip"
+    assert len(compressed.data) < 0.7 * len(plain.data)
+    assert json.loads(gzip.decompress(compressed.data)) == plain.json
+    assert plain.json["response"]["gain-heat"]["figure"]["data"]
 
 
-def test_what_fits_into_one_packet_or_is_no_text_is_left_alone(client):
+def test_small_responses_and_binary_files_are_not_compressed(client):
     plain = {"Accept-Encoding": "gzip"}
     assert "Content-Encoding" not in client.get("/assets/mark.svg", headers=plain, **HERE).headers
     assert (
@@ -60,7 +60,7 @@ def test_what_fits_into_one_packet_or_is_no_text_is_left_alone(client):
     )
 
 
-def test_a_refusal_is_a_refusal_however_it_is_asked_for(runs):
+def test_a_refused_request_is_refused_with_and_without_compression(runs):
     stranger = create_app(str(runs), "secret").server.test_client()
     answer = stranger.get(PLOTLY, headers={"Accept-Encoding": "gzip"}, **HERE)
     assert answer.status_code == 403
@@ -70,7 +70,7 @@ def test_a_refusal_is_a_refusal_however_it_is_asked_for(runs):
 @pytest.mark.parametrize(
     ("path", "hinted"), [("gain", True), ("cascade", True), ("events", False), ("nothing", False)]
 )
-def test_a_page_of_charts_asks_for_the_charting_library_at_once(client, path, hinted):
+def test_a_page_of_charts_preloads_the_charting_library(client, path, hinted):
     link = client.get(f"/run/mhc-tear/{path}", **HERE).headers.get("Link", "")
     assert (PLOTLY in link) == hinted
     assert "Link" not in client.get("/", **HERE).headers
