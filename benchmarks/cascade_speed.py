@@ -137,9 +137,11 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"{asked['steps']:,} steps of {asked['layers']} layers and {asked['experts']} experts, "
         f"{result['run_bytes'] / 1e9:.1f} GB, two spikes.",
-        f"`geodiag cascade RUN --json`, {asked['times']} times: **{result['cpu_seconds']:.1f} s** of processor time, "
+        f"`geodiag cascade RUN --json`, {asked['times']} times: **{result['cpu_seconds']:.1f} "
+        "s** of processor time, "
         f"{result['bytes'] / 1e6:.0f} MB at most;",
-        f"on the clock {min(result['each']):.1f} s at best, {result['seconds']:.1f} s in the median, "
+        f"on the clock {min(result['each']):.1f} s at best, {result['seconds']:.1f} s in the "
+        "median, "
         f"while the machine had a load of {result['load']:.0f}.",
         "",
         where(result),

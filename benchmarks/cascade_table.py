@@ -82,14 +82,21 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# What the cascade says of planted faults",
         "",
-        f"`{asked['size']}` ({', '.join(asked['residuals'])}), seeds {asked['seeds']}: every kind once per seed, its",
-        "step, layer and magnitude drawn from it. What grows is planted again at every step to the end, on top of",
-        "itself, by a factor chosen on other seeds so that the loss spikes where it can. Excluded: no spike, no",
-        "warning, and a loss within 4 σ of its twin's. Missed: the loss moved, and nothing was said. Spikes: in",
-        "brackets those that were a loss of no finite number. Shares are of the faults that were seen; lead: steps",
-        "from the origin's onset to the loss's; warned: of the spikes, those with a warning before the loss's onset.",
+        f"`{asked['size']}` ({', '.join(asked['residuals'])}), seeds {asked['seeds']}: every "
+        "kind once per seed, its",
+        "step, layer and magnitude drawn from it. What grows is planted again at every step to "
+        "the end, on top of",
+        "itself, by a factor chosen on other seeds so that the loss spikes where it can. "
+        "Excluded: no spike, no",
+        "warning, and a loss within 4 σ of its twin's. Missed: the loss moved, and nothing was "
+        "said. Spikes: in",
+        "brackets those that were a loss of no finite number. Shares are of the faults that were "
+        "seen; lead: steps",
+        "from the origin's onset to the loss's; warned: of the spikes, those with a warning "
+        "before the loss's onset.",
         "",
-        "| fault | trials | excluded | missed | spikes | warnings alone | stage top-1 | layer top-1 | top-3 | expert "
+        "| fault | trials | excluded | missed | spikes | warnings alone | stage top-1 | layer "
+        "top-1 | top-3 | expert "
         "| lead | warned | warning's lead |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         *rows,
@@ -97,7 +104,8 @@ def page(result: dict[str, Any]) -> str:
         _row("**all**", result["all"]),
         "",
         f"Trainings without a fault: {_alarms(result['clean'])}",
-        f"Before a fault, in trainings that share their seeds with others: {_alarms(result['before'])}",
+        "Before a fault, in trainings that share their seeds with others: "
+        f"{_alarms(result['before'])}",
         "",
         *result["places"],
         "",
@@ -106,15 +114,16 @@ def page(result: dict[str, Any]) -> str:
     if result["missing"]:
         lines += [
             "",
-            f"**{len(result['missing'])} trials were not trained: {', '.join(result['missing'][:6])} …**",
+            f"**{len(result['missing'])} trials were not trained: "
+            f"{', '.join(result['missing'][:6])} …**",
         ]
     return "\n".join(lines) + "\n"
 
 
 def _alarms(c: dict[str, int]) -> str:
     rate = 1e4 * (c["spikes"] + c["warnings"]) / max(c["steps"], 1)
-    counts = f"{c['runs']} runs, {c['steps']} steps, {c['spikes']} spikes and {c['warnings']} warnings raised"
-    return f"{counts}: {rate:.2f} in 10,000 steps."
+    raised = f"{c['spikes']} spikes and {c['warnings']} warnings raised"
+    return f"{c['runs']} runs, {c['steps']} steps, {raised}: {rate:.2f} in 10,000 steps."
 
 
 def _row(name: str, s: dict[str, Any]) -> str:

@@ -35,11 +35,14 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 _DRAWN = """(() => {
   const charts = [...document.querySelectorAll('.chart .js-plotly-plot')];
-  const full = (p) => p.layout && p.layout.xaxis?.visible !== false || p.layout?.annotations?.length;
-  return document.querySelectorAll('.card').length > 0 && charts.length === document.querySelectorAll('.chart').length
+  const hasAxis = (p) => p.layout && p.layout.xaxis?.visible !== false;
+  const full = (p) => hasAxis(p) || p.layout?.annotations?.length;
+  return document.querySelectorAll('.card').length > 0
+    && charts.length === document.querySelectorAll('.chart').length
     && charts.every(full);
 })()"""
-_PATIENCE, _AFTER_MS = 120.0, 300
+_PATIENCE = 120.0
+_AFTER_MS = 300
 
 
 class Server:
@@ -202,7 +205,8 @@ def page(result: dict[str, Any]) -> str:
         "# How fast the page is",
         "",
         f"{asked['steps']:,} steps of {asked['layers']} layers and {asked['experts']} experts, "
-        f"{result['run_bytes'] / 1e6:,.0f} MB; medians of {asked['times']}. Seconds from the click to the last chart,",
+        f"{result['run_bytes'] / 1e6:,.0f} MB; medians of {asked['times']}. Seconds from the "
+        "click to the last chart,",
         "in brackets what the server computed for it; kB are the answers as they travel.",
         "",
         "| page | first open | again | zoomed in | first, kB |",
@@ -216,7 +220,8 @@ def page(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} | {ways['first']['bytes'] / 1e3:,.0f} |")
     lines += [
         "",
-        f"A new step of a living run is on the page {live['seconds']:.1f} s after it is on disk (it looks every 1.5 s)",
+        f"A new step of a living run is on the page {live['seconds']:.1f} s after it is on disk "
+        "(it looks every 1.5 s)",
         f"and costs the server {live['cpu_seconds']:.2f} s.",
         "",
         where(result),

@@ -60,9 +60,12 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Kernels",
         "",
-        f"{where(result)} Copy bandwidth {result['copy_bytes_per_second'] / 1e12:.2f} TB/s; medians of device time.",
-        "One mHC site of 4 streams in bfloat16, before and after its block; the floor is the fewest bytes at that",
-        "bandwidth. Memory is that of forward and backward, with the results (the new streams, the block's input, all",
+        f"{where(result)} Copy bandwidth {result['copy_bytes_per_second'] / 1e12:.2f} TB/s; "
+        "medians of device time.",
+        "One mHC site of 4 streams in bfloat16, before and after its block; the floor is the "
+        "fewest bytes at that",
+        "bandwidth. Memory is that of forward and backward, with the results (the new streams, "
+        "the block's input, all",
         "gradients) and in excess of them.",
         "",
         *kernels_sites.markdown(result["sites"]),

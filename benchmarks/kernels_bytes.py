@@ -100,13 +100,15 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Bytes that the kernels move",
         "",
-        f"{where(result)} One mHC site of {tokens} tokens × {channels} channels × 4 streams in bfloat16, by the",
+        f"{where(result)} One mHC site of {tokens} tokens × {channels} channels × 4 streams in "
+        "bfloat16, by the",
         "counters of Nsight Compute, caches as the kernel before left them.",
     ]
     for name, rows in result["sites"].items():
         lines += [
             "",
-            f"| kernel of a site {name} | must move, MB | read | written | moved / must | through L2, MB | µs |",
+            f"| kernel of a site {name} | must move, MB | read | written | moved / must | "
+            "through L2, MB | µs |",
             "|---|---|---|---|---|---|---|",
         ]
         for r in rows:
@@ -114,7 +116,8 @@ def markdown(result: dict[str, Any]) -> str:
             over = f"{moved / r['must']:.2f}" if r["must"] else ""
             sizes = " | ".join(f"{r[k] / 1e6:.0f}" for k in ("must", "read", "written"))
             lines.append(
-                f"| `{r['kernel']}` | {sizes} | {over} | {r['through_l2'] / 1e6:.0f} | {r['ns'] / 1e3:.1f} |"
+                f"| `{r['kernel']}` | {sizes} | {over} | {r['through_l2'] / 1e6:.0f} | "
+                f"{r['ns'] / 1e3:.1f} |"
             )
         read, written, must = (sum(r[k] for r in rows) / 1e6 for k in ("read", "written", "must"))
         whole = f"{must:.0f} | {read:.0f} | {written:.0f} | {(read + written) / must:.2f}"

@@ -1,4 +1,4 @@
-"""One mHC site, before and after its block: ours and others', timed against the bytes it must move."""
+"""Timing of one mHC site by geodiag's and other kernels, against the bytes that it must move."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -159,14 +159,16 @@ def sites(
 
 def markdown(rows: list[dict]) -> list[str]:
     lines = [
-        "| tokens × C | by | forward, µs | × floor | both, µs | × floor | peak, MB | in excess of results, MB |",
+        "| tokens × C | by | forward, µs | × floor | both, µs | × floor | peak, MB | in excess "
+        "of results, MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     sizes = list(dict.fromkeys((r["tokens"], r["channels"]) for r in rows))
     for r in sorted(rows, key=lambda r: sizes.index((r["tokens"], r["channels"]))):
         lines.append(
             f"| {r['tokens']} × {r['channels']} | {r['by']} | {r['forward_us']:.0f} | "
-            f"{r['forward_us'] / r['floor_us']:.2f} | {r['both_us']:.0f} | {r['both_us'] / r['floor_both_us']:.2f} | "
+            f"{r['forward_us'] / r['floor_us']:.2f} | {r['both_us']:.0f} | "
+            f"{r['both_us'] / r['floor_both_us']:.2f} | "
             f"{r['peak_mb']:.0f} | {r['excess_mb']:.0f} |"
         )
     return lines

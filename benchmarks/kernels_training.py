@@ -92,10 +92,12 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# A training on Triton and on reference kernels",
         "",
-        f"`{r['size']}`, bfloat16, {r['steps']} steps of {r['sequences']} sequences, same weights and batches.",
+        f"`{r['size']}`, bfloat16, {r['steps']} steps of {r['sequences']} sequences, same "
+        "weights and batches.",
         where(result),
         "",
-        "| against the reference kernels | mean difference, nats | largest | first step | mean of the last tenth |",
+        "| against the reference kernels | mean difference, nats | largest | first step | mean "
+        "of the last tenth |",
         "|---|---|---|---|---|",
     ]
     for arm, gap in r["apart"].items():

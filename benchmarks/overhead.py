@@ -158,9 +158,12 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# What recording costs",
         "",
-        f"`{said['size']}` mHC, {said['sequences']} sequences a step, every monitor on, probes and weight spectra",
-        f"every {PROBE_EVERY} steps, against the same steps without geodiag, in turns: {said['rounds']} rounds of",
-        f"blocks of {said['block']} steps. Time over the bare block's of the same round: median and 95 % interval.",
+        f"`{said['size']}` mHC, {said['sequences']} sequences a step, every monitor on, probes "
+        "and weight spectra",
+        f"every {PROBE_EVERY} steps, against the same steps without geodiag, in turns: "
+        f"{said['rounds']} rounds of",
+        f"blocks of {said['block']} steps. Time over the bare block's of the same round: median "
+        "and 95 % interval.",
         "",
         f"{where(result)} Load before: {result['load_before']:.2f}.",
         "",
@@ -176,7 +179,8 @@ def markdown(result: dict[str, Any]) -> str:
                 else ("", "")
             )
             lines.append(
-                f"| {run['threads']} | {name} | {arm['steps_per_second']:.2f} | {ratio} | {within} |"
+                f"| {run['threads']} | {name} | {arm['steps_per_second']:.2f} | {ratio} | "
+                f"{within} |"
             )
     equal = all(run["losses_bitwise_equal"] for run in result["runs"])
     lines += ["", f"Losses of all arms are {'' if equal else 'NOT '}bit for bit the same."]
@@ -195,7 +199,8 @@ def warnings(result: dict[str, Any]) -> list[str]:
         control = run["arms"]["bare again"]["ratio"]
         if not control["low"] <= 1 <= control["high"]:
             found.append(
-                f"The control is off at {run['threads']} threads: bare over bare is {control['median']:.3f}."
+                f"The control is off at {run['threads']} threads: bare over bare is "
+                f"{control['median']:.3f}."
             )
     return found
 

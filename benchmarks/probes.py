@@ -139,18 +139,21 @@ def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = ["# What the probes cost", "", f"`{result['command']}`. {where(result)}", ""]
     lines += [
-        "| size | tokens a step | step | probes every 10th step | every 50th | mean a step | share |"
+        "| size | tokens a step | step | probes every 10th step | every 50th | mean a step | "
+        "share |"
     ]
     lines += ["|---|---|---|---|---|---|---|"]
     good = {size: r for size, r in result["sizes"].items() if "failed" not in r}
     for size, r in good.items():
         times = f"{r['every_10_ms']:.1f} ms | {r['every_50_ms']:.1f} ms | {r['mean_ms']:.2f} ms"
         lines.append(
-            f"| {size} | {r['tokens']} | {r['step_ms']:.0f} ms | {times} | {100 * r['share']:.2f} % |"
+            f"| {size} | {r['tokens']} | {r['step_ms']:.0f} ms | {times} | "
+            f"{100 * r['share']:.2f} % |"
         )
     lines += [
         "",
-        "Each group alone, in milliseconds (those but `spectra` and `growth` share one forward when together):",
+        "Each group alone, in milliseconds (those but `spectra` and `growth` share one forward "
+        "when together):",
         "",
     ]
     groups = list(PROBES)

@@ -43,9 +43,11 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def _timed(worker: Mapping[str, Any], timed: list[str]) -> list[str]:
     lines = [
-        "Losses: the largest difference from a training without geodiag; a probe is broken on one rank only.",
+        "Losses: the largest difference from a training without geodiag; a probe is broken on "
+        "one rank only.",
         "",
-        "| | with geodiag | once more without | with a broken probe | step | watched | more | peak memory |",
+        "| | with geodiag | once more without | with a broken probe | step | watched | more | "
+        "peak memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for parallel in timed:
@@ -105,4 +107,5 @@ def _resumed(part: Mapping[str, Any]) -> str:
 def _same(part: Mapping[str, Any], parallel: str) -> str:
     if failed := _failed(part) or _failed(part[parallel]):
         return failed
-    return f"losses of {part[parallel]['steps']} steps within {part[parallel]['largest_difference']:.1e}"
+    largest = part[parallel]["largest_difference"]
+    return f"losses of {part[parallel]['steps']} steps within {largest:.1e}"

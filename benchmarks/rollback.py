@@ -136,7 +136,8 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             "| what | |",
             "|---|---|",
-            f"| parameters; bytes of a snapshot | {r['parameters'] / 1e6:,.0f} M; {r['snapshot_bytes'] / 1e9:.2f} GB |",
+            f"| parameters; bytes of a snapshot | {r['parameters'] / 1e6:,.0f} M; "
+            f"{r['snapshot_bytes'] / 1e9:.2f} GB |",
             f"| a step | {1000 * step:.0f} ms |",
             f"| how much longer with a snapshot, median and most of {r['rounds']} | "
             f"{1000 * extra['median']:.0f} and {1000 * extra['most']:.0f} ms |",
@@ -145,7 +146,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"{1000 * r['copy_seconds']:.0f} ms |",
             f"| the first {len(r['first_seconds'])}, which make their room | {firsts} s |",
             f"| going back | **{r['restore_seconds']:.2f} s** |",
-            f"| tensors that two steps changed; that differ after going back | {r['changed_by_two_steps']} of "
+            "| tensors that two steps changed; that differ after going back | "
+            f"{r['changed_by_two_steps']} of "
             f"{r['tensors']}; {r['differ_after_restore']} |",
             f"| losses of the two steps, repeated | {same} |",
             "",

@@ -53,12 +53,16 @@ def order(trial: dict[str, Any]) -> tuple[bool, int, str, int, int]:
 
 
 def summary(trial: dict[str, Any]) -> str:
-    """A pilot's line: did it spike, and what did a step take?"""
+    """Return the line of a pilot training: its spikes, losses and time per step."""
     raised = [f"{e['kind']} at {e['step']}" for e in trial["events"] if e["kind"] in TROUBLE]
     losses = [x for x in trial["losses"] if x is not None]
-    said = ", ".join(raised) or "no spike"
-    end = f"loss {losses[-1]:.2f}, highest behind step 20 {max(losses[20:], default=float('nan')):.2f}"
-    return f"{trial['scenario']['name']}: {said}; {end}; {1e3 * trial['seconds'] / len(trial['steps']):.0f} ms a step"
+    spikes = ", ".join(raised) or "no spike"
+    highest = max(losses[20:], default=float("nan"))
+    milliseconds = 1e3 * trial["seconds"] / len(trial["steps"])
+    return (
+        f"{trial['scenario']['name']}: {spikes}; loss {losses[-1]:.2f}, "
+        f"highest after step 20 {highest:.2f}; {milliseconds:.0f} ms a step"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -85,11 +85,12 @@ class Bench:
         began = 0.0
         for done, batch in enumerate(data, 1):
             self.trainer.step(batch)
-            if routing:  # the verdict on a loss of some steps ago, as the monitor has it: nobody waits for a loss
+            if routing:
+                # The monitor judges a loss some steps later, so that no step waits for its loss;
+                # here the verdict is on a made-up loss.
                 self._steps += 1
-                self.controller.decide(
-                    self._steps, self.detector.update(self._steps, 3.0 + 0.01 * (self._steps % 5))
-                )
+                verdict = self.detector.update(self._steps, 3.0 + 0.01 * (self._steps % 5))
+                self.controller.decide(self._steps, verdict)
             if done == DELAY + 1:
                 began = self.now()
             if done == DELAY + 1 + steps:
@@ -176,8 +177,10 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [
             f"## `{r['size']}`, {r['tokens_a_step']} tokens a step, sequence {r['sequence']}",
             "",
-            f"{r['parameters'] / 1e6:,.0f} M parameters. A bare step takes {1000 * r['step_seconds']:.1f} ms, of which",
-            f"forward and backward {alone['forward and backward']}. Time over the bare step's of the same round,",
+            f"{r['parameters'] / 1e6:,.0f} M parameters. A bare step takes "
+            f"{1000 * r['step_seconds']:.1f} ms, of which",
+            f"forward and backward {alone['forward and backward']}. Time over the bare step's of "
+            "the same round,",
             f"{r['rounds']} rounds of {r['steps']} steps: median and 95 % interval.",
             "",
             "| arm | time over bare | 95 % interval |",
@@ -187,7 +190,8 @@ def markdown(result: dict[str, Any]) -> str:
                 for n, a in r["arms"].items()
             ),
             "",
-            f"The capture by itself takes {alone['capture']}: {of_step:.1f} % of this step, {of_both:.1f} % of forward",
+            f"The capture by itself takes {alone['capture']}: {of_step:.1f} % of this step, "
+            f"{of_both:.1f} % of forward",
             f"and backward alone. A forward to its end takes {alone['forward to its end']}.",
             "",
         ]

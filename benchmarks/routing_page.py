@@ -25,26 +25,34 @@ _POOLED = (
 )
 
 
-_MEANINGS = f"""\
-- peak, excess (area, nats · steps), recovery (steps) and final loss: with a planted fault against the training of the
-  same seed with nothing planted; otherwise above the training's own trend, and the final loss itself. Every executed
-  step counts, the ones that were rolled back too.
-- lost: steps executed more than once.
-- again: of trainings that went back, the share whose first spike was raised again within {AFTER} steps of its onset.
-- before: steps from where they went back to first, to that onset, in which a change could grow. Routing asks for at
-  least Δ, and so does the noise that it is compared with.
-- flips at Δ: on the probe batch; in earlier trials of `tiny`, of cached against live choices where routing was on,
-  else of the router's own update alone.
-"""
+_MEANINGS = [
+    "- peak, excess (area, nats · steps), recovery (steps) and final loss: with a planted fault "
+    "against the training of the",
+    "  same seed with nothing planted; otherwise above the training's own trend, and the final "
+    "loss itself. Every executed",
+    "  step counts, the ones that were rolled back too.",
+    "- lost: steps executed more than once.",
+    "- again: of trainings that went back, the share whose first spike was raised again within "
+    f"{AFTER} steps of its onset.",
+    "- before: steps from where they went back to first, to that onset, in which a change could "
+    "grow. Routing asks for at",
+    "  least Δ, and so does the noise that it is compared with.",
+    "- flips at Δ: on the probe batch; in earlier trials of `tiny`, of cached against live choices "
+    "where routing was on,",
+    "  else of the router's own update alone.",
+    "",
+]
+"""Lines of the page that explain its columns."""
 
 
 def page(result: dict[str, Any]) -> str:
     lines = [
         "# What rolling back and routing by older weights buys",
         "",
-        f"{result['trials']} trainings, {result['steps']} steps. Mean over seeds and its 95 % interval (bootstrap).",
+        f"{result['trials']} trainings, {result['steps']} steps. Mean over seeds and its 95 % "
+        "interval (bootstrap).",
         "",
-        _MEANINGS,
+        *_MEANINGS,
         *result["places"],
         "",
     ]
@@ -53,8 +61,10 @@ def page(result: dict[str, Any]) -> str:
         lines += [
             f"## `{size}`: all that spike by themselves, against no intervention",
             "",
-            "Differences, paired by scenario and seed; below 0 is better. `again` is no difference. Where no spike was",
-            "raised, an answer is the training without one, bit for bit, and counts as a pair that differs by 0.",
+            "Differences, paired by scenario and seed; below 0 is better. `again` is no "
+            "difference. Where no spike was",
+            "raised, an answer is the training without one, bit for bit, and counts as a pair "
+            "that differs by 0.",
             "",
             f"| arm | pairs, with a spike | {' | '.join(_SHOWN[n][0] for n in _POOLED)} |",
             "|---|---|" + "---|" * len(_POOLED),

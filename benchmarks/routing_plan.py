@@ -111,7 +111,8 @@ def raised(factor: float, residual: str = "hc", clamp: float | None = 10.0) -> S
     """`small` at a sound learning rate that goes far too high and stays there: what spikes then,
     spikes again.
     """
-    name = f"small, learning rate × {factor:g} from step {RAISED_AT}, {residual}, {'clamp' if clamp else 'no clamp'}"
+    clamped = "clamp" if clamp else "no clamp"
+    name = f"small, learning rate × {factor:g} from step {RAISED_AT}, {residual}, {clamped}"
     return replace(_SMALL, name=name, raised=factor, residual=residual, clamp=clamp, steps=190)
 
 

@@ -41,10 +41,14 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Does a natural spike come back?",
         "",
-        f"`tiny`, {result['scenario']}: each spike that the detector raised was run again from one snapshot",
-        f"before it, on the same batches, up to {result['after']} steps behind its onset, with one change at a time.",
-        "`again` is the share in which the detector raises a spike again; peak and excess (nats, nats · steps) are",
-        "above the median loss before the snapshot, `last` is the median of the last ten losses. Mean over spikes",
+        f"`tiny`, {result['scenario']}: each spike that the detector raised was run again from "
+        "one snapshot",
+        f"before it, on the same batches, up to {result['after']} steps behind its onset, with "
+        "one change at a time.",
+        "`again` is the share in which the detector raises a spike again; peak and excess (nats, "
+        "nats · steps) are",
+        "above the median loss before the snapshot, `last` is the median of the last ten losses. "
+        "Mean over spikes",
         "and 95 % interval (bootstrap).",
         "",
         where(result),
@@ -60,7 +64,8 @@ def page(result: dict[str, Any]) -> str:
             _cell(r["last"], 2),
         ]
         lines.append(
-            f"| {r['change']} | {r['spikes']} | {' | '.join(cells)} | {_cell(r['excess_less_noise'], 1)} |"
+            f"| {r['change']} | {r['spikes']} | {' | '.join(cells)} | "
+            f"{_cell(r['excess_less_noise'], 1)} |"
         )
     return "\n".join([*lines, "", f"    {result['command']}", ""])
 

@@ -132,7 +132,7 @@ class Domains(Loader):
 
 
 class Unchanged(Rerouting):
-    """Routes nothing: with it, training goes back as far as for routing by weights of Δ steps ago."""
+    """Changes no routing; a rollback goes back as far as with routing by weights of Δ steps ago."""
 
     variant = "unchanged"
     lag = queued = 0
@@ -186,7 +186,7 @@ def perturb(model: nn.Module, size: float, draw: int) -> None:
 
 
 def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[str, Any]:
-    """Trains; returns every executed step with its loss, what was recorded of it, and all settings."""
+    """Train and return every executed step with its loss and records, and all settings."""
     where = torch.device(device)
     trainer, loader = setup(scenario, seed, where)
     model, vocab = trainer.model, trainer.model.config.vocab

@@ -59,7 +59,7 @@ class Schedule:
         return self._first.popleft() if self._first and not late else None
 
     def ended(self, job: Job, trial: dict[str, Any] | None) -> list[dict[str, Any]]:
-        """The trials that are known now: this one, unless it failed, and those that are the same."""
+        """Return the finished trials: this one, unless it failed, and trials that equal it."""
         scenario, arm, seed = job
         known = [trial] if trial else []
         if arm.name == "none":

@@ -31,7 +31,7 @@ def geodiag_rule(**options: Any) -> Rule:
 
 
 def windowed_sigma(sigmas: float, window: int, least: int) -> Rule:
-    """Alarm `sigmas` standard deviations above the mean of the last `window` losses, alarms included."""
+    """Alarm `sigmas` standard deviations above the mean of the last `window` losses."""
 
     def rule(updates: Sequence[Update]) -> Iterator[int]:
         past: deque[float] = deque()
@@ -118,7 +118,7 @@ def holt(threshold: float, level_decay: float, trend_decay: float, warmup: int) 
 
 
 def hampel(threshold: float, window: int) -> Rule:
-    """Alarm if two of the last three losses exceed the median by `threshold` scaled MADs (Hampel)."""
+    """Alarm if two of the last three losses exceed the median by `threshold` MADs (Hampel)."""
 
     def rule(updates: Sequence[Update]) -> Iterator[int]:
         past: deque[float] = deque(maxlen=window)

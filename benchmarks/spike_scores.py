@@ -35,9 +35,9 @@ class Score:
 def score(alarms: Sequence[int], curve: Curve, into: Score) -> None:
     """Add the hits and false alarms of one curve to `into`.
 
-    A spike is hit by an alarm from 3 rows before its onset to 25 rows after it. Alarms within a spike
-    (up to 50 rows after its end) or within 10 rows of an ambiguous event are ignored. All other
-    alarms are false; false alarms within 50 rows of one another count once.
+    A spike is hit by an alarm from 3 rows before its onset to 25 rows after it. Alarms within a
+    spike (up to 50 rows after its end) or within 10 rows of an ambiguous event are ignored. All
+    other alarms are false; false alarms within 50 rows of one another count once.
     """
     spikes = [label for label in curve.labels if label.type == "spike"]
     excused = [(label.onset - 3, label.end + 50) for label in spikes]

@@ -24,7 +24,7 @@ from geodiag.spikes.detector import SpikeDetector
 
 
 def bench(curves: Path, sensitivity: bool = True) -> dict[str, Any]:
-    """Score every rule; with `sensitivity` also geodiag's detector with changed options and curves."""
+    """Score every rule; with `sensitivity` also the detector with changed options and curves."""
     read = read_curves(curves)
     if not read:
         raise SystemExit(f"{curves} holds none of the curves that its labels.csv names")
@@ -71,7 +71,7 @@ def neighbours() -> Iterator[tuple[str, float, dict[str, Any]]]:
 
 
 def microseconds(curves: Sequence[Curve]) -> float:
-    """Return the time of one update of the detector: best of three passes over the longest curve."""
+    """Return the time of one update of the detector, best of three passes over one curve."""
     updates = max((curve.updates for curve in curves), key=len)
     seconds = []
     for _ in range(3):

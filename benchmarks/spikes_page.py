@@ -6,7 +6,8 @@ from typing import Any
 from geodiag.benchmarks.spike_scores import Score
 
 _ABOUT_GROUPS = (
-    "A: every-step pre-training with spikes; B: MoE pre-training logged every 5th step, with spikes; "
+    "A: every-step pre-training with spikes; B: MoE pre-training logged every 5th step, with "
+    "spikes; "
     "C: healthy;\n"
     "D: noisy, fine-tuning. Delay: median rows from the breakout. C and D: false alarms in 10,000 "
     "rows.\n"
@@ -14,7 +15,8 @@ _ABOUT_GROUPS = (
 )
 _ABOUT_PLANTED = (
     "Every 600 updates, on the curves of C and D that log each step; σ is that of the 200 updates "
-    "before. One log of D was smoothed before logging: a jump that only decays is one bad batch there."
+    "before. One log of D was smoothed before logging: a jump that only decays is one bad batch "
+    "there."
 )
 
 

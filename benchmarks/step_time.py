@@ -132,7 +132,7 @@ def time_arm(
 
 
 def _plain(arm: str) -> str:
-    """The arm that an arm is held against: one stream, and layers computed again where its own are."""
+    """Return the arm to compare with: one stream, and the same recomputation of layers."""
     return "plain+layers" if "layers" in arm.split("+") else "plain"
 
 
@@ -149,7 +149,7 @@ def run(
     device: str = "cuda",
     layers: int | None = None,
 ) -> dict[str, Any]:
-    """Every arm's time, memory and launches. An arm that does not fit says so and the others go on."""
+    """Return time, memory and launches of each arm, or the error of an arm that does not fit."""
     there = torch.device(device)
     data = batches(size, sequences, there)
     rows: list[dict] = []
@@ -176,10 +176,12 @@ def markdown(result: dict[str, Any]) -> str:
     lines = ["# What a training step costs", "", where(result), ""]
     for part in result["runs"]:
         lines += [
-            f"`{part['size']}`, {part['layers']} layers, {part['tokens']} tokens a step, bfloat16; medians of "
+            f"`{part['size']}`, {part['layers']} layers, {part['tokens']} tokens a step, "
+            "bfloat16; medians of "
             f"{part['steps']} steps.",
             "",
-            "| arm | forward + backward, ms | over plain | whole step, ms | over plain | peak, GB | launches |",
+            "| arm | forward + backward, ms | over plain | whole step, ms | over plain | peak, "
+            "GB | launches |",
             "|---|---|---|---|---|---|---|",
         ]
         done = {a["arm"]: a for a in part["arms"] if "failed" not in a}

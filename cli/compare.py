@@ -28,10 +28,11 @@ def compare(
     The file works offline, follows the light or dark mode, and can be printed.
 
     --json prints an object. Its lists have one item per run, in the order given; null stands for
-    what a run does not have. Keys: runs (label, run, status, last_step, loss, tokens, spikes, problems);
-    shared (last_step, steps, loss: means over the newest steps that all runs have); metrics (name →
-    unit, worse, worst, last, better: the positions of the better runs); differences (setting →
-    values).
+    what a run does not have.
+
+    Keys: runs (label, run, status, last_step, loss, tokens, spikes, problems); shared (last_step,
+    steps, loss: means over the newest steps that all runs have); metrics (name → unit, worse,
+    worst, last, better: the positions of the better runs); differences (setting → values).
     """
     import time
 

@@ -169,9 +169,24 @@ def said(**changes):
         stage=3, layer=4, site="ffn", expert=None, onset=101, confidence=0.2, why=""
     )
     found = Cascade(
-        spike=None, spike_onset=103, stage=1, layer=2, site="ffn", expert=4, domain=None, onset=100, lead=3,
-        cause="layer", confidence=0.9, defence=None, evidence=(), alternatives=(second,), path=(), words="", caveats=(),
-    )  # fmt: skip
+        spike=None,
+        spike_onset=103,
+        stage=1,
+        layer=2,
+        site="ffn",
+        expert=4,
+        domain=None,
+        onset=100,
+        lead=3,
+        cause="layer",
+        confidence=0.9,
+        defence=None,
+        evidence=(),
+        alternatives=(second,),
+        path=(),
+        words="",
+        caveats=(),
+    )
     return replace(found, **changes)
 
 

@@ -15,7 +15,8 @@ from geodiag.benchmarks.ranks_page import markdown
 
 _PARENT = """
 import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+command = [sys.executable, "-c", "import time; time.sleep(600)"]
+child = subprocess.Popen(command, start_new_session=True)
 print("child", child.pid, flush=True)
 time.sleep(600)
 """
@@ -102,7 +103,7 @@ def test_equal_losses_are_the_same_bits_and_others_are_numbers() -> None:
     worker["ddp"]["same"], worker["fsdp"]["same"] = same, same | {"with_geodiag": 1e-7}
     page = markdown(result(worker=worker))
     assert (
-        "| ddp, nccl | the same bits | the same bits | the same bits | 10.0 ms | 11.0 ms | +10.0 % |"
-        in page
+        "| ddp, nccl | the same bits | the same bits | the same bits | 10.0 ms | 11.0 ms | +10.0 "
+        "% |" in page
     )
     assert "| fsdp, nccl | 1.0e-07 | the same bits | the same bits |" in page

@@ -1,4 +1,4 @@
-"""A training that was started with SIGINT ignored, as a background job of a script is, ignores it."""
+"""A training that starts with SIGINT ignored, like a background job of a script, ignores it."""
 
 import signal
 import subprocess
