@@ -1,6 +1,4 @@
-"""The README is the manual: every command, option, metric and event kind is in it, and its map is
-the tree.
-"""
+"""README.md and docs/ name every command, option, metric and kind of event; the tree is drawn as it is."""
 
 import re
 from typing import Any
@@ -22,8 +20,14 @@ def readme() -> str:
     return (ROOT / "README.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def pages(readme: str) -> str:
+    """README.md and all pages of docs/."""
+    return readme + "".join(p.read_text() for p in sorted((ROOT / "docs").glob("*.md")))
+
+
 def missing(names: set[str], text: str) -> list[str]:
-    """Names that do not stand in the text as words of their own."""
+    """Return the names that are not in the text as whole words."""
     return sorted(n for n in names if not re.search(rf"(?<![\w-]){re.escape(n)}(?![\w-])", text))
 
 
@@ -35,12 +39,12 @@ def test_every_command_is_documented(readme: str) -> None:
     assert missing({f"geodiag {name}" for name in commands()}, readme) == []
 
 
-def test_every_option_is_documented(readme: str) -> None:
+def test_every_option_is_documented(pages: str) -> None:
     options = {
         o for c in commands().values() for p in c.params for o in p.opts if o.startswith("--")
     }
     assert len(options) > 5
-    assert missing(options - HIDDEN, readme) == []
+    assert missing(options - HIDDEN, pages) == []
 
 
 def test_every_option_and_argument_has_its_help() -> None:
@@ -50,14 +54,12 @@ def test_every_option_and_argument_has_its_help() -> None:
             assert getattr(param, "help", None) or param.name == "help", f"{name} {param.name}"
 
 
-def test_every_metric_and_table_is_documented(readme: str) -> None:
-    pages = readme + "".join(p.read_text() for p in sorted((ROOT / "docs").glob("*.md")))
+def test_every_metric_and_table_is_documented(pages: str) -> None:
     assert missing({name for _, name in METRICS}, pages) == []
     assert missing(set(SCHEMAS), pages) == []
 
 
-def test_every_kind_of_event_is_documented(readme: str) -> None:
-    pages = readme + "".join(p.read_text() for p in sorted((ROOT / "docs").glob("*.md")))
+def test_every_kind_of_event_is_documented(pages: str) -> None:
     assert [kind for kind in KINDS if f"`{kind}`" not in pages] == []
 
 
@@ -66,14 +68,14 @@ def test_the_catalogue_page_is_the_registry_printed() -> None:
     assert page.read_text() == catalogue.page(), "run make docs"
 
 
-def test_the_map_in_the_readme_is_the_tree(readme: str) -> None:
+def test_the_tree_in_the_readme_is_the_tree(readme: str) -> None:
     drawn = set(re.findall(r"^(?:[│├└─ ]*)([a-z_]+)/", readme, flags=re.MULTILINE))
     hidden = {"build", "dist", "exports", "runs"}
     real = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith((".", "_"))}
     real = {n for n in real if not n.endswith(".egg-info")} - hidden
-    assert real - drawn == set(), "folders that the map does not show"
+    assert real - drawn == set(), "folders that the drawing lacks"
     top = set(re.findall(r"^(?:[├└]── )?([a-z_]+)/", readme, flags=re.MULTILINE))
-    assert top - real == set(), "folders on the map that are not there"
+    assert top - real == set(), "folders in the drawing that do not exist"
 
 
 def test_what_is_missing_would_be_reported() -> None:
@@ -83,6 +85,10 @@ def test_what_is_missing_would_be_reported() -> None:
         "geodiag spikes",
         "los",
     ]
+
+
+def test_the_readme_stays_short(readme: str) -> None:
+    assert len(readme.splitlines()) <= 180
 
 
 def test_links_in_the_documents_lead_somewhere() -> None:
