@@ -1,4 +1,4 @@
-"""The probe batch: the same tokens at every probe, whole, or a piece of them many times over."""
+"""The probe batch: the same tokens at every probe, in one forward without side effects."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -12,40 +12,46 @@ from geodiag.hooks.distributed.sharded_weights import complete_on_all_ranks, is_
 from geodiag.hooks.routing.isolated_forward import isolated
 
 PROBE_TOKENS = 2048
+"""Maximal number of tokens that are taken from a training batch."""
 
 Arguments = tuple[tuple, dict[str, Any]]
+"""Positional and keyword arguments of the model."""
 
 
 class StopForward(BaseException):
-    """Ends a probe's forward where nothing more is wanted of it. No Exception: a model may catch
-    those.
+    """Ends a probe's forward early.
+
+    A BaseException, because an `except Exception` in the model's forward must not catch it.
     """
 
 
 class ProbeBatch:
-    """What the model is called with; given by the user, or taken from the first batch that is
-    trained on.
+    """The model's arguments in a probe.
+
+    given: arguments from the user, a tuple or a mapping of keyword arguments. Without it, the first
+    training batch is adopted.
     """
 
     def __init__(self, model: nn.Module, given: tuple | Mapping[str, Any] | None) -> None:
         self.model = model
-        self._whole = is_sharded(model)
+        self._must_complete = is_sharded(model)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._args: tuple = () if isinstance(given, Mapping) else tuple(given or ())
         self._kwargs: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {}
         self._autocast: tuple[str, bool, torch.dtype] | None = None
+        """Autocast state of the training's forward."""
         self._given = self.ready
 
     @property
     def ready(self) -> bool:
-        """Whether there is a batch to probe with."""
+        """Whether there is a batch."""
         return len(self._args) + len(self._kwargs) > 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The batch, where it is not the user's own: a resumed training probes with the same.
+        """Return an adopted batch, so that a resumed training probes with the same one.
 
-        A batch of more than tensors and plain values (a mask that is a function, a cache) may be
-        what no disk can keep: a training resumed without it takes the first that it meets.
+        A batch with other arguments than tensors and plain values (a mask function, a cache) may
+        not be storable: it is left out, and a resumed training adopts its first batch.
         """
         plain = all(
             isinstance(v, Tensor | bool | int | float | str | None)
@@ -55,13 +61,14 @@ class ProbeBatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state and not self._given:
-            self._args, self._kwargs = _changed(
+            self._args, self._kwargs = _mapped(
                 state["args"], state["kwargs"], lambda t: t.to(self._device)
             )
 
     def adopt_batch(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward of the training: its autocast is the probe's too, and without a batch this one
-        is taken, at most `PROBE_TOKENS` tokens of it.
+        """Note a training forward's autocast, and copy its batch if there is none yet.
+
+        At most `PROBE_TOKENS` tokens are copied, in whole sequences.
         """
         device = self._device.type
         self._autocast = device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -69,37 +76,40 @@ class ProbeBatch:
             return
         shape = _shape(args, kwargs)
         rows = None if shape is None else max(1, PROBE_TOKENS // shape[1])
-        self._args, self._kwargs = _changed(
+        # A copy, because the training may reuse the batch's memory for later batches.
+        self._args, self._kwargs = _mapped(
             args, kwargs, lambda t: _rows(t, shape, rows).detach().clone()
         )
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Sequences and positions. ValueError where no argument shows them."""
+        """Number of sequences and positions. ValueError if no argument shows them."""
         shape = _shape(self._args, self._kwargs)
         if shape is None:
             raise ValueError(
-                "the probe's arguments hold no batch of sequences; pass attach(..., probe=(token_ids,))"
+                "the probe's arguments hold no batch of sequences; "
+                "pass attach(..., probe=(token_ids,))"
             )
         return shape
 
     @property
     def token_ids(self) -> Tensor | None:
-        """The vocabulary ids, one a token, where the model takes them."""
+        """Vocabulary id of each token, if the model takes ids."""
         ids = _leading(self._args, self._kwargs)
-        return (
-            ids.flatten()
-            if ids is not None and not ids.is_floating_point() and ids.dim() == 2
-            else None
-        )
+        if ids is None or ids.is_floating_point() or ids.dim() != 2:
+            return None
+        return ids.flatten()
 
     def forward(self) -> None:
-        """Runs the model on the batch and leaves no trace; whoever watches may end it by `enough`."""
-        with self._as_in_training():
+        """Run the model on the batch without side effects.
+
+        A hook may end the forward early by calling `stop_forward`.
+        """
+        with self._isolated():
             self.model(*self._args, **self._kwargs)
 
     def run_copies(self, copies: int, positions: int) -> None:
-        """The same with the first sequence's first `positions` tokens, `copies` times over."""
+        """Run the model on `copies` of the first sequence's first `positions` tokens."""
         shape = self.shape
 
         def copied(value: Tensor) -> Tensor:
@@ -110,17 +120,18 @@ class ProbeBatch:
                     value = value.narrow(dim, 0, min(positions, shape[1]))
             return value
 
-        args, kwargs = _changed(self._args, self._kwargs, copied)
-        with self._as_in_training():
+        args, kwargs = _mapped(self._args, self._kwargs, copied)
+        with self._isolated():
             self.model(*args, **kwargs)
 
     def stop_forward(self) -> None:
-        """Ends the forward under way, where it may be ended: a sharded model runs to its end."""
-        if not self._whole:
+        """End the current forward, unless the model is sharded: its forward is collective."""
+        if not self._must_complete:
             raise StopForward
 
     @contextmanager
-    def _as_in_training(self) -> Iterator[None]:
+    def _isolated(self) -> Iterator[None]:
+        """Context of a probe's forward: eval mode, no gradients, the training's autocast."""
         with (
             complete_on_all_ranks(self.model),
             _eager(self.model),
@@ -136,14 +147,17 @@ class ProbeBatch:
 
 
 def _eager(model: nn.Module) -> AbstractContextManager[Any]:
-    """Compiled parts run as they are written: a probe is not worth graphs of its own, and its hooks
-    do what no graph can hold.
+    """Return a context in which compiled modules run eagerly.
+
+    A probe is too rare for compiled graphs of its own, and graphs cannot contain its hooks.
     """
     compiled = any(torch_internals.is_compiled(m) for m in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-def _changed(args: tuple, kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> Arguments:
+def _mapped(args: tuple, kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> Arguments:
+    """Return the arguments with `change` applied to each tensor."""
+
     def one(value: Any) -> Any:
         return change(value) if isinstance(value, Tensor) else value
 
@@ -155,14 +169,16 @@ def _values(args: tuple, kwargs: dict[str, Any]) -> tuple:
 
 
 def _leading(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """The argument that shows how many sequences and positions there are: the token ids, or else
-    the first batch.
+    """Return the argument that shows the number of sequences and positions.
+
+    The token ids (2 dimensions, integers) if there are any, else the first tensor with at least 2
+    dimensions.
     """
     tensors = [v for v in _values(args, kwargs) if isinstance(v, Tensor) and v.dim() > 1]
-    return next(
-        (t for t in tensors if t.dim() == 2 and not t.is_floating_point()),
-        next(iter(tensors), None),
-    )
+    for t in tensors:
+        if t.dim() == 2 and not t.is_floating_point():
+            return t
+    return tensors[0] if tensors else None
 
 
 def _shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int] | None:
@@ -171,5 +187,6 @@ def _shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def _rows(value: Tensor, shape: tuple[int, int] | None, rows: int | None) -> Tensor:
-    same_batch = shape is not None and value.shape[:1] == shape[:1]
-    return value[:rows] if same_batch else value
+    """Return the first `rows` sequences of a tensor that has one row per sequence."""
+    has_sequences = shape is not None and value.shape[:1] == shape[:1]
+    return value[:rows] if has_sequences else value

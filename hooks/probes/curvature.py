@@ -1,4 +1,4 @@
-"""Curvature: how much of the expert block's answer to a small change is of second order."""
+"""Curvature: the second-order part of an expert block's response to a small change of its input."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ from geodiag.hooks.probes.expert_block import expert_block
 # T tokens, C channels, E experts
 
 EPSILON = 1e-2
-"""Length of the change, as a share of the token's norm."""
+"""Length of the change, relative to the token's norm."""
 _SEED = 7
 
 
 def directions(tokens: int, channels: int, device: torch.device) -> Tensor:
-    """A random unit vector for each token, (T, C): the same ones every time."""
+    """Return a random unit vector for each token, (T, C): the same vectors in every call."""
     generator = torch.Generator(device).manual_seed(_SEED)
     drawn = torch.randn(tokens, channels, generator=generator, device=device)
     return torch.nn.functional.normalize(drawn, dim=-1)
@@ -22,12 +22,17 @@ def directions(tokens: int, channels: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def curvature(site: ExpertSite, x_TC: Tensor, gates_TE: Tensor, v_TC: Tensor) -> Tensor:
-    """Each token's ‖f(x+εv) − 2f(x) + f(x−εv)‖ / ‖f(x+εv) − f(x−εv)‖, its experts and gate weights
-    held.
+    """Return each token's curvature (T), with its experts and gate weights held fixed.
+
+    ‖f(x+εv) − 2f(x) + f(x−εv)‖ / ‖f(x+εv) − f(x−εv)‖
     """
+    # Central differences: the numerator is ε²‖f''(v, v)‖, the denominator 2ε‖f'(v)‖, up to higher
+    # orders. The ratio is 0 for a linear block; large values mean that a first-order step, such as
+    # the optimizer's, overshoots.
     x = x_TC.to(torch.promote_types(x_TC.dtype, torch.float32))
     step = EPSILON * x.norm(dim=-1, keepdim=True) * v_TC.to(x)
-    there, here, back = expert_block(
-        site, torch.cat([x + step, x, x - step]), gates_TE.repeat(3, 1)[None]
-    )[0].chunk(3)
-    return (there - 2 * here + back).norm(dim=-1) / (there - back).norm(dim=-1)
+    inputs = torch.cat([x + step, x, x - step])
+    forward, center, backward = expert_block(site, inputs, gates_TE.repeat(3, 1)[None])[0].chunk(3)
+    second_order = (forward - 2 * center + backward).norm(dim=-1)
+    first_order = (forward - backward).norm(dim=-1)
+    return second_order / first_order

@@ -1,8 +1,7 @@
-"""A look: what the places of a layout show while the probe batch runs once through the model.
+"""ProbeForward: hooks that collect router choices, streams and logits during one probe forward.
 
-Its hooks are up all the time, because a compiled model never notices hooks that come later, and
-work only inside
-`taken`. Whatever is large is reduced at once; nothing is read on the host.
+The hooks are installed once and stay, because a compiled model ignores hooks that are added later;
+they act only inside `run`. Large tensors are reduced at once, and nothing is read on the host.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,152 +33,200 @@ from geodiag.hooks.probes.expert_block import gates
 from geodiag.hooks.probes.tear import FlippedTokens, pick_flipped
 from geodiag.hooks.probes.token_trace import Projection
 
-# T tokens, B sequences, C channels, E experts, K experts per token, F expert dim
+# T tokens, B sequences, C channels, E experts, K experts per token, A assignments
 
 CURVED_TOKENS = 32
-"""Tokens that curvature is measured at, evenly spaced over the probe batch."""
+"""Number of tokens at which curvature is measured, evenly spaced over the probe batch."""
 
 
 @dataclass
 class ProbeResult:
-    """What one look found, by layer; `streams` by place, after site 0, 1, …"""
+    """What one probe forward collected, by layer."""
 
     choices: dict[int, Choice] = field(default_factory=dict)
     margins: dict[int, Tensor] = field(default_factory=dict)
+    """(T)"""
     flips: dict[int, Tensor] = field(default_factory=dict)
+    """(T), compared with the probe before"""
     flipped_tokens: dict[int, FlippedTokens] = field(default_factory=dict)
+    """Input of `tear`."""
     curved: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Input of `curvature`: hidden states and gate weights of `CURVED_TOKENS` tokens."""
     streams: dict[int, Tensor] = field(default_factory=dict)
+    """Site index, not layer → norm and projections of the streams after this site, (T, 3)."""
     logits: dict[int, Tensor] = field(default_factory=dict)
+    """Largest attention logit."""
     clamped: list[tuple[Tensor, float]] = field(default_factory=list)
-    """Gate hits of each sequence (B), and how many elements a sequence has."""
+    """Clamp hits of each sequence (B), and the number of elements per sequence."""
 
 
 class ProbeForward:
-    """Watches the layers that are recorded."""
+    """Hooks on the recorded layers."""
 
     def __init__(self, batch: ProbeBatch, layout: Layout, guard: FailureGuard) -> None:
         self.batch = batch
+        self.result = ProbeResult()
         self._guard = guard
-        self.seen = ProbeResult()
         self._wanted: frozenset[str] = frozenset()
-        self._then: dict[int, Choice] = {}
+        """Groups of metrics that the current probe measures; empty outside of `run`."""
+        self._previous: dict[int, Choice] = {}
+        """Choices of the probe before."""
         self._view: RouterView | None = None
+        """View of the router whose forward is running."""
         self._project = Projection()
         self._handles: list[Removable] = []
+        self._hook_routers(layout)
+        self._hook_attention(layout)
+        self._hook_experts(layout)
+        self._hook_streams(layout)
+
+    def _hook_routers(self, layout: Layout) -> None:
         for router in layout.routers:
             if layout.watches(router.layer):
-                self._handles += router.watch(
-                    self._sink(f"router {router.layer}", self._keep_view, "router")
-                )
+                name = f"router {router.layer}"
+                self._handles += router.watch(self._sink(name, self._keep_view, "router"))
                 self._handles.append(
-                    router.module.register_forward_hook(partial(self._chosen, router))
+                    router.module.register_forward_hook(partial(self._after_router, router))
                 )
+
+    def _hook_attention(self, layout: Layout) -> None:
         for site in layout.attention:
             if layout.watches(site.layer):
-                sink = self._sink(
-                    f"attention {site.layer}", partial(self._attention, site), "attention"
-                )
+                write = partial(self._write_logit, site)
+                sink = self._sink(f"attention {site.layer}", write, "attention")
                 self._handles += site.watch_logits(sink)
+
+    def _hook_experts(self, layout: Layout) -> None:
         for expert in layout.experts:
-            for watch in expert.watch if layout.watches(expert.layer) else ():
-                sink = self._sink(
-                    f"experts {expert.layer}", partial(self._acted, expert), "domains"
-                )
-                self._handles += watch(sink)
-        # What enters a site is what the one before it left; what entered the first is nobody's.
-        for place, mixed in enumerate(layout.sites[1:]):
-            sink = self._sink("streams", partial(self._entered, place), "tokens")
-            self._handles += mixed.watch_mix(sink)
-        if layout.watch_end is not None:
-            sink = self._sink("last stream", partial(self._stream, len(layout.sites) - 1), "tokens")
-            self._handles += layout.watch_end(sink)
-            self._handles += layout.watch_end(
-                lambda _view: self.batch.stop_forward() if self._wanted else None
-            )
+            if layout.watches(expert.layer):
+                write = partial(self._write_clamp_hits, expert)
+                sink = self._sink(f"experts {expert.layer}", write, "domains")
+                for watch in expert.watch:
+                    self._handles += watch(sink)
+
+    def _hook_streams(self, layout: Layout) -> None:
+        # The input of a site is the output of the site before; the first site's input is not needed.
+        for index, site in enumerate(layout.sites[1:]):
+            sink = self._sink("streams", partial(self._write_site_input, index), "tokens")
+            self._handles += site.watch_mix(sink)
+        if layout.watch_end is None:
+            return
+        last = len(layout.sites) - 1
+        sink = self._sink("last stream", partial(self._write_streams, last), "tokens")
+        self._handles += layout.watch_end(sink)
+        # The last hook at the end of the blocks: nothing after them is measured.
+        self._handles += layout.watch_end(
+            lambda _view: self.batch.stop_forward() if self._wanted else None
+        )
 
     @contextmanager
-    def run(self, wanted: frozenset[str], then: dict[int, Choice]) -> Iterator[ProbeResult]:
-        """One forward of the batch; what it showed of the wanted groups, compared with the choices
-        of `then`.
+    def run(self, wanted: frozenset[str], previous: dict[int, Choice]) -> Iterator[ProbeResult]:
+        """Run one forward and yield what it collected.
+
+        wanted: groups of metrics to measure. previous: choices of the probe before, for flips and
+        tear.
         """
-        self.seen, self._wanted, self._then = ProbeResult(), wanted | {"router"}, then
+        self.result = ProbeResult()
+        self._wanted = wanted | {"router"}
+        self._previous = previous
         try:
             self.batch.forward()
-            yield self.seen
+            yield self.result
         finally:
-            self.seen, self._wanted, self._then, self._view = ProbeResult(), frozenset(), {}, None
+            self.result = ProbeResult()
+            self._wanted = frozenset()
+            self._previous = {}
+            self._view = None
 
     def remove(self) -> None:
-        """Takes the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
-    def _sink(self, where: str, write: Callable[[Any], None], group: str) -> Sink:
+    def _sink(self, name: str, write: Callable[[Any], None], group: str) -> Sink:
         def sink(view: Callable[[], Any]) -> None:
             if group in self._wanted:
-                self._guard.run(f"probe of {where}", lambda: write(view()), retry=False)
+                self._guarded(name, lambda: write(view()))
 
         return sink
 
-    # -- what is kept ------------------------------------------------------------------------
+    def _guarded(self, name: str, work: Callable[[], None]) -> None:
+        """Run `work`; a failure disables only this place."""
+        self._guard.run(f"probe of {name}", work, retry=False)
+
+    # -- routers -----------------------------------------------------------------------------
 
     def _keep_view(self, view: RouterView) -> None:
         self._view = view
 
-    def _chosen(self, site: RouterSite, _module: nn.Module, _args: tuple, output: Any) -> None:
+    def _after_router(self, site: RouterSite, _module: nn.Module, _args: tuple, out: Any) -> None:
         if self._wanted:
-            name = f"probe of router {site.layer}"
-            self._guard.run(name, lambda: self._router(site, output), retry=False)
+            self._guarded(f"router {site.layer}", lambda: self._write_router(site, out))
 
-    def _router(self, site: RouterSite, output: Any) -> None:
-        seen, layer, view = self.seen, site.layer, self._view
-        now, then = site.chosen(output), self._then.get(site.layer)
-        seen.choices[layer] = now
+    def _write_router(self, site: RouterSite, output: Any) -> None:
+        layer = site.layer
+        view = self._view
+        now = site.chosen(output)
+        then = self._previous.get(layer)
+        self.result.choices[layer] = now
+
         if view is not None and not site.hashed:
-            scores = view.scores_TE.float()
-            seen.margins[layer] = formulas.margins(
-                scores if view.bias_E is None else scores + view.bias_E, site.k
-            )
+            scores_TE = view.scores_TE.float()
+            biased_TE = scores_TE if view.bias_E is None else scores_TE + view.bias_E
+            self.result.margins[layer] = formulas.margins(biased_TE, site.k)
         if then is not None:
-            flips = seen.flips[layer] = formulas.flips(now.expert_ids_TK, then.expert_ids_TK)
+            flips_T = formulas.flips(now.expert_ids_TK, then.expert_ids_TK)
+            self.result.flips[layer] = flips_T
             if "tear" in self._wanted and view is not None:
-                flipped = flips > 0
-                where = pick_flipped(flipped)
-                again = site.chosen(site.replay(output, then.expert_ids_TK))
-                live, past = (
-                    gates(c.expert_ids_TK[where], c.weights_TK[where], site.experts)
-                    for c in (now, again)
-                )
-                seen.flipped_tokens[layer] = FlippedTokens(
-                    view.hidden_TC[where], live, past, flipped[where], flipped.float().mean()
+                # Today's gate weights at the old ids: only the choice differs between the two.
+                replayed = site.chosen(site.replay(output, then.expert_ids_TK))
+                self.result.flipped_tokens[layer] = _flipped_tokens(
+                    site, view.hidden_TC, flips_T > 0, now, replayed
                 )
         if "curvature" in self._wanted and view is not None:
-            tokens = len(view.hidden_TC)
-            at = torch.linspace(
-                0, tokens - 1, min(CURVED_TOKENS, tokens), device=view.hidden_TC.device
-            ).long()
-            dense = gates(now.expert_ids_TK[at], now.weights_TK[at], site.experts)
-            seen.curved[layer] = view.hidden_TC[at], dense
+            self.result.curved[layer] = _curvature_input(site, view.hidden_TC, now)
 
-    def _entered(self, place: int, view: MixView) -> None:
-        self._stream(place, view.streams_TNC)
+    # -- streams, attention, experts ---------------------------------------------------------
 
-    def _stream(self, place: int, streams: Tensor) -> None:
+    def _write_site_input(self, index: int, view: MixView) -> None:
+        self._write_streams(index, view.streams_TNC)
+
+    def _write_streams(self, index: int, streams: Tensor) -> None:
         sequences, positions = self.batch.shape
-        self.seen.streams[place] = self._project(streams.reshape(sequences * positions, -1))
+        self.result.streams[index] = self._project(streams.reshape(sequences * positions, -1))
 
-    def _attention(self, site: AttentionSite, logit: Tensor) -> None:
-        self.seen.logits[site.layer] = logit
+    def _write_logit(self, site: AttentionSite, logit: Tensor) -> None:
+        self.result.logits[site.layer] = logit
 
-    def _acted(self, site: ExpertSite, view: ActView) -> None:
-        hits_A = (view.gate_AF > (site.gate_limit or COUNTERFACTUAL_LIMIT)).sum(
-            -1, dtype=torch.float32
-        )
+    def _write_clamp_hits(self, site: ExpertSite, view: ActView) -> None:
+        """Count the gate pre-activations above the limit, by sequence of the probe batch."""
+        limit = site.gate_limit or COUNTERFACTUAL_LIMIT
+        hits_A = (view.gate_AF > limit).sum(-1, dtype=torch.float32)
         sequences, positions = self.batch.shape
-        if view.expert_A is None:
+        if view.expert_A is None:  # the shared expert: one row per token
             token_A = torch.arange(len(hits_A), device=hits_A.device)
         else:
-            token_A = site.row_tokens(self.seen.choices[site.layer].expert_ids_TK)
+            token_A = site.row_tokens(self.result.choices[site.layer].expert_ids_TK)
         hits_B = hits_A.new_zeros(sequences).index_add_(0, token_A // positions, hits_A)
-        self.seen.clamped.append((hits_B, view.gate_AF.numel() / sequences))
+        self.result.clamped.append((hits_B, view.gate_AF.numel() / sequences))
+
+
+def _flipped_tokens(
+    site: RouterSite, hidden_TC: Tensor, flipped_T: Tensor, now: Choice, replayed: Choice
+) -> FlippedTokens:
+    picked = pick_flipped(flipped_T)
+    return FlippedTokens(
+        hidden_MC=hidden_TC[picked],
+        now_ME=gates(now.expert_ids_TK[picked], now.weights_TK[picked], site.experts),
+        then_ME=gates(replayed.expert_ids_TK[picked], replayed.weights_TK[picked], site.experts),
+        flipped_M=flipped_T[picked],
+        share=flipped_T.float().mean(),
+    )
+
+
+def _curvature_input(site: RouterSite, hidden_TC: Tensor, now: Choice) -> tuple[Tensor, Tensor]:
+    """Return hidden states and gate weights of evenly spaced tokens."""
+    tokens = len(hidden_TC)
+    count = min(CURVED_TOKENS, tokens)
+    at = torch.linspace(0, tokens - 1, count, device=hidden_TC.device).long()
+    return hidden_TC[at], gates(now.expert_ids_TK[at], now.weights_TK[at], site.experts)

@@ -1,4 +1,4 @@
-"""Tear: the jump that another choice of experts makes in the block's output, at the same input."""
+"""Tear: the jump of the expert block's output when the choice of experts changes at a fixed input."""
 
 from typing import NamedTuple
 
@@ -11,25 +11,31 @@ from geodiag.hooks.probes.expert_block import expert_block
 # T tokens, M picked tokens, C channels, E experts
 
 TOKENS = 64
-"""Flipped tokens of a layer at most that are worked out; the others are taken to be like them."""
+"""Maximal number of flipped tokens per layer that are computed.
+
+The mean over all flipped tokens is estimated from them.
+"""
 _SEED = 11
 
 
 class FlippedTokens(NamedTuple):
-    """What is kept of one router's flipped tokens until the forward is over."""
+    """One router's picked tokens, kept until the forward is over."""
 
     hidden_MC: Tensor
     now_ME: Tensor
+    """Gate weights of today's choice."""
     then_ME: Tensor
+    """Today's gate weights at the choice of the probe before."""
     flipped_M: Tensor
-    """Which of the picked tokens really flipped: there may be fewer than places."""
+    """Which of the picked tokens have flipped: there may be fewer flips than picked tokens."""
     share: Tensor
-    """Of all tokens, those that flipped."""
+    """Share of all tokens that have flipped."""
 
 
 def pick_flipped(flipped_T: Tensor) -> Tensor:
-    """`TOKENS` tokens, flipped ones first, a fixed random choice among them; nothing is read on the
-    host.
+    """Return the indices of `TOKENS` tokens: flipped ones first, in a fixed random order.
+
+    Nothing is read on the host, so the number of picked tokens cannot depend on the flips.
     """
     generator = torch.Generator(flipped_T.device).manual_seed(_SEED)
     lot_T = torch.rand(len(flipped_T), generator=generator, device=flipped_T.device)
@@ -37,14 +43,18 @@ def pick_flipped(flipped_T: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def tear(site: ExpertSite, torn: FlippedTokens) -> tuple[Tensor, Tensor]:
-    """Mean of ‖F(x; A) − F(x; A_then)‖ / ‖F(x; A)‖ over all tokens (0 where A stayed), and over the
-    flipped ones.
+def tear(site: ExpertSite, tokens: FlippedTokens) -> tuple[Tensor, Tensor]:
+    """Return the mean relative jump over all tokens, and over the flipped tokens.
 
-    Without a flip the second is NaN: there is nothing to say.
+    Without a flip the second value is NaN.
     """
-    now, then = expert_block(site, torn.hidden_MC, torch.stack([torn.now_ME, torn.then_ME]))
-    jump_M = (now - then).norm(dim=-1) / now.norm(dim=-1)
-    count = torn.flipped_M.sum()
-    flipped = torch.where(torn.flipped_M, jump_M, 0.0).sum() / count
-    return torch.where(count > 0, flipped * torn.share, 0.0), flipped
+    # The manifold is torn where the block's output jumps although its input does not:
+    # ‖F(x; A) − F(x; A_then)‖ / ‖F(x; A)‖, which is 0 for a token whose choice A has not changed.
+    choices = torch.stack([tokens.now_ME, tokens.then_ME])
+    now_MC, then_MC = expert_block(site, tokens.hidden_MC, choices)
+    jump_M = (now_MC - then_MC).norm(dim=-1) / now_MC.norm(dim=-1)
+
+    count = tokens.flipped_M.sum()
+    over_flipped = torch.where(tokens.flipped_M, jump_M, 0.0).sum() / count
+    over_all = torch.where(count > 0, over_flipped * tokens.share, 0.0)
+    return over_all, over_flipped

@@ -313,7 +313,7 @@ def killed(folder: Path, policy: str) -> dict[str, Any]:
 
 def silent(folder: Path, policy: str) -> dict[str, Any]:
     """Rank 1 takes part in the training and forgets to call `step` from step 4 on."""
-    patience, ranks_module.PATIENCE = ranks_module.PATIENCE, timedelta(seconds=4)
+    timeout, ranks_module.TIMEOUT = ranks_module.TIMEOUT, timedelta(seconds=4)
     t = made("apart")
     routing = geodiag.AnticipatoryRouting(
         t.model, 2, forward=lambda model, batch: model(batch.token_ids_BS)
@@ -328,7 +328,7 @@ def silent(folder: Path, policy: str) -> dict[str, Any]:
                 run.step(loss)
     except GeodiagError as e:
         error = str(e)
-    ranks_module.PATIENCE = patience
+    ranks_module.TIMEOUT = timeout
     dist.barrier()
     run.close()
     return {"error": error}

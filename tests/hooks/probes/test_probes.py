@@ -240,7 +240,7 @@ def test_traced_tokens_are_where_the_streams_say(twice: tuple) -> None:
         [values[f"tokens.{n}"] for n in ("norm", "projection_1", "projection_2")], -1
     )
     assert traced.shape == (6, TRACED, 3)
-    r1, r2 = subject.probes._look._project._directions.double().T  # type: ignore[union-attr]
+    r1, r2 = subject.probes._forward._project._directions.double().T  # type: ignore[union-attr]
     assert abs(r1.dot(r2).item()) < 1e-6
     assert r1.norm().item() == pytest.approx(1, abs=1e-6) == r2.norm().item()
     for place, x in enumerate(streams):
