@@ -287,7 +287,7 @@ def slow_growth(subject: Subject, layer: int) -> float:
 
     def move(_: Any, args: tuple, kwargs: dict) -> Any:
         x = args[0].clone()
-        x[0] = growth._moved(args[0][0], layer)
+        x[0] = growth._perturbed(args[0][0], layer)
         kept["change"] = (x[0] - args[0][0]).double()
         return (x, *args[1:]), kwargs
 
@@ -316,12 +316,12 @@ def test_growth_is_that_of_two_forwards(name: str) -> None:
 
 def test_the_change_is_small_random_and_the_same_every_time() -> None:
     x = torch.randn(5, 4, 16)
-    moved = growth._moved(x, 1) - x
+    moved = growth._perturbed(x, 1) - x
     torch.testing.assert_close(
         moved.flatten(1).norm(dim=1), growth.EPSILON * x.flatten(1).norm(dim=1)
     )
-    assert torch.equal(growth._moved(x, 1), growth._moved(x, 1))
-    assert not torch.equal(growth._moved(x, 1), growth._moved(x, 2))
+    assert torch.equal(growth._perturbed(x, 1), growth._moved(x, 1))
+    assert not torch.equal(growth._perturbed(x, 1), growth._moved(x, 2))
     assert (
         abs(torch.nn.functional.cosine_similarity(moved[0].flatten(), moved[1].flatten(), dim=0))
         < 0.6
