@@ -15,6 +15,7 @@ from geodiag.dashboard.figures.style import (
     Theme,
     add_text,
     axis,
+    axis_number,
     base,
     empty,
     time_axis,
@@ -74,7 +75,7 @@ def heat_map(
     first = min(c.left_B[0] for c in columns)
     last = max(c.left_B[-1] + c.width for c in columns)
     reach = window or _half_step_around(step_extent or (first, last - 1))
-    anchor = f"y{_n(len(shown))}"
+    anchor = f"y{axis_number(len(shown))}"
     fig.update_layout(xaxis=time_axis(theme, reach, title, anchor=anchor, showgrid=False))
     draw_marks(fig, marks, (first, last), theme, domains)
     if step is not None:
@@ -132,7 +133,7 @@ def _frame_row(
         xref="x domain",
         y0=at - 0.5,
         y1=at + 0.5,
-        yref=f"y{_n(i)}",
+        yref=f"y{axis_number(i)}",
         line={"color": theme.cursor, "width": 1},
     )
 
@@ -170,7 +171,11 @@ def _draw_panel(
     rows |= {"tickvals": [t[0] for t in ticks], "ticktext": [t[1] for t in ticks], "ticks": ""}
     title = "expert" if experts else "layer"
     fig.update_layout(
-        {f"yaxis{_n(i)}": axis(theme, title, domain=domain, showgrid=False, anchor="x", **rows)}
+        {
+            f"yaxis{axis_number(i)}": axis(
+                theme, title, domain=domain, showgrid=False, anchor="x", **rows
+            )
+        }
     )
     add_text(fig, panel.title, 0, domain[1], theme.ink, yshift=3)
     _draw_values(fig, column, names, i, log, panel.grid)
@@ -195,7 +200,7 @@ def _draw_values(
         dx=column.width,
         y=names,
         coloraxis="coloraxis",
-        yaxis=f"y{_n(i)}",
+        yaxis=f"y{axis_number(i)}",
         hovertemplate=f"<b>%{{y}}</b> · {when}<br>{grid.metric.name} {number}<extra></extra>",
         hoverongaps=False,
         name=grid.metric.name,
@@ -212,7 +217,7 @@ def _draw_crosses(fig: go.Figure, column: Binned, names: list[str], i: int, them
     fig.add_scatter(
         x=column.left_B[b[some]] + (column.width - 1) / 2,
         y=[names[k] for k in r[some]],
-        yaxis=f"y{_n(i)}",
+        yaxis=f"y{axis_number(i)}",
         mode="markers",
         marker={"symbol": "x-thin", "size": 6, "line": line},
         hovertemplate="<b>%{y}</b> · step %{x:,.0f}<br>NaN or infinite<extra></extra>",
@@ -254,7 +259,3 @@ def _row_pixels(rows: int) -> float:
         if rows <= most:
             return pixels
     return max(2.5, 280 / rows)
-
-
-def _n(i: int) -> str:
-    return "" if i == 1 else str(i)

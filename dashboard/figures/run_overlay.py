@@ -11,7 +11,16 @@ import numpy as np
 import plotly.graph_objects as go
 
 from geodiag.dashboard.figures.curve import draw_curve
-from geodiag.dashboard.figures.style import Theme, axis, base, empty, time_axis, titled
+from geodiag.dashboard.figures.style import (
+    Theme,
+    axis,
+    axis_number,
+    base,
+    empty,
+    legend_above,
+    time_axis,
+    titled,
+)
 
 # S steps.
 
@@ -69,53 +78,60 @@ def overlay(
     panels = [p for p in panels if any(np.isfinite(v).any() for v in p.values)]
     if not panels:
         return empty("Not recorded in any of these runs.", theme, 160)
-    inner = sum(p.pixels for p in panels) + _GAP_PX * (len(panels) - 1)
-    rows = -(-sum(_LETTER_PX * len(t.label) + 48 for t in tracks) // _LEGEND_PX)
-    above = _TOP_PX + _LINE_PX * rows
-    fig = base(theme, inner + above + _AXIS_PX, hovermode="x unified", hoversubplots="axis")
+    plot_px = sum(p.pixels for p in panels) + _GAP_PX * (len(panels) - 1)
+    legend_rows = -(-sum(_LETTER_PX * len(t.label) + 48 for t in tracks) // _LEGEND_PX)
+    above = _TOP_PX + _LINE_PX * legend_rows
+    fig = base(theme, plot_px + above + _AXIS_PX, hovermode="x unified", hoversubplots="axis")
     top = 1.0
     for i, panel in enumerate(panels, 1):
-        n = "" if i == 1 else str(i)
-        domain = (max(0.0, top - panel.pixels / inner), top)
-        fig.update_layout({f"yaxis{n}": _height(panel, domain, theme)})
-        for k, (track, value_S) in enumerate(zip(tracks, panel.values, strict=True)):
-            _line(fig, track, panel, value_S, k, n, theme)
-            if i == 1:
-                _rings(fig, track, k, theme)
-        if panel.alert is not None:
-            fig.add_shape(
-                type="line",
-                x0=0,
-                x1=1,
-                xref="x domain",
-                y0=panel.alert,
-                y1=panel.alert,
-                yref=f"y{n}",
-                line={"color": theme.spike, "width": 1, "dash": "dot"},
-            )
-        top = domain[0] - _GAP_PX / inner
-    ends = [float(x) for t in tracks for x in (t.x_S[:1], t.x_S[-1:]) for x in x]
-    pad = 0.5 if of == "step" else 0.0
-    across: dict[str, Any] = {"anchor": f"y{'' if len(panels) == 1 else len(panels)}"}
-    if of != "step":
-        across |= {
-            "tickformat": ".3~s",
-            "unifiedhovertitle": {"text": f"%{{x:.4s}} {of}"},
-            "dtick": None,
-        }
+        domain = (max(0.0, top - panel.pixels / plot_px), top)
+        _draw_panel(fig, tracks, panel, axis_number(i), domain, theme)
+        top = domain[0] - _GAP_PX / plot_px
+    for k, track in enumerate(tracks):
+        _draw_rings(fig, track, k, theme)
     fig.update_layout(
-        xaxis=time_axis(theme, (min(ends) - pad, max(ends) + pad), of, **across),
+        xaxis=_common_axis(tracks, len(panels), of, theme),
         margin={"l": 70, "r": 20, "t": above, "b": 42},
         showlegend=True,
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "y": 1,
-            "yanchor": "bottom",
-            "font": {"size": 12, "color": theme.ink},
-        },
+        legend=legend_above(theme),
     )
     return fig
+
+
+def _draw_panel(
+    fig: go.Figure,
+    tracks: Sequence[Track],
+    panel: Panel,
+    n: str,
+    domain: tuple[float, float],
+    theme: Theme,
+) -> None:
+    """Draw the axis, the lines of all runs and the alert level of a panel."""
+    fig.update_layout({f"yaxis{n}": _height(panel, domain, theme)})
+    for k, (track, value_S) in enumerate(zip(tracks, panel.values, strict=True)):
+        _draw_line(fig, track, panel, value_S, k, n, theme)
+    if panel.alert is not None:
+        fig.add_shape(
+            type="line",
+            x0=0,
+            x1=1,
+            xref="x domain",
+            y0=panel.alert,
+            y1=panel.alert,
+            yref=f"y{n}",
+            line={"color": theme.spike, "width": 1, "dash": "dot"},
+        )
+
+
+def _common_axis(tracks: Sequence[Track], panels: int, of: str, theme: Theme) -> dict:
+    """The axis of steps or tokens, from the first to the last one of all runs."""
+    ends = [float(x) for t in tracks for x in (*t.x_S[:1], *t.x_S[-1:])]
+    pad = 0.5 if of == "step" else 0.0
+    kind: dict[str, Any] = {"anchor": f"y{axis_number(panels)}"}
+    if of != "step":
+        hover = {"text": f"%{{x:.4s}} {of}"}
+        kind |= {"tickformat": ".3~s", "unifiedhovertitle": hover, "dtick": None}
+    return time_axis(theme, (min(ends) - pad, max(ends) + pad), of, **kind)
 
 
 def _height(panel: Panel, domain: tuple[float, float], theme: Theme) -> dict:
@@ -133,7 +149,7 @@ def _height(panel: Panel, domain: tuple[float, float], theme: Theme) -> dict:
     )
 
 
-def _line(
+def _draw_line(
     fig: go.Figure, track: Track, panel: Panel, value_S: np.ndarray, k: int, n: str, theme: Theme
 ) -> None:
     """Downsample by steps, then move each point to its position on the axis."""
@@ -161,7 +177,7 @@ def _line(
             trace.update(x=np.interp(np.asarray(trace.x, float), track.step_S, track.x_S))
 
 
-def _rings(fig: go.Figure, track: Track, k: int, theme: Theme) -> None:
+def _draw_rings(fig: go.Figure, track: Track, k: int, theme: Theme) -> None:
     known = [r for r in track.rings if r.value is not None]
     if not known:
         return

@@ -175,6 +175,17 @@ def empty(text: str, theme: Theme, height: int = EMPTY_PX) -> go.Figure:
     return fig
 
 
+def axis_number(i: int) -> str:
+    """Return the suffix of Plotly's axis number `i`, counted from 1: `""`, `"2"`, `"3"`."""
+    return "" if i == 1 else str(i)
+
+
+def legend_above(theme: Theme) -> dict[str, Any]:
+    """Return a horizontal legend above the plot."""
+    place: dict[str, Any] = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
+    return place | {"font": {"size": 12, "color": theme.ink}}
+
+
 def add_text(
     fig: go.Figure, text: str, x: float, y: float, colour: str, size: float = 12.5, **more: Any
 ) -> None:

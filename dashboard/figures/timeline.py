@@ -15,6 +15,7 @@ from geodiag.dashboard.figures.event_marks import draw_marks, draw_superseded, r
 from geodiag.dashboard.figures.style import (
     FEW_STEPS,
     Theme,
+    add_text,
     axis,
     base,
     empty,
@@ -60,28 +61,33 @@ def timeline(
     near = (steps["step"] >= low - 1) & (steps["step"] <= high + 1)
     seen = {k: v[near] for k, v in steps.items()}
     fig = base(theme, height, hovermode="x unified", hoversubplots="axis")
-    fig.update_layout(
-        xaxis=time_axis(
-            theme, reach, anchor="y3", showspikes=True, spikemode="across", spikethickness=1
-        ),
-        yaxis=axis(theme, _title("loss"), domain=_DOMAINS["loss"], type="log" if log else "linear"),
-        yaxis2=axis(theme, _title("grad_norm"), domain=_DOMAINS["grad_norm"], rangemode="tozero"),
-        yaxis3=axis(
-            theme, domain=_DOMAINS["stages"], autorange="reversed", showgrid=False, ticks=""
-        ),
-    )
-    fig.update_layout(xaxis={"spikecolor": theme.cursor, "spikedash": "dot"})
-    _bands(fig, [s for s in spans if s.end >= low and s.start <= high], low, high, theme)
-    inside = [s for s in spikes if s.onset <= high and (s.end or s.peak or s.detected) >= low]
+    _layout_axes(fig, reach, log, theme)
+    _draw_bands(fig, [s for s in spans if s.end >= low and s.start <= high], low, high, theme)
     draw_superseded(fig, superseded, low, high, theme, {"loss": "y", "grad_norm": "y2"})
     for name, y in (("loss", "y"), ("grad_norm", "y2")):
         draw_curve(fig, seen["step"], seen[name], theme, name=name.replace("_", " "), y=y)
-    _stages(fig, seen, theme)
-    _spike_marks(fig, seen, inside, superseded, theme)
+    _draw_stages(fig, seen, theme)
+    inside = [s for s in spikes if s.onset <= high and (s.end or s.peak or s.detected) >= low]
+    _draw_spike_bars(fig, inside, theme)
+    _draw_spikes(fig, seen, inside, superseded, theme)
     draw_marks(fig, marks, (low, high), theme)
     if step is not None:
         fig.add_shape(upright(step, theme.ink, "dot"))
     return fig
+
+
+def _layout_axes(
+    fig: go.Figure, reach: tuple[float, float] | None, log: bool, theme: Theme
+) -> None:
+    cursor: dict[str, Any] = {"showspikes": True, "spikemode": "across", "spikethickness": 1}
+    cursor |= {"spikecolor": theme.cursor, "spikedash": "dot"}
+    rows: dict[str, Any] = {"autorange": "reversed", "showgrid": False, "ticks": ""}
+    fig.update_layout(
+        xaxis=time_axis(theme, reach, anchor="y3", **cursor),
+        yaxis=axis(theme, _title("loss"), domain=_DOMAINS["loss"], type="log" if log else "linear"),
+        yaxis2=axis(theme, _title("grad_norm"), domain=_DOMAINS["grad_norm"], rangemode="tozero"),
+        yaxis3=axis(theme, domain=_DOMAINS["stages"], **rows),
+    )
 
 
 def _title(name: str) -> str:
@@ -89,7 +95,7 @@ def _title(name: str) -> str:
     return titled({"grad_norm": "grad norm"}.get(name, name), metric.unit)
 
 
-def _stages(fig: go.Figure, seen: dict[str, np.ndarray], theme: Theme) -> None:
+def _draw_stages(fig: go.Figure, seen: dict[str, np.ndarray], theme: Theme) -> None:
     names = [f"stage{i}_score" for i in (1, 2, 3)]
     values = np.stack([seen[n] for n in names])
     columns = binned(
@@ -103,15 +109,9 @@ def _stages(fig: go.Figure, seen: dict[str, np.ndarray], theme: Theme) -> None:
         fig.update_layout(
             yaxis3={"autorange": False, "range": [2.5, -0.5]}, coloraxis={"showscale": False}
         )
-        fig.add_annotation(
-            text="No stage scores in this range.",
-            x=0.5,
-            xref="paper",
-            y=sum(_DOMAINS["stages"]) / 2,
-            yref="paper",
-            showarrow=False,
-            font={"size": 13, "color": theme.soft},
-        )
+        middle = sum(_DOMAINS["stages"]) / 2
+        anchors = {"xanchor": "auto", "yanchor": "auto", "align": "center"}
+        add_text(fig, "No stage scores in this range.", 0.5, middle, theme.soft, 13, **anchors)
         return
     fig.add_heatmap(
         z=z_shade(columns.values_RB),
@@ -128,7 +128,9 @@ def _stages(fig: go.Figure, seen: dict[str, np.ndarray], theme: Theme) -> None:
     )
 
 
-def _bands(fig: go.Figure, spans: Sequence[RoutingSpan], low: int, high: int, theme: Theme) -> None:
+def _draw_bands(
+    fig: go.Figure, spans: Sequence[RoutingSpan], low: int, high: int, theme: Theme
+) -> None:
     wide = max((high - low) / 14, 1)
     for span in spans[-_MOST_BANDS:]:
         colour = routing_colour(span.mode, theme)
@@ -143,10 +145,11 @@ def _bands(fig: go.Figure, spans: Sequence[RoutingSpan], low: int, high: int, th
             line_width=0,
             layer="below",
         )
-        a, b = max(span.start, low), min(span.end, high)
-        if span.mode == "on" and b - a > wide:
+        start = max(span.start, low)
+        end = min(span.end, high)
+        if span.mode == "on" and end - start > wide:
             fig.add_annotation(
-                x=(a + b) / 2,
+                x=(start + end) / 2,
                 y=0.982,
                 yref="paper",
                 yanchor="top",
@@ -156,16 +159,11 @@ def _bands(fig: go.Figure, spans: Sequence[RoutingSpan], low: int, high: int, th
             )
 
 
-def _spike_marks(
-    fig: go.Figure,
-    seen: dict[str, np.ndarray],
-    spikes: Sequence[SpikeMark],
-    superseded: Sequence[SupersededSteps],
-    theme: Theme,
-) -> None:
+def _draw_spike_bars(fig: go.Figure, spikes: Sequence[SpikeMark], theme: Theme) -> None:
+    """Draw a bar from onset to end, at the top because routing bands tint the background."""
     for spike in spikes[-_MOST_BANDS:]:
         end = spike.end or spike.peak
-        if end:  # a bar at the top, because the routing bands already tint the background
+        if end:
             fig.add_shape(
                 type="rect",
                 x0=spike.onset,
@@ -177,34 +175,35 @@ def _spike_marks(
                 opacity=0.75,
                 line_width=0,
             )
-    texts = [_hover_text(s) for s in spikes]
-    hover_text: dict[str, Any] = {"hovertemplate": "%{text}<extra></extra>"}
-    for name, at, symbol, size, hover in (
-        ("onset", [s.onset for s in spikes], "circle-open", 12, hover_text),
-        (
-            "peak",
-            [s.peak for s in spikes],
-            "diamond",
-            9,
-            {"hoverinfo": "skip"},
-        ),  # the hover text of the onset covers both
+
+
+def _draw_spikes(
+    fig: go.Figure,
+    seen: dict[str, np.ndarray],
+    spikes: Sequence[SpikeMark],
+    superseded: Sequence[SupersededSteps],
+    theme: Theme,
+) -> None:
+    """Draw a ring at each onset, whose hover text describes the spike, and a diamond at its peak."""
+    texts = {"hovertemplate": "%{text}<extra></extra>"}
+    silent = {"hoverinfo": "skip"}
+    for name, symbol, size, hover in (
+        ("onset", "circle-open", 12, texts),
+        ("peak", "diamond", 9, silent),
     ):
-        known = [(x, t, s) for x, t, s in zip(at, texts, spikes, strict=True) if x is not None]
-        if known:
-            fig.add_scatter(
-                x=[x for x, *_ in known],
-                y=[loss_at(seen, superseded, s.attempt, x) for x, _, s in known],
-                mode="markers",
-                marker={
-                    "symbol": symbol,
-                    "size": size,
-                    "color": theme.spike,
-                    "line": {"width": 2, "color": theme.spike},
-                },
-                name=f"spike {name}",
-                text=[t for _, t, _ in known],
-                **hover,
-            )
+        known = [(getattr(s, name), s) for s in spikes if getattr(s, name) is not None]
+        if not known:
+            continue
+        line = {"width": 2, "color": theme.spike}
+        fig.add_scatter(
+            x=[step for step, _ in known],
+            y=[loss_at(seen, superseded, s.attempt, step) for step, s in known],
+            mode="markers",
+            marker={"symbol": symbol, "size": size, "color": theme.spike, "line": line},
+            name=f"spike {name}",
+            text=[_hover_text(s) for _, s in known],
+            **hover,
+        )
 
 
 def _hover_text(spike: SpikeMark) -> str:

@@ -4,13 +4,14 @@ Points are coloured by expert; a ring marks a changed choice of experts.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from geodiag.dashboard.data.trajectory import Trajectory
 from geodiag.dashboard.figures.colours import hues
-from geodiag.dashboard.figures.style import Theme, axis, base, empty, faded
+from geodiag.dashboard.figures.style import Theme, add_text, axis, base, empty, faded
 
 _PANEL_PX = 168
 _TITLE_PX = 22
@@ -27,51 +28,34 @@ def trajectories(
     if not any(np.isfinite(t.projection_P2).any() for t in now):
         return empty("The traced tokens are not finite here.", theme, 120)
     names = max((list(t.place_P) for t in now), key=len)
-    inner = _PANEL_PX + _TITLE_PX
-    fig = base(theme, inner + 40, hovermode="closest")
-    count = 1 + max((int(t.expert_P.max()) for t in now if len(t.expert_P)), default=0)
-    palette = hues(max(count, 1), theme.name == "dark")
-    ticks = names[:: max(1, -(-len(names) // 8))]
-    depth = {
-        "type": "category",
-        "categoryorder": "array",
-        "categoryarray": names,
-        "tickvals": ticks,
-        "ticktext": [t.split(".")[0] for t in ticks],
-        "showgrid": False,
-        "ticks": "",
-    }
+    fig = base(theme, _PANEL_PX + _TITLE_PX + 40, hovermode="closest")
+    experts = 1 + max((int(t.expert_P.max()) for t in now if len(t.expert_P)), default=0)
+    palette = hues(max(experts, 1), theme.name == "dark")
     for k, n in enumerate(("", "2")):
-        left, right = ((1 + _APART) / 2, 1) if k else (0, (1 - _APART) / 2)
-        fig.update_layout(
-            {
-                f"yaxis{n}": axis(
-                    theme,
-                    domain=(0, _PANEL_PX / inner),
-                    anchor=f"x{n}",
-                    nticks=5,
-                    tickformat=".2~g",
-                ),
-                f"xaxis{n}": axis(theme, "layer", domain=(left, right), anchor=f"y{n}", **depth),
-            }
-        )
-        fig.add_annotation(
-            text=f"<b>projection {k + 1}</b>",
-            x=left,
-            y=_PANEL_PX / inner,
-            xref="paper",
-            yref="paper",
-            xanchor="left",
-            yanchor="bottom",
-            showarrow=False,
-            font={"size": 11.5, "color": theme.ink},
-            yshift=3,
-        )
+        _layout_panel(fig, names, k, n, theme)
         _draw_paths(fig, usual, k, n, faded(theme.soft, 0.35))
         _draw_paths(fig, now, k, n, faded(theme.ink, 0.45))
         _draw_points(fig, now, k, n, palette, theme)
     fig.update_layout(margin={"l": 42, "r": 10, "t": 0, "b": 38})
     return fig
+
+
+def _layout_panel(fig: go.Figure, names: list[str], k: int, n: str, theme: Theme) -> None:
+    """The axes and the title of projection `k`: layers from left to right."""
+    top = _PANEL_PX / (_PANEL_PX + _TITLE_PX)
+    left, right = ((1 + _APART) / 2, 1.0) if k else (0.0, (1 - _APART) / 2)
+    ticks = names[:: max(1, -(-len(names) // 8))]
+    depth: dict[str, Any] = {"type": "category", "categoryorder": "array", "categoryarray": names}
+    depth |= {"tickvals": ticks, "ticktext": [t.split(".")[0] for t in ticks]}
+    depth |= {"showgrid": False, "ticks": ""}
+    value: dict[str, Any] = {"nticks": 5, "tickformat": ".2~g"}
+    fig.update_layout(
+        {
+            f"yaxis{n}": axis(theme, domain=(0, top), anchor=f"x{n}", **value),
+            f"xaxis{n}": axis(theme, "layer", domain=(left, right), anchor=f"y{n}", **depth),
+        }
+    )
+    add_text(fig, f"<b>projection {k + 1}</b>", left, top, theme.ink, 11.5, yshift=3)
 
 
 def _draw_paths(fig: go.Figure, tokens: Sequence[Trajectory], k: int, n: str, colour: str) -> None:
