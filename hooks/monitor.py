@@ -96,7 +96,7 @@ class Monitor:
     def _steer(self) -> None:
         """Let the controller act on the steps that are recorded by now; take a snapshot if due."""
         for seen in self._recorder.observed():
-            self._consensus.apply(seen.heard, self.next_step)
+            self._consensus.apply(seen.messages, self.next_step)
             snapshots = self._consensus.common_snapshots(self._rollback.steps)
             if self.steering.act_on(seen, snapshots):
                 break  # rolled back: later observations are of the attempt that was given up

@@ -1,8 +1,7 @@
-"""Composite gains of every site in one kernel, where there is a GPU; its definition is
-`metrics.composite_gains`.
+"""Composite gains and spectral norms of every site: one Triton kernel on a GPU.
 
-Row sums of a product are the product applied to ones, so a vector a token suffices, forwards and
-backwards.
+The row sums of a product of maps are the product applied to ones, so the kernel carries one vector a
+token through all sites, forward and backward. The definition is `formulas.composite_gains`.
 """
 
 # Bodies of kernels are Triton's language: arguments are pointers.
@@ -11,7 +10,7 @@ backwards.
 import torch
 from torch import Tensor
 
-from geodiag.hooks.measure import formulas as metrics
+from geodiag.hooks.measure import formulas
 
 # S sites, T tokens, N streams
 
@@ -19,17 +18,17 @@ _BLOCK = 64
 
 
 def composites(res_STNN: Tensor) -> Tensor:
-    """(5, S, T): largest and smallest gain forwards, of H_s … H_1, then backwards, of H_S … H_s;
-    then ‖H_s‖₂.
+    """Return (5, S, T): largest and smallest forward gain of H_s … H_1, largest and smallest backward
+    gain of H_S … H_s, and ‖H_s‖₂.
     """
     n = res_STNN.shape[-1]
     if not res_STNN.is_cuda or n & (n - 1) or not res_STNN.numel():
-        return torch.stack([*metrics.composite_gains(res_STNN), metrics.spectral_norm(res_STNN)])
+        return torch.stack([*formulas.composite_gains(res_STNN), formulas.spectral_norm(res_STNN)])
     return launch(res_STNN)
 
 
 def launch(res_STNN: Tensor) -> Tensor:
-    """The same on Triton; N is a power of two."""
+    """Run the Triton kernel; N must be a power of two."""
     from geodiag.hooks.measure.composite_gains_kernel import composite
 
     res = res_STNN.contiguous()

@@ -1,4 +1,4 @@
-"""The kernel of `composites`: imported only where Triton runs."""
+"""Triton kernel of `composites`, imported only where Triton is used."""
 
 # Bodies of kernels are Triton's language: arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -14,8 +14,8 @@ SQUARINGS = tl.constexpr(formulas.SQUARINGS)
 
 
 @triton.jit
-def _spread(value, gain, AXIS: tl.constexpr):
-    """Largest or smallest of the gains; NaN where there is one, which reductions may pass over."""
+def _nan_if_any(value, gain, AXIS: tl.constexpr):
+    """The largest or smallest gain; NaN if any gain is, because reductions may skip a NaN."""
     return value + 0.0 * tl.sum(gain, AXIS)
 
 
@@ -39,8 +39,10 @@ def _spectral_norm(h, N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S", "T"])
 def composite(res_ptr, out_ptr, S, T, N: tl.constexpr, BT: tl.constexpr):
-    """BT tokens through all sites: program (·, 0) forwards, (·, 1) backwards, (·, 2) each site by
-    itself.
+    """Carry BT tokens through all sites: program (·, 0) forward, (·, 1) backward, (·, 2) the spectral
+    norm of each site.
+
+    v ← H_s v, v = 1 at first, so v = row sums of H_s … H_1; backward v ← H_sᵀ v from the last site.
     """
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     n = tl.arange(0, N)
@@ -62,5 +64,5 @@ def composite(res_ptr, out_ptr, S, T, N: tl.constexpr, BT: tl.constexpr):
                 v = tl.sum(res * v[:, None, :], 2)
             gain = tl.abs(v)
             known = tl.where(gain == gain, gain, 0.0)
-            tl.store(out, _spread(tl.max(known, 1), gain, 1), live)
-            tl.store(out + S * T, _spread(tl.min(known, 1), gain, 1), live)
+            tl.store(out, _nan_if_any(tl.max(known, 1), gain, 1), live)
+            tl.store(out + S * T, _nan_if_any(tl.min(known, 1), gain, 1), live)

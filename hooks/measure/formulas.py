@@ -1,7 +1,6 @@
-"""The measured quantities as functions: tensors in, tensors out, nothing read on the host.
+"""Formulas of the metrics: tensors in, tensors out, nothing is read on the host.
 
-Definitions: docs/metrics.md. Orientation: `res_TNN` is the operator applied to the streams, x' =
-res @ x.
+Definitions: docs/metrics.md. `res_TNN` is the operator on the streams: x' = res @ x.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# T tokens, S sites, N streams, C channels, E experts, K experts per token, A assignments, F expert
-# dim
+# T tokens, S sites, N streams, E experts, K experts per token, A assignments, F expert dim
 
 
 class Gains(NamedTuple):
@@ -25,24 +23,28 @@ class Gains(NamedTuple):
 
 @torch.no_grad()
 def amax_gains(res_TNN: Tensor) -> Gains:
-    """Signed sums first, then magnitudes (arXiv 2512.24880 §3.1): not the ∞-norm for a signed map."""
+    """Return the gains of each map (arXiv 2512.24880 §3.1).
+
+    max_i |Σ_j H[i, j]| forward, max_j |Σ_i H[i, j]| backward. The magnitude is taken of the sum, so
+    for a map with negative entries this is smaller than the ∞-norm.
+    """
     rows, columns = res_TNN.sum(-1).abs(), res_TNN.sum(-2).abs()
     return Gains(rows.amax(-1), rows.amin(-1), columns.amax(-1), columns.amin(-1))
 
 
 @torch.no_grad()
 def sinkhorn_residual(res_TNN: Tensor) -> Tensor:
-    """Per token: the largest distance of a row or column sum from 1."""
+    """Return the largest distance of a row or column sum from 1, per token."""
     rows, columns = (res_TNN.sum(-1) - 1).abs(), (res_TNN.sum(-2) - 1).abs()
     return torch.maximum(rows.amax(-1), columns.amax(-1))
 
 
 @torch.no_grad()
 def composite_gains(res_STNN: Tensor) -> Gains:
-    """Gains of the composites at every site, each (S, T).
+    """Return the gains of the composites at every site, (S, T) each.
 
     Forward of P_s = H_s … H_1 and backward of Q_s = H_S … H_s, in the order of the sites. Row sums
-    of a product are the product applied to ones, so a vector a token suffices: H_s (… (H_1 1)).
+    of a product are the product applied to ones, H_s (… (H_1 1)): a vector a token is enough.
     """
     sites, tokens, n, _ = res_STNN.shape
     rows = torch.ones(tokens, n, device=res_STNN.device, dtype=res_STNN.dtype)
@@ -92,12 +94,12 @@ def _times(a_NNT: Tensor, b_NNT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def post_concentration(post_TN: Tensor) -> Tensor:
-    """Mean over tokens of max_i H_post / mean_i H_post, in [1, N]."""
+    """Return the mean over tokens of max_i H_post / mean_i H_post, in [1, N]."""
     return (post_TN.amax(-1) / post_TN.mean(-1)).mean()
 
 
 class ClampHits(NamedTuple):
-    """Per row of pre-activations: how many of each kind would be, or are, clamped."""
+    """Numbers of elements in each row of pre-activations that a limit clamps."""
 
     gate_A: Tensor
     up_high_A: Tensor
@@ -106,7 +108,7 @@ class ClampHits(NamedTuple):
 
 @torch.no_grad()
 def clamp_hits(gate_AF: Tensor, up_AF: Tensor, gate_limit: float, up_limit: float) -> ClampHits:
-    """Strictly beyond the limits; a value on the limit is not clamped."""
+    """Count the elements strictly beyond the limits. A value on the limit is not clamped."""
     return ClampHits(
         (gate_AF > gate_limit).sum(-1, dtype=torch.float32),
         (up_AF > up_limit).sum(-1, dtype=torch.float32),
@@ -116,7 +118,7 @@ def clamp_hits(gate_AF: Tensor, up_AF: Tensor, gate_limit: float, up_limit: floa
 
 @torch.no_grad()
 def by_expert(values_A: Tensor, expert_A: Tensor, experts: int, reduce: str = "sum") -> Tensor:
-    """Sums (or "amax") of a per-row value over each expert's rows; 0 for an expert with none."""
+    """Return the sum (or "amax") of the values of each expert's rows; 0 for an expert without rows."""
     start = torch.zeros(experts, device=values_A.device)
     return start.scatter_reduce(
         0, expert_A.long(), values_A.float(), reduce, include_self=reduce == "sum"
@@ -125,7 +127,7 @@ def by_expert(values_A: Tensor, expert_A: Tensor, experts: int, reduce: str = "s
 
 @torch.no_grad()
 def over_median(values_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest and smallest over the median, of the experts that saw a token (last dimension)."""
+    """Return the largest and the smallest value over the median; NaN marks experts without tokens."""
     median = values_E.nanquantile(0.5, dim=-1)
     high = torch.where(values_E.isnan(), -torch.inf, values_E).amax(-1)
     low = torch.where(values_E.isnan(), torch.inf, values_E).amin(-1)
@@ -134,61 +136,64 @@ def over_median(values_E: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def flips(now_TK: Tensor, then_TK: Tensor) -> Tensor:
-    """1 − |A ∩ B| / K of each token: set-based, so order does not matter."""
+    """Return 1 − |A ∩ B| / K of each token: the share of its experts that changed, in any order."""
     same = (now_TK.unsqueeze(-1) == then_TK.unsqueeze(-2)).any(-1)
     return 1 - same.float().mean(-1)
 
 
 @torch.no_grad()
 def first_choice(expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Each token's expert of the largest gate weight, whatever order the router lists them in."""
+    """Return each token's expert with the largest gate weight, in whatever order they are listed."""
     return expert_ids_TK.gather(-1, weights_TK.argmax(-1, keepdim=True)).squeeze(-1)
 
 
 @torch.no_grad()
 def jaccard(a_TK: Tensor, b_TK: Tensor) -> Tensor:
-    """|A ∩ B| / |A ∪ B| of each token's two choices of K."""
+    """Return |A ∩ B| / |A ∪ B| of each token's two choices of K experts."""
     both = (a_TK.unsqueeze(-1) == b_TK.unsqueeze(-2)).any(-1).sum(-1).float()
     return both / (2 * a_TK.shape[-1] - both)
 
 
 @torch.no_grad()
 def margins(biased_TE: Tensor, k: int) -> Tensor:
-    """Score of the last chosen expert minus the best rejected one, per token."""
+    """Return the score of the last chosen expert minus that of the best rejected one, per token."""
     top = biased_TE.topk(k + 1, dim=-1).values
     return top[..., k - 1] - top[..., k]
 
 
 @torch.no_grad()
 def entropy(scores_TE: Tensor) -> Tensor:
-    """Entropy of each token's normalised scores, nats."""
+    """Return −Σ p ln p of each token's normalised scores p, in nats."""
     p = scores_TE / scores_TE.sum(-1, keepdim=True)
     return -(p * p.clamp_min(1e-30).log()).sum(-1)
 
 
 @torch.no_grad()
 def max_vio(load_E: Tensor) -> Tensor:
-    """Busiest expert over the mean load, minus 1 (arXiv 2408.15664)."""
+    """Return max load / mean load − 1 (MaxVio, arXiv 2408.15664): 0 for a perfect balance."""
     return load_E.amax(-1) / load_E.mean(-1) - 1
 
 
 @torch.no_grad()
 def load_cv(load_E: Tensor) -> Tensor:
-    """Standard deviation of the loads over their mean."""
+    """Return the standard deviation of the loads over their mean."""
     return load_E.std(-1, correction=0) / load_E.mean(-1)
 
 
 @torch.no_grad()
 def power_step(weight_ERC: Tensor, vector_EC: Tensor) -> tuple[Tensor, Tensor]:
-    """One power iteration on each matrix: the estimate ‖W v‖ for unit v, and the next v."""
-    # In the weights' own type: sums are wide inside a product, and a copy of all experts would be
-    # most of the cost.
+    """Do one power iteration on each matrix: return ‖W v‖ for the unit vector v, and the next v.
+
+    v ← Wᵀ(W v) / ‖Wᵀ(W v)‖ turns v towards the top right singular vector, and ‖W v‖ rises to ‖W‖₂.
+    """
+    # In the weights' own dtype: products accumulate in float32 anyway, and a float32 copy of all
+    # experts would cost more than the products.
     u = (weight_ERC @ vector_EC.unsqueeze(-1).to(weight_ERC.dtype)).squeeze(-1).float()
     v = (weight_ERC.mT @ u.unsqueeze(-1).to(weight_ERC.dtype)).squeeze(-1).float()
     return u.norm(dim=-1), torch.nn.functional.normalize(v, dim=-1)
 
 
 def in_order(layers: Sequence[int], values: Mapping[int, Tensor]) -> Tensor:
-    """One row a layer; NaN for those that have no value."""
+    """Return one row a layer; NaN for layers without a value."""
     nothing = torch.full_like(next(iter(values.values())), torch.nan, dtype=torch.float32)
     return torch.stack([values.get(i, nothing).float() for i in layers])

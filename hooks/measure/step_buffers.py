@@ -1,8 +1,8 @@
-"""Device buffers that hooks write into: one slot a micro-batch, assigned, never accumulated.
+"""Step buffers: device memory that hooks write into, one slot a micro-batch.
 
-Because a hook only ever assigns, a recomputed forward (activation checkpointing) writes the same
-value to the same place, and torch.compile and CUDA graphs see plain copies. The slot's number lives
-on the device too, so moving on to the next micro-batch asks nothing of the host.
+A hook assigns and never accumulates. So a recomputed forward (activation checkpointing) writes the
+same value to the same place, and torch.compile and CUDA graphs capture plain copies. The number of
+the slot is on the device too, so the next micro-batch needs nothing from the host.
 """
 
 from math import prod
@@ -15,15 +15,14 @@ from torch import Tensor
 # M slots (micro-batches), P places (sites, layers, …), T sampled tokens a slot
 
 Kind = Literal["sum", "max", "sample"]
-"""Added up over micro-batches, the largest of them, or one value a sampled token, side by side."""
+"""How micro-batches are reduced: added up, the largest, or kept as one value a sampled token."""
 
 
 class StepBuffers:
-    """Named float32 buffers of shape (M, P, …), and how they become one step's values.
+    """Named float32 buffers of shape (M, P, …), and their reduction over a step's micro-batches.
 
-    Buffers of one kind lie in one storage, so that clearing and reducing them is one operation. A
-    NaN that was measured stays a NaN in every reduction; slots and tokens that were not used take
-    no part.
+    Buffers of one kind share one storage, so that clearing and reducing them is one operation. A
+    measured NaN stays NaN in every reduction; unused slots and tokens take no part.
     """
 
     def __init__(self, device: torch.device, slots: int, sample: int) -> None:
@@ -39,9 +38,7 @@ class StepBuffers:
         self.add("sampled", 1)
 
     def add(self, name: str, places: int, *shape: int, kind: Kind = "sum") -> None:
-        """Declares a buffer, before the first is written; kind "sample" has a value a sampled
-        token, place by place.
-        """
+        """Declare a buffer, before any is written. Kind "sample" has one value a sampled token."""
         self._shapes[name] = (
             kind,
             (places, self.sample_size, *shape) if kind == "sample" else (places, *shape),
@@ -66,9 +63,7 @@ class StepBuffers:
     # -- writing, from hooks -----------------------------------------------------------------
 
     def begin(self) -> None:
-        """A forward that will be differentiated begins: the next slot, and room for it where there
-        is none.
-        """
+        """Start the next slot, at the beginning of a forward with gradient."""
         if not torch.compiler.is_compiling():
             self._begun += 1
             if self._begun > self.slots:
@@ -76,25 +71,22 @@ class StepBuffers:
         self.current.add_(1)
 
     def _grow(self) -> None:
-        """Twice the slots. In a compiled forward, which cannot grow, later micro-batches replace
-        the oldest.
-        """
+        """Double the slots. A compiled forward cannot: there later micro-batches replace the oldest."""
         self.slots *= 2
         self._lay_out(self._storages.copy())
 
     def buffer(self, name: str) -> Tensor:
-        """For who writes by `assign`."""
+        """Return a buffer for `assign`."""
         return self._buffers[name]
 
     def put(self, name: str, place: int, value: Tensor) -> None:
-        """Assigns `value` to this micro-batch's slot of a place."""
+        """Assign `value` to a place in this micro-batch's slot."""
         assign(self._buffers[name], self.current, place, value)
 
     def put_all(self, name: str, values_P: Tensor, places: list[int]) -> None:
-        """`put` of several places at once, in rising order."""
+        """Assign the values of several places, in rising order."""
         buffer = self._buffers[name]
-        # A short sample, or a layer of fewer experts than others, leaves the rest 0, which takes no
-        # part.
+        # A short sample, or a layer with fewer experts than others, is padded with 0.
         missing = [b - v for b, v in zip(buffer.shape[2:], values_P.shape[1:], strict=True)]
         if any(missing):
             values_P = F.pad(values_P, [n for short in reversed(missing) for n in (0, short)])
@@ -107,22 +99,20 @@ class StepBuffers:
         target.index_copy_(0, self.current.remainder(self.slots), value)
 
     def written(self, name: str, places: list[int]) -> Tensor:
-        """What this micro-batch has of some places so far, (P, …)."""
+        """Return what this micro-batch has written at some places so far, (P, …)."""
         buffer = self._buffers[name].index_select(0, self.current.remainder(self.slots))[0]
         first, last = places[0], places[-1]
         return buffer[first : last + 1] if last - first + 1 == len(places) else buffer[places]
 
     def count_tokens(self, tokens: int) -> None:
-        """Says how many tokens this micro-batch has; they weigh the means."""
+        """Store the number of tokens of this micro-batch, the weight of its means."""
         self.put("tokens", 0, torch.full((1,), float(tokens), device=self.device))
         self.put(
             "sampled", 0, torch.full((1,), float(min(tokens, self.sample_size)), device=self.device)
         )
 
     def index(self, tokens: int) -> Tensor | None:
-        """Which of so many tokens are sampled: evenly spaced ones, the same in every hook; None for
-        all.
-        """
+        """Return the sampled ones of so many tokens: evenly spaced, the same in every hook; None for all."""
         if tokens <= self.sample_size:
             return None
         if tokens not in self._indices:
@@ -132,7 +122,7 @@ class StepBuffers:
         return self._indices[tokens]
 
     def sample(self, x: Tensor, dim: int = 0) -> Tensor:
-        """The sampled tokens of `x`."""
+        """Return the sampled tokens of `x`."""
         index = self.index(x.shape[dim])
         return x if index is None else x.index_select(dim, index)
 
@@ -142,7 +132,7 @@ class StepBuffers:
         return (torch.arange(self.slots, device=self.device) <= self.current).unsqueeze(1)
 
     def reduced(self) -> dict[str, Tensor]:
-        """Every buffer of kinds "sum" and "max" over the micro-batches, (P, …)."""
+        """Return every buffer of kinds "sum" and "max", reduced over the micro-batches, (P, …)."""
         used, found = self._used(), {}
         whole = {
             "sum": torch.where(used, self._storages["sum"], 0.0).sum(0),
@@ -157,11 +147,11 @@ class StepBuffers:
         return found
 
     def sum(self, name: str) -> Tensor:
-        """One buffer, (P, …), added up over micro-batches."""
+        """Return one buffer, added up over micro-batches, (P, …)."""
         return torch.where(self._used_like(name), self._buffers[name], 0.0).sum(0)
 
     def mean(self, name: str) -> Tensor:
-        """One buffer, (P, …), mean over micro-batches, weighted by their tokens."""
+        """Return one buffer, mean over micro-batches, weighted by their tokens, (P, …)."""
         used, buffer = self._used_like(name), self._buffers[name]
         weight = self._buffers["tokens"].view(-1, *[1] * (buffer.dim() - 1))
         return torch.where(used, buffer * weight, 0.0).sum(0) / torch.where(used, weight, 0.0).sum(
@@ -172,16 +162,16 @@ class StepBuffers:
         return self._used().view(-1, *[1] * (self._buffers[name].dim() - 1))
 
     def sampled(self, name: str) -> Tensor:
-        """(P, M·T, …): every slot's sampled tokens side by side; `token_mask` says which are real."""
+        """Return the sampled tokens of all slots, (P, M·T, …); `token_mask` marks those that exist."""
         return self._buffers[name].transpose(0, 1).flatten(1, 2)
 
     def token_mask(self) -> Tensor:
-        """(M·T,) bool: the sampled tokens that this step really has."""
+        """Return (M·T,) bool: the sampled tokens that this step has."""
         place = torch.arange(self.sample_size, device=self.device)
         return ((place < self._buffers["sampled"].view(-1, 1)) & self._used()).flatten()
 
     def clear(self) -> None:
-        """The step is over: nothing of it may be read as the next step's."""
+        """Forget the step, so that none of its values is recorded as the next step's."""
         self._begun = 0
         self.current.fill_(-1)
         for storage in self._storages.values():
@@ -189,14 +179,14 @@ class StepBuffers:
 
 
 def assign(buffer: Tensor, current: Tensor, place: int, value: Tensor) -> None:
-    """Assigns `value` to a place of a buffer (M, P, …), in the slot that `current` says."""
+    """Assign `value` to a place of a buffer (M, P, …), in the slot `current`."""
     target = buffer[:, place]
     value = value.detach().to(torch.float32).reshape(1, *target.shape[1:])
     target.index_copy_(0, current.remainder(len(buffer)), value)
 
 
 def token_mean(values_PT: Tensor, mask_T: Tensor) -> Tensor:
-    """Return the mean over the tokens of the mask, (P,) or whatever stands before the tokens."""
+    """Return the mean over the tokens of the mask."""
     return torch.where(mask_T, values_PT, 0.0).sum(-1) / mask_T.sum()
 
 

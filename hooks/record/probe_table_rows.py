@@ -1,4 +1,4 @@
-"""Rows of traced tokens and of domains, from a step's host values and what the host knows of names."""
+"""Rows of the tables `tokens` and `domains`, from the values of a step and the names of domains."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,7 @@ from geodiag.hooks.record.table_rows import Columns, Host, Places
 
 
 def token_rows(host: Host, places: Places) -> Columns | None:
-    """One row a traced token and site. Experts, margin and flips stand where the layer's router
-    does.
-    """
+    """Return one row a traced token and site; experts, margin and flips in the router's rows."""
     streams = {name: host[f"tokens.{name}"] for name in _STREAMS if f"tokens.{name}" in host}
     if not streams:
         return None
@@ -48,11 +46,10 @@ _STREAMS = ("norm", "projection_1", "projection_2")
 def domain_rows(
     host: Host, of_batch: Sequence[str] | None, of_probe: Sequence[str] | None
 ) -> Columns | None:
-    """One row a domain: loss and tokens of the step's sequences, flips and clamp hits of the
+    """Return one row a domain: loss and tokens of the step's sequences, flips and clamp hits of the
     probe's.
 
-    of_batch, of_probe: the domain of each sequence. The step's tokens are spread evenly over its
-    sequences.
+    of_batch, of_probe: the domain of each sequence. All sequences of a step have the same length.
     """
     columns: dict[str, dict[str, float]] = {}
     if of_batch is not None and "domains.loss" in host:
@@ -72,9 +69,7 @@ def domain_rows(
 
 
 def _means(domains: Sequence[str], values: np.ndarray) -> dict[str, float]:
-    """Mean over the sequences of each domain. ValueError where names and values do not belong
-    together.
-    """
+    """Return the mean over the sequences of each domain. Raises ValueError if the lengths differ."""
     if len(domains) != len(values):
         raise ValueError(
             f"{len(domains)} domains are named for {len(values)} sequences; name one a sequence"

@@ -1,6 +1,4 @@
-"""What one step means, told from its host values and what all ranks say: spike verdict, stage
-scores, worst.
-"""
+"""Step observer: spike verdict, stage scores and early warning of each recorded step."""
 
 import math
 import pickle
@@ -22,7 +20,7 @@ from geodiag.spikes.detector import SpikeDetector, Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """One completed step, as the controller and the progress line see it."""
+    """One recorded step, for the controller and the progress line."""
 
     step: int
     loss: float
@@ -30,11 +28,11 @@ class Observation:
     verdict: Verdict
     stages: dict[int, float]
     warning: Warning | None = None
-    """RankMessage at this step: a place is out of range and the loss not yet."""
+    """Raised at this step: some place is out of its range, and the loss is not yet."""
     worst: dict[str, float] = field(default_factory=dict)
-    """Largest value over places of the metrics people watch while training, on this rank."""
-    heard: RankMessages | None = None
-    """What all ranks said of the step."""
+    """Largest value over places of the metrics on the progress line, on this rank."""
+    messages: RankMessages | None = None
+    """The messages of all ranks about this step."""
 
 
 class Observer:
@@ -50,37 +48,37 @@ class Observer:
         self._held = Held(self.detector.normal)
         self._places = places
         self._keys: dict[str, int] = {}
-        """Group of host values → how many series it is; in the order of the scores."""
+        """Key of the values → number of series, in the order of the scores."""
 
-    def say(
+    def score(
         self, step: int, host: Host, absent: Collection[str] = ()
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        """This rank's numbers of a step, and the early warning it would give, for all ranks.
+        """Return this rank's part of the message about a step: numbers, and an early warning.
 
-        absent: metrics that this step could not measure.
+        absent: keys of metrics that this step could not measure.
         """
-        self._meet(host)
+        self._add_new_series(host)
         at_place = self.scores.by_place(self.scores.update(self._values(host, absent)))
-        said = {f"stage{s}": z for s, z in self.scores.by_stage(at_place).items()}
-        said |= {"here": 1.0} if "steps.loss" in host else {}
+        numbers = {f"stage{s}": z for s, z in self.scores.by_stage(at_place).items()}
+        numbers |= {"here": 1.0} if "steps.loss" in host else {}
         names = {"loss": "steps.loss", "tokens": "steps.tokens", "grad_norm": GRADIENT_TOTAL}
-        said |= {name: float(host[key][0]) for name, key in names.items() if key in host}
+        numbers |= {name: float(host[key][0]) for name, key in names.items() if key in host}
         warning = self.early.update(step, self.scores.places, at_place)
-        return said, {"warning": asdict(warning)} if warning else {}
+        return numbers, {"warning": asdict(warning)} if warning else {}
 
-    def observe(self, step: int, host: Host, heard: RankMessages) -> Observation | None:
-        """What all ranks together saw; the same on every rank, but for `worst`. None where none saw
-        anything.
+    def observe(self, step: int, host: Host, messages: RankMessages) -> Observation | None:
+        """Return what all ranks together measured, alike on every rank but for `worst`.
+
+        None if no rank measured anything.
         """
-        if not heard.present.any():
+        if not messages.present.any():
             return None
-        grad_norm = _number(heard.largest("grad_norm"))
-        if (
-            grad_norm is None and "steps.grad_norm" in host
-        ):  # a sum over ranks, so the same on all of them
+        grad_norm = _number(messages.largest("grad_norm"))
+        if grad_norm is None and "steps.grad_norm" in host:
+            # A sum over ranks, and so the same on all of them.
             grad_norm = _number(float(host["steps.grad_norm"][0]))
-        verdict = self.detector.update(step, heard.loss, grad_norm)
-        news = heard.note.get("warning")
+        verdict = self.detector.update(step, messages.loss, grad_norm)
+        news = messages.note.get("warning")
         worst = {
             m.name: float(np.nanmax(host[m.key]))
             for m in live()
@@ -88,24 +86,24 @@ class Observer:
         }
         return Observation(
             step=step,
-            loss=heard.loss,
+            loss=messages.loss,
             grad_norm=grad_norm,
             verdict=verdict,
-            stages={s: heard.largest(f"stage{s}") for s in (1, 2, 3)},
+            stages={s: messages.largest(f"stage{s}") for s in (1, 2, 3)},
             warning=self._held.update(step, Warning(**news) if news else None, verdict),
             worst=worst,
-            heard=heard,
+            messages=messages,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned so far; the scores as bytes, which the same version of geodiag reads."""
+        """Return what was learned so far. Only the same version of geodiag can read the scores."""
         return {
             "detector": self.detector.state_dict(),
             "scores": pickle.dumps((__version__, self.scores, self.early, self._keys, self._held)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`. The scores of another version are learned anew."""
+        """Continue from `state`. Scores of another version are learned again."""
         self.detector.load_state_dict(state["detector"])
         try:
             version, *learned = pickle.loads(state["scores"])
@@ -114,8 +112,8 @@ class Observer:
         if version == __version__:
             self.scores, self.early, self._keys, self._held = learned
 
-    def _meet(self, host: Host) -> None:
-        """Takes up what is seen for the first time: a probe's values come later than the rest."""
+    def _add_new_series(self, host: Host) -> None:
+        """Start the scores of keys that appear for the first time, as those of a first probe."""
         for key, value in host.items():
             if key not in self._keys:
                 series = series_of(key, value.shape, self._places)
@@ -123,7 +121,7 @@ class Observer:
                 self._keys[key] = len(series)
 
     def _values(self, host: Host, absent: Collection[str]) -> np.ndarray:
-        """Every series' value of this step, NaN where it has none."""
+        """Return the value of every series at this step, NaN where there is none."""
         seen = {
             key: without_idle_experts(key, host[key], host)
             for key in self._keys

@@ -120,7 +120,7 @@ class StepWriter:
         sums = self._guard.run(
             "sums over ranks", lambda: self._sums.estimate(host, self._world), unknown
         )
-        score = partial(self.observer.say, metadata.step, host, metadata.absent)
+        score = partial(self.observer.score, metadata.step, host, metadata.absent)
         nothing: tuple[dict[str, float], dict[str, Any]] = ({}, {})
         numbers, note = self._guard.run("stage scores", score, nothing)
         message = RankMessage(

@@ -1,4 +1,4 @@
-"""From a step's host values to the rows of its tables."""
+"""Table rows: the values of a step, copied to the host, as rows of `layers`, `experts`, `matrices`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +18,12 @@ LAYER_KEYS = ("layer", "site")
 
 @dataclass(frozen=True)
 class Places:
-    """Where the rows of a layout's tables stand."""
+    """Which rows of the tables the places of a layout have."""
 
     layer_S: np.ndarray
     site_S: list[str]
     row_of_layer: dict[int, int]
-    """The layer's last site: the row that carries what a layer has once (router, experts, gradient
-    norm).
-    """
+    """The row of a layer's last site: it carries what a layer has once (router, experts, norms)."""
     router_rows: np.ndarray
     expert_rows: np.ndarray
     attention_rows: np.ndarray
@@ -63,7 +61,7 @@ class Places:
         return of_place[place]
 
     def of_watched(self, columns: Columns) -> Columns:
-        """The rows of the layers that are recorded."""
+        """Return the rows of the layers that are recorded."""
         if self.watched is None:
             return columns
         keep = np.isin(columns["layer"], self.watched)
@@ -103,14 +101,15 @@ def _scattered(value: np.ndarray, rows: np.ndarray, size: int) -> np.ma.MaskedAr
 
 
 def hide(columns: Columns, *keys: str) -> None:
-    """Leaves out metrics that this step could not measure, so that they read as null."""
+    """Leave out metrics that this step could not measure, so that they are null."""
     for key in keys:
         columns.pop(key.rpartition(".")[2], None)
 
 
 def hide_inapplicable(columns: Columns, layout: Layout, places: Places) -> None:
-    """A hash router chooses nothing: no margin, no overlap; its flips stay, and must be 0. No bias,
-    no bias metrics.
+    """Set metrics to null that do not apply: margins of a hash router, bias metrics without a bias.
+
+    The flips of a hash router stay, and must be 0.
     """
     for router, row in zip(layout.routers, places.router_rows, strict=True):
         names = ["bias_abs_max", "bias_jaccard"] if router.bias() is None else []
@@ -127,7 +126,7 @@ def hide_inapplicable(columns: Columns, layout: Layout, places: Places) -> None:
             name.startswith("res_logit") and np.isnan(values).all()
         ):  # a model that does not show them
             columns[name] = None
-    if "tear_flipped" in columns:  # no token flipped: there is nothing to average over
+    if "tear_flipped" in columns:  # no token flipped, so there is no mean
         columns["tear_flipped"] = np.ma.masked_where(
             np.isnan(columns["tear_flipped"]), columns["tear_flipped"]
         )
@@ -187,8 +186,9 @@ def expert_rows(host: Host, places: Places) -> Columns | None:
 
 
 def matrix_rows(host: Host, places: Places) -> Columns | None:
-    """Token-mean H_pre, H_post and H_res of every site, one row an entry; what a model does not
-    expose is left out.
+    """Return the token means of H_pre, H_post and H_res of every site, one row an entry.
+
+    Maps that a model does not expose are left out.
     """
     if MATRICES not in host:
         return None
