@@ -6,7 +6,7 @@ from geodiag.run import Run
 
 Stage = int | Literal["data"] | None
 
-NAMES = {1: "local curvature", 2: "chart inconsistency", 3: "amplification", "data": "the batch"}
+NAMES = {1: "local curvature", 2: "routing instability", 3: "amplification", "data": "the batch"}
 """Stage → what it is called."""
 
 _DEFENCES = {

@@ -36,7 +36,7 @@ MATRICES = "matrices"
 _HEADINGS = {
     "Outcome": "Outcome",
     "Stage 1": "Stage 1: local curvature",
-    "Stage 2": "Stage 2: chart inconsistency",
+    "Stage 2": "Stage 2: routing instability",
     "Stage 3": "Stage 3: amplification",
 }
 

@@ -1,6 +1,6 @@
 """Metrics of routers: flips, margins, entropy, loads, tear.
 
-Stage 2 of the tear cascade, chart inconsistency: the router's choice no longer fits the stream.
+Stage 2 of the tear cascade, routing instability: the router's choice no longer fits the stream.
 Tables `layers` (one value a router) and `experts` (one value an expert).
 """
 

@@ -186,7 +186,7 @@ def test_a_run_that_is_not_finite_from_the_first_step_is_shown(tmp_path: Path, c
     run.close()
     out = cli("show", tmp_path / "nan")
     assert "Stage 1: local curvature  not finite from step 1 on" in out.output
-    assert "Stage 2: chart inconsistency  within its own history" in out.output
+    assert "Stage 2: routing instability  within its own history" in out.output
     assert "-0 robust z" not in out.output
     assert out.exit_code == 0
     assert "loss NaN" in out.output

@@ -59,13 +59,13 @@ def test_a_click_on_a_cell_shows_it_and_its_address_can_be_shared(page):
     assert "stage=2" in page.url
     step = int(re.search(r"[?&]step=(\d+)", page.url)[1])
     assert abs(step - 366) <= 1
-    until(page, f"{WHERE}.includes('layer 4 · chart inconsistency · step {step}')")
+    until(page, f"{WHERE}.includes('layer 4 · routing instability · step {step}')")
     shared = page.url
     until(page, f"{title} !== {json.dumps(before)}")
     shown = page.evaluate(title)
     page.goto(f"{page.home}run/mhc-tear/gain")
     page.goto(shared)
-    until(page, f"{WHERE}.includes('layer 4 · chart inconsistency · step {step}')")
+    until(page, f"{WHERE}.includes('layer 4 · routing instability · step {step}')")
     chart(page, "cascade-series")
     until(page, f"{title} === {json.dumps(shown)}")
 
