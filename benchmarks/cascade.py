@@ -1,14 +1,14 @@
-"""The attribution experiment: faults planted in real trainings, and what the cascade says of each.
+"""Benchmark of attribution: plant faults in real trainings and grade their explanations.
 
     geodiag bench cascade [--seeds 1000-1015] [--residuals mhc hc] [--size tiny] [--clean 12]
     [--runs DIR] [--workers 2]
 
-Every kind of fault is planted once per seed and residual, its step, layer and magnitude drawn from
-the seed. What was trained stays in DIR, so that a bench that was stopped goes on, and a record can
-be looked at. Each trial is graded as soon as it is trained, one line of `cascade.jsonl` in --out;
---add takes such lines from elsewhere. A fault that neither raises a spike or a warning nor moves
-the loss by 4 σ of batch noise over its twin's is excluded: that rule, the stage each kind breaks
-first, and the seeds were fixed before anything was measured.
+Every kind of fault is planted once per seed and residual; its step, layer and magnitude are drawn
+from the seed. Trained runs stay in DIR, so that a stopped benchmark continues and runs can be
+examined. Each trial is graded after its training, one line of `cascade.jsonl` in --out; --add reads
+such lines from other folders. A fault is excluded if it raises no spike and no warning and moves
+the loss by less than 4 σ of batch noise from its twin. This rule, the stage that each kind breaks
+first, and the seeds were fixed before the first measurement.
 """
 
 import re
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _graded(trials: Sequence[Trial], options: Any) -> list[dict[str, Any]]:
-    """The lines of the trials that could be trained in time; what failed is said and left out."""
+    """Return the lines of all trials that were trained in time; report failed trials."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,6 +1,4 @@
-"""Grades of `geodiag bench cascade`: what was planted in a run against what `explain` made of its
-record.
-"""
+"""Grades of `geodiag bench cascade`: the planted fault against the explanation by `explain`."""
 
 import math
 from collections.abc import Sequence
@@ -21,13 +19,13 @@ NOISE = 4.0
 warning, is excluded.
 """
 EXPERTS = ("expert-scale", "bit-flip", "gate-column", "bias-kick")
-"""Kinds that hurt one expert."""
+"""Kinds that change one expert."""
 WHOLE = ("spike", "divergence", "nonfinite")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grade:
-    """One planted fault and its explanation."""
+    """One planted fault and the grade of its explanation."""
 
     trial: Trial
     effect: float
@@ -54,8 +52,9 @@ class Grade:
         )
 
     def layer(self, among: int) -> bool:
-        """Whether the right layer is among the first so many; of a fault with no layer, whether
-        none is named.
+        """Return whether the right layer is among the first `among` layers.
+
+        For a fault without a layer: whether the explanation names no layer.
         """
         if self.cascade is None:
             return False
@@ -66,18 +65,19 @@ class Grade:
 
     @property
     def lead(self) -> int | None:
-        """Steps by which the origin's onset is before the loss's."""
+        """Steps from the onset of the origin to the onset of the loss."""
         return self.cascade.lead if self.cascade is not None and self.spiked is not None else None
 
     @property
     def warning_lead(self) -> int | None:
-        """Steps by which the warning is before the loss's onset; negative where it came after."""
+        """Steps from the warning to the onset of the loss; negative for a late warning."""
         return None if self.spiked is None or self.warned is None else self.spiked - self.warned
 
     @property
     def expert(self) -> bool | None:
-        """Whether the origin's expert is right; None where the fault has none. The fault's expert
-        is STEP modulo 8.
+        """Whether the expert of the origin is right; None if the fault has no expert.
+
+        The expert of a fault is its step modulo 8.
         """
         if (self.trial.kind or "").removeprefix("growing ") not in EXPERTS or self.cascade is None:
             return None
@@ -116,7 +116,7 @@ class Grade:
 
 
 def line_of(trial: Trial, folder: Path) -> dict[str, Any]:
-    """A trial as one line of the results: its grade, or what a training without a fault raised."""
+    """Return one line of the results: a grade, or the alarms of a training without a fault."""
     if trial.kind is not None:
         return grade(trial, folder).as_json()
     run = open_run(folder / trial.name)
@@ -124,32 +124,36 @@ def line_of(trial: Trial, folder: Path) -> dict[str, Any]:
 
 
 def grade(trial: Trial, folder: Path) -> Grade:
-    """How a trial's record is read. Its `fault` events are for this bench alone: `explain` may not
-    read them.
+    """Return the grade of a trial's explanation.
+
+    The `fault` events of the run are for this benchmark only; `explain` does not read them.
     """
-    run, twin = open_run(folder / trial.name), open_run(folder / trial.twin)
+    run = open_run(folder / trial.name)
+    twin = open_run(folder / trial.twin)
     assert trial.step is not None, "only a trial with a fault is graded"
-    planted, until = trial.step, _last_step(run, trial.step) + REACH
+    planted = trial.step
+    until = _last_step(run, planted) + REACH
     spiked = [e for e in _events(run, WHOLE) if planted <= e["onset"] <= until]
     warned = [e["step"] for e in _events(run, ("early_warning",)) if planted <= e["step"] <= until]
-    said: dict[str, Any] = {"trial": trial, "effect": _effect(run, twin, planted, until)}
-    said["before"] = false_alarms(run, planted)
+    found: dict[str, Any] = {"trial": trial, "effect": _effect(run, twin, planted, until)}
+    found["before"] = false_alarms(run, planted)
     if spiked:
-        onset, said["spike_kind"] = spiked[0]["onset"], spiked[0]["kind"]
+        onset = spiked[0]["onset"]
+        found["spike_kind"] = spiked[0]["kind"]
         return Grade(
-            **said,
+            **found,
             seen="spike",
             spiked=onset,
             warned=min(warned, default=None),
             cascade=explain(run, onset),
         )
     if warned:
-        return Grade(**said, seen="warning", warned=warned[0], cascade=explain(run, warned[0]))
-    return Grade(**said, seen=None)
+        return Grade(**found, seen="warning", warned=warned[0], cascade=explain(run, warned[0]))
+    return Grade(**found, seen=None)
 
 
 def false_alarms(run: Run, until: int | None = None) -> dict[str, int]:
-    """What a training raised while it had no fault, up to a step."""
+    """Count the alarms of a training without a fault, up to a step."""
     steps = _losses(run)[:until].size
     spikes, warnings = (
         [e for e in _events(run, kinds) if e["step"] < steps]
@@ -159,7 +163,7 @@ def false_alarms(run: Run, until: int | None = None) -> dict[str, int]:
 
 
 def _events(run: Run, kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """Events of these kinds with their `onset`, in step order."""
+    """Return the events of these kinds with their `onset`, in step order."""
     from geodiag.events import details
 
     rows = run.read_arrow("events", columns=["step", "kind", "data"]).to_pylist()
@@ -172,7 +176,7 @@ def _events(run: Run, kinds: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _last_step(run: Run, planted: int) -> int:
-    """The last disturbed step, as the training recorded it."""
+    """Return the last disturbed step, as the training recorded it."""
     from geodiag.events import details
 
     rows = run.read_arrow("events", columns=["step", "kind", "data"]).to_pylist()
@@ -185,9 +189,7 @@ def _losses(run: Run) -> np.ndarray:
 
 
 def _effect(run: Run, twin: Run, planted: int, until: int) -> float:
-    """The largest rise over the twin while the fault may act, over the twin's own noise from step
-    to step.
-    """
+    """Return the largest rise of the loss over the twin's, in σ of the twin's own noise."""
     ours, theirs = _losses(run), _losses(twin)
     both = min(len(ours), len(theirs), until + 1)
     rise = ours[planted:both] - theirs[planted:both]

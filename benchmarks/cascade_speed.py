@@ -1,11 +1,10 @@
-"""How long `geodiag cascade` takes on a long run of a deep model, and how much memory: made-up
-rows, real files.
+"""Benchmark of `geodiag cascade`: time and memory for a long run of a deep model.
 
     geodiag bench cascade_speed [--steps 100000] [--layers 32] [--experts 8] [--run DIR]
 
-Every signal of every layer and expert is noise around a drift of its own; before each of the two
-spikes an expert's activations grow, the residual stream follows, and then the loss. The writer is a
-training's own.
+The rows are made up, the files are real: the writer of a training writes them. Every signal of
+every layer and expert is noise around a drift of its own. Before each of the two spikes an expert's
+activations grow, then the residual stream, then the loss.
 """
 
 import os
@@ -39,7 +38,7 @@ GROWTH = 0.35
 def write(
     path: Path, *, steps: int, layers: int, experts: int, seed: int = 0
 ) -> list[tuple[int, int]]:
-    """Writes the run; returns the step and the layer at which each of its two cascades began."""
+    """Write the run; return the step and the layer at which each of its two cascades began."""
     rng, calm = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     origins = [(steps // 2, layers // 3), (steps - 100, layers // 2)]
     run = Run.create(
@@ -85,7 +84,7 @@ def _rows(
     drift: np.ndarray,
     origins: Sequence[tuple[int, int]],
 ) -> dict[str, Any]:
-    """One chunk of a table: every signal a random walk's noise, and the faults."""
+    """Return one chunk of a table: noise in every signal, and the faults."""
     shape = (len(step_S), layers, keys)
     index = np.broadcast_to(np.arange(layers)[None, :, None], shape)
     key = np.broadcast_to(np.arange(keys)[None, None, :], shape)
@@ -111,7 +110,7 @@ def _rows(
 
 
 def measure(path: Path, times: int) -> dict[str, Any]:
-    """Wall time and largest memory of the command itself, in processes of their own."""
+    """Return wall time and peak memory of the command, each time in a process of its own."""
     seconds = []
     command = [sys.executable, "-m", "geodiag.cli", "cascade", str(path), "--json"]
     for _ in range(times):
@@ -130,7 +129,7 @@ def measure(path: Path, times: int) -> dict[str, Any]:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The result as a page."""
+    """Return the result as a Markdown page."""
     asked = result["settings"]
     lines = [
         "# How long the cascade takes",
@@ -152,7 +151,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def add_size(parser: Parser, steps: int, experts: int) -> None:
-    """Options of a bench on a long run: how long, how often, and whether the run is kept."""
+    """Add the options of a benchmark on a long run: length, repetitions, folder."""
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--experts", type=int, default=experts)
@@ -164,9 +163,7 @@ def add_size(parser: Parser, steps: int, experts: int) -> None:
 
 @contextmanager
 def long_run(options: Namespace) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The run that the options ask for, and what a result says of it; removed afterwards unless it
-    is to be kept.
-    """
+    """Yield the run and its description; remove the run afterwards unless --run is given."""
     home = options.run or Path(tempfile.mkdtemp()) / "long"
     try:
         if not home.exists():
@@ -183,8 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("cascade_speed", __doc__)
     add_size(parser, steps=100_000, experts=8)
     options = parser.parse_args(argv)
-    with long_run(options) as (home, said):
-        result = setting("cascade_speed", argv) | said | measure(home, options.times)
+    with long_run(options) as (home, settings):
+        result = setting("cascade_speed", argv) | settings | measure(home, options.times)
     save("cascade_speed", result, page(result), options.out)
     say(result, page(result), options.json)
 

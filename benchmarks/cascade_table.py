@@ -1,4 +1,4 @@
-"""The table of `geodiag bench cascade`: lines of graded trials in, shares and a page out."""
+"""The table of `geodiag bench cascade`: summaries of graded trials, and the Markdown page."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ TARGETS = {
 
 
 def judged(lines: Sequence[Line]) -> dict[str, Any]:
-    """What some trials' lines amount to."""
+    """Return the summary of all trials, of each kind of fault, and of the false alarms."""
     faults = [ln for ln in lines if ln["kind"] is not None]
     growing = [ln for ln in faults if ln["kind"].startswith("growing ")]
     clean = [ln for ln in lines if ln["kind"] is None]
@@ -39,7 +39,7 @@ def _total(counts: Sequence[dict[str, int]]) -> dict[str, int]:
 
 
 def summary(lines: Sequence[Line]) -> dict[str, Any]:
-    """Of some trials: how many count, how many were read rightly, and how early."""
+    """Return how many trials count, how many are attributed correctly, and how early."""
     counted = [ln for ln in lines if not ln["excluded"]]
     read = [ln for ln in counted if ln["seen"]]
     layered = [ln for ln in read if ln["layer"] is not None]
@@ -76,7 +76,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The result as a page."""
+    """Return the result as a Markdown page."""
     asked = result["settings"]
     rows = [_row(kind, s) for kind, s in result["kinds"].items() if s["trials"]]
     lines = [

@@ -1,6 +1,4 @@
-"""The trials of `geodiag bench cascade`: which faults are planted where, and the trainings that
-carry them.
-"""
+"""The trials of `geodiag bench cascade`: which faults are planted where, and their trainings."""
 
 import math
 import random
@@ -26,9 +24,7 @@ CLEAN_STEPS = 1000
 
 @dataclass(frozen=True)
 class Truth:
-    """What a kind of fault breaks first, fixed before anything was measured, and how strongly it is
-    planted.
-    """
+    """What a kind of fault breaks first, fixed before the first measurement, and its magnitude."""
 
     stage: int | str | None
     """1, 2, 3, "data", or None for a learning rate, which breaks every layer at once."""
@@ -83,12 +79,12 @@ class Trial:
 
     @property
     def twin(self) -> str:
-        """The name of the same training without a fault."""
+        """Name of the same training without a fault."""
         return f"{self.residual}-{self.seed}-clean-{self.steps}"
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """As `--inject` takes them."""
+        """The fault as `--inject` takes it."""
         if self.kind is None or self.step is None:
             return ()
         kind = self.kind.removeprefix("growing ")
@@ -105,10 +101,10 @@ def plan(
     kinds: Sequence[str],
     clean: int,
 ) -> list[Trial]:
-    """Every kind of fault once per seed and residual, its step, layer and magnitude drawn from the
-    seed; and twins.
+    """Return the trials: every kind of fault once per seed and residual, and their twins.
 
-    `clean` trainings of `CLEAN_STEPS` steps come on top, of the seeds that follow.
+    Step, layer and magnitude are drawn from the seed. `clean` more trainings of `CLEAN_STEPS` steps
+    without a fault use the seeds after those.
     """
     from geodiag.reference_models.config import SIZES
 
@@ -146,7 +142,7 @@ def _drawn(rng: random.Random, truth: Truth) -> float | None:
 
 
 def train(trial: Trial, folder: Path, sequences: int, device: str) -> None:
-    """Trains one trial into `folder`/its name, unless that is there."""
+    """Train one trial into `folder` under its name, unless it exists."""
     home, rough = folder / trial.name, folder / f"{trial.name}.unfinished"
     if home.exists():
         return

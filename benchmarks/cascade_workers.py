@@ -1,6 +1,4 @@
-"""The trials of `geodiag bench cascade`, several at a time: each is trained and graded in a process
-of its own.
-"""
+"""The trials of `geodiag bench cascade` in parallel, each trained and graded in its own process."""
 
 import json
 import multiprocessing
@@ -21,21 +19,21 @@ _TWIN = 300
 
 @dataclass(frozen=True)
 class Work:
-    """How trials are trained, and where they are kept."""
+    """How trials are trained, and where their runs are kept."""
 
     folder: Path
     sequences: int
     device: str
 
     def __call__(self, trial: Trial) -> dict[str, Any]:
-        """A trial's line; it is trained first, unless it is there."""
+        """Return the line of a trial; train it first, unless its run exists."""
         try:
             train(trial, self.folder, self.sequences, self.device)
             self._await(self.folder / trial.twin, trial)
             return line_of(trial, self.folder) | {
                 "place": where(setting("cascade", [], self.device))
             }
-        except Exception as e:  # one trial that fails is told, and the others go on
+        except Exception as e:  # a failed trial is reported, and the others go on
             return {"name": trial.name, "failed": f"{type(e).__name__}: {e}"}
 
     def _await(self, twin: Path, trial: Trial) -> None:
@@ -45,14 +43,14 @@ class Work:
 
 
 def in_order(trials: Sequence[Trial]) -> list[Trial]:
-    """Twins first, since grades need them; then what takes longest; then seed by seed."""
+    """Sort the trials: twins first, because grades need them; then longest first; then by seed."""
     return sorted(trials, key=lambda t: (t.kind is not None, t.steps == CLEAN_STEPS, t.seed))
 
 
 def lines_of(
     trials: Sequence[Trial], work: Work, workers: int, minutes: float, kept: Path
 ) -> Iterator[dict[str, Any]]:
-    """The line of each trial as it is done, in the file `kept` too, until the time is up."""
+    """Yield the line of each finished trial and append it to `kept`, until the time is up."""
     work.folder.mkdir(parents=True, exist_ok=True)
     kept.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # which the processes inherit: one core each

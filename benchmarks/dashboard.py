@@ -1,13 +1,12 @@
-"""How fast the page is on a long run: from the click to the last chart, in a real browser, and what
-it costs to serve.
+"""Benchmark of the dashboard on a long run: from the click to the last chart, in a real browser.
 
     geodiag bench dashboard [--steps 20000] [--layers 32] [--experts 16] [--times 3] [--run DIR]
 
-A run of made-up rows in real files is served by `geodiag dashboard` in a process of its own. Each
-page is opened for the first time by a server that has read nothing yet, then once more, then zoomed
-in; last, the run grows by a step at a time while its page is watched. Seconds end when every chart
-is drawn. Results: benchmarks/results/dashboard.json and dashboard.md. Needs Chromium, found or
-named by $CHROMIUM.
+`geodiag dashboard` serves a run of made-up rows in real files, in a process of its own. Each page
+is opened by a server that has read nothing yet, then once more, then zoomed in. At last the run
+grows by a step at a time while its page is open. Times end when every chart is drawn. Results:
+benchmarks/results/dashboard.json and dashboard.md. Needs Chromium, on the PATH or named by
+$CHROMIUM.
 """
 
 import os
@@ -46,7 +45,7 @@ _AFTER_MS = 300
 
 
 class Server:
-    """`geodiag dashboard` in its own process."""
+    """`geodiag dashboard` in a process of its own."""
 
     def __init__(self, folder: Path) -> None:
         command = [
@@ -71,7 +70,7 @@ class Server:
         raise GeodiagError("geodiag dashboard did not start; run it by hand to see why")
 
     def cpu_seconds(self) -> float:
-        """What the server has computed so far."""
+        """Return the processor time of the server so far."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -81,7 +80,7 @@ class Server:
 
 
 class Reader:
-    """Somebody at a browser."""
+    """A browser page of the server."""
 
     def __init__(self, browser: Any, server: Server) -> None:
         self._tab, self._server = browser.new_page(viewport={"width": 1440, "height": 900}), server
@@ -92,24 +91,21 @@ class Reader:
         self._home = self._tab.url.split("/run/")[0].rstrip("/")
 
     def opens(self, path: str) -> dict[str, float]:
-        """Seconds until every chart of a page is drawn, the server's own seconds, and the bytes of
-        its answers.
-        """
+        """Open a page; return seconds to the last chart, server seconds, and bytes received."""
         self._answered.clear()
         cpu, began = self._server.cpu_seconds(), time.perf_counter()
         self._tab.goto(f"{self._home}{path}")
         self._until(_DRAWN)
         seconds = time.perf_counter() - began
         self._tab.wait_for_load_state("networkidle")
-        self._tab.wait_for_timeout(
-            _AFTER_MS
-        )  # the last answer's end is told a little after its chart is drawn
+        # The end of the last response is reported a little after its chart is drawn.
+        self._tab.wait_for_timeout(_AFTER_MS)
         figures = [r for r in self._answered if "_dash-update-component" in r.url]
         size = sum(r.sizes()["responseBodySize"] for r in figures)
         return {"seconds": seconds, "cpu_seconds": self._server.cpu_seconds() - cpu, "bytes": size}
 
     def sees_step(self, step: int) -> float:
-        """Seconds until the page says that the run has reached `step`."""
+        """Return the seconds until the page shows that the run has reached `step`."""
         began = time.perf_counter()
         self._until(f"document.querySelector('.standing-step')?.innerText === 'step {step:,}'")
         return time.perf_counter() - began
@@ -129,7 +125,7 @@ class Reader:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser. GeodiagError where there is none."""
+    """Start a browser. GeodiagError if there is none."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -148,7 +144,7 @@ def chromium() -> Iterator[Any]:
 
 
 def measure(run: Path, steps: int, times: int) -> dict[str, Any]:
-    """Page → how it was opened → medians."""
+    """Return the medians by page and by the way it was opened."""
     found: dict[str, Any] = {}
     with chromium() as browser:
         for page in PAGES:
@@ -174,8 +170,9 @@ def measure(run: Path, steps: int, times: int) -> dict[str, Any]:
 
 
 def follow(run: Path, steps: int, times: int) -> dict[str, float]:
-    """Seconds from a step on disk to the page that shows it, and what the server computes for it;
-    its poll included.
+    """Return the delay from a step on disk to the page that shows it, and the server's time for it.
+
+    The delay includes the page's polling interval.
     """
     seconds, cpu = [], []
     with chromium() as browser:
@@ -199,7 +196,7 @@ def follow(run: Path, steps: int, times: int) -> dict[str, float]:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The result as a page."""
+    """Return the result as a Markdown page."""
     asked, live = result["settings"], result["live"]
     lines = [
         "# How fast the page is",
@@ -235,8 +232,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("dashboard", __doc__)
     add_size(parser, steps=20_000, experts=16)
     options = parser.parse_args(argv)
-    with long_run(options) as (home, said):
-        result = setting("dashboard", argv) | said
+    with long_run(options) as (home, settings):
+        result = setting("dashboard", argv) | settings
         result["pages"] = measure(home, options.steps, options.times)
         with tempfile.TemporaryDirectory() as place:  # the run that was measured stays as it is
             growing = Path(place) / home.name

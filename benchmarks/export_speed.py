@@ -1,10 +1,9 @@
-"""How long `geodiag export` takes on a long run of a deep model, and how much memory: made-up rows,
-real files.
+"""Benchmark of `geodiag export`: time and memory for a long run of a deep model.
 
     geodiag bench export_speed [--steps 100000] [--layers 32] [--experts 8] [--run DIR]
 
-The run is that of cascade_speed. What is measured is the command itself, each format in a process
-of its own.
+The run is that of cascade_speed. The command itself is measured, each format in a process of its
+own.
 """
 
 import json
@@ -24,9 +23,7 @@ FORMATS = ("csv", "tensorboard")
 
 
 def measure(run: Path, to: str) -> dict[str, Any]:
-    """One export with every default, to a folder that is thrown away: seconds, memory, and what was
-    written.
-    """
+    """Export with all defaults to a temporary folder; return seconds, memory and sizes."""
     with tempfile.TemporaryDirectory(dir=run.parent) as home:
         command = [
             sys.executable,
@@ -48,19 +45,19 @@ def measure(run: Path, to: str) -> dict[str, Any]:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
-        said = json.loads((Path(home) / "out/export.json").read_text())
+        exported = json.loads((Path(home) / "out/export.json").read_text())
     return {
         "seconds": seconds,
         "cpu_seconds": used.ru_utime + used.ru_stime,
         "bytes": used.ru_maxrss * 1024,
-        "rows": sum(said["rows"].values()),
-        "values": said["values"],
-        "written": sum(f["bytes"] for f in said["files"]),
+        "rows": sum(exported["rows"].values()),
+        "values": exported["values"],
+        "written": sum(f["bytes"] for f in exported["files"]),
     }
 
 
 def page(result: dict[str, Any]) -> str:
-    """The result as a page."""
+    """Return the result as a Markdown page."""
     asked = result["settings"]
     lines = [
         "# How long an export takes",
@@ -85,10 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_size(parser, steps=100_000, experts=8)
     parser.set_defaults(times=1)  # minutes each
     options = parser.parse_args(argv)
-    with long_run(options) as (home, said):
+    with long_run(options) as (home, settings):
         tries = {to: [measure(home, to) for _ in range(options.times)] for to in FORMATS}
         formats = {to: min(tried, key=lambda m: m["seconds"]) for to, tried in tries.items()}
-        result = setting("export_speed", argv) | said | {"formats": formats}
+        result = setting("export_speed", argv) | settings | {"formats": formats}
     save("export_speed", result, page(result), options.out)
     say(result, page(result), options.json)
 

@@ -1,9 +1,8 @@
-"""The kernels of the reference model: every operation and the whole mHC site, against the byte
-floor and their peers.
+"""Benchmark of the kernels: every operation and the whole mHC site, against floor and peers.
 
-Every figure is the median of replays of a CUDA graph (so nothing of Python is in it), inputs
-rotated, the L2 cache filled with something else before each. The floor is the fewest bytes over
-this device's own copy bandwidth.
+Every figure is the median over replays of a CUDA graph, which contains no Python time. Inputs are
+rotated and the L2 cache is overwritten before each replay. The floor is the least number of bytes
+divided by this device's own copy bandwidth.
 """
 
 from collections.abc import Sequence
@@ -26,9 +25,7 @@ def run(
     repeats: int = 40,
     argv: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Measures; what is there so far is written to the folder `out` after each row, since a peer
-    can take minutes.
-    """
+    """Measure all rows; write the result to `out` after each, because a peer can take minutes."""
     from geodiag.benchmarks import kernels_parts, kernels_sites
     from geodiag.benchmarks.kernels_clock import Clock
 

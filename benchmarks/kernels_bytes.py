@@ -1,12 +1,11 @@
-"""Bytes that each kernel of an mHC site really moves, by the GPU's own counters, beside those that
-it must move.
+"""Benchmark of memory traffic: bytes that each kernel of an mHC site moves, by GPU counters.
 
     geodiag bench kernels_bytes [--size 16384x2560]
 
 Runs one site, and one in a chain of sites, forward and backward, under Nsight Compute (`ncu`),
-whose counters tell what passed through device memory and through the L2 cache. Nothing is flushed
-between kernels, so what one leaves in the cache the next one finds there, as in a training; they
-run one at a time, so times are a little longer than in a graph.
+whose counters measure the traffic of device memory and of the L2 cache. The cache is not flushed
+between kernels: a kernel finds there what the previous one left, as in a training. Kernels run one
+at a time, so that times are a little longer than in a graph.
 """
 
 import csv
@@ -35,7 +34,7 @@ STEPS = 2
 
 
 def work(name: str, tokens: int, channels: int) -> None:
-    """What is profiled: steps of one site, after others that compiled its kernels."""
+    """Run the profiled steps of one site, after others that compile its kernels."""
     from geodiag.benchmarks import kernels_sites
 
     site = kernels_sites.chained_site() if name == "in a chain" else kernels_sites.geodiag_site()
@@ -55,7 +54,7 @@ def work(name: str, tokens: int, channels: int) -> None:
 
 
 def profile(name: str, tokens: int, channels: int) -> list[dict[str, Any]]:
-    """One site under the profiler, kernel by kernel, in the order of their first launch."""
+    """Profile one site; return one row per kernel, in the order of their first launch."""
     ncu = shutil.which("ncu")
     if ncu is None:
         raise GeodiagError(
@@ -76,16 +75,17 @@ def profile(name: str, tokens: int, channels: int) -> list[dict[str, Any]]:
     done = subprocess.run([*asked, *as_it_is, *itself], capture_output=True, text=True, check=False)
     if done.returncode or '"ID"' not in done.stdout:
         raise GeodiagError(
-            f"ncu failed, may this user read the counters? It said: {done.stdout[-600:]}"
+            f"ncu failed, may this user read the counters? Its output: {done.stdout[-600:]}"
         )
     return counted(done.stdout)
 
 
-def counted(said: str) -> list[dict[str, Any]]:
-    """Means over the profiled steps from ncu's raw page: a line of names, one of units, and one a
-    launch.
+def counted(output: str) -> list[dict[str, Any]]:
+    """Return the means over the profiled steps from ncu's raw page.
+
+    The page has a line of names, a line of units, and one line per launch.
     """
-    table = said[said.index('"ID"') :]
+    table = output[output.index('"ID"') :]
     _units, *launches = csv.DictReader(io.StringIO(table))
     sums: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(COUNTERS.values(), 0.0))
     for launch in launches:

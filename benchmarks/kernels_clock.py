@@ -1,4 +1,4 @@
-"""Device time and device memory of a step, for the kernels' bench."""
+"""Device time and device memory of a step, for `geodiag bench kernels`."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,10 +10,9 @@ Step = Callable[[], object]
 
 
 class Clock:
-    """Medians of device time: replays of a CUDA graph between events, the L2 cache filled with
-    something else before.
+    """Median device time: replays of a CUDA graph between events, after overwriting the L2 cache.
 
-    Floors are bytes over this device's own copy bandwidth, which is measured first.
+    Floors are bytes divided by this device's own copy bandwidth, which is measured first.
     """
 
     def __init__(self, repeats: int) -> None:
@@ -27,11 +26,11 @@ class Clock:
         """Bytes read and written a second by a device-to-device copy of random numbers."""
 
     def floor(self, moved: int) -> float:
-        """Microseconds that moving these bytes takes at copy bandwidth."""
+        """Return the microseconds that moving these bytes takes at copy bandwidth."""
         return moved / self.copy * 1e6
 
     def median(self, steps: Sequence[Step]) -> float:
-        """Microseconds of one step; the steps are the same work on different inputs."""
+        """Return the microseconds of one step; the steps are the same work on different inputs."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -60,9 +59,7 @@ class Clock:
 
 
 def peaks(step: Step) -> dict[str, float]:
-    """MB at the step's worst moment beyond what was there before: with its results, and in excess
-    of them.
-    """
+    """Return the peak memory of the step in MB: with its results, and in excess of them."""
     step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -1,6 +1,4 @@
-"""Every other kernel of the reference model against copy bandwidth, and where a site's time goes
-kernel by kernel.
-"""
+"""Timing of every other kernel against copy bandwidth, and of a site kernel by kernel."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -82,9 +80,7 @@ def operations(clock: Clock, peers: Path | None) -> Iterator[dict[str, object]]:
 def anatomy(
     clock: Clock, site: Site, tokens: int, channels: int, steps: int = 6
 ) -> Iterator[dict[str, object]]:
-    """Each kernel of a site, forward and backward: its time, the bytes it must move, and what
-    copying these takes.
-    """
+    """Yield each kernel of a site, forward and backward: time, bytes and their copy time."""
     sets = [inputs(tokens, channels, False) for _ in range(SETS)]
 
     def step(i: int) -> None:

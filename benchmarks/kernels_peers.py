@@ -1,7 +1,6 @@
-"""The mHC site as other libraries' kernels compute it, for `geodiag bench kernels --peers DIR`.
+"""The mHC site by the kernels of other libraries, for `geodiag bench kernels --peers DIR`.
 
-DIR holds the unpacked wheels. Only a peer's Python files of Triton kernels are run: no compiled
-extension.
+DIR holds the unpacked wheels. Only Python files with Triton kernels are run, no compiled extension.
 """
 
 import sys
@@ -15,8 +14,9 @@ from torch import Tensor
 
 
 def transformer_engine(directory: Path) -> Callable[..., tuple[Tensor, Tensor]]:
-    """(x, phi, alpha, bias, f) → the block's input and the new streams. Its streams are innermost:
-    (S, B, C, N).
+    """Return (x, phi, alpha, bias, f) → the block's input and the new streams.
+
+    Its streams are innermost: (S, B, C, N).
     """
     mhc = _transformer_engine(directory)
 
@@ -30,7 +30,7 @@ def transformer_engine(directory: Path) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def transformer_engine_sinkhorn(directory: Path) -> Callable[[Tensor], Tensor]:
-    """Of logits (S, B, 4, 4), 20 iterations, as its site calls it."""
+    """Return its Sinkhorn of logits (S, B, 4, 4) with 20 iterations, as its site calls it."""
     mhc = _transformer_engine(directory)
 
     def sinkhorn(logits: Tensor) -> Tensor:
@@ -40,11 +40,12 @@ def transformer_engine_sinkhorn(directory: Path) -> Callable[[Tensor], Tensor]:
 
 
 def liger(directory: Path) -> Callable[..., tuple[Tensor, Tensor]]:
-    """(x, phi, alpha, bias, f) → the block's input and the new streams, as its `LigerMHC` module
-    calls its kernels.
+    """Return (x, phi, alpha, bias, f) → the block's input and the new streams.
+
+    The calls are those of its `LigerMHC` module.
     """
     _stand_in(directory, "liger_kernel", "liger_kernel.ops")
-    # All that its kernels ask of it, which looks for half a dozen other libraries first.
+    # The only function that its kernels use; the real module imports half a dozen libraries.
     utils = sys.modules.setdefault("liger_kernel.utils", types.ModuleType("liger_kernel.utils"))
     utils.infer_device = lambda: "cuda"  # type: ignore[attr-defined]
     from liger_kernel.ops import mhc
@@ -52,7 +53,7 @@ def liger(directory: Path) -> Callable[..., tuple[Tensor, Tensor]]:
     def site(
         x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # φ in the stream's type, which it says is what makes it fast.
+        # φ in the type of the stream: the fast path according to its documentation.
         maps = mhc.LigerMHCCoeffsFunction.apply(
             x, phi.to(x.dtype), bias, *alpha.unbind(), False, 20, 1e-6, 0.0, 1e-6, 2.0
         )
@@ -63,7 +64,7 @@ def liger(directory: Path) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _stand_in(directory: Path, *packages: str) -> None:
-    """Packages that find their modules in the folder, and run nothing when they are imported."""
+    """Register packages that find their modules in the folder and run no code of their own."""
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
     for name in packages:
@@ -73,9 +74,7 @@ def _stand_in(directory: Path, *packages: str) -> None:
 
 
 def _transformer_engine(directory: Path) -> Any:
-    """Its module of mHC operators, with stand-ins for the packages around it that would load
-    compiled code.
-    """
+    """Import its module of mHC operators, with stand-ins for packages that load compiled code."""
     if "transformer_engine.pytorch.triton.mhc" in sys.modules:
         return sys.modules["transformer_engine.pytorch.triton.mhc"]
 

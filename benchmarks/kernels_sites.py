@@ -29,9 +29,7 @@ class Contestant(NamedTuple):
 
 
 def inputs(tokens: int, channels: int, innermost: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Leaves x, phi, alpha, bias, f and upstream gradients of the block's input and of the new
-    streams.
-    """
+    """Return the leaves x, phi, alpha, bias, f, and upstream gradients of both results."""
     n, k = STREAMS, STREAMS * STREAMS + 2 * STREAMS
 
     def randn(*shape: int) -> Tensor:
@@ -63,9 +61,7 @@ def geodiag_site(flag: Tensor | None = None) -> Site:
 
 
 def chained_site(flag: Tensor | None = None) -> Site:
-    """As sites follow one another: the projection comes from the site before, and the next one's is
-    made here.
-    """
+    """Return a site in a chain: it gets its projection and computes that of the next site."""
     given: dict[int, Tensor] = {}
 
     def site(
@@ -107,8 +103,10 @@ def contestants(peers: Path | None) -> Iterator[Contestant]:
 
 
 def floors(clock: Clock, tokens: int, channels: int) -> tuple[float, float]:
-    """Microseconds: x twice (the block stands between), f, y, x' forward; x, f, dy, dx', dx, df
-    more backward.
+    """Return the least time in microseconds of the forward, and of forward and backward.
+
+    Forward: x twice (the block is in between), f, y, x'. Backward: x, f, dy, dx', dx, df in
+    addition.
     """
     stream = tokens * channels * torch.bfloat16.itemsize
     return clock.floor((3 * STREAMS + 2) * stream), clock.floor((6 * STREAMS + 5) * stream)
@@ -134,9 +132,7 @@ def measure(clock: Clock, contestant: Contestant, tokens: int, channels: int) ->
 def sites(
     clock: Clock, sizes: list[tuple[int, int]], peers: Path | None, others: bool
 ) -> Iterator[dict[str, object]]:
-    """One row a size and contestant: everything at the first size, then geodiag at the others, last
-    the peers there.
-    """
+    """Yield one row per size and contestant: all at the first size, at the others peers last."""
     everyone = list(contestants(peers))
     ours = [c for c in everyone if c.by.startswith("geodiag")]
     theirs = [c for c in everyone if c not in ours]

@@ -1,11 +1,10 @@
-"""A training on the Triton kernels against the same training on the reference kernels: how far the
-losses part.
+"""Benchmark of a training with Triton kernels against the same one with reference kernels.
 
     geodiag bench kernels_training [--size small] [--steps 200] [--sequences 2] [--device cuda]
 
-Both begin from the same weights and see the same batches. What rounding alone does is told by a
-third training: the reference kernels, with every weight of the first layer's gates one part in 256
-off, which is bfloat16's own last bit.
+Both begin with the same weights and train on the same batches. A third training shows the effect of
+rounding alone: reference kernels, with every weight of the first layer's gates changed by one part
+in 256, the last bit of bfloat16.
 """
 
 import statistics
@@ -26,7 +25,7 @@ ARMS = ("triton", "reference", "reference, rounded otherwise")
 
 
 def train(arm: str, size: str, steps: int, sequences: int, device: torch.device) -> dict[str, Any]:
-    """One training's losses, and milliseconds a step."""
+    """Return the losses of one training, and its milliseconds per step."""
     kernels = arm.split(",")[0]
     torch.manual_seed(0)
     with device:
@@ -45,7 +44,7 @@ def train(arm: str, size: str, steps: int, sequences: int, device: torch.device)
 
 
 def apart(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
-    """How far two curves are apart, nats a token."""
+    """Return the distance of two loss curves in nats per token."""
     gaps = [abs(x - y) for x, y in zip(a, b, strict=True)]
     last = max(len(gaps) // 10, 1)
     ends = statistics.mean(a[-last:]) - statistics.mean(b[-last:])
@@ -64,9 +63,7 @@ def run(
     device: str = "cuda",
     so_far: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Every arm's losses, and the others' distance from the reference's; `so_far` is called after
-    each arm.
-    """
+    """Return every arm's losses and distance from the reference; call `so_far` after each arm."""
     result: dict[str, Any] = {
         "size": size,
         "steps": steps,
@@ -87,7 +84,7 @@ def run(
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page."""
+    """Return the result as a Markdown page."""
     r = result["result"]
     lines = [
         "# A training on Triton and on reference kernels",

@@ -1,12 +1,12 @@
-"""What recording costs: the same training step bare and watched, in turns, in one process.
+"""Benchmark of recording: the same training step with and without geodiag, in turns.
 
     geodiag bench overhead [--size tiny] [--rounds 12] [--block 20] [--threads 1 2] [--device cpu]
 
-Each arm is a training of its own, of the same seed and the same batches. A round gives every arm
-one block of steps, the arm that begins changing from round to round; a block's time over the bare
-block's of the same round is one ratio. The medians are given with their distribution-free 95 %
-intervals. `bare again` is the control: its interval must hold 1, or the machine was too busy to
-measure. Results: benchmarks/results/overhead.json and overhead.md.
+Each arm is a training of its own, with the same seed and the same batches. In a round every arm
+runs one block of steps; the first arm changes from round to round. The time of a block divided by
+that of the bare block of the same round is one ratio. Medians have distribution-free 95 %
+intervals. `bare again` is the control: its interval has to contain 1, or the machine was too busy
+to measure. Results: benchmarks/results/overhead.json and overhead.md.
 """
 
 import math
@@ -51,10 +51,10 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        """By order statistics: the ranks between which the true median lies with at least 95 %,
-        whatever the law.
+        """Return the median with its interval by order statistics.
 
-        Fewer than six values cannot say so much; their whole range is given.
+        The true median is between these ranks with a probability of at least 95 %, for any
+        distribution. Fewer than six values allow no such interval; then it is their whole range.
         """
         ordered, n, below, tail = sorted(values), len(values), 0, 0.0
         while (tail := tail + math.comb(n, below) / 2**n) <= 0.025:
@@ -64,7 +64,7 @@ class Estimate:
 
 
 class Arm:
-    """One training, bare or watched."""
+    """One training, with or without geodiag."""
 
     def __init__(
         self, size: str, every: int | None, batches: list[Batch], device: torch.device, run: Path
@@ -89,7 +89,7 @@ class Arm:
             )
 
     def block(self, steps: int) -> float:
-        """Trains so many steps; seconds a step."""
+        """Train so many steps; return the seconds per step."""
         self._wait()
         began = time.perf_counter()
         for batch in islice(self.batches, steps):
@@ -118,7 +118,7 @@ def compare(
     device: str = "cpu",
     data: str = "stdlib",
 ) -> dict[str, Any]:
-    """Every arm's steps a second, and its time over the bare one's."""
+    """Return every arm's steps per second, and its time relative to the bare training."""
     torch.set_num_threads(threads)
     where, shape = torch.device(device), sized(size)
     loader = Loader(open_corpus(data), sequences, shape.sequence)
@@ -153,16 +153,16 @@ def compare(
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page."""
-    said = result["settings"]
+    """Return the result as a Markdown page."""
+    settings = result["settings"]
     lines = [
         "# What recording costs",
         "",
-        f"`{said['size']}` mHC, {said['sequences']} sequences a step, every monitor on, probes "
+        f"`{settings['size']}` mHC, {settings['sequences']} sequences a step, every monitor on, probes "
         "and weight spectra",
         f"every {PROBE_EVERY} steps, against the same steps without geodiag, in turns: "
-        f"{said['rounds']} rounds of",
-        f"blocks of {said['block']} steps. Time over the bare block's of the same round: median "
+        f"{settings['rounds']} rounds of",
+        f"blocks of {settings['block']} steps. Time over the bare block's of the same round: median "
         "and 95 % interval.",
         "",
         f"{where(result)} Load before: {result['load_before']:.2f}.",
@@ -189,7 +189,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def warnings(result: dict[str, Any]) -> list[str]:
-    """Why these numbers should not be trusted, if they should not."""
+    """Return the reasons, if any, why these numbers are not reliable."""
     found = []
     if result["load_before"] > 0.5:
         found.append(

@@ -1,8 +1,7 @@
-"""What the probes cost: each alone, and all of them at their default cadence as a share of the
-training step.
+"""Benchmark of the probes: cost of each alone, and of all at their default cadence.
 
-A bare training gives the step's time; the probes then run on its model, as the monitor runs them.
-Median times, the device waited for before and after.
+A training without geodiag gives the time of a step; then the probes run on its model, as the
+monitor runs them. Times are medians, with the device synchronised before and after.
 """
 
 import sys
@@ -28,7 +27,7 @@ from geodiag.reference_models.transformer import Transformer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`geodiag bench probes`."""
+    """Run `geodiag bench probes`."""
     parser = Parser("probes", __doc__)
     parser.add_argument(
         "--sizes", nargs="+", default=["small", "3b"], help="model sizes [%(default)s]"
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measured(size: str, args: Any) -> dict[str, Any]:
-    """One size: its step, each group of probes, and what a step pays on average."""
+    """Return the times of one size: the step, each group of probes, and the mean cost per step."""
     device = torch.device(args.device)
     config = sized(size) if device.type == "cuda" else sized(size, dtype="float32")
     torch.manual_seed(0)
@@ -102,7 +101,7 @@ def measured(size: str, args: Any) -> dict[str, Any]:
 
 
 def _times(work: Callable[[], Any], warm: int, timed: int, device: torch.device) -> float:
-    """Median seconds of `work`."""
+    """Return the median seconds of `work`."""
     seconds = []
     for i in range(warm + timed):
         _wait(device)
@@ -120,7 +119,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes in use; the peak is counted from here."""
+    """Return the bytes in use, and count the peak from here."""
     if device.type != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats(device)
@@ -136,7 +135,7 @@ def _shake(model: Transformer) -> None:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """Return the result as a Markdown page."""
     lines = ["# What the probes cost", "", f"`{result['command']}`. {where(result)}", ""]
     lines += [
         "| size | tokens a step | step | probes every 10th step | every 50th | mean a step | "

@@ -1,11 +1,10 @@
-"""Training on several ranks: the same losses with geodiag, the same decisions everywhere, what a
-killed rank leaves.
+"""Benchmark of several ranks: equal losses with geodiag, equal decisions, a killed rank.
 
     geodiag bench ranks --ranks 2 [--minutes 4]
 
-NCCL where there is a GPU for each rank; gloo on the CPU, or with `--device cuda:0` on one GPU that
-they share. Every part has a time after which it counts as hanging; the timed one runs alone, the
-others side by side. Results: benchmarks/results/ranks.json and ranks.md.
+Uses NCCL if there is a GPU for each rank; otherwise gloo on the CPU, or with `--device cuda:0` on
+one GPU that the ranks share. Every part has a time limit. The timed part runs alone, the others in
+parallel. Results: benchmarks/results/ranks.json and ranks.md.
 """
 
 import json
@@ -46,7 +45,7 @@ _DIES_AT = 12
 
 
 def same(ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """Largest difference of the losses of one process and of several ranks on the same batches."""
+    """Return the largest difference between the losses of one process and of several ranks."""
     options = ("--steps", "40", "--device", device)
     names = {"one": ((), 1)} | {p: (("--parallel", p), ranks) for p in PARALLEL}
     with ExitStack() as stack:
@@ -74,9 +73,7 @@ def same(ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any
 
 
 def steered(parallel: str, ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """A planted fault, answered: did every rank have the same mode at the same step of the same
-    attempt?
-    """
+    """Train with a planted fault; return whether all ranks had the same mode at each step."""
     fault = (
         "--inject",
         f"lr-shock@{FAULT_STEP}=40",
@@ -108,9 +105,7 @@ def steered(parallel: str, ranks: int, device: str, folder: Path, seconds: float
 
 
 def killed(parallel: str, ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """Rank 1 killed with kill -9: are the steps that were done on record, and how soon do the
-    others end?
-    """
+    """Kill rank 1 with kill -9; return whether all steps are recorded, and when the others end."""
     run = folder / "run"
     options = ("--steps", "39", "--device", device, "--routing", "auto", "--parallel", parallel)
     with Started(
@@ -121,24 +116,24 @@ def killed(parallel: str, ranks: int, device: str, folder: Path, seconds: float)
         os.kill(int((run / "journal" / "rank-1.lock").read_text()), signal.SIGKILL)
         dead = time.monotonic()
         ended = training.finish()
-    told = training.step()
+    last_printed = training.step()
     opened = open_run(run)
     steps = opened.read("steps", ["rank", "step"])
     have = {rank: steps[steps["rank"] == rank]["step"].tolist() for rank in range(ranks)}
     return ended | {
         "seconds_to_the_end": time.monotonic() - dead,
-        "told": told,
+        "told": last_printed,
         "on_record": {r: len(s) for r, s in have.items()},
-        "complete": all(s[: told - 1] == list(range(told - 1)) for s in have.values()),
+        "complete": all(
+            s[: last_printed - 1] == list(range(last_printed - 1)) for s in have.values()
+        ),
         "status": opened.status(),
         "problems": opened.problems,
     }
 
 
 def resumed(parallel: str, ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """Rank 1 lost its newest snapshot: do all ranks go on from the newest that every one of them
-    has?
-    """
+    """Remove the newest snapshot of rank 1; return whether all ranks resume from a common one."""
     run, ends = folder / "run", time.monotonic() + seconds
     options = (
         "--device",
@@ -177,7 +172,7 @@ def resumed(parallel: str, ranks: int, device: str, folder: Path, seconds: float
 def worker(
     ranks: int, device: str, size: str, steps: int, folder: Path, seconds: float
 ) -> dict[str, Any]:
-    """What all ranks measure of themselves, together in one start."""
+    """Return what the ranks measure themselves, all in one start."""
     asked = (
         "--worker",
         str(folder),
@@ -191,8 +186,8 @@ def worker(
         str(ranks),
     )
     ended = call(torchrun(ranks, "geodiag.benchmarks.ranks", *asked), folder / "log", seconds)
-    told = folder / "worker.json"
-    return ended | (json.loads(told.read_text()) if told.exists() else {})
+    written = folder / "worker.json"
+    return ended | (json.loads(written.read_text()) if written.exists() else {})
 
 
 Part = Callable[[Path, float], dict[str, Any]]
@@ -207,7 +202,7 @@ def parts(ranks: int, device: str) -> dict[str, Part]:
 
 
 def run(args: Namespace) -> dict[str, Any]:
-    """Everything; a part that fails says so and leaves the others their turn."""
+    """Run all parts; a part that fails reports its error and the others go on."""
     ends, found = time.monotonic() + 60 * args.minutes, dict[str, Any]()
     with tempfile.TemporaryDirectory() as name:
 

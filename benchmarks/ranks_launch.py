@@ -1,6 +1,4 @@
-"""Commands under torchrun that cannot hang a bench: each has its seconds, and then all of its
-processes end.
-"""
+"""Commands under torchrun with a time limit, after which all their processes are killed."""
 
 import os
 import re
@@ -25,7 +23,7 @@ def torchrun(ranks: int, *module: str) -> list[str]:
 
 
 def train(ranks: int, run: Path, *options: str, sequences: int) -> list[str]:
-    """The command of a training with `geodiag train`."""
+    """Return the command of a training with `geodiag train`."""
     more = ("train", "--run", str(run), "--sequences", str(sequences), *options)
     return (
         torchrun(ranks, "geodiag.cli", *more)
@@ -35,9 +33,9 @@ def train(ranks: int, run: Path, *options: str, sequences: int) -> list[str]:
 
 
 class Started:
-    """A command under way; at the end of its context nothing of it is left.
+    """A running command; at the end of the `with` block all its processes are gone.
 
-    What it says goes to a file, so that nobody waits for a pipe that a lost child holds.
+    Its output goes to a file: a pipe could stay open in an orphaned process and block the reader.
     """
 
     def __init__(self, command: list[str], log: Path, seconds: float) -> None:
@@ -56,21 +54,21 @@ class Started:
         if self.process.poll() is None:
             _kill(self.process)
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace")
 
     def step(self) -> int:
-        """The newest step that it told of."""
-        told = re.findall(r"^step (\d+)/", self.said(), flags=re.MULTILINE)
-        return int(told[-1]) if told else 0
+        """Return the newest step in its output."""
+        steps = re.findall(r"^step (\d+)/", self.output(), flags=re.MULTILINE)
+        return int(steps[-1]) if steps else 0
 
     @property
     def running(self) -> bool:
-        """Whether it is under way and may be."""
+        """Whether the command is running and within its time limit."""
         return self.process.poll() is None and time.monotonic() < self.ends
 
     def finish(self) -> dict[str, Any]:
-        """How it ended; by force, once its time is up."""
+        """Wait for the end, or kill it after its time limit; return how it ended."""
         try:
             self.process.wait(max(self.ends - time.monotonic(), 0.0))
             hung = False
@@ -82,7 +80,7 @@ class Started:
             "code": self.process.returncode,
             "hung": hung,
             "seconds": seconds,
-            "tail": self.said()[-1500:],
+            "tail": self.output()[-1500:],
         }
 
 
@@ -92,7 +90,7 @@ def call(command: list[str], log: Path, seconds: float) -> dict[str, Any]:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """With all that it started: torchrun's workers are in sessions of their own."""
+    """Kill a process and its descendants; workers of torchrun are in sessions of their own."""
     for pid in [process.pid, *_below(process.pid)]:
         try:
             os.kill(pid, signal.SIGKILL)

@@ -1,6 +1,4 @@
-"""The ranks bench's result as a page: what holds on several ranks, in words, and what recording
-costs there.
-"""
+"""The result of `geodiag bench ranks` as a Markdown page."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +19,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         *(_timed(worker, timed) if timed else ["Nothing was timed.", ""]),
     ]
-    said = [
+    findings = [
         (f"{parallel}, {what}", say(result[name]))
         for parallel in PARALLEL
         for what, say, name in (
@@ -31,13 +29,13 @@ def markdown(result: Mapping[str, Any]) -> str:
         )
         if name in result
     ]
-    said += [
+    findings += [
         (f"{p}, against one process", _same(result["same"], p))
         for p in PARALLEL
         if "same" in result
     ]
-    if said:
-        lines += ["| | |", "|---|---|", *(f"| {what} | {words} |" for what, words in said), ""]
+    if findings:
+        lines += ["| | |", "|---|---|", *(f"| {what} | {words} |" for what, words in findings), ""]
     return "\n".join([*lines, f"    {result['command']}", ""])
 
 

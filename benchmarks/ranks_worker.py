@@ -1,6 +1,4 @@
-"""The ranks bench on each rank itself: are losses the same to the bit with geodiag, and what does a
-step take?
-"""
+"""The part of `geodiag bench ranks` that runs on each rank: equal losses, and time of a step."""
 
 import json
 import statistics
@@ -25,9 +23,7 @@ COMPARED = 12
 
 
 def measure(out: Path, device: str, size: Size, sequences: int, steps: int) -> None:
-    """`worker.json`: sameness and cost for each way of spreading; what is through is there,
-    whatever comes after it.
-    """
+    """Write `worker.json` with equality and cost for each kind of parallelism, after each part."""
     found: dict[str, Any] = {}
     for parallel in PARALLEL:
         options = Options(
@@ -43,8 +39,10 @@ def measure(out: Path, device: str, size: Size, sequences: int, steps: int) -> N
 
 
 def same(options: Options, out: Path) -> dict[str, Any]:
-    """Losses with geodiag and without; once more without, by which the machine differs from itself;
-    and with probes that fail on one rank, which must neither hang the others nor change anything.
+    """Return the largest differences of the losses with and without geodiag.
+
+    A second training without geodiag is the control. In a third, probes fail on one rank: that may
+    neither block the others nor change a loss.
     """
     watched = losses(replace(options, run=out / "watched", probe_every=4), watched=True)
     bare, again = (
@@ -71,7 +69,7 @@ def losses(options: Options, watched: bool) -> list[float]:
 
 
 def cost(options: Options, steps: int) -> dict[str, Any]:
-    """Median times of a step with and without geodiag, at the cadences that users have."""
+    """Return the median times of a step with and without geodiag, at the usual cadences."""
     with _training(options) as training:
         gpu = training.device.type == "cuda"
         for number in range(10):  # the first probes, which begin the spectra of the weights
@@ -90,7 +88,7 @@ def cost(options: Options, steps: int) -> dict[str, Any]:
 
 @contextmanager
 def _training(options: Options) -> Iterator[Training]:
-    """A training in this process group, which outlives it."""
+    """Yield a training in this process group; the process group stays open afterwards."""
     training = Training(options, quiet=True)
     try:
         yield training
@@ -102,7 +100,7 @@ def _training(options: Options) -> Iterator[Training]:
 
 
 def _step(training: Training, number: int, watched: bool) -> tuple[float, float]:
-    """Loss and seconds of one step."""
+    """Return loss and seconds of one step."""
     (batch,) = training._split(training.loader.batch(number % 8))
     batch = training._to_device(batch)
     _wait(training)

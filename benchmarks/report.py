@@ -1,6 +1,4 @@
-"""What every bench says beside its numbers, and where it puts them: machine, versions, command;
-JSON and a page.
-"""
+"""Output of all benchmarks: machine, versions and command with the numbers, as JSON and a page."""
 
 import argparse
 import importlib.metadata
@@ -19,7 +17,7 @@ _LIBRARIES = ("geodiag", "torch", "triton")
 
 
 class Parser(argparse.ArgumentParser):
-    """A bench's options; every bench has `--out` and `--json`. A mistake is a GeodiagError."""
+    """Options of a benchmark, with `--out` and `--json`. A mistake raises GeodiagError."""
 
     def __init__(self, bench: str, description: str | None) -> None:
         first = (description or "").split("\n\n")[0]
@@ -36,21 +34,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def results_folder() -> Path:
-    """benchmarks/results of a checkout, or of the folder one stands in where geodiag is installed
-    from a wheel.
-    """
+    """Return benchmarks/results of the checkout; for an installed wheel, of the current folder."""
     return _BESIDE if _BESIDE.is_dir() else Path("benchmarks") / "results"
 
 
 def setting(bench: str, argv: Sequence[str] | None, device: str = "cpu") -> dict[str, Any]:
-    """Command, machine and versions: the head of every result."""
+    """Return command, machine and versions: the head of every result."""
     words = sys.argv[1:] if argv is None else argv
     command = " ".join(["geodiag", "bench", bench, *words])
     return {"command": command, "machine": machine(device), "versions": versions()}
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Where this was measured: processor, cores, system, and the accelerator where one was used."""
+    """Return processor, cores, system, and the accelerator if one was used."""
     found: dict[str, Any] = {
         "cpu": _processor(),
         "cores": _cores(),
@@ -64,7 +60,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def where(result: dict[str, Any]) -> str:
-    """Machine and versions on one line of a page."""
+    """Return machine and versions on one line of a page."""
     m, v = result["machine"], result["versions"]
     place = f"{m.get('gpu', m['cpu'])}, {m['cores']} cores, {m['system']}"
     return f"{place}; " + ", ".join(f"{name} {number}" for name, number in v.items()) + "."
@@ -82,7 +78,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python and the libraries that numbers depend on; a library that is not there is left out."""
+    """Return the versions of Python and of the installed libraries that affect the numbers."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -93,7 +89,7 @@ def versions() -> dict[str, str]:
 
 
 def present(device: str) -> str:
-    """The device's name. GeodiagError where torch does not see it."""
+    """Return the device's name. GeodiagError if torch does not find the device."""
     import torch
 
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -104,7 +100,7 @@ def present(device: str) -> str:
 
 
 def save(bench: str, result: dict[str, Any], page: str, out: Path) -> None:
-    """Writes BENCH.json and BENCH.md. GeodiagError where the folder cannot be written."""
+    """Write BENCH.json and BENCH.md. GeodiagError if the folder cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{bench}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -114,5 +110,5 @@ def save(bench: str, result: dict[str, Any], page: str, out: Path) -> None:
 
 
 def say(result: dict[str, Any], page: str, as_json: bool) -> None:
-    """Prints the result."""
+    """Print the result."""
     print(json.dumps(result, indent=1) if as_json else page.rstrip())

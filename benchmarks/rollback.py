@@ -1,13 +1,13 @@
-"""What snapshots and going back cost, and whether what comes back is the same to the bit.
+"""Benchmark of snapshots and rollback: their cost, and whether the state is restored to the bit.
 
     geodiag bench rollback [--size 3b] [--sequences 4] [--rounds 5] [--device cuda]
 
-One model is trained; steps with a snapshot just before them take turns with steps without. The copy
-runs beside the forward and backward, so that what counts is how much longer the step with a
-snapshot takes, and not how long the copy does. The first snapshots make their room in host memory
-(page-locked beside a GPU), once. Then training goes back and repeats the same steps: weights,
-optimizer state and losses are compared bit by bit, the losses with the deterministic backward,
-without which a GPU does not repeat itself (`--free` leaves that to it).
+One model is trained; steps after a snapshot alternate with steps without one. The copy runs beside
+forward and backward, so that the cost of a snapshot is the time that it adds to the step, not the
+time of the copy. The first snapshots allocate their host memory (page-locked beside a GPU) once.
+Then the training rolls back and repeats the same steps: weights, optimizer state and losses are
+compared bit by bit. The losses are compared with the deterministic backward, without which a GPU
+does not repeat itself; `--free` trains without it.
 """
 
 import statistics
@@ -29,11 +29,11 @@ from geodiag.reference_models.transformer import Transformer
 
 KEEP = 2
 EVERY = 25
-"""Steps over which the cost of a snapshot is spread on the page: the default of `geodiag train`."""
+"""Steps between snapshots for the cost per step on the page."""
 
 
 class Bench:
-    """One training, timed."""
+    """One training with a timer."""
 
     def __init__(self, size: str, sequences: int, device: str, data: str = "stdlib") -> None:
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ class Bench:
         self._taken = 0
 
     def timed(self, work: Callable[[], Any]) -> float:
-        """Seconds until the device is through with it."""
+        """Return the seconds until the device has finished `work`."""
         self._wait()
         began = time.perf_counter()
         work()
@@ -60,7 +60,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def step(self) -> float:
-        """One step; its loss."""
+        """Train one step; return its loss."""
         done = self.trainer.step(self.batches[self.trainer.steps_done % len(self.batches)])
         return float(done.loss)
 
@@ -69,7 +69,7 @@ class Bench:
         self.snapshots.take(self._taken, {})
 
     def state(self) -> list[Tensor]:
-        """A copy of every weight, buffer and optimizer state."""
+        """Return a copy of every weight, buffer and optimizer state."""
         model = self.trainer.model
         tensors = [*model.parameters(), *model.buffers()]
         for optimizer in self.trainer.optimizers:

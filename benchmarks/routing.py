@@ -1,17 +1,16 @@
-"""What rolling back and routing by older weights buys: arms that answer spikes, on the same seeds
-and the same data.
+"""Benchmark of rollback and of routing by older weights: arms against spikes, same seeds and data.
 
     geodiag bench routing [--seeds 4] [--workers 2] [--minutes 10] [--only WORD …] [--add TRIALS …]
-    geodiag bench routing --size small --device cuda --pilot             # which scenarios spike at
-    all? geodiag bench routing --size small --device cuda --lr 0.05 --workers 12 --minutes 7
+    geodiag bench routing --size small --device cuda --pilot   # which scenarios spike at all?
+    geodiag bench routing --size small --device cuda --lr 0.05 --workers 12 --minutes 7
 
-Planted faults are measured against the training of the same seed in which nothing was planted,
-natural spikes against the training's own trend. Trials run side by side, on all GPUs that are seen
-where there are any, seed by seed; those that answer a spike only where there was one to answer.
-Once the time is up, nothing begins but answers to spikes that were seen, and what is under way
-ends. Each is kept as it ends, and `--add` joins the trials of earlier sessions. Results:
-routing.json (the pooled differences) and routing.md (every scenario) in benchmarks/results, and all
-trials in routing_trials.jsonl.gz, which is large and stays out of git.
+Planted faults are measured against the training of the same seed without the fault, natural spikes
+against the training's own trend. Trials run in parallel, on all visible GPUs if there are any, seed
+by seed. An arm runs only for seeds whose training without intervention spiked. After the time is up
+only arms of seeds with a spike start, and running trials end. Each trial is saved when it ends;
+`--add` reads the trials of earlier sessions. Results: routing.json (pooled differences) and
+routing.md (every scenario) in benchmarks/results, and all trials in routing_trials.jsonl.gz, which
+is large and not in git.
 """
 
 import gzip
@@ -30,9 +29,7 @@ from geodiag.hooks.control.controller import TROUBLE
 
 
 def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Trials of earlier sessions; of one that was cut off in the middle of a line, all but that
-    line.
-    """
+    """Return the trials of earlier sessions, without a last line that was cut off."""
     found = []
     for path in paths:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -45,7 +42,7 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def order(trial: dict[str, Any]) -> tuple[bool, int, str, int, int]:
-    """Larger models first, then as in the plan; what is not in it any more comes last."""
+    """Return the sort key of a trial: larger models first, then the order of the plan."""
     scenarios = [s.name for plan in plans("tiny") for s, _ in plan]
     name, arm = trial["scenario"]["name"], trial["arm"]["name"]
     place = scenarios.index(name) if name in scenarios else len(scenarios)

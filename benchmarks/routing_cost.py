@@ -1,14 +1,14 @@
-"""What routing by older weights costs a training step: off, on, and where the time goes.
+"""Benchmark of the time that routing by older weights adds to a training step.
 
-    geodiag bench routing_cost [--size 3b] [--sequences 4] [--seconds 60] [--steps 2] [--device
-    cuda]
+    geodiag bench routing_cost [--size 3b] [--sequences 4] [--seconds 60] [--steps 2]
+    [--device cuda]
 
-One model is trained on and on; the arms take turns on it, the arm that begins changing from round
-to round. Each turn puts its hooks on, warms up, and times so many steps; a step's time over the
-bare steps' of the same round is one ratio. `bare again` is the control. `capture alone` is the
-second forward by itself, in the share of a bare step, and
-`… of forward and backward` in the share of what is left of a step when the optimizer's part goes to
-nothing: the cost in the limit of many micro-batches a step.
+One model is trained all the time; the arms take turns, and the first arm changes from round to
+round. In its turn an arm registers its hooks, warms up and times so many steps. The time of a step
+divided by that of the bare steps of the same round is one ratio. `bare again` is the control.
+`capture alone` is the time of the second forward alone as a share of a bare step, and `… of forward
+and backward` as a share of a step without the optimizer: the cost in the limit of many
+micro-batches per step.
 """
 
 import statistics
@@ -77,7 +77,7 @@ class Bench:
         return time.perf_counter()
 
     def turn(self, make: Make, on: bool, steps: int) -> float:
-        """Seconds a step under one arm."""
+        """Return the seconds per step of one arm."""
         routing = make(self)
         data: Iterator[Batch] = routing.batches(self.batches) if routing else self.batches
         if routing and on:
@@ -102,9 +102,7 @@ class Bench:
         return seconds
 
     def alone(self, turns: int) -> dict[str, float]:
-        """Seconds of a capture by itself, of one whose forward runs to its end, and of forward and
-        backward.
-        """
+        """Return the seconds of a capture, of a full forward, and of forward and backward."""
         batch, found = next(self.batches), {}
         routing = AnticipatoryRouting(self.trainer.model, DELAY, forward=self.forward)
         parts: dict[str, Callable[[], Any]] = {
@@ -132,9 +130,7 @@ class Bench:
 def run(
     size: str, sequences: int, seconds: float, steps: int, device: str, but: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Every arm's time over the bare one's, and the parts by themselves; as many rounds as
-    `seconds` allow.
-    """
+    """Return every arm's relative time and the parts alone; as many rounds as `seconds` allow."""
     chosen = [name for name in ARMS if name == "bare" or not any(word in name for word in but)]
     bench, times = Bench(size, sequences, device), {name: list[float]() for name in chosen}
     bench.turn(*ARMS["bare"], steps)

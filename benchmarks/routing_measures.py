@@ -23,7 +23,7 @@ LAST = 20
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and its 95 % interval, by the bootstrap."""
+    """A mean over seeds and its 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -41,19 +41,17 @@ class Mean:
 
 
 def losses(trial: Mapping[str, Any]) -> np.ndarray:
-    """The executed losses, capped; a loss that is not finite counts as `CAP`."""
+    """Return the executed losses; a loss that is not finite counts as `CAP`."""
     return np.array([CAP if x is None else min(x, CAP) for x in trial["losses"]])
 
 
 def kept(trial: Mapping[str, Any]) -> dict[int, float]:
-    """Step → loss of its last execution: what is left when rolled-back steps are forgotten."""
+    """Return step → loss of its last execution, without the steps that were rolled back."""
     return dict(zip(trial["steps"], losses(trial).tolist(), strict=True))
 
 
 def against_twin(trial: Mapping[str, Any], twin: Mapping[str, Any], onset: int) -> dict[str, float]:
-    """What a planted fault cost, against the training of the same seed in which nothing was
-    planted.
-    """
+    """Return the cost of a planted fault against the training of the same seed without it."""
     healthy, seen, steps = kept(twin), losses(trial), trial["steps"]
     excess = np.array([x - healthy[s] for s, x in zip(steps, seen, strict=True)])
     first = next((i for i, s in enumerate(steps) if s >= onset), len(steps))
@@ -72,9 +70,7 @@ def against_twin(trial: Mapping[str, Any], twin: Mapping[str, Any], onset: int) 
 
 
 def _back(excess: np.ndarray) -> int | None:
-    """Executed steps until the loss is back near the twin's and stays there; None where it never
-    is.
-    """
+    """Return the executed steps until the loss stays near the twin's; None if it never does."""
     medians = _medians(excess)
     if not len(medians):
         return None
@@ -86,16 +82,14 @@ def _back(excess: np.ndarray) -> int | None:
 
 
 def _medians(values: np.ndarray) -> np.ndarray:
-    """Of every `WINDOW` values in a row."""
+    """Return the median of every `WINDOW` consecutive values."""
     if len(values) < WINDOW:
         return np.zeros(0)
     return np.median(np.lib.stride_tricks.sliding_window_view(values, WINDOW), axis=1)
 
 
 def by_itself(trial: Mapping[str, Any], steps: int) -> dict[str, float]:
-    """What went wrong in a training that has no healthy twin: against the lowest that its own trend
-    has been.
-    """
+    """Return the damage in a training without a healthy twin, against its own lowest trend."""
     seen = losses(trial)
     trend = np.array([np.median(seen[max(0, i - 8) : i + 1]) for i in range(len(seen))])
     above = np.maximum(seen - np.minimum.accumulate(trend), 0)
@@ -112,9 +106,7 @@ def by_itself(trial: Mapping[str, Any], steps: int) -> dict[str, float]:
 
 
 def common(trial: Mapping[str, Any]) -> dict[str, float | None]:
-    """What is counted alike everywhere: spikes by 10 000 executed steps, flips, steps that were
-    routed.
-    """
+    """Return the measures of every trial: spikes per 10 000 executed steps, flips, routed steps."""
     spikes = [e for e in trial["events"] if e["kind"] in TROUBLE]
     flips = trial["flips"]
     return {
@@ -128,9 +120,7 @@ def common(trial: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _again(arm: Mapping[str, Any], spikes: Sequence[Mapping[str, Any]]) -> float | None:
-    """Of an arm that goes back: whether the first spike was raised again; None where there was
-    none.
-    """
+    """Return whether the first spike was raised again after a rollback; None without a rollback."""
     if not spikes or arm["mode"] != "auto" or "rollback" not in arm["actions"]:
         return None
     first, *later = (e["data"]["onset"] for e in spikes)
@@ -140,9 +130,7 @@ def _again(arm: Mapping[str, Any], spikes: Sequence[Mapping[str, Any]]) -> float
 def _steps_before(
     events: Sequence[Mapping[str, Any]], spikes: Sequence[Mapping[str, Any]]
 ) -> float | None:
-    """From where training went back to first, to the onset: so long any change had to grow. None
-    where it never did.
-    """
+    """Return the steps from the rollback target to the onset; None without a rollback."""
     restored = (
         e["data"]["restore"] for e in events if e["kind"] == "decision" and e["data"].get("acted")
     )
@@ -151,9 +139,7 @@ def _steps_before(
 
 
 def summarise(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a scenario and arm: every measure's mean over seeds, and its difference from no
-    intervention.
-    """
+    """Return one row per scenario and arm: means, and differences from no intervention."""
     by_key = {(t["scenario"]["name"], t["arm"]["name"], t["seed"]): t for t in trials}
     measured = {key: measure(t, by_key) for key, t in by_key.items()}
     rows = []
@@ -187,10 +173,9 @@ def summarise(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def pooled(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every arm against no intervention over all scenarios in which nothing is planted and spikes
-    come by themselves.
+    """Compare every arm with no intervention over all scenarios without a planted fault.
 
-    Paired by scenario and seed, each size of model by itself; the healthy twins of planted faults
+    Paired by scenario and seed, each size of model separately; the healthy twins of planted faults
     are left out.
     """
     by_key = {(t["scenario"]["name"], t["arm"]["name"], t["seed"]): t for t in trials}
@@ -224,7 +209,7 @@ def _both(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
 def measure(
     trial: Mapping[str, Any], by_key: Mapping[tuple[str, str, int], Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """A trial's measures; none where its healthy twin is missing."""
+    """Return the measures of a trial; none if its healthy twin is missing."""
     scenario = trial["scenario"]
     if not scenario["fault"]:
         return by_itself(trial, scenario["steps"]) | common(trial)

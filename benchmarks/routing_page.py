@@ -1,4 +1,4 @@
-"""The routing bench's result as a page: one table a scenario."""
+"""The result of `geodiag bench routing` as a Markdown page: one table per scenario."""
 
 from typing import Any
 

@@ -1,6 +1,4 @@
-"""What the routing bench trains: scenarios, the arms that answer each, and the order of their
-trials.
-"""
+"""Trials of `geodiag bench routing`: scenarios, their arms, and the order of the trials."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -96,28 +94,26 @@ def driven(lr: float, residual: str = "hc", clamp: float | None = 10.0) -> Scena
 
 
 def in_turn(lr: float) -> Scenario:
-    """`small` on one domain after the other."""
+    """`small` on one domain after another."""
     return replace(
         _SMALL, name=f"small, domains in turn, learning rate {lr:g}, hc, clamp", lr=lr, turn=55
     )
 
 
 def faulty(fault: str) -> Scenario:
-    """`small` at a sound learning rate with something planted."""
+    """`small` at a stable learning rate with a planted fault."""
     return replace(_SMALL, name=f"small, {fault}, hc, clamp", fault=fault, steps=160)
 
 
 def raised(factor: float, residual: str = "hc", clamp: float | None = 10.0) -> Scenario:
-    """`small` at a sound learning rate that goes far too high and stays there: what spikes then,
-    spikes again.
-    """
+    """`small` at a stable learning rate that becomes far too large and stays there."""
     clamped = "clamp" if clamp else "no clamp"
     name = f"small, learning rate × {factor:g} from step {RAISED_AT}, {residual}, {clamped}"
     return replace(_SMALL, name=name, raised=factor, residual=residual, clamp=clamp, steps=190)
 
 
 def small(lr: float, fault: str = "lr-shock@90=30") -> list[Plan]:
-    """The most telling first: one scenario with every answer, then the rest."""
+    """Return the plans of `small`, the most informative first: one scenario with every arm."""
     few = ("none", "rollback + noise", "rollback + anticipatory")
     return [
         [
@@ -165,17 +161,16 @@ PILOT_STEPS = 130
 
 
 def plans(size: str, lr: Sequence[float] = (SMALL_LR,)) -> list[Plan]:
-    """`tiny` has its learning rates in its names; `small` takes those at which the pilot had
-    spikes.
-    """
+    """Return the plans of a size; `lr`: learning rates at which the pilot of `small` spiked."""
     return [MAIN, MORE] if size == "tiny" else [plan for each in lr for plan in small(each)]
 
 
 def jobs(
     plans: Sequence[Plan], seeds: Sequence[int], only: Sequence[str] = (), together: int = 3
 ) -> Iterator[Job]:
-    """`together` seeds of a plan before the next plan: whenever the time is up, every scenario has
-    about as many.
+    """Yield `together` seeds of a plan before the next plan.
+
+    Whenever the time is up, every scenario then has about as many trials.
     """
     for first in range(0, len(seeds), together):
         for plan in plans:
@@ -190,7 +185,8 @@ def jobs(
 
 
 def pilot() -> Iterator[Job]:
-    """No plan trains on this seed: a scenario that is chosen because it spiked is measured on
-    others.
+    """Yield the jobs of the pilot. No plan trains on its seed.
+
+    A scenario that was chosen because it spiked has to be measured on other seeds.
     """
     yield from ((replace(s, steps=PILOT_STEPS), ARMS["none"], PILOT_SEED) for s in PILOT)

@@ -1,13 +1,11 @@
-"""Does a natural spike come back? From one snapshot before it, the same batches again, with one
-change at a time.
+"""Benchmark of replays: repeat natural spikes from one snapshot, with one change at a time.
 
     geodiag bench routing_replay [--seeds 6] [--workers 2] [--minutes 20]
 
 A training at an aggressive learning rate runs until the detector raises a spike. Then every change
 starts from the same snapshot, early enough for routing to be on before the onset. `exact replay` is
-the control of the controls: it must repeat the spike. `noise` says what any change at all would
-have done: an answer that is no better than weights changed in their sixth digit has answered
-nothing.
+the control: it has to repeat the spike. `noise` measures the effect of any change at all: an arm
+that is no better than weights changed in their sixth digit has no effect.
 """
 
 import copy
@@ -41,7 +39,7 @@ Change = Callable[[Trainer, Iterator[Batch]], Iterator[Batch]]
 
 
 class Moment:
-    """A training as it was before a step."""
+    """State of a training before a step."""
 
     def __init__(self, step: int, trainer: Trainer, detector: SpikeDetector, level: float) -> None:
         self.step, self.level = step, level
@@ -77,7 +75,7 @@ def ahead(delay: int) -> Change:
 
 
 def noise(size: float, draw: int) -> Change:
-    """Weights changed in a digit that means nothing."""
+    """Change the weights in a digit without significance."""
 
     def batches(trainer: Trainer, data: Iterator[Batch]) -> Iterator[Batch]:
         perturb(trainer.model, size, draw)
@@ -174,7 +172,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def work(job: tuple[int, Scenario, str]) -> int:
-    """One seed, in a process of its own; each replay is a line as soon as it ends."""
+    """Study one seed in a process of its own; write each replay as a line when it ends."""
     torch.set_num_threads(1)
     seed, scenario, path = job
 
@@ -187,7 +185,7 @@ def work(job: tuple[int, Scenario, str]) -> int:
 
 
 def run(seeds: Sequence[int], workers: int, minutes: float, out: Path) -> Path:
-    """Studies seed after seed until the time is up; where its lines are."""
+    """Study seed after seed until the time is up; return the file of the lines."""
     out.mkdir(parents=True, exist_ok=True)
     ends, path = time.monotonic() + 60 * minutes, out / "routing_replay.jsonl"
     path.touch()

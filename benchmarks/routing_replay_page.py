@@ -1,6 +1,4 @@
-"""The replays of natural spikes as a table: one row a change, over the spikes that every change was
-tried on.
-"""
+"""The replays of natural spikes as a table: one row per change."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,7 +30,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], changes: Sequence[str]) -> list
 
 
 def _less_noise(found: Mapping[str, Any], name: str, measure: str) -> float:
-    """Against the mean of the tiny noises: what the change did beyond being a change."""
+    """Return the difference from the mean of the noise changes."""
     tiny = [float(found[n][measure]) for n in found if n.startswith(_TINY)]
     return float(found[name][measure]) - sum(tiny) / len(tiny)
 

@@ -1,6 +1,4 @@
-"""One training of the routing bench: a scenario, an arm that answers it, a seed; every step that
-was executed.
-"""
+"""One training of `geodiag bench routing`: a scenario, an arm and a seed."""
 
 import math
 import tempfile
@@ -40,7 +38,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """What may be done about a spike."""
+    """One way to respond to a spike."""
 
     name: str
     mode: Mode = "auto"
@@ -99,7 +97,7 @@ class Scenario:
 
     @property
     def twin(self) -> "Scenario":
-        """The same with nothing planted."""
+        """The same scenario without a planted fault."""
         clamp = "clamp" if self.clamp else "no clamp"
         size = "" if self.size == "tiny" else f"{self.size}, "
         return replace(
@@ -115,9 +113,7 @@ class Scenario:
 
 
 class Domains(Loader):
-    """One domain after the other, each for so many steps: the batches of a step are a function of
-    the step.
-    """
+    """One domain after another, each for so many steps. A batch is a function of its step."""
 
     def __init__(self, corpus: Corpus, scenario: Scenario, sequence: int, seed: int) -> None:
         super().__init__(corpus, scenario.sequences, sequence, seed)
@@ -142,13 +138,13 @@ class Unchanged(Rerouting):
         return iter(source)
 
     def rewind(self) -> None:
-        """There is nothing prepared."""
+        """Do nothing: no batch is prepared."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"delay_steps": self.delay_steps, "mode": self.mode}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """There is nothing to load."""
+        """Do nothing: there is no state."""
 
 
 @cache
@@ -157,7 +153,7 @@ def _corpus() -> Corpus:
 
 
 def setup(scenario: Scenario, seed: int, where: torch.device = _CPU) -> tuple[Trainer, Loader]:
-    """Model, optimizers and data, before the first step."""
+    """Return trainer and loader before the first step."""
     torch.manual_seed(seed)
     shape = sized(scenario.size, scenario.residual, swiglu_limit=scenario.clamp)  # type: ignore[arg-type]
     shape = replace(shape, dtype="float32" if where.type == "cpu" else "bfloat16")
@@ -177,8 +173,10 @@ def setup(scenario: Scenario, seed: int, where: torch.device = _CPU) -> tuple[Tr
 
 @torch.no_grad()
 def perturb(model: nn.Module, size: float, draw: int) -> None:
-    """Every weight times 1 + `size` · N(0, 1). Where a bfloat16 weight rounds that away, the
-    float32 ones beside it (routers, hyper-connections, norms) do not.
+    """Multiply every weight by 1 + `size` · N(0, 1).
+
+    A bfloat16 weight may round the change away; the float32 weights (routers, hyper-connections,
+    norms) keep it.
     """
     for number, p in enumerate(model.parameters()):
         generator = torch.Generator(p.device).manual_seed(1000 * draw + number)
@@ -252,9 +250,9 @@ def _routing(arm: Arm, model: Transformer) -> Rerouting:
 
 
 def _recorded(path: Path) -> dict[str, Any]:
-    """Events and flip rates from the run directory."""
+    """Return events and flip rates of a run directory."""
     run = geodiag.open_run(path)
-    events = run.read("events", attempt="all")
+    recorded = run.read("events", attempt="all")
     kinds = (
         "spike",
         "divergence",
@@ -265,22 +263,23 @@ def _recorded(path: Path) -> dict[str, Any]:
         "attempt",
         "problem",
     )
-    told = [
+    events = [
         {
             "step": int(e["step"]),
             "kind": e["kind"],
             "message": e["message"],
             "data": details(e["data"]),
         }
-        for e in events.to_dict("records")
+        for e in recorded.to_dict("records")
         if e["kind"] in kinds
     ]
-    broken = [e["message"] for e in told if e["kind"] == "problem"]
-    if broken:  # a controller that saw nothing must not pass for one that did nothing
+    broken = [e["message"] for e in events if e["kind"] == "problem"]
+    if broken:
+        # A controller without observations must not count as a controller that did not act.
         raise RuntimeError(broken[0])
     layers = run.read("layers", ["step", "layer", "site", *FLIPS], attempt="all")
     means = {n: layers[n].mean() for n in FLIPS}
     return {
-        "events": told,
+        "events": events,
         "flips": {n: None if math.isnan(v) else float(v) for n, v in means.items()},
     }

@@ -1,6 +1,4 @@
-"""The routing bench's trials side by side: which comes next, and processes of which one may die
-without the others.
-"""
+"""Trials of `geodiag bench routing` in parallel, in processes that may die independently."""
 
 import json
 import multiprocessing
@@ -25,7 +23,7 @@ up.
 
 
 def visible() -> list[str]:
-    """The GPUs as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -33,8 +31,9 @@ def visible() -> list[str]:
 
 
 class Schedule:
-    """What is trained next. An arm that answers spikes waits for the training of its seed without
-    intervention: where that raised none, they are the same training, bit for bit, and it is not
+    """Order of the trials. An arm waits for the training of its seed without intervention.
+
+    If that training raised no spike, the arm would be the same training bit for bit, and is not
     trained again.
     """
 
@@ -51,8 +50,9 @@ class Schedule:
             (self._waiting[scenario.name, seed] if waits else self._first).append(job)
 
     def next(self, late: bool = False) -> Job | None:
-        """The next job. Once it is late, only answers to spikes that were seen: else those would be
-        missing most often where there was something to answer.
+        """Return the next job; once it is `late`, only arms of seeds with a spike.
+
+        Otherwise exactly these arms would be missing most often.
         """
         if self._answers:
             return self._answers.popleft()
@@ -72,7 +72,7 @@ class Schedule:
 
 
 def train(job: Job, device: str) -> dict[str, Any]:
-    """One trial, or what it failed of."""
+    """Return one trial, or the error that ended it."""
     import torch
 
     from geodiag.benchmarks import routing_trial
@@ -85,14 +85,12 @@ def train(job: Job, device: str) -> dict[str, Any]:
             "seconds": time.monotonic() - began,
             "place": where(setting("routing", [], device)),
         }
-    except Exception as e:  # one trial that fails is told, and the others go on
+    except Exception as e:  # a failed trial is reported, and the others go on
         return {"failed": f"{type(e).__name__}: {e}"}
 
 
 def serve(pipe: Connection, gpu: str | None) -> None:
-    """A worker's process: trains what comes through the pipe, on its own GPU, where bits may have
-    to repeat.
-    """
+    """Train the jobs that come through the pipe, in a process with its own GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -105,9 +103,7 @@ def serve(pipe: Connection, gpu: str | None) -> None:
 
 
 class Worker:
-    """A process that trains one job after another. Where it dies, that job has failed, and the next
-    gets a new one.
-    """
+    """A process that trains one job after another; if it dies, the next job gets a new process."""
 
     def __init__(self, gpu: str | None) -> None:
         self._gpu = gpu
@@ -120,13 +116,14 @@ class Worker:
             self._pipe, theirs = context.Pipe()
             self._process = context.Process(target=serve, args=(theirs, self._gpu), daemon=True)
             self._process.start()
-            theirs.close()  # or nobody would hear that the process has died
+            theirs.close()  # so that the pipe ends when the process dies
         try:
             self._pipe.send((job, device))
             return self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
-            code, self._pipe = self._process.exitcode, None
+            code = self._process.exitcode
+            self._pipe = None
             return {"failed": f"its process ended with exit code {code}"}
 
     def stop(self) -> None:
@@ -137,7 +134,7 @@ class Worker:
 def run(
     planned: Iterable[Job], workers: int, minutes: float, out: Path, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """Trains until the time is up; every trial is a line of `trials.jsonl` as soon as it ends."""
+    """Train until the time is up; append every finished trial to `trials.jsonl`."""
     out.mkdir(parents=True, exist_ok=True)
     schedule, found = Schedule(planned, device), []
     gpus: Sequence[str | None] = visible() if device == "cuda" else [None]

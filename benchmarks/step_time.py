@@ -1,11 +1,10 @@
-"""What a training step of the reference model costs: residual kinds, kernels, recomputation, and
-the monitor.
+"""Benchmark of a training step: residual connections, kernels, recomputation and recording.
 
     geodiag bench step_time [--size 3b small] [--sequences 4 8] [--steps 8] [--arms plain mhc …]
     [--device cuda]
 
-Each arm is a training of its own, of the same seed and the same random tokens; a step is forward,
-backward and update, timed apart. An arm's name says what differs:
+Each arm is a training of its own, with the same seed and the same random tokens. Forward with
+backward, and the update, are timed separately. The name of an arm is its configuration:
 RESIDUAL[+reference][+mhc|+layers][+monitor].
 """
 
@@ -33,7 +32,7 @@ BATCHES = 4
 def trainer_of(
     arm: str, size: str, sequences: int, device: torch.device, layers: int | None = None
 ) -> Trainer:
-    """The training that an arm's name describes."""
+    """Return the trainer that the name of an arm describes."""
     residual, *options = arm.split("+")
     recompute = next((o for o in options if o in ("mhc", "layers")), "none")
     changes: dict[str, Any] = {"recompute": recompute, "dtype": "bfloat16"} | (
@@ -47,7 +46,7 @@ def trainer_of(
 
 
 def batches(size: str, sequences: int, device: torch.device) -> list[Batch]:
-    """Random tokens: the experts' loads are even, and no arm has better data than another."""
+    """Return batches of random tokens: balanced experts, and the same data for all arms."""
     shape = sized(size)
     generator = torch.Generator().manual_seed(0)
     found = []
@@ -62,7 +61,7 @@ def batches(size: str, sequences: int, device: torch.device) -> list[Batch]:
 
 
 def launches(step: Any, device: torch.device) -> int:
-    """Kernels that one step launches, copies included; on a CPU, operators called."""
+    """Return the kernels that one step launches, copies included; on a CPU, operators called."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds = [torch.profiler.ProfilerActivity.CUDA]
@@ -78,7 +77,7 @@ def launches(step: Any, device: torch.device) -> int:
 def time_arm(
     arm: str, size: str, data: list[Batch], steps: int, device: torch.device, layers: int | None
 ) -> dict:
-    """Milliseconds of an arm's steps, its peak memory and its launches."""
+    """Return the milliseconds of an arm's steps, its peak memory and its launches."""
     trainer = trainer_of(arm, size, len(data[0].domain_B), device, layers)
     with tempfile.TemporaryDirectory() as folder:
         monitor = None
@@ -172,7 +171,7 @@ def run(
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page."""
+    """Return the result as a Markdown page."""
     lines = ["# What a training step costs", "", where(result), ""]
     for part in result["runs"]:
         lines += [

@@ -5,7 +5,7 @@ a GPU.
 from geodiag.benchmarks.kernels_bytes import COUNTERS, STEPS, counted, markdown
 
 HEAD = ",".join(f'"{name}"' for name in ("ID", "Process ID", "Kernel Name", *COUNTERS))
-SAID = f"""==PROF== Connected to process 7
+NCU_OUTPUT = f"""==PROF== Connected to process 7
 ==PROF== Profiling "mix": 0%....50%....100% - 1 pass
 {HEAD}
 "","","","byte","byte","byte","ns"
@@ -16,7 +16,7 @@ SAID = f"""==PROF== Connected to process 7
 
 
 def test_the_launches_of_a_kernel_are_averaged_over_the_profiled_steps() -> None:
-    mix, fills = counted(SAID)
+    mix, fills = counted(NCU_OUTPUT)
     assert STEPS == 2
     assert mix == {
         "kernel": "mix",
@@ -30,7 +30,7 @@ def test_the_launches_of_a_kernel_are_averaged_over_the_profiled_steps() -> None
 
 
 def test_the_page_holds_moved_bytes_against_those_that_must_move() -> None:
-    rows = [{**r, "must": 2000 if r["kernel"] == "mix" else 0} for r in counted(SAID)]
+    rows = [{**r, "must": 2000 if r["kernel"] == "mix" else 0} for r in counted(NCU_OUTPUT)]
     machine = {"cpu": "a processor", "gpu": "a GPU", "cores": 1, "system": "Linux"}
     result = {
         "size": (4, 8),

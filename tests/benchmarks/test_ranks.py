@@ -24,13 +24,13 @@ time.sleep(600)
 
 def test_a_command_that_hangs_ends_with_all_that_it_started(tmp_path: Path) -> None:
     with Started([sys.executable, "-c", _PARENT], tmp_path / "log", seconds=600) as started:
-        while not started.said():
+        while not started.output():
             time.sleep(0.02)
         started.ends = time.monotonic()
         assert not started.running
         ended = started.finish()
     assert ended["hung"]
-    child = int(started.said().split()[1])
+    child = int(started.output().split()[1])
     assert _gone(child)
 
 
