@@ -13,10 +13,10 @@ all ranks reach the same decision from the same observations.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from typing import Any
 
-from geodiag.defaults import DELAY_STEPS
+from geodiag.hooks.control.controller_state import ControllerState
 from geodiag.hooks.control.decision import (
     Action,
     Decision,
@@ -29,7 +29,6 @@ from geodiag.hooks.control.policy import (
     LowerLr,
     OnSpike,
     OnWarning,
-    Policy,
     Rollback,
     Route,
     as_policy,
@@ -41,27 +40,8 @@ TROUBLE = ("spike", "divergence", "nonfinite")
 """Kinds of spikes that the controller acts on; an outlier is over when it is detected."""
 
 
-@dataclass(kw_only=True)
-class Controller:
-    """Makes at most one decision per step. Its fields are its whole state."""
-
-    policy: Policy = field(default_factory=Policy)
-    delay_steps: int = DELAY_STEPS
-    """Δ of the routing: the number of warm-up steps."""
-    activations: int = 0
-    """Periods so far, to be compared with `policy.budget`."""
-    period_end: int | None = None
-    """The step at which the current period ends, also of a period that is only recorded."""
-    cooldown_end: int = -1
-    """Before this step no spike starts a period."""
-    rolled_back: bool = False
-    """Whether the current period has used its rollback."""
-    awaiting_recovery: bool = False
-    """Whether the period is over but continues, because the loss has not recovered."""
-    restored_step: int = -1
-    """The snapshot of the last rollback."""
-    rolled_back_from: int = -1
-    """The last step before the last rollback."""
+class Controller(ControllerState):
+    """Makes at most one decision per step."""
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -84,11 +64,7 @@ class Controller:
             return self._decision("none", f"{reason}, unchanged", acted=True)
 
         self.policy = replace(self.policy, mode=new_mode)
-        self.activations = 0
-        self.period_end = None
-        self.cooldown_end = -1
-        self.rolled_back = False
-        self.awaiting_recovery = False
+        self.reset()
 
         if new_mode == "on":
             return self._decision("enable", reason, acted=True, actions=("route",))
@@ -153,7 +129,7 @@ class Controller:
         if self.period_end is not None and (restore is None or self.rolled_back):
             # A full period follows the latest spike. No new period begins: the warm-up was already
             # done, or is still planned.
-            return self._extend_period(step, what)
+            return self._extended(step, what)
         if self.period_end is None and step < self.cooldown_end:
             return self._no_action(what, self._cooldown_text())
         return None
@@ -162,7 +138,7 @@ class Controller:
         """An early warning starts or extends a period. It never rolls back: no spike happened."""
         what = f"early warning at step {step} ({warning})"
         if self.period_end is not None:
-            return self._extend_period(step, what)
+            return self._extended(step, what)
         if step < self.cooldown_end:
             return self._no_action(what, self._cooldown_text())
         if not self.policy.lasting:
@@ -180,7 +156,7 @@ class Controller:
             covered = self.period_end is not None and self.period_end >= after - 1
             if first - 1 <= step < after - 1 and not covered:
                 is_new = self.period_end is None
-                self._last_until(after - 1)
+                self.extend_period(after - 1)
                 return self._decision(
                     "enable" if is_new else "none",
                     f"schedule: from step {first} until step {after}",
@@ -227,15 +203,11 @@ class Controller:
             skip=skip,
         )
 
-    def _extend_period(self, step: int, what: str) -> Decision:
-        self._last_until(step + self.policy.period)
+    def _extended(self, step: int, what: str) -> Decision:
+        self.extend_period(step + self.policy.period)
         return self._decision(
             "none", f"{what} during a period: the period lasts until step {self.period_end}"
         )
-
-    def _last_until(self, step: int) -> None:
-        self.period_end = max(self.period_end or step, step)
-        self.awaiting_recovery = False
 
     def _on_period_end(self, step: int, active: bool) -> Decision | None:
         """End the period when its steps are over and the loss has recovered (`active` is False)."""
@@ -253,21 +225,10 @@ class Controller:
                 f"the period goes on until the loss recovers, at most until step {self.period_end}",
             )
 
-        self.period_end = None
-        self.cooldown_end = step + self.policy.cooldown
-        self.rolled_back = False
-        self.awaiting_recovery = False
+        self.end_period(step)
         return self._decision(
             "disable", f"the period of {period} steps is over", actions=self.policy.lasting
         )
-
-    # -- rollback ----------------------------------------------------------------------------
-
-    def rollback_failed(self, step: int) -> None:
-        """Count the current period from `step`, because its rollback could not be done."""
-        if self.period_end is not None:
-            self.period_end += step + 1 - self.restored_step
-        self.rolled_back = False
 
     # -- decisions ---------------------------------------------------------------------------
 
@@ -289,34 +250,6 @@ class Controller:
             action=action,
             reason=f"would have acted: {reason}" if only_recorded else reason,
             acted=not only_recorded if acted is None else acted,
-            next_possible=self._next_possible(),
+            next_possible=self.next_possible(),
             **more,
         )
-
-    def _next_possible(self) -> int | None:
-        """Return the first step at which a spike could start a period, None if no step can."""
-        if self.policy.mode == "on" or self.activations >= self.policy.budget:
-            return None
-        if self.period_end is None:
-            return max(self.cooldown_end, 0)
-        return self.period_end + 1 + self.policy.cooldown
-
-    def state_dict(self) -> dict[str, Any]:
-        state = {f.name: getattr(self, f.name) for f in fields(self)}
-        return state | {"policy": self.policy.as_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            name = _OLD_NAMES.get(name, name)
-            setattr(self, name, Policy.parse(**value) if name == "policy" else value)
-
-
-_OLD_NAMES = {
-    "until": "period_end",
-    "resting_until": "cooldown_end",
-    "went_back": "rolled_back",
-    "lingering": "awaiting_recovery",
-    "restored": "restored_step",
-    "reached": "rolled_back_from",
-}
-"""Fields in snapshots of geodiag before version 0.2, by the name that they had."""
