@@ -4,19 +4,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geodiag.hooks.adapters.base import (
-    Choice,
-    Layout,
-    MixView,
-    RouterSite,
-    RouterView,
-    Site,
-    on_input,
-    on_output,
-    output_scaling,
-)
+from geodiag.hooks.adapters.base import Choice, Layout, MixView, RouterSite, RouterView, Site
 from geodiag.hooks.adapters.deepseek_v4_attention import attention_site
 from geodiag.hooks.adapters.deepseek_v4_experts import expert_site
+from geodiag.hooks.adapters.module_hooks import on_input, on_output, output_scaling
 
 _NAME = "DeepseekV4Model"
 """Class name; `fully_shard` makes a subclass of it."""

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geodiag.hooks.adapters.base import AttentionSite, on_input, sampled_queries
+from geodiag.hooks.adapters.base import AttentionSite
+from geodiag.hooks.adapters.module_hooks import on_input, sampled_queries
 
 # B sequences, S positions, H heads, Q sampled queries, K keys, D head dim, C channels,
 # R rotated pairs

@@ -5,15 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geodiag.hooks.adapters.base import (
-    Layout,
-    MixView,
-    Site,
-    Watch,
-    on_input,
-    on_output,
-    output_scaling,
-)
+from geodiag.hooks.adapters.base import Layout, MixView, Site, Watch
+from geodiag.hooks.adapters.module_hooks import on_input, on_output, output_scaling
 
 
 def find(model: nn.Module) -> Layout | None:

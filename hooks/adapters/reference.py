@@ -16,11 +16,8 @@ from geodiag.hooks.adapters.base import (
     StatsRows,
     Watch,
     WrittenView,
-    on_input,
-    on_output,
-    output_scaling,
-    sampled_queries,
 )
+from geodiag.hooks.adapters.module_hooks import on_input, on_output, output_scaling, sampled_queries
 from geodiag.reference_models.attention import Attention, rotate
 from geodiag.reference_models.kernels.reference import (
     Activated,

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from geodiag.defaults import DELAY_STEPS
 from geodiag.errors import GeodiagError
-from geodiag.hooks.adapters.base import RouterSite, register_first_hook
+from geodiag.hooks.adapters.base import RouterSite
+from geodiag.hooks.adapters.module_hooks import register_first_hook
 from geodiag.hooks.distributed.sharded_weights import CollectiveAborted, complete_on_all_ranks
 from geodiag.hooks.routing.base import Mode, Rerouting
 from geodiag.hooks.routing.isolated_forward import RouterChoices, isolated

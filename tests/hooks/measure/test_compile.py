@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import geodiag
 from geodiag.errors import GeodiagError
-from geodiag.hooks.adapters.base import register_first_hook
+from geodiag.hooks.adapters.module_hooks import register_first_hook
 from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
 from tests.hooks import small
 from tests.hooks.test_monitor import layers_equal
