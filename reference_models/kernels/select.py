@@ -1,6 +1,4 @@
-"""Which implementation of the hot operations a model runs: said once, by
-`ModelConfig(kernels=...)`.
-"""
+"""Choice of the implementation of the hot operations, by `ModelConfig(kernels=...)` alone."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +11,7 @@ from geodiag.reference_models.kernels.reference import Activated, Mix, Routing, 
 
 
 class Operations(NamedTuple):
-    """The operations that have two implementations, with the reference's signatures."""
+    """The operations with two implementations, with the signatures of the reference."""
 
     site_pre: Callable[..., Mix]
     site_post: Callable[..., Written]
@@ -32,9 +30,7 @@ REFERENCE = Operations(
 
 
 def select(kernels: Kernels, device: torch.device) -> Operations:
-    """`auto` is Triton on a CUDA device and the reference elsewhere; the other two are what they
-    say.
-    """
+    """Return the operations for a device: `auto` is Triton on CUDA, and the reference elsewhere."""
     if kernels == "reference" or (kernels == "auto" and device.type != "cuda"):
         return REFERENCE
     from geodiag.reference_models.kernels.autograd import site, swiglu

@@ -1,4 +1,4 @@
-"""X' = H_res X + H_postᵀ f in one pass, and its gradients in one pass."""
+"""`mhc_post` as an operation of torch: X' = H_res X + H_postᵀ f, one pass forward, one backward."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def _outputs(x: Tensor, measured: bool) -> tuple[Tensor, Tensor]:
 
 
 def _lanes(x: Tensor, most: int) -> dict[str, int]:
-    """At most `most` lanes of 16 bytes for a token's channels."""
+    """Return the lanes of a program: 16 bytes each, at most `most` of them for one token."""
     vec = 16 // x.itemsize
     lanes = min(most, power_of_two(cdiv(x.shape[-1], vec)))
     return {"BL": lanes, "VEC": vec, "num_warps": max(lanes // 32, 1)}
@@ -80,8 +80,7 @@ def post_grad(ctx, grad, _stats):
     grad = grad.contiguous()
     saved = ctx.saved_tensors
     dx, *rest = _mhc_post_backward(*saved, grad, not ctx.linked)
-    # Through the link go the gradient of the streams after the site, as it is, and the map that
-    # mixed them.
+    # Through the link go the gradient of the new streams, unchanged, and the map that mixed them.
     return (None, *rest, grad, saved[3], None) if ctx.linked else (dx, *rest, None, None, None)
 
 
@@ -97,12 +96,13 @@ def mhc_post_linked(
     link: tuple[Tensor, Tensor] | None,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`mhc_post` of a site that began with `mhc_pre_linked`, whose x this is: the gradient of
-    the new streams goes there, through the link, to be mixed while that one writes its own dx; here
-    it would be written, and read once more.
+    """`mhc_post` of a site that began with `mhc_pre_linked` of the same streams.
 
-    Also returns the rows for `mhc_stats.summarise_streams`, measured while the device-side `flag`
-    is not 0.
+    The gradient of the new streams goes back through the link, and `mhc_pre` mixes it while it
+    writes dx. Without a link it is mixed here: written once more, and read once more.
+
+    Also returns the statistics, rows (T, 1, W) of `STREAMS_LAYOUT`: NaN while the flag is 0, and no
+    rows without a flag.
     """
     tokens, n, c = check_streams(x_TNC)
     lead = x_TNC.shape[:-2]
@@ -122,5 +122,5 @@ def mhc_post_linked(
 
 
 def mhc_post(x_TNC: Tensor, branch_TC: Tensor, post_TN: Tensor, res_TNN: Tensor) -> Tensor:
-    """`reference.mhc_post` in one launch each way; the coefficients stay in float32."""
+    """`reference.mhc_post` in one launch each way; coefficients are float32."""
     return mhc_post_linked(x_TNC, branch_TC, post_TN, res_TNN, None)[0]

@@ -1,6 +1,4 @@
-"""The streams after a site, and in the same pass their projection for the next site: the stream is
-read once less.
-"""
+"""`mhc_post` and the next site's projection as one operation: streams are read once less."""
 
 import torch
 from torch import Tensor
@@ -23,18 +21,18 @@ from geodiag.reference_models.kernels.device.mhc_post_project import post_projec
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number
 
 TILE = (64, 32, 4, 3)
-"""Tokens, channels, warps and stages of the fused kernel by tiles, as measured on an H200
-(docs/kernels.md).
+"""Tokens, channels, warps and pipeline stages of the fused kernel with TMA: the fastest of those
+measured on an H200 (docs/kernels.md).
 """
 SLICES = 4
-"""Partial sums of the projection: a constant, so that no shape depends on the number of tokens but
-by itself.
+"""Partial sums of the projection. Constant, so that a compiled graph has no shape that jumps with
+the number of tokens.
 """
 
 
 def fuses(x_TNC: Tensor) -> bool:
-    """Whether the fused kernel serves these streams: four of bfloat16 on a Hopper GPU (and Triton's
-    interpreter).
+    """Whether the fused kernel takes these streams: four of bfloat16 on a Hopper GPU, and all in
+    Triton's interpreter.
     """
     n, c = x_TNC.shape[-2:]
     served = x_TNC.dtype == torch.bfloat16 and n == 4 and c % (TILE[1] * SLICES) == 0
@@ -69,7 +67,7 @@ def _forward(
     split_rows[(cdiv(w, 64),)](
         phi, parts, w, N=n, K=k, KP=kp, BW=64, P=2 if two else 1, num_warps=4
     )
-    # The copy engine wants 16-byte addresses, which only a view into the middle of something lacks.
+    # TMA needs 16-byte addresses; only a view into the middle of a tensor may lack one.
     x, branch = (v if v.data_ptr() % 16 == 0 else v.clone() for v in (x, branch))
     bt, bc, warps, stages = TILE if two else (16, 32, 4, 1)
     block = (bt, bc) if two else None
@@ -104,7 +102,7 @@ def _fake(x, branch, post, res, link, link_res, flag, phi):
 
 
 def _grad(ctx, grad, _stats, _part):
-    # φ has its gradient from the site that takes the projection.
+    # The site that uses the projection computes the gradient of φ.
     return *post_grad(ctx, grad, _stats), None
 
 
@@ -120,9 +118,10 @@ def mhc_post_project(
     next_phi: Tensor,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`mhc_post_linked` of streams that it `fuses`; last, their projection by the next site's φ,
-    which that site's
-    `mhc_pre_linked` takes with these streams."""
+    """`mhc_post_linked` of streams that `fuses` accepts, and their projection for the next site.
+
+    The third result goes to the next site's `mhc_pre_linked` together with these streams.
+    """
     tokens, n, c = check_streams(x_TNC)
     lead = x_TNC.shape[:-2]
     check_shape("branch", branch_TC, (*lead, c))

@@ -1,7 +1,7 @@
-"""The coefficients of one mHC site and its block's input: the operator, its gradient, and its
-public faces.
+"""`mhc_pre` as an operation of torch: the coefficients of one mHC site, and its block's input.
 
-What a backward needs of the forward is 25 floats a token.
+The backward computes gates and map again; it keeps only the normalised projections and the RMS
+factor, 25 floats a token for four streams.
 """
 
 from typing import NamedTuple
@@ -30,17 +30,39 @@ from geodiag.reference_models.kernels.reference import Mix
 # T tokens, N streams, C channels, K = N² + 2N coefficients
 
 PROJECT_TILE = (64, 128, 4, 3)
-"""Tokens, width, warps and stages of `project_streams` by tiles, as measured on an H100
-(docs/kernels.md).
+"""Tokens, width, warps and pipeline stages of `project_streams` with TMA: the fastest of those
+measured on an H100 (docs/kernels.md).
 """
+
+
+class _Outputs(NamedTuple):
+    """The results of the operator, by name. The operator itself returns a plain tuple."""
+
+    inner: Tensor
+    pre: Tensor
+    post: Tensor
+    res: Tensor
+    logits: Tensor
+    h: Tensor
+    """Normalised projections, for the backward."""
+    rms: Tensor
+    """1 / RMS of the streams, for the backward."""
+    stats: Tensor
+    link: Tensor
+    """Has the shape of the streams and no values: the gradient of the new streams comes here."""
+    link_res: Tensor
+    """Has the shape of `res` and no values: the map that mixed the streams comes here."""
+
+    def plain(self) -> "Ten":
+        return tuple(self)  # type: ignore[return-value]
+
 
 Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _outputs(x: Tensor, measured: bool) -> Ten:
-    """inner, pre, post, res, logits, h, rms, stats, and the link's two ends."""
+def _outputs(x: Tensor, measured: bool) -> _Outputs:
     t, n, c = x.shape
-    return (
+    return _Outputs(
         x.new_empty(t, c),
         floats(x, t, n),
         floats(x, t, n),
@@ -49,16 +71,14 @@ def _outputs(x: Tensor, measured: bool) -> Ten:
         floats(x, t, n * n + 2 * n),
         floats(x, t),
         floats(x, *mhc_stats.maps_shape(t if measured else 0)),
-        # Paths of gradients, without values: one element, seen as the whole.
+        # Only gradients pass here, so one element is expanded to the whole shape.
         x.new_empty(1).expand(x.shape),
         floats(x, 1).expand(t, n, n),
     )
 
 
 def project(x: Tensor, phi: Tensor) -> Tensor:
-    """[x·φ | Σx²] in slices' partial sums (S, T, KP): what `mhc_post_project` gives of its streams
-    on the way.
-    """
+    """Return [x·φ | Σx²] in partial sums (S, T, KP), like the last result of `mhc_post_project`."""
     t, n, c = x.shape
     k = n * n + 2 * n
     w, kp, two = n * c, padded(k), two_parts(x)
@@ -70,7 +90,7 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
     )
     tma = two and n <= 4 and copies_tiles(x, parts)
     bt, bw = PROJECT_TILE[:2] if tma else (64 if x.is_cuda else 16, 32)
-    # Enough programs for two a multiprocessor: few tokens split the width, many do not need to.
+    # Two programs a multiprocessor: with few tokens the width is split, with many it need not be.
     slices = max(min(2 * processors(x.device) // cdiv(t, bt), cdiv(w, 4 * bw)), 1)
     part = floats(x, slices, t, kp)
     mhc_pre_forward.project_streams[(cdiv(t, bt), slices)](
@@ -86,8 +106,7 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
         BW=bw,
         TWO_PARTS=two,
         TMA=tma,
-        # Pipelined by addresses, the product was seen to read tiles that were being replaced
-        # (triton 3.6).
+        # No pipelining without TMA: triton 3.6 replaced tiles that the product still read.
         STAGES=PROJECT_TILE[3] if tma else 1,
         num_warps=PROJECT_TILE[2] if tma else 4,
     )
@@ -105,11 +124,11 @@ def _forward(
     order: str,
     flag: Tensor | None,
     projected: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Ten:
     t, n, c = x.shape
     out = _outputs(x, flag is not None)
     if not t:
-        return out
+        return out.plain()
     part = project(x, phi) if projected is None else projected
     bm = mhc_stats.BLOCK
     mhc_pre_forward.mix[(cdiv(t, bm) + t,)](
@@ -117,9 +136,15 @@ def _forward(
         part,
         alpha,
         bias,
-        *out[:7],
+        out.inner,
+        out.pre,
+        out.post,
+        out.res,
+        out.logits,
+        out.h,
+        out.rms,
         flag,
-        out[7],
+        out.stats,
         t,
         part.shape[0],
         eps,
@@ -135,18 +160,18 @@ def _forward(
         STAGES=1,
         num_warps=1,
     )
-    return out
+    return out.plain()
 
 
 def _fake(x, phi, alpha, bias, iterations, eps, norm_eps, order, flag, projected):
-    return _outputs(x, flag is not None)
+    return _outputs(x, flag is not None).plain()
 
 
 def _keep(ctx, inputs, output):
     x, phi, alpha, bias, iterations, eps, _, order, *_ = inputs
     ctx.rest = iterations, eps, order
-    _, pre, _, _, _, h, rms, *_ = output
-    ctx.save_for_backward(x, phi, alpha, bias, pre, h, rms)
+    out = _Outputs(*output)
+    ctx.save_for_backward(x, phi, alpha, bias, out.pre, out.h, out.rms)
     ctx.set_materialize_grads(False)
 
 
@@ -162,15 +187,15 @@ _mhc_pre = operation("mhc_pre", _forward, _fake, _keep, _grad)
 
 
 class Linked(NamedTuple):
-    """A site's `Mix`, and what its `mhc_post` and its monitor take from it."""
+    """A site's `Mix`, its link to `mhc_post`, and its statistics."""
 
     mix: Mix
     link: tuple[Tensor, Tensor]
-    """Have the shapes of the stream and of `res`, and no values: the paths by which `mhc_post`
-    hands back the gradient of the streams after the site, and the `res` that mixed them.
+    """Tensors without values in the shapes of streams and `res`. Through these, `mhc_post` returns
+    the gradient of the streams after the site, and the map that mixed them.
     """
     stats_PW: Tensor
-    """Rows for `mhc_stats.summarise_maps`: NaN while the flag is 0, and no rows without a flag."""
+    """Rows of `MAPS_LAYOUT`: NaN while the flag is 0, and no rows without a flag."""
 
 
 def mhc_pre_linked(
@@ -185,12 +210,11 @@ def mhc_pre_linked(
     flag: Tensor | None = None,
     projected: Tensor | None = None,
 ) -> Linked:
-    """`mhc_pre` for a site whose `mhc_post_linked` follows: all of the stream's gradient is
-    written in here.
+    """`mhc_pre` of a site that `mhc_post_linked` ends; the gradient of the streams is written here.
 
-    `flag` is an integer on the device; while it is not 0, the geometry of the maps is measured on
-    the way. `projected` is what `mhc_post_project` of the site before gave with this stream and
-    this φ: it is not projected again.
+    `flag` is an integer on the device; while it is not 0, the maps are measured. `projected` is the
+    previous site's third result of `mhc_post_project`, made of these streams with this φ; without
+    it the streams are projected here.
     """
     tokens, n, c = check_streams(x_TNC)
     k = n * n + 2 * n
@@ -200,9 +224,12 @@ def mhc_pre_linked(
     check_sinkhorn(iterations, order)
     flat = x_TNC.contiguous().view(tokens, n, c)
     parameters = (phi.contiguous(), alpha.contiguous(), bias.contiguous())
-    out = _mhc_pre(flat, *parameters, iterations, eps, norm_eps, order, flag, projected)
+    settings = (iterations, eps, norm_eps, order)
+    out = _Outputs(*_mhc_pre(flat, *parameters, *settings, flag, projected))
     lead = x_TNC.shape[:-2]
-    return Linked(Mix(*(o.view(*lead, *o.shape[1:]) for o in out[:5])), (out[8], out[9]), out[7])
+    inner, pre, post, res, logits = (field.view(*lead, *field.shape[1:]) for field in out[:5])
+    mix = Mix(inner, pre, post, res, logits)
+    return Linked(mix, (out.link, out.link_res), out.stats)
 
 
 def mhc_pre(
@@ -215,5 +242,5 @@ def mhc_pre(
     norm_eps: float = 1e-6,
     order: str = "columns-first",
 ) -> Mix:
-    """`reference.mhc_pre` in three launches, and four in backward."""
+    """`reference.mhc_pre` by Triton: three launches forward, four backward."""
     return mhc_pre_linked(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order).mix

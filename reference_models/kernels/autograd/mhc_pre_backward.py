@@ -1,7 +1,6 @@
-"""Backward of `mhc_pre`: the coefficients' gradients, then dx and dφ in one pass over the
-stream.
+"""Backward of `mhc_pre`: gradients of the coefficients, then dx and dφ in one pass over x.
 
-Deterministic: partial sums are written per program and added in a fixed order.
+Deterministic: each program writes its partial sums, and one kernel adds them in a fixed order.
 """
 
 import torch
@@ -28,11 +27,11 @@ from geodiag.reference_models.kernels.device.mhc_pre_dx_dphi import dx_dphi
 # T tokens, N streams, C channels, K = N² + 2N coefficients, KP their padded number, P partial sums
 
 DX_TILE = (32, 64, 4, 3)
-"""Tokens, channels, warps and stages of `dx_dphi` by tiles, as measured on an H200
-(docs/kernels.md).
+"""Tokens, channels, warps and pipeline stages of `dx_dphi` with TMA: the fastest of those measured
+on an H200 (docs/kernels.md).
 """
 COEFFICIENTS = (16, 1)
-"""Tokens and warps of a program of `coefficients`, likewise."""
+"""Tokens and warps of a program of `coefficients`, measured in the same way."""
 
 
 def _backward(
@@ -54,8 +53,10 @@ def _backward(
     eps: float,
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, phi, alpha, bias. `d_next` is that of the streams after the site, which `res`
-    mixed.
+    """Return the gradients of x, phi, alpha and bias.
+
+    `d_next` is the gradient of the streams after the site, and `res` the map that mixed them; both
+    come through the link.
     """
     t, n, c = x.shape
     k = n * n + 2 * n
@@ -65,10 +66,10 @@ def _backward(
     w, kp, wide = n * c, padded(k), not two_parts(x)
     bt, bc, dx_warps, stages = DX_TILE if x.is_cuda and n <= 4 and not wide else (16, 32, 4, 1)
     tma = n <= 4 and not wide and c % bc == 0 and copies_tiles(x, d_inner, d_next)
-    # All streams at once read d_next once, where registers and the copy engine allow it.
+    # All streams in one program read d_next once, if registers and the copy engine allow it.
     together = n if tma or not x.is_cuda else 1
     blocks = cdiv(c, bc) * (n // together)
-    # Two programs a multiprocessor at a time, each of them twice.
+    # Two programs fit on a multiprocessor at a time; four a multiprocessor are two full waves.
     chunks = max(min(4 * processors(x.device) // blocks, cdiv(t, bt)), 1)
     inner_d_pre = None
     if d_inner is not None:

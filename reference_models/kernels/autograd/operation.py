@@ -1,8 +1,8 @@
-"""A kernel as an operation of torch: with its gradient, and whole under torch.compile.
+"""A kernel as an operation of torch, with its gradient, and opaque to torch.compile.
 
-Plain tensors go to it straight, through an autograd function: torch's dispatcher would take as long
-to call it in Python as a small GPU to run it. Everything else (what is being compiled, fake
-tensors) goes through the registered operator, which nothing looks into.
+Plain tensors call the kernel through an autograd function: torch's dispatcher would need as much
+time in Python as a small kernel needs on the GPU. Under torch.compile, and for fake tensors and
+other subclasses, the call goes to the registered operator, which a compiler does not trace into.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ def operation(
     keep: Callable[..., None] | None = None,
     grad: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> Callable[..., Any]:
-    """`geodiag::name`, which `forward` computes, of a tensor first; `fake` gives its results
-    without their values.
+    """Register `geodiag::name` and return a function that calls it. Its first argument is a tensor.
 
-    `keep(ctx, inputs, outputs)` and `grad(ctx, *gradients)` make it differentiable, once; without
-    them it is not.
+    `forward` computes the results, `fake` returns tensors of the same shapes without values.
+    `keep(ctx, inputs, outputs)` saves for the backward, and `grad(ctx, *gradients)` is the
+    backward, which cannot be differentiated again. Without both, there is no gradient.
     """
     registered = torch.library.custom_op(f"geodiag::{name}", forward, mutates_args=())
     registered.register_fake(fake)

@@ -1,6 +1,4 @@
-"""Routing in one pass over the router's logits: affinity, bias, top-k, gate weights, entropy,
-margin, flips, load.
-"""
+"""Routing as an operation of torch: one pass over the router's logits each way."""
 
 # mypy: allow-untyped-defs
 
@@ -18,7 +16,7 @@ from geodiag.reference_models.kernels.reference import Routing
 
 
 class Routed(NamedTuple):
-    """What `reference.Routing` says, and what the same pass could tell about it."""
+    """The fields of `reference.Routing`, and diagnostics from the same pass."""
 
     scores_TE: Tensor
     expert_ids_TK: Tensor
@@ -28,7 +26,7 @@ class Routed(NamedTuple):
     margin_T: Tensor
     """Biased score of the last chosen expert minus the best rejected one."""
     flipped_T: Tensor
-    """Experts chosen that are not among `before`, as a share of K; 0 without `before`."""
+    """Share of the K chosen experts that are not in `before`; 0 without `before`."""
     load_E: Tensor
     """Assignments per expert."""
 
@@ -122,11 +120,11 @@ def route(
     before_TK: Tensor | None = None,
     given_TK: Tensor | None = None,
 ) -> Routed:
-    """`reference.weigh(scores, reference.choose(scores, bias, k), scale)` of √softplus scores, and
-    its diagnostics.
+    """Route by √softplus scores: `reference.route`, with diagnostics.
 
-    `before_TK` are the ids that an earlier router chose for the same tokens; `given_TK`, those that
-    are to be used instead of the best (distinct, of any integer type).
+    `before_TK` are the ids that an earlier router chose for the same tokens. `given_TK` are ids to
+    use instead of the K best: distinct within a token, of any integer type. Raises ValueError for
+    a K that the number of experts does not allow.
     """
     t, e = logits_TE.shape
     if not 1 <= k < e:
@@ -146,5 +144,5 @@ def route(
 def routed(
     logits_TE: Tensor, bias_E: Tensor, k: int, scale: float, given_TK: Tensor | None = None
 ) -> Routing:
-    """`reference.route` in one kernel each way."""
+    """`reference.route` by Triton: one kernel forward, one backward."""
     return Routing(*route(logits_TE, bias_E, k, scale, given_TK=given_TK)[:3], logits_TE)

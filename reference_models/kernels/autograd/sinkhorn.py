@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp as an operation of torch, one kernel each way."""
+"""Sinkhorn-Knopp as an operation of torch: one kernel forward, one backward."""
 
 # mypy: allow-untyped-defs
 
@@ -17,7 +17,7 @@ def _launch(
 ) -> tuple[tuple[int], int, dict[str, int | bool]]:
     n = logits.shape[-1]
     tokens = logits.numel() // (n * n)
-    # One warp a program, a token a quarter warp at N = 4: as many programs as the chip can hold.
+    # One warp a program, a quarter warp a token at N = 4: as many programs as the GPU can hold.
     block = max(2048 // (n * n * 8), 1) if logits.is_cuda else 64
     meta = {"ITERATIONS": iterations, "ROWS_FIRST": order == "rows-first", "N": n, "BT": block}
     return (cdiv(tokens, block),), tokens, meta
@@ -61,6 +61,7 @@ _sinkhorn = operation("sinkhorn", _forward, _fake, _keep, _grad)
 
 
 def check_sinkhorn(iterations: int, order: str) -> None:
+    """Raise ValueError for a number of iterations or an order that does not exist."""
     if iterations < 1:
         raise ValueError(f"iterations is at least 1, not {iterations}")
     if order not in ("columns-first", "rows-first"):
@@ -70,10 +71,10 @@ def check_sinkhorn(iterations: int, order: str) -> None:
 def sinkhorn(
     logits_TNN: Tensor, iterations: int = 20, eps: float = 0.0, order: str = "columns-first"
 ) -> Tensor:
-    """`reference.sinkhorn` in one kernel each way.
+    """`reference.sinkhorn` by Triton: one kernel forward, one backward.
 
-    With eps = 0 a row or column whose logits are all 87 below the others' is NaN: float32 ends
-    there, on a GPU.
+    With eps = 0, a row or column whose logits are all 87 below the others' is NaN on a GPU, because
+    e⁻⁸⁷ is the smallest normal float32.
     """
     check_sinkhorn(iterations, order)
     if logits_TNN.shape[-1] not in STREAMS or logits_TNN.shape[-1] != logits_TNN.shape[-2]:

@@ -1,5 +1,7 @@
-"""One mHC site on the fused kernels: its two halves linked, so that the stream's gradient is
-written once.
+"""One mHC site on the fused kernels.
+
+Its two halves are linked: `mhc_post` hands the gradient of the new streams to `mhc_pre`, which
+writes the gradient of the streams once, with all its terms.
 """
 
 import torch.nn.functional as F
@@ -25,11 +27,10 @@ def site_pre(
     flag: Tensor | None = None,
     projected: Projected | None = None,
 ) -> Mix:
-    """`reference.site_pre`; while the device-side `flag` is not 0, it measures the maps on the
-    way.
+    """`reference.site_pre` by Triton; measures the maps while the `flag` on the device is not 0.
 
-    `projected` is what `site_post` of the site before gave; it counts for the streams it was made
-    of, and no others.
+    `projected` is the result of the previous site's `site_post`. It is used only if it was made of
+    the same streams tensor.
     """
     sums = projected.sums_STK if projected is not None and projected.streams_TNC is x_TNC else None
     mix, link, stats_PW = mhc_pre_linked(
@@ -45,13 +46,12 @@ def site_post(
     flag: Tensor | None = None,
     next_phi: Tensor | None = None,
 ) -> Written:
-    """`reference.site_post`; while the device-side `flag` is not 0, it measures the streams on the
-    way.
+    """`reference.site_post` by Triton; measures the streams while the device-side `flag` is not 0.
 
-    By `next_phi`, the next site's, they are projected on the way as well, where a kernel can: they
-    are read once less.
+    With `next_phi` of the next site, and streams that the fused kernel takes, the new streams are
+    also projected for the next site, which then reads them once less.
     """
-    assert mix.post_TN is not None, "only sites with maps come here"
+    assert mix.post_TN is not None, "only a site with maps is written by a kernel"
     assert mix.res_TNN is not None
     site = (x_TNC, branch_TC, mix.post_TN, mix.res_TNN, mix.link)
     if next_phi is None or not fuses(x_TNC):
@@ -66,7 +66,7 @@ def site_post(
 def read_out(
     x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, norm_eps: float
 ) -> Tensor:
-    """`reference.read_out`: the block's input of a site whose other coefficients are nobody's."""
+    """`reference.read_out` by Triton: the block input of a site whose maps are not used."""
     n = x_TNC.shape[-2]
     more = n * n + n
     wide = F.pad(phi, (0, more)), F.pad(alpha, (0, 2)), F.pad(bias, (0, more))

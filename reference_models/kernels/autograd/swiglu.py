@@ -1,6 +1,4 @@
-"""Clamped gated activations: forward, backward, and how often each expert's clamps were hit, in the
-same pass.
-"""
+"""Clamped gated activations as an operation of torch, with counts from the same pass."""
 
 # Kernel bodies are Triton code: tuples grow by concatenation, and arguments are pointers.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
@@ -21,7 +19,7 @@ from geodiag.reference_models.kernels.stats_layout import COUNTS_LAYOUT
 
 
 class Activation(NamedTuple):
-    """A gated activation as its model wrote it; METRICS' parameters."""
+    """Parameters of a model's gated activation."""
 
     gate_limit: float | None = 10.0
     up_limit: float | None = 10.0
@@ -29,18 +27,16 @@ class Activation(NamedTuple):
     """g·σ(alpha·g); gpt-oss has 1.702."""
     up_offset: float = 0.0
     interleaved: bool = False
-    """Gate and up alternate, instead of one half each."""
+    """Whether columns of gate and up alternate, instead of one half each."""
     clamp_after: bool = False
-    """The gate's limit holds after g·σ(g), not before."""
+    """Whether the gate's limit applies to g·σ(g) instead of g."""
 
 
 DEEPSEEK_V4 = Activation()
 
 
 class Counted(NamedTuple):
-    """The activation, and what METRICS asks of each expert: NaN while the flag is 0, extrema 0
-    without rows.
-    """
+    """The activation, and each expert's counts: NaN while the flag is 0, extrema 0 without rows."""
 
     out_AF: Tensor
     counts_E8: Tensor
@@ -64,23 +60,22 @@ def _meta(activation: Activation, f: int) -> dict[str, object]:
 
 
 def _blocks(x: Tensor, f: int) -> tuple[int, int]:
-    """Rows and columns of a program: 16 bytes a lane, a few rows to share its start."""
+    """Return the rows and columns of a program: 16 bytes a lane, several rows a program."""
     bf = min(256, power_of_two(f))
     return (1024 // bf if x.is_cuda else 8), bf
 
 
 PARTS = 4
-"""Rows of a counting program, which is one warp: its lanes meet once for all of them, and wait for
-no other warp.
+"""Rows of a counting program. It is one warp, whose lanes exchange their sums once for all rows,
+without waiting for another warp.
 """
 REGISTERS = 80
-"""Of a lane that counts, where it would take half as many again, and too few programs be there to
-hide its loads. Wider numbers, alternating columns and a clamp behind the gate need more: held to
-this, they would spill.
+"""Registers of a lane that counts. Without this limit it takes 122, and then too few programs fit
+on a multiprocessor to hide the loads (16 instead of 25). float32, alternating columns and a clamp
+after the gate need more registers and would spill, so they have no limit.
 """
 RECORDS = 2048
-"""Records that an expert's program adds up at a time: most experts have no more in a training step.
-"""
+"""Records that an expert's program adds at a time: most experts have fewer in a training step."""
 
 
 def _forward(
@@ -102,8 +97,8 @@ def _forward(
     if ends is not None:
         experts, parts, br, warps = len(ends), PARTS, 1 if x.is_cuda else br, 1
     columns, ba = cdiv(f, bf), parts * br
-    # Blocks and experts both only rise along the sorted rows: `block + expert` numbers their
-    # meetings.
+    # Blocks and experts both only rise along the sorted rows, so `block + expert` is a different
+    # number for every pair that occurs.
     part = (
         x.new_empty(cdiv(a, ba) + experts, columns, COUNTS_WIDTH.value, dtype=torch.int32)
         if experts
@@ -187,7 +182,7 @@ def _flat(gate_up_A2F: Tensor) -> Tensor:
 
 
 def clamped_swiglu(gate_up_A2F: Tensor, limit: float | None = 10.0) -> Tensor:
-    """`reference.clamped_swiglu` in one pass each way."""
+    """`reference.clamped_swiglu` by Triton: one pass forward, one backward."""
     flat = _flat(gate_up_A2F)
     out, _ = _glu(flat, limit, limit, 1.0, 0.0, False, False, None, None)
     return out.view(*gate_up_A2F.shape[:-1], out.shape[-1])
@@ -199,11 +194,10 @@ def counted_glu(
     activation: Activation = DEEPSEEK_V4,
     flag: Tensor | None = None,
 ) -> Counted:
-    """Any model's clamped activation, with what METRICS asks of each expert, from the same pass.
+    """Apply a model's clamped activation, and count for each expert in the same pass.
 
-    Rows are sorted by expert: `ends_E` is the row behind each expert's last, as grouped matmuls
-    take it. With a
-    `flag`, an integer on the device, they are counted while it is not 0.
+    Rows are sorted by expert; `ends_E` is the row after each expert's last, as for grouped matmuls.
+    With a `flag`, an integer on the device, rows are counted only while the flag is not 0.
     """
     if flag is None:
         flag = torch.ones((), dtype=torch.int32, device=gate_up_A2F.device)
@@ -218,7 +212,7 @@ def expert_glu(
     ends_E: Tensor | None = None,
     flag: Tensor | None = None,
 ) -> Activated:
-    """`reference.expert_glu`; while the device-side `flag` is not 0, it counts on the way."""
+    """`reference.expert_glu` by Triton; counts rows while the `flag` on the device is not 0."""
     if flag is None:
         return Activated(clamped_swiglu(gate_up_A2F, limit))
     if ends_E is None:

@@ -77,7 +77,7 @@ def _hits(
 
 @triton.jit
 def _write(part_ptr, counts, gate_most, up_most, out_most, squares):
-    """Store a record: three counts, the bits of three extrema and of Σ product², one unused word."""
+    """Store a record: three counts, bits of three extrema and of Σ product², one unused word."""
     # Two sums in one word: a tile has fewer than 32768 elements.
     two = _summed((counts & 0xFF) + ((counts & 0xFF00) << 8))
     i = tl.arange(0, COUNTS_WIDTH)

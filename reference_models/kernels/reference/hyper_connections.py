@@ -19,10 +19,11 @@ def mhc_pre(
     norm_eps: float = 1e-6,
     order: str = "columns-first",
 ) -> Mix:
-    """The coefficients of one site and its block's input (arXiv 2512.24880 eq. 7-8).
+    """Return the coefficients of one site and its block's input (arXiv 2512.24880 eq. 7-8).
 
-    `phi` is (N·C, N²+2N) with columns pre | post | res (row-major), `alpha` has one scale each,
-    `bias` N²+2N.
+    H̃ = α · (x⃗φ / RMS(x⃗)) + b with x⃗ = vec(X); H_pre = σ(H̃_pre), H_post = 2σ(H̃_post) and
+    H_res = Sinkhorn(exp(H̃_res)). `phi` is (N·C, N²+2N) with columns pre | post | res (row-major),
+    `alpha` has one scale for each of the three, `bias` is (N²+2N).
     """
     n = x_TNC.shape[-2]
     wide = coefficient_dtype(x_TNC)
@@ -38,10 +39,10 @@ def mhc_pre(
 
 
 def hc_pre(x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_eps: float = 1e-6) -> Mix:
-    """Unconstrained hyper-connection: per-stream RMSNorm, tanh, static part plus dynamic part
-    (arXiv 2409.19606).
+    """Return the coefficients of an unconstrained hyper-connection (arXiv 2409.19606).
 
-    `phi` is (C, 2+N): each normalised stream j gives its own pre_j, post_j and column j of `res`.
+    Each stream is normalised by itself, and tanh(x_j φ) plus a static part gives its pre_j, post_j
+    and column j of `res`. `phi` is (C, 2+N).
     """
     n = x_TNC.shape[-2]
     wide = coefficient_dtype(x_TNC)
@@ -60,7 +61,7 @@ def _aggregate(pre_TN: Tensor, x_TNC: Tensor) -> Tensor:
 
 
 def mhc_post(x_TNC: Tensor, branch_TC: Tensor, post_TN: Tensor, res_TNN: Tensor) -> Tensor:
-    """X' = H_res X + H_postᵀ f (arXiv 2512.24880 eq. 3), in the stream's type."""
+    """Return X' = H_res X + H_postᵀ f (arXiv 2512.24880 eq. 3), in the stream's type."""
     mixed = res_TNN.to(x_TNC.dtype) @ x_TNC
     return mixed + post_TN.to(x_TNC.dtype).unsqueeze(-1) * branch_TC.unsqueeze(-2)
 
@@ -77,10 +78,7 @@ def site_pre(
     flag: Tensor | None = None,
     projected: Projected | None = None,
 ) -> Mix:
-    """`mhc_pre` of a site. `flag` is for kernels that measure on the way while it is not 0,
-    `projected` for those whose site before made something of this one's work; this one takes no
-    notice of either.
-    """
+    """`mhc_pre` of a site. `flag` and `projected` are for the fused kernels only."""
     return mhc_pre(x_TNC, phi, alpha, bias, iterations, eps, norm_eps, order)
 
 
@@ -91,10 +89,8 @@ def site_post(
     flag: Tensor | None = None,
     next_phi: Tensor | None = None,
 ) -> Written:
-    """`mhc_post` of a site that began with `site_pre`. Nothing is projected by `next_phi` on
-    the way.
-    """
-    assert mix.post_TN is not None, "only sites with maps come here"
+    """`mhc_post` of a site. `flag` and `next_phi` are for the fused kernels only."""
+    assert mix.post_TN is not None, "only a site with maps is written here"
     assert mix.res_TNN is not None
     return Written(mhc_post(x_TNC, branch_TC, mix.post_TN, mix.res_TNN))
 
@@ -102,7 +98,7 @@ def site_post(
 def read_out(
     x_TNC: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, norm_eps: float
 ) -> Tensor:
-    """Learned sigmoid-gated sum of the streams; `phi` is (N·C, N)."""
+    """Return the learned sigmoid-gated sum of the streams; `phi` is (N·C, N)."""
     flat = x_TNC.flatten(-2).float()
     rms = flat.square().mean(-1, keepdim=True).add(norm_eps).rsqrt()
     gate = torch.sigmoid((flat @ phi.float()) * rms * alpha + bias) + eps

@@ -9,35 +9,29 @@ from torch import Tensor
 
 
 class Mix(NamedTuple):
-    """What a hyper-connection decided for each token, and the input it made for its block."""
+    """The coefficients of a hyper-connection for each token, and the input of its block."""
 
     inner_TC: Tensor
     """Block input, Σ_n pre_n x_n."""
     pre_TN: Tensor | None
     post_TN: Tensor | None
     res_TNN: Tensor | None
-    """Applied to the streams as `res @ x`: rows are outputs. None where the residual path is the
-    identity.
-    """
+    """Applied to the streams as `res @ x`: rows are outputs. None for the identity."""
     logits_TNN: Tensor | None
     """`res` before its projection."""
     link: tuple[Tensor, Tensor] | None = None
-    """Where the gradient of the streams after the site comes back to its first kernel, to be mixed
-    on the way.
-    """
+    """Tensors through which the site's last kernel returns gradients to its first one."""
     stats_PW: Tensor | None = None
-    """The geometry of the maps, where a kernel measured it on the way: rows as `mhc_stats` has
-    them.
-    """
+    """Statistics of the maps, if a kernel measured them: rows of `MAPS_LAYOUT`."""
 
 
 class Projected(NamedTuple):
-    """What a site asks of its streams first, where the kernel that wrote them made it on the way."""
+    """A site's projection of its streams, made by the kernel that wrote the streams."""
 
     streams_TNC: Tensor
-    """Of these very streams: whoever hands on others has made it void."""
+    """The streams that were projected. For any other tensor the sums are not valid."""
     sums_STK: Tensor
-    """[x·φ | Σx²], in partial sums over the width, by the φ of the site that comes next."""
+    """[x·φ | Σx²] with the next site's φ, as partial sums over the width."""
 
 
 class Written(NamedTuple):
@@ -45,29 +39,25 @@ class Written(NamedTuple):
 
     streams_TNC: Tensor
     projected: Projected | None = None
-    """For the next site, where it was asked for and the kernels can."""
+    """For the next site, if the caller passed its φ and the kernels take the streams."""
     stats_TBF: Tensor | None = None
-    """What was written and what was kept, where a kernel measured it on the way: rows as
-    `mhc_stats` has them.
-    """
+    """Statistics of the streams, if a kernel measured them: rows of `STREAMS_LAYOUT`."""
 
 
 class Routing(NamedTuple):
-    """What a router decided for each token."""
+    """A router's choice for each token."""
 
     scores_TE: Tensor
     """Affinities in float32, dense, with gradient."""
     expert_ids_TK: Tensor
     weights_TK: Tensor
     logits_TE: Tensor | None = None
-    """Before the affinity: what any other choice is weighed from."""
+    """Before the affinity; gate weights of another choice are computed from these."""
 
 
 class Activated(NamedTuple):
-    """What experts' gated activations made of their rows."""
+    """The result of the experts' gated activation."""
 
     out_AF: Tensor
     counts_E8: Tensor | None = None
-    """Clamp hits and extrema of each expert, where a kernel counted them on the way: columns as
-    `swiglu.Counted`.
-    """
+    """Counts of each expert, if a kernel measured them: rows of `COUNTS_LAYOUT`."""

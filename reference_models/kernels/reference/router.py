@@ -10,36 +10,37 @@ from geodiag.reference_models.kernels.reference.results import Routing
 
 
 def router_logits(hidden_TC: Tensor, weight_EC: Tensor) -> Tensor:
-    """In float32: neighbours among the scores are closer than bfloat16 can tell."""
+    """Return the router's logits in float32: bfloat16 cannot separate neighbouring scores."""
     return hidden_TC.float() @ weight_EC.float().T
 
 
 def affinity(hidden_TC: Tensor, weight_EC: Tensor) -> Tensor:
-    """√softplus of the router logits, in float32 (arXiv 2606.19348)."""
+    """Return √softplus of the router logits, in float32 (arXiv 2606.19348)."""
     return _affinity(router_logits(hidden_TC, weight_EC))
 
 
 def _affinity(logits_TE: Tensor) -> Tensor:
-    # softplus underflows to 0 below logits of -104, and the root's gradient there is 0 · ∞: one
-    # such logit is a NaN.
+    # Below logits of -104 softplus underflows to 0, where the root's gradient would be 0 · ∞ = NaN.
     return F.softplus(logits_TE).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
 
 def route(
     logits_TE: Tensor, bias_E: Tensor, k: int, scale: float, given_TK: Tensor | None = None
 ) -> Routing:
-    """Affinities, the k best after the bias or those that are given, and their gate weights."""
+    """Return affinities, the k best experts by biased score (or the given ones), and weights."""
     scores = _affinity(logits_TE)
     ids = choose(scores, bias_E, k) if given_TK is None else given_TK
     return Routing(scores, ids, weigh(scores, ids, scale), logits_TE)
 
 
 def choose(scores_TE: Tensor, bias_E: Tensor, k: int) -> Tensor:
-    """Ids of the k largest biased scores, largest first; the bias takes part in choosing only."""
+    """Return the ids of the k largest biased scores, largest first. The bias affects only the
+    choice, not the gate weights (arXiv 2408.15664).
+    """
     return (scores_TE.detach() + bias_E).topk(k, dim=-1).indices
 
 
 def weigh(scores_TE: Tensor, expert_ids_TK: Tensor, scale: float) -> Tensor:
-    """Gate weights of the chosen experts: their scores, normalised to sum to `scale`."""
+    """Return the gate weights of the chosen experts: their scores, normalised to sum to `scale`."""
     chosen = scores_TE.gather(-1, expert_ids_TK)
     return chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * scale

@@ -9,19 +9,18 @@ from torch import Tensor
 
 
 def coefficient_dtype(x: Tensor) -> torch.dtype:
-    """Coefficients are float32, or float64 where the caller works in it."""
+    """Return the type of coefficients: float32, or float64 for float64 streams."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def sinkhorn(
     logits_TNN: Tensor, iterations: int = 20, eps: float = 0.0, order: str = "columns-first"
 ) -> Tensor:
-    """Projects exp(logits) towards the doubly stochastic matrices (Sinkhorn-Knopp; arXiv 2512.24880
-    eq. 9).
+    """Project exp(logits) towards the doubly stochastic matrices by Sinkhorn-Knopp.
 
-    One iteration normalises both sides; the side that comes last sums to 1 exactly, the other up to
-    the truncation error. The first normalisation is done as a softmax, so that large logits cannot
-    overflow.
+    M⁽⁰⁾ = exp(logits), M⁽ᵗ⁾ = rows(columns(M⁽ᵗ⁻¹⁾)) (arXiv 2512.24880 eq. 9). The side that comes
+    last sums to 1 exactly, the other up to the truncation error. The first normalisation is a
+    softmax, so that large logits cannot overflow.
     """
     # Tokens last: every step of the iteration then runs over contiguous memory.
     logits_NNT = logits_TNN.flatten(0, -3).permute(1, 2, 0).contiguous()
@@ -35,10 +34,10 @@ def sinkhorn(
 
 
 class _Sinkhorn(torch.autograd.Function):
-    """The iterations differentiated one by one: with m' = m / s and s = Σm + ε, dm = (dm' − Σ
-    dm'·m') / s.
+    """The iterations and their derivative, step by step.
 
-    Autograd would come to the same, in three times as many passes.
+    For m' = m / s with s = Σm + ε, dm = (dm' − Σ dm'·m') / s. Autograd computes the same in three
+    times as many passes.
     """
 
     @staticmethod

@@ -9,8 +9,10 @@ from geodiag.reference_models.kernels.reference.results import Activated
 
 
 def clamped_swiglu(gate_up_A2F: Tensor, limit: float | None = 10.0) -> Tensor:
-    """silu(min(g, limit)) · clamp(u, ±limit); halves layout, gate clamped before SiLU (arXiv
-    2606.19348).
+    """Return silu(min(g, limit)) · clamp(u, ±limit) (arXiv 2606.19348).
+
+    The first half of the columns is the gate, the second half is up. The clamp stops an extreme
+    activation from growing through the product of the two.
     """
     gate, up = gate_up_A2F.chunk(2, -1)
     if limit is not None:
@@ -24,9 +26,9 @@ def expert_glu(
     ends_E: Tensor | None = None,
     flag: Tensor | None = None,
 ) -> Activated:
-    """`clamped_swiglu` of rows sorted by expert, which end at `ends_E`; None for rows of one
-    expert.
+    """`clamped_swiglu` of rows sorted by expert. `ends_E` and `flag` have no effect here.
 
-    Counts nothing on the way: `flag` is for kernels that do while it is not 0.
+    `ends_E` is the row after each expert's last, None for rows of one expert; the fused kernel
+    counts clamp hits for each expert while `flag` is not 0.
     """
     return Activated(clamped_swiglu(gate_up_A2F, limit))
