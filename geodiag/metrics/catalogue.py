@@ -17,7 +17,7 @@ _ABOUT = {
     "domains": "One row a domain that the loader names, of a step's batch or of the probe batch.",
     "events": "What happened, when, where and why.",
 }
-_STAGES = {1: "1 curvature", 2: "2 chart", 3: "3 amplification"}
+_STAGES = {1: "1 curvature", 2: "2 routing", 3: "3 amplification"}
 
 
 def page() -> str:

@@ -59,7 +59,7 @@ class Metric:
     worse: Side | None = "high"
     """Which end is the bad one, so that `show` can name the worst layer."""
     stage: int | None = None
-    """The stage of the tear cascade it is evidence for: 1 curvature, 2 chart, 3 amplification."""
+    """The stage of the tear cascade it is evidence for: 1 curvature, 2 routing, 3 amplification."""
     help: str
     source: str = "geodiag"
 

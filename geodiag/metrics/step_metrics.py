@@ -75,7 +75,7 @@ OF_STEPS = [
         "stage2_score",
         "robust z",
         ("last", "max"),
-        "Chart inconsistency: worst layer against its own past.",
+        "Routing instability: worst layer against its own past.",
         stage=2,
         headline="Stage 2",
     ),
