@@ -16,7 +16,7 @@ from geodiag.cli.train_options import RecordingOptions, new_run_folder
 from geodiag.errors import GeodiagError
 
 if TYPE_CHECKING:
-    from geodiag.hooks.autorecord.run_config import Orders
+    from geodiag.hooks.autorecord.run_config import RunConfig
 
 _ANY_DEPTH = 10_000
 """A number of layers for the check of --layers: the model, and so its real number, comes later."""
@@ -68,10 +68,10 @@ def _run_recorded(
     mask: set,
 ) -> int:
     from geodiag.cli.child_process import run_command
-    from geodiag.hooks.autorecord.run_config import Orders
+    from geodiag.hooks.autorecord.run_config import RunConfig
 
     with tempfile.TemporaryDirectory(prefix="geodiag-") as notes:
-        orders = Orders(
+        config = RunConfig(
             path=str(path.absolute()),
             notes=notes,
             every=every,
@@ -81,7 +81,7 @@ def _run_recorded(
             command=tuple(command),
         )
         _print(f"recording to {path}")
-        code = run_command(command, _environment(orders), mask)
+        code = run_command(command, _environment(config), mask)
         _print(_outcome(path, Path(notes), code))
     return code
 
@@ -119,18 +119,18 @@ def _checked_cadence(options: RecordingOptions) -> dict[str, int]:
     return every
 
 
-def _environment(orders: "Orders") -> dict[str, str]:
+def _environment(config: "RunConfig") -> dict[str, str]:
     """Return the command's environment, in which each Python process loads geodiag's hook.
 
     Python imports `sitecustomize` when it starts; the hook is first on its path under that name.
     """
     from geodiag.hooks.autorecord import sitecustomize_hook
 
-    site = Path(orders.notes) / "site"
+    site = Path(config.notes) / "site"
     site.mkdir()
     shutil.copyfile(sitecustomize_hook.__file__, site / "sitecustomize.py")
     paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | orders.environment()
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | config.environment()
 
 
 def _outcome(path: Path, notes: Path, code: int) -> str:

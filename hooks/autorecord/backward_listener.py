@@ -1,13 +1,11 @@
-"""What a training differentiates: the loss of a script that does not say it.
+"""BackwardListener: the loss of an unedited script, from the backwards that it runs.
 
 A step's loss is the sum of the scalars on which backward was called since the last step, which is
-what the optimizer
-descends: with gradient accumulation the micro-batches' losses as they were differentiated, so that
-it is their mean where the script divides by their number, and their sum where it does not. A
-GradScaler's factor is not part of it. Nothing is read on the host.
+what the optimizer descends. With gradient accumulation these are the losses of the micro-batches as
+they were differentiated: their sum is the mean if the script divides each by their number. The
+factor of a GradScaler is taken out. No value is read on the host.
 """
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,95 +14,90 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from geodiag.hooks import torch_internals
 
-class Losses:
-    """`add` what was differentiated; `take` the sum once a step."""
+Run = Callable[[Callable[[], None]], None]
+"""Runs a callback so that no error of it reaches the training."""
+
+
+class StepLosses:
+    """`add` each differentiated loss; `take` the sum once a step."""
 
     def __init__(self) -> None:
-        self._fresh: Tensor | None = None
-        self._before: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._discarded: Tensor | None = None
 
     def add(self, loss: Tensor) -> None:
-        self._fresh = (
-            loss
-            if self._fresh is None
-            else self._fresh + loss.to(self._fresh.device, non_blocking=True)
-        )
+        if self._sum is None:
+            self._sum = loss
+        else:
+            self._sum = self._sum + loss.to(self._sum.device, non_blocking=True)
 
-    def pass_by(self) -> None:
-        """Another model's optimizer stepped: what came before was its loss, unless nothing comes
-        after it.
+    def discard(self) -> None:
+        """Leave out the losses so far: an optimizer of another model stepped, and they were its own.
+
+        If no loss follows until the next step, the losses were the recorded model's after all.
         """
-        if self._fresh is not None:
-            self._fresh, self._before = None, self._fresh
+        if self._sum is not None:
+            self._discarded = self._sum
+            self._sum = None
 
     def take(self) -> Tensor | None:
-        """The step's loss; None where nothing was differentiated."""
-        loss = self._before if self._fresh is None else self._fresh
-        self._fresh = self._before = None
+        """Return the step's loss; None if nothing was differentiated."""
+        loss = self._discarded if self._sum is None else self._sum
+        self._sum = None
+        self._discarded = None
         return loss
 
     @property
     def pending(self) -> bool:
-        """Whether something was differentiated that no optimizer has answered yet."""
-        return self._fresh is not None
+        """True if a loss was differentiated since the last step of an optimizer."""
+        return self._sum is not None
 
 
-class Ear:
-    """Thin wrappers of `torch.autograd.backward`, which Tensor.backward calls too, and of
-    GradScaler.
+class BackwardListener:
+    """Replacements of `torch.autograd.backward`, which `Tensor.backward` calls, and of GradScaler.
 
-    `guarded` calls `begins` and `ends` around each backward, the latter with its scalars, and
-    `updated` after GradScaler.update.
+    begins, ends: called around each backward, `ends` with its losses. updated: called after each
+    `GradScaler.update`. All three are called through `run`.
     """
 
     def __init__(
         self,
-        guarded: Callable[[Callable[[], None]], None],
+        run: Run,
         begins: Callable[[], None],
         ends: Callable[[list[Tensor]], None],
         updated: Callable[[], None],
     ) -> None:
-        self._guarded, self._begins, self._ends, self._updated = guarded, begins, ends, updated
+        self._run = run
+        self._begins = begins
+        self._ends = ends
+        self._updated = updated
         self._scaled: list[tuple[weakref.ref[Tensor], Tensor]] = []
+        """What GradScaler.scale returned, each with the value before."""
         self._scaler: GradScaler | None = None
-        self._originals = torch.autograd.backward, GradScaler.scale, GradScaler.update
-        self.on = True
-        """Off, the wrappers only pass on; a script may have kept one by its name."""
-        torch.autograd.backward = self._backward(torch.autograd.backward)
-        GradScaler.scale = self._scale(GradScaler.scale)  # type: ignore[method-assign]
-        GradScaler.update = self._update(GradScaler.update)  # type: ignore[method-assign]
 
-    def close(self) -> None:
-        """Hears nothing more."""
-        self.on = False
-        torch.autograd.backward, GradScaler.scale, GradScaler.update = self._originals  # type: ignore[method-assign]
+    def wrap_backward(self, original: Callable[..., None]) -> Callable[..., None]:
+        """Return `torch.autograd.backward` with the callbacks around it."""
 
-    def _backward(self, original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
         def backward(*args: Any, **kwargs: Any) -> None:
-            # Inside a backward, checkpoints run backwards of their own: those are parts of the one
-            # that is heard.
-            if (
-                torch.compiler.is_compiling()
-                or not self.on
-                or torch._C._current_graph_task_id() != -1
-            ):
+            # Checkpoints run backwards of their own inside a backward: parts of the outer one.
+            if torch_internals.in_backward():
                 return original(*args, **kwargs)
-            self._guarded(self._begins)
+            self._run(self._begins)
             original(*args, **kwargs)
-            self._guarded(
-                lambda: self._ends([self._unscaled(*found) for found in _scalars(*args, **kwargs)])
-            )
-            self._scaled, self._scaler = [], None
+            self._run(lambda: self._ends(self._losses(*args, **kwargs)))
+            self._scaled = []
+            self._scaler = None
 
         return backward
 
-    def _scale(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
+    def wrap_scale(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `GradScaler.scale` with its arguments kept until the backward."""
+
         def scale(scaler: GradScaler, outputs: Any) -> Any:
             result = original(scaler, outputs)
-            if self.on and scaler.is_enabled():
+            if scaler.is_enabled():
                 self._scaler = scaler
                 if isinstance(outputs, Tensor) and isinstance(result, Tensor):
                     self._scaled.append((weakref.ref(result), outputs.detach()))
@@ -112,28 +105,28 @@ class Ear:
 
         return scale
 
-    def _update(self, original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
+    def wrap_update(self, original: Callable[..., None]) -> Callable[..., None]:
+        """Return `GradScaler.update` with the callback behind it."""
+
         def update(*args: Any, **kwargs: Any) -> None:
             original(*args, **kwargs)
-            if self.on:
-                self._guarded(self._updated)
+            self._run(self._updated)
 
         return update
 
+    def _losses(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return [self._unscaled(root, grad) for root, grad in _scalars(*args, **kwargs)]
+
     @torch.no_grad()
     def _unscaled(self, root: Tensor, grad: Tensor | None) -> Tensor:
-        """The loss before a scaler made it larger: as it was, or by the scaler's factor where the
-        script went on with what it got.
-        """
-        factor = self._scaler._scale if self._scaler is not None else None
-        value = next((was for ref, was in self._scaled if ref() is root), None)
+        """Return a loss without the scaler's factor, times its weight in the backward."""
+        value = next((before for ref, before in self._scaled if ref() is root), None)
         if value is None:
-            value = (
-                root.detach()
-                if factor is None
-                else root.detach() / factor.to(root.device, non_blocking=True)
-            )
+            # The script went on computing with the scaled loss: divide by the factor.
+            factor = None if self._scaler is None else torch_internals.loss_scale(self._scaler)
+            value = root.detach()
+            if factor is not None:
+                value = value / factor.to(root.device, non_blocking=True)
         return value.clone().reshape(()) if grad is None else (value * grad.detach()).reshape(())
 
 
@@ -145,11 +138,10 @@ def _scalars(
     grad_variables: Any = None,
     inputs: Any = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """What of a backward's arguments may be a loss: single numbers, each with its weight if it was
-    given one.
+    """Yield the single numbers among a backward's arguments, each with its weight if it has one.
 
-    With `inputs` somebody asks for gradients of their own, and a pipeline's stages hand on what is
-    no loss.
+    A backward with `inputs` asks for gradients of some tensors and is no step of a training; a
+    pipeline's stages pass tensors that are no losses.
     """
     if inputs is not None or not isinstance(tensors, Tensor | list | tuple):
         return

@@ -1,51 +1,41 @@
-"""What a training clips: the norm of its whole gradient before that, where the script has it
-computed anyway.
-"""
+"""ClipListener: the gradient norm before clipping, where the script computes it anyway."""
 
-import functools
 from collections import deque
 from collections.abc import Callable, Set
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import utils
 
-_NAME = "clip_grad_norm_"
 _KEPT = 8
-"""Calls in one step; a process in which nothing is recorded keeps no more either."""
+"""Calls kept for one step; of older ones the norm is forgotten, if no step takes it."""
 
 
-class Norms:
-    """A thin wrapper of `torch.nn.utils.clip_grad_norm_`; `take` what it found, once a step."""
+class ClipListener:
+    """Keeps what `torch.nn.utils.clip_grad_norm_` returned; `take` it once a step."""
 
     def __init__(self) -> None:
-        self._found: deque[tuple[frozenset[int], Tensor]] = deque(maxlen=_KEPT)
-        wrapper = self._wrapped(utils.clip_grad.clip_grad_norm_)
-        for module in (utils, utils.clip_grad):
-            setattr(module, _NAME, wrapper)
+        self._norms: deque[tuple[frozenset[int], Tensor]] = deque(maxlen=_KEPT)
 
-    def _wrapped(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(original)
+    def wrap(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return `clip_grad_norm_` with each 2-norm kept."""
+
         def clip_grad_norm_(
             parameters: Any, max_norm: float, norm_type: float = 2.0, *args: Any, **kwargs: Any
         ) -> Tensor:
-            if torch.compiler.is_compiling():
-                return original(parameters, max_norm, norm_type, *args, **kwargs)
-            given = (
-                [parameters] if isinstance(parameters, Tensor) else list(parameters)
-            )  # a generator is read once
+            # As a list, because a generator can be read once only.
+            given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
             norm = original(given, max_norm, norm_type, *args, **kwargs)
             if norm_type == 2.0:
-                self._found.append((frozenset(id(p) for p in given), norm))
+                self._norms.append((frozenset(id(p) for p in given), norm))
             return norm
 
         return clip_grad_norm_
 
     def take(self, weights: Set[int]) -> Tensor | None:
-        """The norm of the gradient of all the `weights`; None where it was not asked for once since
-        the last step.
+        """Return the norm of the gradient of all `weights` (ids) since the last call.
+
+        None if the script did not compute it exactly once.
         """
-        whole = [norm for ids, norm in self._found if ids >= weights]
-        self._found.clear()
-        return whole[0] if len(whole) == 1 else None
+        complete = [norm for ids, norm in self._norms if ids >= weights]
+        self._norms.clear()
+        return complete[0] if len(complete) == 1 else None

@@ -1,60 +1,44 @@
-"""How ranks come together and part: whether every one of them is about to train, asked without
-being able to hang.
+"""Whether all ranks are about to train, found out without a collective that could block for ever.
 
-Watching a training of many ranks begins with a collective. Where only some ranks train (the others
-serve, evaluate, generate) those would wait in it for ever. So each says in the group's key-value
-store that it is here, and one key, which the first to decide sets for all, says whether they begin.
+Recording several ranks begins with a collective. If only some ranks train (the others serve,
+evaluate, generate), those would wait in it for ever. So each rank writes to the process group's
+key-value store that it is present, and one key, set by the first rank that decides, holds the
+decision for all.
 """
 
-import functools
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
-PATIENCE = timedelta(minutes=2)
-"""So long the ranks wait for each other's first forward."""
+from geodiag.hooks import torch_internals
+
+TIMEOUT = timedelta(minutes=2)
+"""How long ranks wait for each other's first forward."""
 
 
-def before_they_part(call: Callable[[], None]) -> None:
-    """Has `call` called before the process group is destroyed, and every other group with it."""
-    if not dist.is_available():
-        return
-    original = dist.destroy_process_group
-
-    @functools.wraps(original)
-    def destroy_process_group(group: Any = None) -> None:
-        if group is None or group == dist.group.WORLD:
-            call()
-        original(group)
-
-    dist.destroy_process_group = destroy_process_group
-
-
-def all_here(patience: timedelta = PATIENCE) -> bool:
-    """Whether all ranks begin now; the same answer on every rank."""
-    if _alone():
+def all_ranks_present(timeout: timedelta = TIMEOUT) -> bool:
+    """Return whether all ranks train; the same answer on every rank."""
+    if _single_process():
         return True
-    store = dist.distributed_c10d._get_default_store()
+    store = torch_internals.default_store()
     store.set(f"geodiag/here/{dist.get_rank()}", "here")
     try:
-        store.wait([f"geodiag/here/{rank}" for rank in range(dist.get_world_size())], patience)
-        word = "begin"
+        store.wait([f"geodiag/here/{rank}" for rank in range(dist.get_world_size())], timeout)
+        decision = "begin"
     except RuntimeError:
-        word = "leave"
-    return store.compare_set("geodiag/word", "", word) == b"begin"
+        decision = "leave"
+    return store.compare_set("geodiag/word", "", decision) == b"begin"
 
 
-def of_the_first(word: str) -> str:
-    """Rank 0's word, on every rank that has heard that all are here."""
-    if _alone():
-        return word
-    store = dist.distributed_c10d._get_default_store()
+def value_of_rank_0(value: str) -> str:
+    """Return rank 0's `value` on every rank. Call it only if all ranks are present."""
+    if _single_process():
+        return value
+    store = torch_internals.default_store()
     if dist.get_rank() == 0:
-        store.set("geodiag/first", word)
+        store.set("geodiag/first", value)
     return store.get("geodiag/first").decode()
 
 
-def _alone() -> bool:
+def _single_process() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1

@@ -1,7 +1,8 @@
-"""What `geodiag run` tells the processes of a command, in one environment variable, and what they
-leave for it to read.
+"""RunConfig: what `geodiag run` passes to the processes of a command, and the notes they leave.
 
-Nothing heavy is imported here: the command line reads it too.
+The configuration travels in one environment variable. A note is a line in a file, from which
+`geodiag run` explains why nothing was recorded. The command line imports this module, so it imports
+nothing heavy.
 """
 
 import contextlib
@@ -11,17 +12,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from geodiag.hooks.autorecord.sitecustomize_hook import ORDERS, note
+VARIABLE = "GEODIAG_RUN"
+"""The environment variable with a `RunConfig` as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Orders:
-    """What is to be recorded, and where."""
+class RunConfig:
+    """What is recorded, and where."""
 
     path: str
-    """The run directory, absolute: a script may change its folder before it trains."""
+    """The run directory, absolute: a script may change its working directory before it trains."""
     notes: str
-    """A folder for a line from each process that imported torch."""
+    """A folder for a note from each process that imports torch."""
     probe_every: int
     every: Mapping[str, int] = field(default_factory=dict)
     layers: str | None = None
@@ -29,28 +31,37 @@ class Orders:
     command: tuple[str, ...] = ()
 
     def environment(self) -> dict[str, str]:
-        """As the processes of the command get it."""
-        return {ORDERS: json.dumps(asdict(self))}
+        """Return the environment variable for the processes of the command."""
+        return {VARIABLE: json.dumps(asdict(self))}
 
     @classmethod
-    def of_environment(cls) -> "Orders":
-        """What this process was told."""
-        said = json.loads(os.environ[ORDERS])
-        return cls(**said | {"command": tuple(said["command"])})
+    def from_environment(cls) -> "RunConfig":
+        """Return the configuration of this process."""
+        values = json.loads(os.environ[VARIABLE])
+        return cls(**values | {"command": tuple(values["command"])})
 
     def note(self, weight: int, text: str) -> None:
-        """Leaves word how far this process came; see `why_nothing`."""
-        note(self.notes, weight, text)
+        """Write how far this process came; see `why_nothing`."""
+        write_note(self.notes, weight, text)
+
+
+def write_note(folder: str, weight: int, text: str) -> None:
+    """Write this process's note. Of all processes, `geodiag run` prints the note of most weight."""
+    try:
+        with open(os.path.join(folder, f"note-{os.getpid()}"), "w", encoding="utf-8") as file:
+            file.write(f"{weight} {text}")
+    except OSError:  # `geodiag run` itself has ended, and its folder of notes is gone
+        return
 
 
 def why_nothing(notes: Path) -> str:
-    """Why there is nothing on record, in the words of the process that came farthest."""
-    best = (
+    """Return why nothing was recorded: the note of the process that came farthest."""
+    farthest = (
         0,
         "nothing in the command imported torch, or its Python ignores PYTHONPATH (python -I, -E)",
     )
     for path in sorted(notes.glob("note-*")):
         with contextlib.suppress(OSError, ValueError):
             weight, _, text = path.read_text().partition(" ")
-            best = max(best, (int(weight), text))
-    return best[1]
+            farthest = max(farthest, (int(weight), text))
+    return farthest[1]

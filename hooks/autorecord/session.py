@@ -1,15 +1,13 @@
-"""The onlooker: finds the model that a script trains, with no word from it, and begins its
-recording.
+"""AutoRecorder: finds the model that an unedited script trains, and starts recording it.
 
-It looks on through torch's global hooks until a module is called with gradient that holds most of
-what the optimizers train; that call is already on record. Where the optimizer is made later, or
-holds but a part, the model is found when the optimizer first steps: of that step only the loss and
-the gradient norm are on record.
+torch's global hooks show every call of a module. The first module that is called with gradient and
+holds most of what the optimizers train is the model: its call under way is recorded already. If the
+optimizer is created later, or holds only a part, the model is found when the optimizer steps first;
+of that step only the loss and the gradient norm are recorded.
 """
 
 import contextlib
 import os
-import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -25,203 +23,231 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from geodiag import log
 from geodiag.errors import GeodiagError
-from geodiag.hooks.autorecord.auto_monitor import Recording, catch_up
-from geodiag.hooks.autorecord.backward_listener import Ear, Losses
-from geodiag.hooks.autorecord.clip_listener import Norms
-from geodiag.hooks.autorecord.model_search import best, holds_most, unwrapped
-from geodiag.hooks.autorecord.rank_rendezvous import before_they_part
-from geodiag.hooks.autorecord.run_config import Orders
-from geodiag.hooks.autorecord.torch_patches import hear_of_compiled_calls, hear_of_optimizers
+from geodiag.hooks import torch_internals
+from geodiag.hooks.autorecord.auto_monitor import AutoMonitor, run_new_hooks
+from geodiag.hooks.autorecord.backward_listener import BackwardListener, StepLosses
+from geodiag.hooks.autorecord.clip_listener import ClipListener
+from geodiag.hooks.autorecord.model_search import candidates, holds_most, unwrapped
+from geodiag.hooks.autorecord.run_config import RunConfig
+from geodiag.hooks.autorecord.torch_patches import (
+    TorchPatches,
+    Wrappers,
+    after_init,
+    before_compiled_calls,
+    before_groups_are_destroyed,
+)
+from geodiag.hooks.failure_guard import describe
 
 
-class Onlooker:
-    """One process of a command. Whatever fails in here is said once, and the program goes on
-    without it.
-    """
+class AutoRecorder:
+    """Records one process of a command. An error is reported once, and the program goes on."""
 
-    def __init__(self, orders: Orders) -> None:
-        self._orders, self._losses, self._norms = orders, Losses(), Norms()
-        self._recording: Recording | None = None
-        self._told: set[str] = set()
-        self._born: list[weakref.ref[Optimizer]] = []
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._monitor: AutoMonitor | None = None
+        """None until the model is found."""
+        self._reported: set[str] = set()
+
+        # The search for the model.
+        self._created: list[weakref.ref[Optimizer]] = []
         self._called: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-        """Modules that were called with gradient, and how many optimizers had been made when they
-        were looked at.
+        """Modules that were called with gradient; how many optimizers existed when each was
+        examined.
         """
-        self._hopeless: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        """Optimizers whose model was looked for in vain."""
-        self._looking: Any = None
-        self._ear = Ear(
-            guarded=self._guarded,
-            begins=lambda: self._recorded(Recording.goes_on),
-            ends=self._differentiated,
-            updated=lambda: self._recorded(Recording.scaler_updated),
+        self._unmatched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """Optimizers whose model was not found."""
+        self._forward_hook: Any = None
+
+        # What is heard of the training.
+        self._losses = StepLosses()
+        self._clipping = ClipListener()
+        backward = BackwardListener(
+            run=self._run,
+            begins=lambda: self._with_monitor(AutoMonitor.forward_or_backward_begins),
+            ends=self._backward_ended,
+            updated=lambda: self._with_monitor(AutoMonitor.scaler_updated),
         )
-        self._handles = [
-            register_optimizer_step_pre_hook(lambda optimizer, *_: self._will_step(optimizer)),
-            register_optimizer_step_post_hook(lambda optimizer, *_: self._stepped(optimizer)),
+        self._patches = TorchPatches(
+            Wrappers(
+                optimizer_init=after_init(self._optimizer_created),
+                module_compile=before_compiled_calls(self._compiled_module_called),
+                backward=backward.wrap_backward,
+                scaler_scale=backward.wrap_scale,
+                scaler_update=backward.wrap_update,
+                clip_grad_norm=self._clipping.wrap,
+                destroy_process_group=before_groups_are_destroyed(
+                    lambda: self._with_monitor(AutoMonitor.wait)
+                ),
+            )
+        )
+        self._step_hooks = [
+            register_optimizer_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer)),
+            register_optimizer_step_post_hook(lambda optimizer, *_: self._after_step(optimizer)),
         ]
-        hear_of_optimizers(self._made)
-        hear_of_compiled_calls(self._compiled_call)
-        before_they_part(lambda: self._recorded(Recording.wait))
-        # torch.compile warns of any global hook; this one does nothing in what is compiled.
+        # torch.compile warns of any global hook; this one does nothing in compiled code.
         warnings.filterwarnings(
             "ignore", r"Using `torch\.compile\(module\)` when there are global hooks"
         )
-        self._look()
+        self._start_search()
 
-    # -- what is heard of ----------------------------------------------------------------------
+    # -- what the training does --------------------------------------------------------------
 
-    def _made(self, optimizer: Optimizer) -> None:
-        self._born.append(weakref.ref(optimizer))
-        self._look()
+    def _optimizer_created(self, optimizer: Optimizer) -> None:
+        self._created.append(weakref.ref(optimizer))
+        self._start_search()
 
     @property
     def _optimizers(self) -> list[Optimizer]:
-        return [optimizer for ref in self._born if (optimizer := ref()) is not None]
+        return [optimizer for ref in self._created if (optimizer := ref()) is not None]
 
-    def _differentiated(self, losses: list[Tensor]) -> None:
+    def _backward_ended(self, losses: list[Tensor]) -> None:
         for loss in losses:
             self._losses.add(loss)
-        self._recorded(Recording.differentiated)
+        self._with_monitor(AutoMonitor.backward_ended)
 
-    def _will_step(self, optimizer: Optimizer) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
         if not torch.compiler.is_compiling():
-            self._guarded(lambda: self._steps(optimizer))
+            self._run(lambda: self._search_by_optimizer(optimizer))
 
-    def _stepped(self, optimizer: Optimizer) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         if torch.compiler.is_compiling():
-            if self._recording is not None:
-                self._recording.unheard = True  # all that the compiled step will do of this
+            # Of all this method does, the compiled step keeps this assignment alone.
+            if self._monitor is not None:
+                self._monitor.compiled_step_taken = True
             return
-        if self._recording is None:
-            self._guarded(lambda: self._steps(optimizer, over=True))
-        if self._recording is None:
-            self._losses.pass_by()
-        self._recorded(lambda recording: recording.stepped(optimizer))
+        if self._monitor is None:
+            self._run(lambda: self._search_by_optimizer(optimizer, step_over=True))
+        if self._monitor is None:
+            self._losses.discard()
+        self._with_monitor(lambda monitor: monitor.optimizer_stepped(optimizer))
 
-    # -- the search ----------------------------------------------------------------------------
+    # -- the search --------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        if self._looking is None and self._recording is None and self._ear.on:
-            self._looking = register_module_forward_pre_hook(self._forward)
+    def _start_search(self) -> None:
+        if self._forward_hook is None and self._monitor is None and self._patches.active:
+            self._forward_hook = register_module_forward_pre_hook(self._module_called)
 
-    def _look_away(self) -> None:
-        if self._looking is not None:
-            self._looking.remove()
-            self._looking = None
+    def _end_search(self) -> None:
+        if self._forward_hook is not None:
+            self._forward_hook.remove()
+            self._forward_hook = None
 
-    def _forward(self, module: nn.Module, args: Any) -> None:
+    def _module_called(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            self._guarded(lambda: self._called_with_gradient(module, args))
+            self._run(lambda: self._search_by_call(module, args))
 
-    def _compiled_call(self, module: nn.Module, args: Any) -> None:
-        if self._recording is None:
-            self._forward(module, args)
+    def _compiled_module_called(self, module: nn.Module, args: Any) -> None:
+        if self._monitor is None:
+            self._module_called(module, args)
         elif torch.is_grad_enabled():
-            self._recorded(lambda recording: recording.enters(module))
+            self._with_monitor(lambda monitor: monitor.compiled_module_called(module))
 
-    def _called_with_gradient(self, module: nn.Module, args: Any) -> None:
-        if self._recording is not None or self._called.get(module) == len(self._born):
+    def _search_by_call(self, module: nn.Module, args: Any) -> None:
+        """Start recording if `module`, which is being called with gradient, is the model."""
+        if self._monitor is not None or self._called.get(module) == len(self._created):
             return
         fresh = module not in self._called
-        self._called[module] = len(self._born)
+        self._called[module] = len(self._created)
         optimizers = self._optimizers
         if not optimizers or not holds_most(module, optimizers):
             return
-        if _ranks_are_still_apart():
-            self._called[module] = -1  # looked at again when they are together
+        if _ranks_not_connected():
+            self._called[module] = -1  # examined again when the process group exists
             return
         if not _has_layout(unwrapped(module), fresh):
             return
-        known = set(module._forward_pre_hooks)
-        self._begin(module, optimizers, fresh)
-        if unwrapped(module) is module and module._compiled_call_impl is None:
-            catch_up(module, args, known)
 
-    def _steps(self, optimizer: Optimizer, over: bool = False) -> None:
-        """The optimizer is about to step: its model has been called by now; with a closure, until
-        the step is over.
+        before = set(torch_internals.forward_pre_hooks(module))
+        self._start_recording(module, optimizers, fresh)
+        if unwrapped(module) is module and torch_internals.compiled_call(module) is None:
+            run_new_hooks(module, args, before)
+
+    def _search_by_optimizer(self, optimizer: Optimizer, step_over: bool = False) -> None:
+        """Start recording the model of an optimizer that steps: the model was called before.
+
+        With a closure the model is called inside of the step: known when the step is over.
         """
-        if self._recording is not None or optimizer in self._hopeless:
+        if self._monitor is not None or optimizer in self._unmatched:
             return
         optimizers = self._optimizers
-        candidates = best(self._called, optimizer)
-        found = next(
-            (m for m in candidates if _has_layout(unwrapped(m))), next(iter(candidates), None)
-        )
-        if found is None and not over:
+        found = candidates(self._called, optimizer)
+        model = next((m for m in found if _has_layout(unwrapped(m))), next(iter(found), None))
+        if model is None and not step_over:
             return
         try:
-            if found is None:
+            if model is None:
                 what = f"no module that was called holds what {type(optimizer).__name__} trains"
                 raise GeodiagError(
                     f"{what}; where a compiled function calls it, call geodiag.attach before that"
                 )
-            self._begin(found, optimizers if optimizer in optimizers else [*optimizers, optimizer])
-        except GeodiagError as e:
-            self._hopeless.add(optimizer)
-            self._orders.note(4, str(e))
-            self._say(f"{e}; training goes on unrecorded")
-            if all(o in self._hopeless for o in optimizers):
-                self._look_away()
+            known = optimizer in optimizers
+            self._start_recording(model, optimizers if known else [*optimizers, optimizer])
+        except GeodiagError as error:
+            self._unmatched.add(optimizer)
+            self._config.note(4, str(error))
+            self._report(f"{error}; training goes on unrecorded")
+            if all(o in self._unmatched for o in optimizers):
+                self._end_search()
 
-    def _begin(self, called: nn.Module, optimizers: list[Optimizer], fresh: bool = False) -> None:
-        heard = self._losses, self._norms
-        self._recording = Recording(self._orders, called, optimizers, *heard, self._say, fresh)
+    def _start_recording(
+        self, called: nn.Module, optimizers: list[Optimizer], fresh: bool = False
+    ) -> None:
+        self._monitor = AutoMonitor(
+            self._config,
+            called,
+            optimizers,
+            self._losses,
+            self._clipping,
+            report=self._report,
+            fresh=fresh,
+        )
         self._called.clear()
-        self._look_away()
+        self._end_search()
 
-    # -- whatever fails ------------------------------------------------------------------------
+    # -- failures ----------------------------------------------------------------------------
 
-    def _recorded(self, work: Callable[[Recording], None]) -> None:
-        recording = self._recording
-        if recording is not None and not recording.elsewhere:
-            self._guarded(lambda: work(recording))
+    def _with_monitor(self, work: Callable[[AutoMonitor], None]) -> None:
+        monitor = self._monitor
+        if monitor is not None and not monitor.in_forked_process:
+            self._run(lambda: work(monitor))
 
-    def _guarded(self, work: Callable[[], None]) -> None:
-        if not self._ear.on:
+    def _run(self, work: Callable[[], None]) -> None:
+        """Run a callback. The first error ends the recording; the training goes on."""
+        if not self._patches.active:
             return
         try:
             work()
-        except (
-            Exception
-        ) as e:  # looking on must not end a training: said once, and no more is looked at
-            self._give_up(e)
-            if self._recording is not None and isinstance(e, GeodiagError):
-                raise  # the ranks stand in the middle of what they do together: it cannot go on
+        except Exception as error:  # recording must not end a training
+            self.stop(error)
+            if self._monitor is not None and isinstance(error, GeodiagError):
+                raise  # ranks that are in a collective together: the training cannot go on
 
-    def _give_up(self, error: Exception) -> None:
-        self._ear.close()
-        self._look_away()
-        for handle in self._handles:
+    def stop(self, error: Exception) -> None:
+        """Remove every patch and hook, close the run and report why."""
+        self._patches.undo()
+        self._end_search()
+        for handle in self._step_hooks:
             handle.remove()
-        if self._recording is not None:
-            with contextlib.suppress(
-                Exception
-            ):  # what is on record already stays, whatever else fails
-                self._recording.give_up()
-        why = (
-            str(error)
-            if isinstance(error, GeodiagError)
-            else f"{type(error).__name__}: {error}".splitlines()[0]
-        )
-        self._orders.note(8, why)
-        self._say(f"{why}; training goes on unrecorded")
+        if self._monitor is not None:
+            with contextlib.suppress(Exception):  # what is recorded stays, whatever fails here
+                self._monitor.abandon()
+        why = str(error) if isinstance(error, GeodiagError) else describe(error)
+        self._config.note(8, why)
+        self._report(f"{why}; training goes on unrecorded")
 
-    def _say(self, what: str) -> None:
-        """Says it once, of several ranks the first one."""
-        if what not in self._told and os.environ.get("RANK", "0") == "0":
-            self._told.add(what)
-            print(f"geodiag: {what}", file=sys.stderr, flush=True)
+    def _report(self, line: str) -> None:
+        """Log a line once, on the first of several ranks."""
+        if line not in self._reported and os.environ.get("RANK", "0") == "0":
+            self._reported.add(line)
+            log.warning(f"geodiag: {line}")
 
 
-def _ranks_are_still_apart() -> bool:
-    """Whether this is one rank of several that do not know each other yet."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not (
-        dist.is_available() and dist.is_initialized()
-    )
+def _ranks_not_connected() -> bool:
+    """True for one rank of several before the process group exists."""
+    connected = dist.is_available() and dist.is_initialized()
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not connected
 
 
 def _has_layout(model: nn.Module, fresh: bool = False) -> bool:
@@ -234,8 +260,6 @@ def _has_layout(model: nn.Module, fresh: bool = False) -> bool:
     return True
 
 
-def look_out() -> None:
-    """Looks on from here to the end of the process: right behind the import of torch, before the
-    program goes on.
-    """
-    Onlooker(Orders.of_environment())
+def start() -> None:
+    """Record this process from here to its end. Called right after the import of torch."""
+    AutoRecorder(RunConfig.from_environment())

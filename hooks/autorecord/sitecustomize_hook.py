@@ -1,32 +1,39 @@
-"""For scripts that nobody edited: every Python process of `geodiag run` loads this file, as its
-sitecustomize.
+"""For unedited scripts: every Python process of `geodiag run` loads this file as `sitecustomize`.
 
-It stands alone, and costs a process next to nothing: anything of geodiag is loaded only where a
-program imports torch of its own accord, right behind it.
+It is copied to a folder of its own and imported by no module of geodiag: Python may not find geodiag
+at all. A process that does not import torch pays next to nothing; in others geodiag is loaded right
+after torch.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-ORDERS = "GEODIAG_RUN"
-"""The environment variable with what is to be recorded, as JSON; see
-`geodiag.hooks.autorecord.run_config`.
-"""
+# Copies of what is in geodiag.hooks.autorecord.run_config; a test compares them.
+VARIABLE = "GEODIAG_RUN"
+
+
+def write_note(folder: str, weight: int, text: str) -> None:
+    """Write this process's note. Of all processes, `geodiag run` prints the note of most weight."""
+    try:
+        with open(os.path.join(folder, f"note-{os.getpid()}"), "w", encoding="utf-8") as file:
+            file.write(f"{weight} {text}")
+    except OSError:  # `geodiag run` itself has ended, and its folder of notes is gone
+        return
 
 
 class AfterTorch:
-    """Stands first among the finders of modules, finds none, and calls `begin` when torch has been
-    imported.
-    """
+    """The first finder of modules: finds none, and calls `begin` when torch has been imported."""
 
     def __init__(self, begin: Callable[[], None]) -> None:
         self._begin = begin
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """What the other finders say. Looking whether torch is there is not importing it, so it
-        only waits.
+        """Return the other finders' spec of torch, whose loader then calls `begin`.
+
+        A program may look for torch without importing it; nothing happens then.
         """
         if name != "torch":
             return None
@@ -50,59 +57,39 @@ class AfterTorch:
 
 
 def begin() -> None:
-    """Torch is there: looks out for a training. Whatever fails, the program goes on."""
+    """Start geodiag, now that torch is imported. Whatever fails, the program goes on."""
     import json
 
     try:
-        notes = json.loads(os.environ[ORDERS])["notes"]
-        note(notes, 1, "no optimizer of torch took a step")
-        from geodiag.hooks.autorecord.session import look_out
+        notes = json.loads(os.environ[VARIABLE])["notes"]
+        write_note(notes, 1, "no optimizer of torch took a step")
+        from geodiag.hooks.autorecord.session import start
 
-        look_out()
-    except ModuleNotFoundError as e:
-        note(
-            notes,
-            2,
-            f"{sys.executable} has no {e.name}; install geodiag there: {sys.executable} -m pip install geodiag",
-        )
-    except (
-        Exception
-    ) as e:  # this runs inside of the program's own `import torch`, which must not fail for it
-        print(
-            f"geodiag cannot look into this process: {type(e).__name__}: {e}",
-            file=sys.stderr,
-            flush=True,
-        )
+        start()
+    except ModuleNotFoundError as error:
+        fix = f"install geodiag there: {sys.executable} -m pip install geodiag"
+        write_note(notes, 2, f"{sys.executable} has no {error.name}; {fix}")
+    except Exception as error:  # this is inside the program's `import torch`, which must not fail
+        what = f"geodiag cannot record this process: {type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):  # stderr may be closed
+            print(what, file=sys.stderr, flush=True)
 
 
-def note(folder: str, weight: int, text: str) -> None:
-    """Leaves word how far this process came: the heaviest note is what `geodiag run` says if
-    nothing was recorded.
-    """
-    try:
-        with open(os.path.join(folder, f"note-{os.getpid()}"), "w", encoding="utf-8") as file:
-            file.write(f"{weight} {text}")
-    except OSError:  # `geodiag run` itself is gone, and nobody will read it
-        return
-
-
-def give_way() -> None:
-    """Loads the sitecustomize that this file came before, if there is one, in its place and under
-    its name.
-    """
+def load_own_sitecustomize() -> None:
+    """Load the environment's own sitecustomize, which this file hides, under its name."""
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [p for p in sys.path if p != here]
     ours = sys.modules.pop("sitecustomize")
     try:
         import sitecustomize  # type: ignore[import-not-found]  # noqa: F401
-    except ModuleNotFoundError as e:
-        if e.name != "sitecustomize":
+    except ModuleNotFoundError as error:
+        if error.name != "sitecustomize":
             raise
     finally:
         sys.modules.setdefault("sitecustomize", ours)
 
 
 if __name__ == "sitecustomize":
-    if ORDERS in os.environ and "torch" not in sys.modules:
+    if VARIABLE in os.environ and "torch" not in sys.modules:
         sys.meta_path.insert(0, AfterTorch(begin))
-    give_way()
+    load_own_sitecustomize()

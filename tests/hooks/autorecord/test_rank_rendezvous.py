@@ -1,6 +1,4 @@
-"""Ranks that come together, and ranks of which some never come: each learns the same, and none
-waits for ever.
-"""
+"""All ranks train, or some never do: each rank gets the same answer, and none waits for ever."""
 
 import threading
 from collections.abc import Callable
@@ -9,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from geodiag.hooks.autorecord.rank_rendezvous import all_here, before_they_part, of_the_first
+from geodiag.hooks.autorecord.rank_rendezvous import all_ranks_present, value_of_rank_0
 
 SOON = timedelta(seconds=0.2)
 
@@ -32,14 +30,14 @@ def of_two(me: threading.local) -> Callable[[int, timedelta], bool]:
 
     def muster(rank: int, patience: timedelta) -> bool:
         me.rank = rank
-        return all_here(patience)
+        return all_ranks_present(patience)
 
     return muster
 
 
 def test_the_first_ranks_word_is_everyones(me: threading.local) -> None:
     for me.rank, own in enumerate(("runs/first", "runs/second")):
-        assert of_the_first(own) == "runs/first"
+        assert value_of_rank_0(own) == "runs/first"
 
 
 def test_ranks_that_all_come_begin(of_two) -> None:
@@ -57,15 +55,4 @@ def test_a_rank_that_waited_in_vain_decides_for_the_one_that_comes_late(of_two) 
 
 
 def test_a_process_alone_waits_for_nobody() -> None:
-    assert all_here(timedelta(0))
-
-
-def test_the_call_comes_before_all_groups_end_and_not_when_one_does(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    said: list[object] = []
-    monkeypatch.setattr(dist, "destroy_process_group", lambda group=None: said.append(group))
-    before_they_part(lambda: said.append("call"))
-    dist.destroy_process_group()
-    dist.destroy_process_group("one of them")
-    assert said == ["call", None, "one of them"]
+    assert all_ranks_present(timedelta(0))

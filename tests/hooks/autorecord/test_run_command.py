@@ -218,7 +218,7 @@ def test_a_script_that_attaches_geodiag_itself_keeps_its_own_record(folder: Path
 def test_a_failure_of_geodiag_is_said_once_and_the_training_goes_on(
     folder: Path, monkeypatch
 ) -> None:
-    broken = "import geodiag.hooks.autorecord.model_search as s\ns.held = lambda *_: 1 / 0\n"
+    broken = "import geodiag.hooks.autorecord.model_search as s\ns.count_held = lambda *_: 1 / 0\n"
     done = watched(folder, "import torch\n" + broken + unedited.PLAIN)
     nothing(done, "ZeroDivisionError")
     assert done.stderr.count("training goes on unrecorded") == 1
