@@ -1,7 +1,7 @@
 """Types that describe a model to geodiag: its residual sites, routers, experts and attention.
 
-An adapter returns a `Layout`. Everything in it is reached through functions (`watch`, `weights`, …),
-so that geodiag never depends on the names and shapes of one model family. All views follow one
+An adapter returns a `Layout`. Everything in it is reached through functions (`watch`, `weights`,
+…), so that geodiag never depends on the names and shapes of one model family. All views follow one
 convention, whatever the model's own is: H_res is applied as x' = res @ x, weights as x @ W.
 """
 
@@ -200,7 +200,7 @@ class ExpertSite:
     row_tokens: Callable[[Tensor], Tensor]
     """expert ids (T, K) → the token of each row of the routed experts' ActView"""
     measure: Callable[[Tensor | None], object] | None = None
-    """Makes the kernels count while the flag, a tensor on the device, is not 0; None switches off"""
+    """Makes the kernels count while the flag on the device is not 0; None switches it off"""
     set_limit: Callable[[float | None], None] | None = None
     """Sets the clamp of gate and up; None removes it"""
 

@@ -57,7 +57,7 @@ def expert_site(layer: int, mlp: Any) -> ExpertSite:
 
 
 class _GateRecorder:
-    """Replaces an experts module's `_apply_gate` and copies each call's tensors to all listeners."""
+    """Replaces an experts module's `_apply_gate` and gives each call's tensors to all listeners."""
 
     def __init__(self, experts: Any) -> None:
         self.experts = experts

@@ -5,11 +5,11 @@
 A period begins with an optional rollback and keeps the policy's lasting actions (routing, lower
 learning rate, clamp) for `policy.period` steps after the routing's warm-up. A spike during a period
 extends the period; only a period that began without a rollback can still roll back. A period whose
-loss has not recovered goes on until it has, for at most one more period. During the cooldown a spike
-starts no new period, except a loss that is not finite. `policy.budget` limits the number of periods.
-Mode `off` records each decision and does nothing, `auto` acts, `on` keeps routing on. The controller
-has no clock but the step number, touches no model, and records a reason for every decision, so that
-all ranks reach the same decision from the same observations.
+loss has not recovered goes on until it has, for at most one more period. During the cooldown a
+spike starts no new period, except a loss that is not finite. `policy.budget` limits the number of
+periods. Mode `off` records each decision and does nothing, `auto` acts, `on` keeps routing on. The
+controller has no clock but the step number, touches no model, and records a reason for every
+decision, so that all ranks reach the same decision from the same observations.
 """
 
 from collections.abc import Sequence

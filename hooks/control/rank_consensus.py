@@ -3,13 +3,13 @@
 No rank decides for another. Once a step every rank sends one message (see
 `distributed.rank_exchange`) and receives the messages of all ranks; each rank's controller then
 decides from the same numbers and reaches the same decision. Only rank 0 reads `control.json`, since
-ranks that read the file at different moments would switch at different steps; its request travels in
-the message, and all ranks apply it at the same step. A rank whose routing failed reports that in its
-message, and all ranks return to today's choice together. A rollback uses only snapshots that every
-rank has. The message also carries a checksum of the controller's state, so that controllers that
-differ (one rank was resumed and another was not, or a rollback failed on one rank) are noticed by all
-ranks at once. Ranks that differ or lost their connection end the training with an error if it is
-steered; ranks that only record continue, each by itself.
+ranks that read the file at different moments would switch at different steps; its request travels
+in the message, and all ranks apply it at the same step. A rank whose routing failed reports that in
+its message, and all ranks return to today's choice together. A rollback uses only snapshots that
+every rank has. The message also carries a checksum of the controller's state, so that controllers
+that differ (one rank was resumed and another was not, or a rollback failed on one rank) are noticed
+by all ranks at once. Ranks that differ or lost their connection end the training with an error if
+it is steered; ranks that only record continue.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Steering: carries out the controller's decisions and people's requests, and records each of them."""
+"""Steering: carries out and records the controller's decisions and people's requests."""
 
 import time
 from collections.abc import Callable

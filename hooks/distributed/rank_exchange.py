@@ -1,11 +1,12 @@
 """Messages between the ranks of one training: one packed all-reduce per step.
 
-The all-reduce runs in the writer's thread, on a gloo group that only geodiag uses, so that it cannot
-interleave with the training's collectives and never waits for a device. Every rank enters it exactly
-once per step with a buffer of one fixed size, even if recording the step failed, because the other
-ranks block until every rank has sent one. After it all ranks hold identical messages, and whatever is
-computed from them is identical on every rank. A rank that does not answer within `TIMEOUT`, or whose
-connection breaks, is given up: the remaining ranks set `connection_error` and continue alone.
+The all-reduce runs in the writer's thread, on a gloo group that only geodiag uses, so that it
+cannot interleave with the training's collectives and never waits for a device. Every rank enters it
+exactly once per step with a buffer of one fixed size, even if recording the step failed, because
+the other ranks block until every rank has sent one. After it all ranks hold identical messages, and
+whatever is computed from them is identical on every rank. A rank that does not answer within
+`TIMEOUT`, or whose connection breaks, is given up: the remaining ranks set `connection_error` and
+continue alone.
 """
 
 import os
@@ -55,8 +56,8 @@ class Ranks:
             return cls()
         if not dist.is_gloo_available():
             raise GeodiagError(
-                "geodiag needs gloo for messages between ranks, and this torch was built without it; "
-                "install a torch that has gloo"
+                "geodiag needs gloo for messages between ranks, and this torch was built without "
+                "it; install a torch that has gloo"
             )
         return cls(rank, world, dist.new_group(backend="gloo", timeout=TIMEOUT))
 
@@ -145,7 +146,7 @@ class Ranks:
         return values
 
     def raise_on_all(self, failure: str | None, undo: Callable[[], Any] | None = None) -> None:
-        """Raise the first rank's failure as GeodiagError on every rank, after `undo`. Collective."""
+        """Raise the first rank's failure on every rank, after `undo`. Collective."""
         first = next((f for f in self.gather(failure) if f is not None), None)
         if first is None:
             return

@@ -1,8 +1,8 @@
 """Weights that are sharded over ranks: this rank's part, and the full weights for a short time.
 
 A function that communicates is marked "Collective": every rank must call it. All other functions
-are local. A DTensor is recognized by its `placements`, a module managed by `fully_shard` by its class
-name, so that this module works with every torch version that geodiag supports.
+are local. A DTensor is recognized by its `placements`, and a module managed by `fully_shard` by
+its class name, so that the packages of torch.distributed need not be imported.
 """
 
 import math
@@ -23,8 +23,8 @@ V = TypeVar("V")
 class CollectiveAborted(BaseException):
     """This rank left a forward whose collectives the other ranks are still waiting in.
 
-    A BaseException: if it were caught and ignored, the training's next collective on this rank would
-    be matched with the abandoned one on the other ranks.
+    A BaseException: if it were caught and ignored, the training's next collective on this rank
+    would be matched with the abandoned one on the other ranks.
     """
 
 

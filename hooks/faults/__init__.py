@@ -1,4 +1,4 @@
-"""Faults planted on purpose in a running training, to test what geodiag finds (`geodiag.faults`)."""
+"""`geodiag.faults`: faults planted in a running training, to test what geodiag finds."""
 
 from geodiag.hooks.faults.catalogue import page
 from geodiag.hooks.faults.injector import Faults, plant

@@ -22,9 +22,9 @@ def _ignore(*_args: Any, **_kwargs: Any) -> None:
 class Faults:
     """Plant faults in a model that is being trained.
 
-    Call `before_step` before each step and `batch` on the step's tokens. Each fault is planted once,
-    even where a training goes back to its step. `tell` receives an event for each planted fault.
-    GeodiagError where the model does not have what a fault needs.
+    Call `before_step` before each step and `batch` on the step's tokens. Each fault is planted
+    once, even where a training goes back to its step. `tell` receives an event for each planted
+    fault. GeodiagError where the model does not have what a fault needs.
     """
 
     def __init__(
@@ -77,7 +77,8 @@ class Faults:
     def batch(self, step: int, token_ids: Tensor, vocab: int) -> Tensor:
         """Return the tokens of all micro-batches of `step`: unchanged, or noise during `far-batch`.
 
-        `step` is the step that trains on the tokens, which may come long after the batch was fetched.
+        `step` is the step that trains on the tokens, which may come long after the batch was
+        fetched.
         """
         if not any(f.kind == "far-batch" and f.step <= step <= f.last_step for f in self.faults):
             return token_ids

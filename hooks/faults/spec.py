@@ -26,7 +26,7 @@ class Kind:
     place: str | None
     """What a layer must have: experts, router, bias, res or block. None for a fault of no layer."""
     lasts: bool = False
-    """True for a disturbance that is removed after `LASTING` steps, False for a weight that stays."""
+    """True if the fault is removed after `LASTING` steps, False if it changes a weight for good."""
     grows: bool = True
     """Whether planting the fault again makes it larger."""
 
@@ -109,7 +109,7 @@ class Fault:
 
     @property
     def last_step(self) -> int:
-        """The last disturbed step; for a fault of a weight, the last step at which it is planted."""
+        """The last disturbed step; for a fault of a weight, the last step of planting."""
         last_planted = self.planted[-1]
         return last_planted + LASTING - 1 if KINDS[self.kind].lasts else last_planted
 

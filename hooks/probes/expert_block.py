@@ -1,8 +1,8 @@
 """The expert block as a function: shared and routed experts at any input and any choice.
 
 Every expert is applied to every token, and the choice only sets the weights of the sum. This needs
-no sorting and reads nothing on the host, and two choices that are compared sum the same terms in the
-same order. It is meant for the few tokens of a probe.
+no sorting and reads nothing on the host, and two choices that are compared sum the same terms in
+the same order. It is meant for the few tokens of a probe.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Perturbation growth: how much a small change of the stream at a layer's input grows to the end.
 
-One forward measures all layers: its batch is one piece of the probe batch, copied once unchanged and
-once for each layer with the stream changed at this layer. Compare the result with
+One forward measures all layers: its batch is one piece of the probe batch, copied once unchanged
+and once for each layer with the stream changed at this layer. Compare the result with
 `spectral_norm_product`, the growth that the residual maps alone could cause.
 """
 

@@ -105,7 +105,7 @@ class ProbeForward:
                     self._handles += watch(sink)
 
     def _hook_streams(self, layout: Layout) -> None:
-        # The input of a site is the output of the site before; the first site's input is not needed.
+        # A site's input is the output of the site before; the first site's input is not needed.
         for index, site in enumerate(layout.sites[1:]):
             sink = self._sink("streams", partial(self._write_site_input, index), "tokens")
             self._handles += site.watch_mix(sink)

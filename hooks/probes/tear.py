@@ -1,4 +1,4 @@
-"""Tear: the jump of the expert block's output when the choice of experts changes at a fixed input."""
+"""Tear: the jump of the expert block's output when only the choice of experts changes."""
 
 from typing import NamedTuple
 

@@ -31,7 +31,7 @@ class WeightSpectra:
 
     @torch.no_grad()
     def run(self) -> dict[str, dict[int, Tensor]]:
-        """Return weight (`router`, `gate`, `up`, `down`) → layer → estimate, for recorded layers."""
+        """Return weight (router, gate, up, down) → layer → estimate, for recorded layers."""
         recorded = [(i, m) for i, m in enumerate(self.layout.layers) if self.layout.watches(i)]
         result: dict[str, dict[int, Tensor]] = {}
         for layer, norms in for_each_gathered(recorded, self._norms).items():

@@ -7,11 +7,11 @@ Source: arXiv 2606.19348 §4.2.3, for the same batch and every learned router.
 At step t the batch of step t+Δ is fetched, and one forward without gradients at θ_t captures every
 learned router's expert ids. Batch and ids wait together in a queue of Δ steps, because ids are only
 valid for the tokens that they were chosen for. When the batch is trained on at step t+Δ, the ids
-replace the routers' own choice; the gate weights are gathered from θ_{t+Δ}'s scores at these ids, so
-gradients flow. During warmup the first Δ batches train with today's choice; during drain no new ids
-are captured and the queued ids are used up. The capture is isolated: random states, buffers, load
-counters and modes are restored after it. With Δ = 0 the training is bitwise the plain one. If a
-capture or a replay fails, the mode returns to today's choice, the queued ids are discarded, the
+replace the routers' own choice; the gate weights are gathered from θ_{t+Δ}'s scores at these ids,
+so gradients flow. During warmup the first Δ batches train with today's choice; during drain no new
+ids are captured and the queued ids are used up. The capture is isolated: random states, buffers,
+load counters and modes are restored after it. With Δ = 0 the training is bitwise the plain one. If
+a capture or a replay fails, the mode returns to today's choice, the queued ids are discarded, the
 batches are kept, and `on_failure` is called.
 """
 
@@ -51,7 +51,7 @@ class _QueuedBatch:
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """Call `model` on `batch`: a mapping as keyword arguments, anything else as the one argument."""
+    """Call `model` on `batch`: a mapping as keyword arguments, anything else as one argument."""
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 

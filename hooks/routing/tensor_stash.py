@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorStash:
-    """Several tensors packed into one flat tensor, so that each direction is one asynchronous copy."""
+    """Tensors packed into one flat tensor, so that each direction is one asynchronous copy."""
 
     flat: Tensor
     shapes: tuple[torch.Size, ...]

@@ -18,7 +18,7 @@ class ReplayableLoader:
         self.position = position
         """Position of the batch that comes next."""
         self._head = position
-        """Position of the batch that the loader yields next; more than `position` during a replay."""
+        """Position of the batch that the loader yields next; beyond `position` during a replay."""
         self._buffer: deque[Any] = deque()
         """Batches `_head - len(_buffer)` to `_head - 1`."""
         self._handed_out: deque[int] = deque(maxlen=1 << 16)

@@ -6,9 +6,9 @@ holds the position in the data, the routing's queue and the state of detector an
 loader buffers every batch from the oldest snapshot on. `go_back` restores a snapshot, rewinds the
 loader and discards the routing's queue, so that the next batch is the one that was trained on after
 the snapshot; it can skip the batches of given steps. Detector and controller keep their state in a
-rollback, or they would make the same decision again; a resume restores it. A resume in a new process
-uses the newest snapshot that every rank has on disk. If a restore fails during a rollback, training
-continues where it is; if a resume fails on one rank, it fails on every rank.
+rollback, or they would make the same decision again; a resume restores it. A resume in a new
+process uses the newest snapshot that every rank has on disk. If a restore fails during a rollback,
+training continues where it is; if a resume fails on one rank, it fails on every rank.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -85,7 +85,7 @@ class Rollback:
         return [s for s in self.snapshots.steps if s in self._positions]
 
     def after_step(self, next_step: int, healthy: bool) -> None:
-        """Note the position in the data, and take a snapshot if one is due and training `healthy`."""
+        """Note the position in the data; take a snapshot if one is due and training is healthy."""
         if self.snapshots is None:
             return
         if self._loader is not None:

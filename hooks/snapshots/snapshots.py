@@ -3,11 +3,12 @@
 A snapshot holds the state before a step: a tree of plain values, and one flat host buffer with all
 tensors. `take` starts an asynchronous copy on a GPU; the forward and backward of the next step run
 meanwhile, and a hook before each optimizer step orders the weight update after the copy. All
-snapshots together stay within a budget of bytes: in memory the oldest is freed before the next one is
-taken, on disk the last complete one stays until the next is complete. A snapshot is skipped while the
-disk is still busy with the one before. `restore` writes all tensors back in place and drops the later
-snapshots, which belong to a discarded past. What is restored is bitwise what was taken. A snapshot
-that does not fit into the budget or on the disk raises an error, and training goes on without it.
+snapshots together stay within a budget of bytes: in memory the oldest is freed before the next one
+is taken, on disk the last complete one stays until the next is complete. A snapshot is skipped
+while the disk is still busy with the one before. `restore` writes all tensors back in place and
+drops the later snapshots, which belong to a discarded past. What is restored is bitwise what was
+taken. A snapshot that does not fit into the budget or on the disk raises an error, and training
+goes on without it.
 """
 
 import shutil
@@ -58,13 +59,13 @@ class Snapshots:
         for batch in run.batches(loader): ...
 
     things: everything that changes during training: models, optimizers, and objects with
-    `state_dict` and `load_state_dict` (a scheduler, a scaler, a counter). Random states are included
-    automatically. Code other than the optimizers that changes weights calls `settle` first, because
-    a copy may still be running.
+    `state_dict` and `load_state_dict` (a scheduler, a scaler, a counter). Random states are
+    included automatically. Code other than the optimizers that changes weights calls `settle`
+    first, because a copy may still be running.
 
     every: steps between snapshots. where: `memory` (page-locked for a GPU) or `disk`
-    (`RUN/snapshots`, as torch.distributed.checkpoint, one folder per rank). max_bytes: budget of all
-    snapshots together; by default half of the free memory or disk. keep: maximal number of
+    (`RUN/snapshots`, as torch.distributed.checkpoint, one folder per rank). max_bytes: budget of
+    all snapshots together; by default half of the free memory or disk. keep: maximal number of
     snapshots. ValueError for objects that cannot be saved.
     """
 
@@ -259,7 +260,7 @@ _CPU = torch.device("cpu")
 
 
 def _flat(things: tuple[Any, ...]) -> list[Any]:
-    """Return the objects to be saved, those in lists included. ValueError if one cannot be saved."""
+    """Return the objects to save, those in lists included. ValueError if one cannot be saved."""
     parts: list[Any] = []
     for thing in things:
         parts += thing if isinstance(thing, list | tuple) else [thing]

@@ -170,7 +170,7 @@ class TreeSlot:
 
 
 def split_tensors(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Return a copy of the tree with a `TreeSlot` for every tensor, and the tensors by their path."""
+    """Return a copy of the tree with a `TreeSlot` per tensor, and the tensors by their path."""
     tensors: dict[str, Tensor] = {}
     return _split(tree, "", tensors), tensors
 

@@ -204,7 +204,7 @@ def test_gradient_growth_is_the_ratio_of_the_streams_gradients(recorded: tuple) 
 
 
 def pre_activations(model: Any, seen: Seen, layer: int) -> tuple[dict[int, Tensor], Tensor]:
-    """Expert → its tokens' gate and up, and the shared expert's, from weights and captured inputs."""
+    """Expert → gate and up of its tokens; and the shared expert's, from weights and inputs."""
     mlp, x = model.model.layers[layer].mlp, seen.hidden[layer].double()
     ids = seen.gates[layer][2]
     routed = {

@@ -118,8 +118,8 @@ def test_ranks_that_cannot_be_talked_to_are_not_switched_one_by_one(
     live.monitor.close()
     (answer,) = live.events("acknowledge")
     assert (
-        "the other ranks cannot be reached; call torch.distributed.init_process_group before geodiag.attach"
-        in answer["message"]
+        "the other ranks cannot be reached; "
+        "call torch.distributed.init_process_group before geodiag.attach" in answer["message"]
     )
     assert live.modes() == ["off", "off"]
 

@@ -100,7 +100,7 @@ def unwatched(folder: Path, parallel: str) -> dict[str, Any]:
 
 
 def steer(folder: Path, parallel: str) -> dict[str, Any]:
-    """Routing auto, and back to a snapshot: only rank 0's loss goes up, and all must do the same."""
+    """Routing auto with rollback: only rank 0's loss rises, and all ranks must act alike."""
     t = made(parallel)
     routing = geodiag.AnticipatoryRouting(
         t.model,

@@ -247,7 +247,7 @@ def test_lr_shock_scales_the_learning_rate_while_it_lasts(trained: Trainer) -> N
 
 
 def test_far_batch_is_other_noise_each_step_and_the_same_each_time(trained: Trainer) -> None:
-    """Also of steps that are not under way yet: anticipatory routing fetches their batches ahead."""
+    """Also for later steps: anticipatory routing fetches their batches ahead."""
     faults, during = lasting(trained, "far-batch@3")
     again, _ = lasting(trained, "far-batch@3")
     ids, before = small.tokens(0), small.tokens(0)
@@ -368,8 +368,8 @@ def test_a_fault_of_a_weight_grows_in_the_expert_where_it_began(trained: Trainer
     assert scales == [1, 1, 1, 2, 4, 8, 8, 8]
     (said,) = told
     assert (
-        said["a"][1]
-        == "planted expert-scale: one expert's gate and up weights times 2, again at every step to 5"
+        said["a"][1] == "planted expert-scale: one expert's gate and up weights times 2, "
+        "again at every step to 5"
     )
     assert said["data"]["last_step"] == 5
 
@@ -500,7 +500,8 @@ def test_every_part_of_a_fault_is_read() -> None:
         ("bias-kick@5-5", "bias-kick@5-5 ends before it grows; write FIRST-LAST, e.g. 5-35"),
         (
             "lr-shock@5-500=10",
-            "lr-shock@5-500=10 grows beyond the largest float; pass a smaller MAGNITUDE, or fewer steps",
+            "lr-shock@5-500=10 grows beyond the largest float; "
+            "pass a smaller MAGNITUDE, or fewer steps",
         ),
         ("bias-kick@5-", "write KIND@STEP[-LAST][:LAYER][=MAGNITUDE]"),
     ],

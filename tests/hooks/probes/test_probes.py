@@ -59,7 +59,7 @@ class Subject:
             p.data += 0.15 * p.data.abs().mean() * torch.randn(p.shape, generator=generator)
 
     def choices(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Layer by layer (input of the block, ids, weights), seen by hooks of our own in eval mode."""
+        """By layer: input of the block, ids and weights, from separate hooks in eval mode."""
         seen: list[Any] = [None] * len(self.moes)
         inputs: list[Any] = [None] * len(self.moes)
         handles = []

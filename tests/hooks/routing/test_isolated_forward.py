@@ -193,7 +193,8 @@ def mixed(
     out = []
     for n, ids in enumerate(routing.batches(source(t, steps=5)), 1):
         if delay is not None:
-            routing.enable()  # at the second step: the first has shown the precision that is trained in
+            # At the second step: the first forward has set the precision of the training.
+            routing.enable()
         with torch.autocast("cpu", dtype):
             loss = t.model.loss(t.model(ids[:, :-1]), ids[:, 1:]).total
         scaler.scale(loss).backward()

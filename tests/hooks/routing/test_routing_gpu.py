@@ -1,4 +1,4 @@
-"""On a GPU: the same bits as without routing, wherever ids wait; and nothing waits for the device."""
+"""On a GPU: bitwise the same losses wherever ids are kept, and no wait for the device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -191,7 +191,7 @@ def test_delay_0_and_rollback_together_are_still_the_clean_run(tmp_path: Path) -
 def test_a_snapshot_taken_while_routing_is_on_brings_its_past_back(
     tmp_path: Path, variant: str
 ) -> None:
-    """Routing on from the start: going back gives the very steps that were there before the fault."""
+    """Routing on from the start: a rollback repeats exactly the steps before the fault."""
 
     def make(model: Any) -> Any:
         if variant == "router-lag":
@@ -338,7 +338,7 @@ def test_what_a_policy_needs_is_asked_for_at_once(tmp_path: Path) -> None:
 def test_in_another_epoch_it_goes_back_to_nothing_that_the_data_cannot_follow(
     tmp_path: Path,
 ) -> None:
-    """A fault right after the second call of `batches`: the snapshots are of the first one's data."""
+    """A fault after the second call of `batches`: the snapshots belong to the first call's data."""
     live = Live(tmp_path / "run", policy=ROLLBACK).train(42)
     live.train(STEPS)
     live.monitor.close()

@@ -154,7 +154,7 @@ def test_of_a_large_budget_only_as_many_as_asked_for_are_kept() -> None:
     assert snapshots.steps == [2, 3]
 
 
-def test_a_model_that_exceeds_the_budget_is_refused_at_once_and_one_with_its_optimizer_in_time() -> (
+def test_a_model_beyond_the_budget_is_refused_at_once_and_its_optimizer_at_the_first_snapshot() -> (
     None
 ):
     model = nn.Linear(100, 100)
