@@ -1,4 +1,4 @@
-"""control.json: a request for a routing mode, written by a page or the CLI, read by the training."""
+"""control.json: a request for a routing mode, from a page or the CLI to the training."""
 
 import time
 import uuid

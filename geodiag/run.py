@@ -49,7 +49,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Run":
-        """Open a run for reading; `path` may be any fsspec URL. GeodiagError where there is none."""
+        """Open the run at `path`, any fsspec URL, for reading. GeodiagError where there is none."""
         store = Folder.of(path)
         manifest = store.read_json("run.json")
         if isinstance(manifest, dict):
@@ -218,7 +218,8 @@ class Run:
         ranks: Literal["each", "merged"] = "each",
     ) -> "pd.DataFrame":
         """Return `read_arrow` as a pandas DataFrame; dictionary columns become categoricals."""
-        return self.read_arrow(table, columns, steps, attempt, ranks).to_pandas()
+        frame: pd.DataFrame = self.read_arrow(table, columns, steps, attempt, ranks).to_pandas()
+        return frame
 
     def as_of_attempt(self, attempt: int) -> "Run":
         """Return the run, for reading, as it was when `attempt` was the newest one.
@@ -239,7 +240,7 @@ class Run:
         return fresh if self._as_of is None else fresh.as_of_attempt(self._as_of)
 
     def status(self) -> Status:
-        """Return the status of the run; a `running` one whose process has ended is `interrupted`."""
+        """Return the status; a `running` run whose process has ended is `interrupted`."""
         manifest = self.manifest if self._writer else self._store.read_json("run.json")
         written = manifest.get("status") if isinstance(manifest, dict) else None
         for status in _ENDED:

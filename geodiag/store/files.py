@@ -1,4 +1,4 @@
-"""Files of a run: whole or not at all when written, anywhere fsspec reaches when read."""
+"""Files of a run: written whole or not at all, read from anywhere fsspec reaches."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from geodiag.jsonable import jsonable
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    """Write `text` to `path` so that a reader gets the old content or the new, never a part."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         tmp.write_text(text, encoding="utf-8")
@@ -30,7 +30,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def first_line(error: BaseException, width: int = 80) -> str:
-    """What went wrong, in one short line: the first sentence."""
+    """Return the first sentence of an error's message, cut to `width` characters."""
     lines = str(error).splitlines()
     return lines[0].split(". ")[0].rstrip(".")[:width] if lines else type(error).__name__
 
@@ -40,11 +40,15 @@ class Folder:
     """A folder on a local disk or behind any fsspec URL, for reading."""
 
     fs: Any
+    """The fsspec file system."""
     root: str
+    """Path of the folder in the file system."""
     url: str
+    """Path or URL as the user wrote it."""
 
     @classmethod
-    def of(cls, url: str | os.PathLike) -> "Folder":
+    def of(cls, url: str | os.PathLike[str]) -> "Folder":
+        """Return the folder at a path or URL. GeodiagError for a URL that fsspec cannot open."""
         try:
             fs, root = fsspec.core.url_to_fs(os.fspath(url))
         except (ValueError, ImportError) as e:
@@ -53,20 +57,20 @@ class Folder:
 
     @property
     def is_local(self) -> bool:
-        return "file" in (
-            self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,)
-        )
+        """Whether the folder is on a disk of this machine."""
+        protocols = self.fs.protocol
+        return "file" in (protocols if isinstance(protocols, tuple) else (protocols,))
 
     def path(self, name: str) -> str:
+        """Return the path of a file or folder in the file system."""
         return f"{self.root}/{name}"
 
     def names(self, sub: str = "") -> list[str]:
-        """Names of what lies in `sub`; an absent folder holds nothing."""
+        """Return the sorted names in the folder `sub`; an absent folder is empty."""
         path = self.path(sub) if sub else self.root
         try:
-            self.fs.invalidate_cache(
-                path
-            )  # a remote file system remembers listings; a running run outgrows them
+            # A remote file system caches listings, but a running training adds files.
+            self.fs.invalidate_cache(path)
             entries = self.fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
@@ -77,24 +81,25 @@ class Folder:
         return sorted(e.rstrip("/").rsplit("/", 1)[-1] for e in entries)
 
     def exists(self, name: str = "") -> bool:
-        """Whether there is such a file or folder."""
-        return self.fs.exists(self.path(name) if name else self.root)
+        """Return whether there is such a file or folder."""
+        return bool(self.fs.exists(self.path(name) if name else self.root))
 
     def read(self, name: str) -> bytes | None:
-        """The file's bytes, or None where there is no such file."""
+        """Return the content of a file, or None where there is no such file."""
         try:
-            return self.fs.cat_file(self.path(name))
+            content: bytes = self.fs.cat_file(self.path(name))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except PermissionError:
             raise GeodiagError(
                 f"cannot read {self.path(name)}: permission denied; check the file's rights"
             ) from None
+        return content
 
     def read_json(self, name: str) -> Any:
-        """The file's JSON, or None where it is absent or unreadable."""
-        raw = self.read(name)
+        """Return the JSON of a file, or None where the file is absent or not valid JSON."""
+        content = self.read(name)
         try:
-            return None if raw is None else json.loads(raw)
+            return None if content is None else json.loads(content)
         except ValueError:
             return None

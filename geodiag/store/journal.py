@@ -1,7 +1,7 @@
-"""The journal: rows reach the operating system with the step that made them, so kill -9 loses none.
+"""The journal of a table: an Arrow IPC stream, so that kill -9 loses no complete row.
 
-One Arrow IPC stream a table. A closed part names the journals it swallowed, so a reader that sees
-both the part and the journal counts the rows once.
+Rows are handed to the operating system with the step that made them. A closed part names the
+journals that it contains, so a reader that finds both the part and a journal counts the rows once.
 """
 
 import contextlib
@@ -13,24 +13,25 @@ from typing import BinaryIO
 import pyarrow as pa
 
 _ID = b"geodiag.store.journal"
-_TORN = (pa.ArrowException, OSError, MemoryError)
-"""What Arrow raises over bytes that end early or make no sense; a mad length asks for mad memory.
+_BROKEN = (pa.ArrowException, OSError, MemoryError)
+"""Errors of Arrow for bytes that end early or are not valid; an invalid length asks for much memory.
 """
 
 
 class Journal:
-    """Appends record batches to one stream file, which appears with the first of them."""
+    """Appends record batches to one stream file, which is created by the first batch."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.path, self.schema = path, schema
+        self.path = path
+        self.schema = schema
         self._file: BinaryIO | None = None
         self._begin()
 
     def append(self, batch: pa.RecordBatch) -> None:
-        """One batch, handed to the operating system before this returns.
+        """Append one batch and hand it to the operating system before returning.
 
-        OSError where the disk refuses it. The batch is kept, and the next call writes the stream
-        anew: what was torn off in the middle of a batch cannot be continued.
+        OSError where the disk refuses it. The batch is kept in memory, and the next call writes the
+        whole stream again, because a stream cannot be continued after half a batch.
         """
         self.batches.append(batch)
         self.bytes += batch.nbytes
@@ -41,12 +42,12 @@ class Journal:
             self._stream.write_batch(batch)
             self._file.flush()
         except OSError:
-            self._give_up_file()
+            self._drop_file()
             raise
 
     def restart(self) -> None:
-        """Forgets everything, on disk too: the caller has closed a part that holds it."""
-        self._give_up_file()
+        """Remove all batches, on disk too, after the caller has closed a part that has them."""
+        self._drop_file()
         self._begin()
         self.path.unlink(missing_ok=True)
 
@@ -56,13 +57,13 @@ class Journal:
         self.bytes = 0
 
     def _rewrite(self) -> None:
+        """Write all batches to a new file and give it the journal's name."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         tmp = self.path.with_suffix(".tmp")
         file = tmp.open("wb", buffering=1 << 16)
+        schema = self.schema.with_metadata({_ID: self.id.encode()})
         try:
-            self._stream = pa.ipc.new_stream(
-                file, self.schema.with_metadata({_ID: self.id.encode()})
-            )
+            self._stream = pa.ipc.new_stream(file, schema)
             for batch in self.batches:
                 self._stream.write_batch(batch)
             file.flush()
@@ -74,27 +75,27 @@ class Journal:
             raise
         self._file = file
 
-    def _give_up_file(self) -> None:
+    def _drop_file(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # the same full disk, told once already
+            with contextlib.suppress(OSError):  # the error of the same full disk is raised already
                 self._file.close()
             self._file = None
 
 
-def read_journal(raw: bytes) -> tuple[str, list[pa.RecordBatch]]:
-    """The journal's id and its complete batches; a torn last batch is left out. The id of nonsense
-    is "".
+def read_journal(content: bytes) -> tuple[str, list[pa.RecordBatch]]:
+    """Return the id of a journal and its complete batches; the id is "" if it is no Arrow stream.
+
+    The last batch is left out where it is incomplete: its step was being written when the process
+    died.
     """
     batches: list[pa.RecordBatch] = []
     try:
-        stream = pa.ipc.open_stream(io.BytesIO(raw))
-        name = (stream.schema.metadata or {}).get(_ID, b"").decode()
-    except (*_TORN, UnicodeDecodeError):
+        stream = pa.ipc.open_stream(io.BytesIO(content))
+        journal_id = (stream.schema.metadata or {}).get(_ID, b"").decode()
+    except (*_BROKEN, UnicodeDecodeError):
         return "", []
-    try:
+    with contextlib.suppress(*_BROKEN):
         for batch in stream:
             batch.validate()
             batches.append(batch)
-    except _TORN:
-        pass  # the step in flight when the process died: its batch has no end
-    return name, batches
+    return journal_id, batches

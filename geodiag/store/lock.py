@@ -1,4 +1,4 @@
-"""One writer a rank: two trainings in one folder would swallow each other's rows."""
+"""One writer per rank of a run: two trainings in one folder would replace each other's rows."""
 
 import contextlib
 import errno
@@ -9,39 +9,41 @@ from geodiag.errors import GeodiagError
 
 try:
     import fcntl
-except ImportError:  # Windows: no such locks, and no training on it that we know of
+except ImportError:  # Windows has no such locks; runs are written there without one
     fcntl = None  # type: ignore[assignment]
 
 
 class Lock:
-    """Held by this process until released or dead, kill -9 included; worker processes forked off do
-    not hold it.
+    """A lock of this process until it is released or the process ends, also by kill -9.
+
+    Forked worker processes do not hold it. GeodiagError where another process holds it.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._file = path, path.open("a+")
+        self._path = path
+        self._file = path.open("a+")
         if fcntl is None:
             return
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # this file system has no locks: go on without
+                return  # this file system has no locks: write without one
             self._file.seek(0)
             holder = self._file.read().strip() or "?"
             self._file.close()
-            folder = path.parent.parent
             raise GeodiagError(
-                f"{folder} is being written by process {holder}; stop that training, or name another folder"
+                f"{path.parent.parent} is being written by process {holder}; "
+                "stop that training, or name another folder"
             ) from None
-        with contextlib.suppress(OSError):  # who it is, is only for the message
+        with contextlib.suppress(OSError):  # the process id is needed for the message only
             self._file.truncate(0)
             self._file.write(str(os.getpid()))
             self._file.flush()
 
     def release(self) -> None:
-        """Lets the next writer in. Releasing twice does nothing."""
+        """Release the lock. Releasing twice does nothing."""
         if not self._file.closed:
             self._path.unlink(missing_ok=True)
             self._file.close()

@@ -79,7 +79,7 @@ def reduce_over_ranks(
     return np.ma.MaskedArray(reduced_S, mask=~sampled_RS.any(0))
 
 
-def _reduce_finite(data_RS: np.ndarray, finite_RS: np.ndarray, rule: Reduction) -> np.ndarray:
+def _reduce_finite(data_RS: np.ndarray, finite_RS: np.ndarray, rule: Reduction) -> Any:
     """Reduce the finite values alone; a slot without any gets an arbitrary number."""
     where = True if finite_RS.all() else finite_RS
     if rule == "max":
@@ -89,9 +89,9 @@ def _reduce_finite(data_RS: np.ndarray, finite_RS: np.ndarray, rule: Reduction) 
     if rule == "last":
         return np.take_along_axis(data_RS, finite_RS.argmax(0)[None], 0)[0]
 
-    total_S = np.asarray(np.sum(data_RS, axis=0, where=where, dtype=np.float64))
+    total_S = np.sum(data_RS, axis=0, where=where, dtype=np.float64)
     if rule == "mean":
-        total_S /= np.maximum(finite_RS.sum(0), 1)
+        return total_S / np.maximum(finite_RS.sum(0), 1)
     return total_S
 
 
@@ -99,7 +99,7 @@ def merge_ranks(rows: pa.Table, table: str) -> pa.Table:
     """Return `rows` with one row where several ranks have one each.
 
     A metric is reduced by its rule. Of `rank` and `routing_mode`, the first value that is not null
-    is kept. `rows` are sorted by rank, attempt and step, and contain the columns `key_names(table)`.
+    is kept. `rows` are sorted by rank, attempt and step, and have the columns `key_names(table)`.
     """
     if table not in KEYS or len(pc.unique(rows["rank"])) < 2:
         return rows
