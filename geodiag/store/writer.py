@@ -13,7 +13,7 @@ from geodiag.store.files import Folder
 from geodiag.store.journal import Journal, read_journal
 from geodiag.store.lock import Lock
 from geodiag.store.parquet_parts import list_parts, merge_parts, sweep, write_part
-from geodiag.store.reader import fit
+from geodiag.store.rank_pieces import fit
 
 ROLL_BYTES = 8 << 20
 ROLL_BATCHES = 400
