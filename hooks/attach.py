@@ -1,4 +1,4 @@
-"""attach: find a model's sites, routers and experts, say what was found, and begin its run."""
+"""attach: find a model's residual sites, routers and experts, and start recording its training."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ from geodiag.metrics.cadence import PROBE_EVERY, Cadence, Every, parse_layers
 from geodiag.run import Run
 
 _COUNTERFACTUAL = ("clamp_gate_rate", "clamp_up_high_rate", "clamp_up_low_rate")
-"""What an unclamped model would have had clamped."""
+"""Metrics of what a clamp would have changed in a model that has none."""
 
 
 def attach(
@@ -51,31 +51,33 @@ def attach(
     fresh: bool = False,
     quiet: bool = False,
 ) -> Monitor:
-    """Watches `model` and records every step of its training in the run directory `path`.
+    """Record every step of the training of `model` in the run directory `path`.
 
-    Finds the model's residual sites, routers and experts by itself and says what it found. Call
-    `step(loss)` on what is returned after every optimizer step. In a training of several ranks
+    Finds the model's residual sites, routers and experts and prints what it found. Call
+    `step(loss)` of the returned monitor after every optimizer step. In a training of several ranks
     every rank does both, after torch.distributed.init_process_group and before or after DDP or
     `fully_shard`.
 
-    routing: an AnticipatoryRouting or RouterLag that may be switched. snapshots: what a rollback
-    can go back to.
+    routing: an AnticipatoryRouting or RouterLag that the controller may switch.
     policy: a `Policy`, or the mode of one: `off` (only record what would be done), `auto` or `on`.
-    resume: go on from the newest snapshot that an earlier training left on disk in `path`, if it
-    left one.
-    probe: arguments of a fixed batch for the probes; without it, the first batch. probe_every:
-    steps between probes; slow ones (curvature, perturbation growth) keep their ratio.
-    probe_domains: the domain of each of its sequences.
-    trace: which tokens of it are followed: `flipped`, `margin`, or their places.
-    every: steps between samples, for all metrics or by the beginning of their names: {"": 10,
-    "amax_gain": 1}.
-    layers: those that are recorded, e.g. "0-7,30-". sample: tokens a micro-batch for per-token
-    products.
-    micro_batches: of a step. More are found by themselves, except inside a compiled model.
-    fresh: parts of the model are compiled already, but have not run yet, so that they can still be
-    watched.
+    snapshots: what a rollback returns to.
+    resume: continue from the newest snapshot on disk in `path`, if there is one.
+    probe: arguments of a fixed batch for the probes; default: the first batch.
+    probe_every: steps between probes. Slow probes (curvature, perturbation growth) run less often,
+        in a fixed ratio to it.
+    probe_domains: the domain of each sequence of the probe.
+    trace: the tokens of the probe that are followed: `flipped`, `margin`, or their positions.
+    every: steps between samples, for all metrics or by the beginning of their names:
+        {"": 10, "amax_gain": 1}.
+    layers: the layers that are recorded, e.g. "0-7,30-"; default: all.
+    sample: tokens a micro-batch for products per token.
+    micro_batches: micro-batches a step. More are found without it, except in a compiled model.
+    first_step: the number of the first step.
+    config: anything that the manifest of the run is to hold.
+    fresh: parts of the model are compiled already but have not run yet, so that hooks still work.
+    quiet: do not print what was found.
 
-    GeodiagError where the model has no blocks to watch, or `path` cannot be written.
+    Raises GeodiagError if the model has no list of blocks, or `path` cannot be written.
     """
     if min(sample, micro_batches) < 1:
         raise ValueError("sample and micro_batches are at least 1")
@@ -91,38 +93,24 @@ def attach(
     )
     layout = replace(layout, watched=plan.cadence.layers)
     policy = as_policy(policy)
+
     ranks = Ranks.join()
     ranks.check_same("cadence", plan.cadence.record())
     ranks.check_same("model", {k: v for k, v in layout.summary().items() if k != "missing"})
     if ranks.unreachable_ranks and (policy.mode != "off" or resume):
+        what = "resume" if resume else f"routing {policy.mode}"
         raise GeodiagError(
-            f"{'resume' if resume else f'routing {policy.mode}'} on {ranks.world} ranks needs them to agree; "
+            f"{what} on {ranks.world} ranks needs them to agree; "
             "call torch.distributed.init_process_group before attach"
         )
     ranks.run_on_all(lambda: _check_means(policy, routing, snapshots))
     ranks.run_on_all(lambda: _check_folder(Path(path), ranks.rank, snapshots, resume))
-    unclamped = any(e.gate_limit is None for e in layout.experts)
 
-    def create(attempt: int | None) -> Run:
-        return Run.create(
-            path,
-            found=layout.summary(),
-            config={
-                "routing": _planned(policy, routing),
-                "cadence": plan.cadence.record(),
-                **(config or {}),
-            },
-            counterfactual=_COUNTERFACTUAL if unclamped else (),
-            rank=ranks.rank,
-            world_size=ranks.world,
-            attempt=attempt,
-        )
-
-    run = ranks.create_on_all(
-        create, attempt_of=lambda made: made.attempt, undo=lambda made: made.close("failed")
-    )
+    settings = {"routing": _planned(policy, routing), "cadence": plan.cadence.record()}
+    run = _create_run(path, layout, ranks, {**settings, **(config or {})})
     if not quiet and ranks.rank == 0:
         log.info(_introduction(layout, path))
+
     monitor = None
     try:
         if snapshots is not None:
@@ -140,18 +128,39 @@ def attach(
             first_step=first_step,
         )
         monitor.begin(resume)
-    except (
-        BaseException
-    ) as e:  # also Ctrl-C: a run whose watch never began must not say that it runs
+    except BaseException as error:  # also Ctrl-C: the manifest must not read "running" for ever
         if snapshots is not None:
             snapshots.close()
-        (monitor or run).close("interrupted" if isinstance(e, KeyboardInterrupt) else "failed")
+        interrupted = isinstance(error, KeyboardInterrupt)
+        (monitor or run).close("interrupted" if interrupted else "failed")
         raise
     return monitor
 
 
+def _create_run(
+    path: str | os.PathLike, layout: Layout, ranks: Ranks, config: dict[str, Any]
+) -> Run:
+    """Create the run directory: rank 0 first, then the others with rank 0's attempt. Collective."""
+    unclamped = any(e.gate_limit is None for e in layout.experts)
+
+    def create(attempt: int | None) -> Run:
+        return Run.create(
+            path,
+            found=layout.summary(),
+            config=config,
+            counterfactual=_COUNTERFACTUAL if unclamped else (),
+            rank=ranks.rank,
+            world_size=ranks.world,
+            attempt=attempt,
+        )
+
+    return ranks.create_on_all(
+        create, attempt_of=lambda run: run.attempt, undo=lambda run: run.close("failed")
+    )
+
+
 def _check_means(policy: Policy, routing: Rerouting | None, snapshots: Snapshots | None) -> None:
-    """GeodiagError where the policy is to act and has not got what it acts with."""
+    """GeodiagError if the policy may act but lacks the routing or the snapshots to act with."""
     if policy.mode == "off":
         return
     if routing is None and (policy.does(Route) or policy.mode == "on"):
@@ -165,19 +174,20 @@ def _check_means(policy: Policy, routing: Rerouting | None, snapshots: Snapshots
 
 
 def _check_folder(path: Path, rank: int, snapshots: Snapshots | None, resume: bool) -> None:
-    """GeodiagError where snapshots of an earlier training and what is asked for do not go together."""
-    there = snapshots_in(path, rank)
+    """GeodiagError if `resume` does not fit the snapshots that an earlier training left."""
+    found = snapshots_in(path, rank)
     if resume and (snapshots is None or snapshots.where != "disk"):
         raise GeodiagError(
-            "only snapshots on disk can be resumed from; pass snapshots=Snapshots(..., where='disk')"
+            "only snapshots on disk can be resumed from; "
+            "pass snapshots=Snapshots(..., where='disk')"
         )
-    if there and not resume and snapshots is not None and snapshots.where == "disk":
-        fix = f"pass resume=True to go on from step {there[-1]}, or another path"
+    if found and not resume and snapshots is not None and snapshots.where == "disk":
+        fix = f"pass resume=True to go on from step {found[-1]}, or another path"
         raise GeodiagError(f"{path} holds snapshots of an earlier training; {fix}")
 
 
 def _planned(policy: Policy, routing: Rerouting | None) -> dict[str, Any]:
-    """What the manifest says of steering."""
+    """Return the policy and the routing as the manifest records them."""
     settings = policy.as_dict()
     return {
         "policy": settings.pop("mode"),
@@ -188,13 +198,13 @@ def _planned(policy: Policy, routing: Rerouting | None) -> dict[str, Any]:
 
 
 def _introduction(layout: Layout, path: str | os.PathLike) -> str:
-    learned = sum(not r.hashed for r in layout.routers)
-    hashed = len(layout.routers) - learned
-    parts = [
-        f"{len(layout.sites)} residual sites of {layout.streams} stream{'s' * (layout.streams > 1)}"
-    ]
+    """Return what was found in the model, and below it what was not."""
+    streams = f"{layout.streams} stream{'s' * (layout.streams > 1)}"
+    parts = [f"{len(layout.sites)} residual sites of {streams}"]
     if layout.routers:
+        learned = sum(not r.hashed for r in layout.routers)
+        hashed = len(layout.routers) - learned
         parts.append(f"{learned} learned routers" + (f" and {hashed} by hash" if hashed else ""))
         parts.append(f"{layout.routers[0].experts} experts a layer")
-    lines = [f"geodiag watches a {layout.family} model: {', '.join(parts)}; recording to {path}"]
-    return "\n".join(lines + [f"  {m}" for m in layout.missing])
+    found = f"geodiag watches a {layout.family} model: {', '.join(parts)}; recording to {path}"
+    return "\n".join([found, *(f"  {line}" for line in layout.missing)])

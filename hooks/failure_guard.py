@@ -8,8 +8,8 @@ guard, because monitoring must not end a training:
     guard.run("layer 3 router", work, retry=False)               # not called again after a failure
     if guard.disabled("layer 3 router"): ...
 
-The guard catches `Exception` only. `KeyboardInterrupt`, `SystemExit` and `CollectiveAborted` (a failure that
-all ranks must end for) pass through it.
+The guard catches `Exception` only. `KeyboardInterrupt`, `SystemExit` and `CollectiveAborted` (a
+failure for which all ranks must end) pass through it.
 """
 
 from collections.abc import Callable

@@ -48,7 +48,7 @@ class Monitor:
         self.steering.begin(self.next_step, self.run.attempt, resumed is not None)
 
     def batches(self, source: Iterable[Any]) -> Iterator[Any]:
-        """Return the batches of `source`, in the order of the routing, and again after a rollback."""
+        """Return the batches of `source`, as the routing orders them; again after a rollback."""
         return self._rollback.batches(source, self.next_step)
 
     # -- once a step -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""StepRecording: collect what is recorded of a finished optimizer step and queue it for the writer."""
+"""StepRecording: collect what is recorded of an optimizer step and queue it for the writer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -50,7 +50,7 @@ class AutoMonitor:
         self._report = report
         self._pid = os.getpid()
         self.compiled_step_taken = False
-        """Set by an optimizer whose step is compiled: the step ends when the next forward begins."""
+        """True after a compiled optimizer step: the step ends when the next forward begins."""
 
         self._called = called
         model = unwrapped(called)
@@ -177,8 +177,8 @@ def _attach(
 def run_new_hooks(module: nn.Module, args: tuple, before: set[int]) -> None:
     """Run the forward pre-hooks that were registered while `module` is being called.
 
-    before: ids of the hooks that ran. Hooks with keyword arguments run at the end of the call, since
-    torch's global hooks do not receive the keyword arguments.
+    before: ids of the hooks that ran. Hooks with keyword arguments run at the end of the call,
+    since torch's global hooks do not receive the keyword arguments.
     """
     late: list[Callable[..., Any]] = []
     for key, (hook, takes_kwargs) in torch_internals.forward_pre_hooks(module).items():

@@ -34,9 +34,9 @@ class StepLosses:
             self._sum = self._sum + loss.to(self._sum.device, non_blocking=True)
 
     def discard(self) -> None:
-        """Leave out the losses so far: an optimizer of another model stepped, and they were its own.
+        """Leave out the losses so far: an optimizer of another model stepped, whose losses they are.
 
-        If no loss follows until the next step, the losses were the recorded model's after all.
+        If no loss follows until the next step, they were the recorded model's after all.
         """
         if self._sum is not None:
             self._discarded = self._sum

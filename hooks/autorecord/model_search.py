@@ -1,4 +1,4 @@
-"""The search for the trained model: the module, as it is called, that holds the optimizers' weights."""
+"""The search for the trained model: the called module that holds the optimizers' weights."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

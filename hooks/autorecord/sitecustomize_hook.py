@@ -1,8 +1,8 @@
 """For unedited scripts: every Python process of `geodiag run` loads this file as `sitecustomize`.
 
-It is copied to a folder of its own and imported by no module of geodiag: Python may not find geodiag
-at all. A process that does not import torch pays next to nothing; in others geodiag is loaded right
-after torch.
+It is copied to a folder of its own and imported by no module of geodiag: Python may not find
+geodiag at all. A process that does not import torch pays next to nothing; in others geodiag is
+loaded right after torch.
 """
 
 import contextlib

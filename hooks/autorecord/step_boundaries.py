@@ -1,7 +1,7 @@
 """StepBoundaries: which optimizers' steps together are one step of the training.
 
-Muon and AdamW of one model step one after the other, and that is one step. Which optimizers take part
-is guessed first (each that holds some of the model's weights), then learned from the training.
+Muon and AdamW of one model step one after the other, and that is one step. Which optimizers take
+part is guessed first (each that holds some of the model's weights), then learned from the training.
 """
 
 from collections.abc import Iterable

@@ -22,8 +22,8 @@ from geodiag.hooks.record.table_rows import Host
 class RankSums:
     """Packs what one rank adds to the sums, and computes metrics from the sums of all ranks.
 
-    Each group of summands has a 1 before it, so that the sum of these counts the ranks that measured
-    it.
+    Each group of summands has a 1 before it: the sum of these is the number of ranks that measured
+    the group.
     """
 
     def __init__(self, layout: Layout) -> None:

@@ -72,7 +72,7 @@ class StepValues:
 
 
 class StepWriter:
-    """Writes one step after another. `guard` reports what fails; the rest of the step is written."""
+    """Writes one step after another. What fails is reported; the rest of the step is written."""
 
     def __init__(
         self, run: Run, layout: Layout, ranks: Ranks, guard: FailureGuard, cascades: CascadeRecorder
@@ -98,8 +98,8 @@ class StepWriter:
     def write(self, metadata: StepMetadata, values: StepValues | None) -> Observation | None:
         """Record one step and return what all ranks together observed at it.
 
-        `values` is None if nothing could be measured. The exchange takes place all the same, because
-        the other ranks block until every rank has sent its message.
+        `values` is None if nothing could be measured. The exchange takes place all the same,
+        because the other ranks block until every rank has sent its message.
         """
         host: Host = {}
         if values is not None:
@@ -147,7 +147,7 @@ class StepWriter:
         self._run.heartbeat(metadata.step)
 
     def _tables(self, metadata: StepMetadata, host: Host) -> list[tuple[str, Columns]]:
-        """Return the rows of all tables but `steps`. A table without values at this step is left out."""
+        """Return the rows of all tables but `steps`; tables without values are left out."""
         layers = table_rows.layer_rows(host, self._places)
         table_rows.hide(layers, *metadata.absent)
         table_rows.hide_inapplicable(layers, self._layout, self._places)
