@@ -11,22 +11,22 @@ from geodiag.reference_models.norm import RMSNorm
 
 
 def rotary_table(positions: int, head_dim: int, theta: float) -> Tensor:
-    """cos and sin of every position's rotation: (2, positions, head_dim/2), float32."""
+    """Return cos and sin of each position's rotation: (2, positions, head_dim/2), float32."""
     speed = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(positions, dtype=torch.float32), speed)
     return torch.stack([angle.cos(), angle.sin()])
 
 
 def rotate(x_BSHD: Tensor, table_2SD: Tensor) -> Tensor:
-    """Rotates the two halves of every head by the position's angles (arXiv 2104.09864)."""
-    # The angles stay float32: rounded to bfloat16 they would be off by more than neighbours differ.
+    """Rotate the two halves of every head by the position's angles (arXiv 2104.09864)."""
+    # Angles stay float32: their bfloat16 rounding is larger than the step between two positions.
     cos, sin = table_2SD[:, : x_BSHD.shape[1], None, :]
     a, b = x_BSHD.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x_BSHD.dtype)
 
 
 class Attention(nn.Module):
-    """(B, S, C) in, (B, S, C) out."""
+    """Causal self-attention of (B, S, C)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a reference model is: one frozen dataclass, and the named sizes."""
+"""Configuration of a reference model: one frozen dataclass, and the named sizes."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -40,7 +40,7 @@ class ModelConfig:
     shared_experts: int = 1
     expert_dim: int = 64
     hash_layers: int = 1
-    """So many first layers choose experts by a fixed hash of the token id."""
+    """Number of first layers that choose experts by a fixed hash of the token id."""
     routed_scale: float = 1.5
     balance_speed: float = 1e-3
     """Step of the aux-loss-free balancing bias (arXiv 2408.15664)."""
@@ -64,8 +64,8 @@ class ModelConfig:
     """Type of the residual stream and the matrices; coefficients and routing stay float32."""
     kernels: Kernels = "auto"
     recompute: Recompute = "none"
-    """What the backward computes once more instead of keeping: nothing, the hyper-connections, or
-    whole layers.
+    """What is not kept but computed again in the backward: nothing, the hyper-connections, or whole
+    layers.
     """
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, not {self.head_dim}")
         for name in ("channels", "expert_dim"):
-            # The grouped matmul wants rows of whole 16 bytes.
+            # The grouped matmul needs rows of a multiple of 16 bytes.
             if (value := getattr(self, name)) % (unit := 4 if self.dtype == "float32" else 8):
                 raise ValueError(f"{name} is a multiple of {unit} in {self.dtype}, not {value}")
         if self.shared_experts < 0:
@@ -139,13 +139,16 @@ SIZES: dict[str, ModelConfig] = {
     "9b": _table5(18, 1920, 64, 1280, 24),
     "27b": _table5(30, 2560, 72, 1536, 32),
 }
-"""`tiny` for two CPU cores, `small` of about 100 M parameters, then the sizes of arXiv 2512.24880,
-Table 5.
+"""`tiny` trains on two CPU cores, `small` has about 100 M parameters, the others are the sizes of
+arXiv 2512.24880, Table 5.
 """
 
 
 def sized(size: str, residual: Residual = "mhc", **changes: object) -> ModelConfig:
-    """The config of a named size with one residual kind. ValueError for an unknown size."""
+    """Return the config of a named size with one residual kind.
+
+    Raises ValueError for an unknown size.
+    """
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; one of {', '.join(SIZES)}")
     streams = 1 if residual == "plain" else SIZES[size].streams

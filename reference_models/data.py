@@ -1,4 +1,4 @@
-"""Batches: batch `step` is a pure function of (corpus, seed, step), so any run can resume anywhere."""
+"""Batches: batch `step` is a pure function of (corpus, seed, step), so any run can resume."""
 
 import queue
 import threading
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
         return self._replace(token_ids_BS=tokens, targets_BS=targets)
 
     def split(self, parts: int) -> list["Batch"]:
-        """Equal micro-batches. ValueError where the sequences do not divide."""
+        """Return equal micro-batches. Raises ValueError if the sequences do not divide."""
         size, rest = divmod(len(self.domain_B), parts)
         if rest or not size:
             raise ValueError(
@@ -45,37 +45,38 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Random windows of the corpus, domains by their size, made ahead by one thread.
+    """Random windows of the corpus, with domains in proportion to their size.
 
-    `Loader.batch(step)` is deterministic; iteration starts at `step` and continues for ever.
+    `Loader.batch(step)` is deterministic. Iteration starts at `step` and never ends; a thread
+    prepares up to four batches ahead.
     """
 
     def __init__(
         self, corpus: Corpus, sequences: int, sequence: int, seed: int = 0, step: int = 0
     ) -> None:
-        self.corpus, self.sequences, self.sequence, self.seed, self.step = (
-            corpus,
-            sequences,
-            sequence,
-            seed,
-            step,
-        )
+        self.corpus = corpus
+        self.sequences = sequences
+        self.sequence = sequence
+        self.seed = seed
+        self.step = step
         if sequences < 1 or seed < 0:
             raise ValueError(
-                f"a loader takes sequences of at least 1 and a seed of at least 0, not {sequences}, {seed}"
+                f"a loader takes sequences of at least 1 and a seed of at least 0, "
+                f"not {sequences}, {seed}"
             )
         sizes = {d: len(t) - sequence for d, t in corpus.domains.items() if len(t) > sequence}
         if not sizes:
             raise ValueError(
-                f"the text has {corpus.tokens} tokens, in no domain one sequence of {sequence + 1}; add text"
+                f"the text has {corpus.tokens} tokens, in no domain one sequence of "
+                f"{sequence + 1}; add text"
             )
         self._names = list(sizes)
         self._sizes = np.array(list(sizes.values()))
 
     def batch(self, step: int) -> Batch:
         rng = np.random.default_rng((self.seed, step))
-        # Systematic sampling: every batch has nearly the same mix of domains, so its loss does not
-        # jump with the mix.
+        # Systematic sampling: every batch has nearly the same mix of domains, so the loss does not
+        # jump with it.
         ladder = (np.arange(self.sequences) + rng.random()) / self.sequences
         picks = np.searchsorted(np.cumsum(self._sizes) / self._sizes.sum(), ladder)
         starts = rng.integers(0, self._sizes[picks])
@@ -95,7 +96,7 @@ class Loader:
             while not stop.is_set():
                 try:
                     item: Batch | Exception = self.batch(step)
-                except Exception as e:  # raised again where the batch is asked for
+                except Exception as e:  # raised again in the thread that reads the batch
                     item = e
                 while not stop.is_set():
                     try:
@@ -116,12 +117,12 @@ class Loader:
                 yield item
         finally:
             stop.set()
-            maker.join(
-                timeout=1
-            )  # a thread that outlives its data could still be in numpy when the process ends
+            # Otherwise the thread could still be in numpy when the process ends.
+            maker.join(timeout=1)
 
     def state_dict(self) -> dict[str, int]:
         return {"seed": self.seed, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.seed, self.step = state["seed"], state["step"]
+        self.seed = state["seed"]
+        self.step = state["step"]

@@ -14,8 +14,8 @@ from geodiag.reference_models.kernels.select import select
 class HyperConnection(nn.Module):
     """One site's maps, `mhc` (doubly stochastic H_res) or `hc` (unconstrained).
 
-    `forward` returns them with the block's input; `write`, a module of its own so that it can be
-    watched, applies them to the streams.
+    `forward` returns them with the block's input. `write` applies them to the streams; it is a
+    module of its own, so that a hook can record its output.
     """
 
     def __init__(self, config: ModelConfig, site: int) -> None:
@@ -23,7 +23,7 @@ class HyperConnection(nn.Module):
         n, c = config.streams, config.channels
         self.config, self.site = config, site
         self.flag: Tensor | None = None
-        """On the device; while a watcher sets it, fused kernels measure the maps on the way."""
+        """An integer on the device, set by a monitor: kernels measure maps while it is not 0."""
         self.write = Write(config.kernels)
         wide = config.residual == "mhc"
         self.phi = nn.Parameter(torch.empty((n * c, n * n + 2 * n) if wide else (c, n + 2)))
@@ -32,8 +32,9 @@ class HyperConnection(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Starts near the plain residual: stream `site mod N` is read, all are written, H_res keeps
-        them apart.
+        """Initialise near the plain residual.
+
+        The block reads mostly stream `site mod N` and writes to all; H_res is near the identity.
         """
         n = self.config.streams
         nn.init.normal_(self.phi, std=self.config.init_std)
@@ -48,13 +49,13 @@ class HyperConnection(nn.Module):
 
     @property
     def next_phi(self) -> Tensor | None:
-        """By what the site before may project this one's streams: nothing, if it lies spread over
-        ranks until used.
+        """φ by which the previous site may project this site's streams; None if it is sharded.
+
+        A sharded φ is gathered only when its own module runs.
         """
-        spread = hasattr(
-            self.phi, "full_tensor"
-        )  # as the trainer asks: torch.distributed need not be there
-        return None if self.config.residual == "hc" or spread else self.phi
+        # Not `isinstance(…, DTensor)`: torch.distributed need not be available.
+        sharded = hasattr(self.phi, "full_tensor")
+        return None if self.config.residual == "hc" or sharded else self.phi
 
     def forward(self, x_BSNC: Tensor, projected: Projected | None = None) -> Mix:
         c = self.config
@@ -88,18 +89,18 @@ class PlainResidual(nn.Module):
 
 
 class Write(nn.Module):
-    """The streams after the site: X' = H_res X + H_postᵀ f."""
+    """The streams after the site: X' = H_res X + H_postᵀ f (arXiv 2512.24880 eq. 3)."""
 
     def __init__(self, kernels: Kernels = "reference") -> None:
         super().__init__()
         self.kernels = kernels
         self.flag: Tensor | None = None
-        """On the device; while a watcher sets it, fused kernels measure the streams on the way."""
+        """An integer on the device, set by a monitor: kernels measure streams while it is not 0."""
 
     def forward(
         self, x_BSNC: Tensor, branch_BSC: Tensor, mix: Mix, next_phi: Tensor | None = None
     ) -> Written:
-        """`next_phi` is the next site's, for kernels that do some of its work on the way."""
+        """Return the new streams. With `next_phi`, kernels also project them for the next site."""
         if mix.res_TNN is None or mix.post_TN is None:
             return Written(x_BSNC + branch_BSC.unsqueeze(-2))
         return select(self.kernels, x_BSNC.device).site_post(
@@ -108,7 +109,7 @@ class Write(nn.Module):
 
 
 class ReadOut(nn.Module):
-    """The streams' learned sum that the head reads; of one stream, the stream itself."""
+    """The learned sum of the streams that the head reads; with one stream, the stream itself."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -121,7 +122,7 @@ class ReadOut(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Starts as the mean of the streams."""
+        """Initialise as the mean of the streams."""
         n = self.config.streams
         if n > 1:
             nn.init.normal_(self.phi, std=self.config.init_std)

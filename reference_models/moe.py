@@ -1,4 +1,4 @@
-"""Mixture of experts: a router, its experts, and the shared expert every token visits."""
+"""Mixture of experts: a router, its experts, and the shared expert that every token passes."""
 
 from typing import NamedTuple
 
@@ -27,11 +27,9 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.k, self.scale, self.kernels = (
-            config.experts_per_token,
-            config.routed_scale,
-            config.kernels,
-        )
+        self.k = config.experts_per_token
+        self.scale = config.routed_scale
+        self.kernels = config.kernels
         self.weight = nn.Parameter(torch.empty(config.experts, config.channels))
         self.balance: Tensor
         self.register_buffer("balance", torch.zeros(config.experts))
@@ -43,23 +41,23 @@ class Router(nn.Module):
         )
 
     def weighed(self, logits_TE: Tensor | None, expert_ids_TK: Tensor) -> Routing:
-        """Today's gate weights for any choice of experts; anticipatory routing replays a choice
-        through this.
+        """Return the current gate weights of a given choice of experts.
 
-        The same kernel as its own choice's, so that the same ids have the same bits.
+        Anticipatory routing replays older choices through this. It runs the same kernel as the
+        router's own choice, so that equal ids give equal bits.
         """
-        assert logits_TE is not None, "every router gives them"
+        assert logits_TE is not None, "every router returns its logits"
         route = select(self.kernels, logits_TE.device).route
         return route(logits_TE, self.balance, self.k, self.scale, expert_ids_TK)
 
 
 class HashRouter(Router):
-    """Experts by a fixed hash of the token id; the affinities only weigh them (arXiv 2106.04426)."""
+    """Experts by a fixed hash of the token id; affinities only weight them (arXiv 2106.04426)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config)
         token = torch.arange(config.vocab)[:, None] + layer * config.vocab + 1
-        # The product's high bits: its low ones are those of the id itself, the same in every layer.
+        # High bits of the product: its low bits follow the id alone and are alike in every layer.
         first = ((token * _HASH) % (1 << 32) >> 16) % config.experts
         # Consecutive ids are distinct for every E.
         self.table: Tensor
@@ -74,19 +72,21 @@ class HashRouter(Router):
 
 
 class ClampedSwiGLU(nn.Module):
-    """The gated activation as a module, so that its input and output can be watched."""
+    """The gated activation as a module, so that a hook can record its input and output."""
 
     def __init__(self, limit: float | None, kernels: Kernels = "reference") -> None:
         super().__init__()
         self.limit, self.kernels = limit, kernels
         self.flag: Tensor | None = None
-        """On the device; while a watcher sets it, fused kernels count on the way."""
+        """An integer on the device, set by a monitor: fused kernels count while it is not 0."""
 
     def forward(
         self, gate_up_A2F: Tensor, expert_A: Tensor | None = None, ends_E: Tensor | None = None
     ) -> Activated:
-        """`expert_A` and `ends_E` say whose rows these are; the activation does not need it, a
-        watcher does.
+        """Apply the activation to rows sorted by expert.
+
+        `expert_A` (the expert of each row) and `ends_E` (the row after each expert's last) are for
+        monitors and counting kernels; the result does not depend on them.
         """
         return select(self.kernels, gate_up_A2F.device).expert_glu(
             gate_up_A2F, self.limit, ends_E, self.flag
@@ -94,9 +94,7 @@ class ClampedSwiGLU(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer, applied to tokens sorted by expert with one grouped matmul a
-    weight.
-    """
+    """All routed experts of a layer: tokens sorted by expert, a grouped matmul for each weight."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -113,8 +111,8 @@ class Experts(nn.Module):
         token = order // k
         rows = F.grouped_mm(hidden_TC[token], self.gate_up, offs=ends)
         rows = F.grouped_mm(self.act(rows, expert_A, ends).out_AF, self.down, offs=ends)
-        # Back in the tokens' order and summed over K: no two rows race for one token, so a GPU adds
-        # alike every time.
+        # Rows return to the tokens' order before the sum over K. Without concurrent additions to a
+        # token, the result repeats bit for bit on a GPU.
         back = torch.empty_like(order).scatter_(
             0, order, torch.arange(len(order), device=order.device)
         )
@@ -123,7 +121,7 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The expert every token visits, clamped like the others."""
+    """The expert that every token passes, clamped like the others."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -155,11 +153,10 @@ class MoE(nn.Module):
 
 
 def sequence_balance_loss(routing: Routing, sequences: int) -> Tensor:
-    """Σ_e f_e·P_e within each sequence, mean over sequences; 1 when perfectly even (arXiv
-    2412.19437 eq. 17-20).
+    """Return Σ_e f_e·P_e of each sequence, mean over sequences (arXiv 2412.19437 eq. 17-20).
 
-    f counts the K best by the scores alone: neither the balancing bias nor a replayed choice enters
-    it.
+    The value is 1 for a perfectly even load. f counts the K best by score alone: the balancing bias
+    and a replayed choice have no effect on it.
     """
     scores = routing.scores_TE.unflatten(0, (sequences, -1))
     k, experts = routing.expert_ids_TK.shape[-1], scores.shape[-1]
@@ -170,7 +167,7 @@ def sequence_balance_loss(routing: Routing, sequences: int) -> Tensor:
 
 
 def loads(routing: Routing) -> Tensor:
-    """Assignments per expert (E), as a count."""
+    """Return the number of assignments of each expert, (E,)."""
     ids = routing.expert_ids_TK.flatten()
     return torch.zeros(routing.scores_TE.shape[-1], device=ids.device).index_add(
         0, ids, torch.ones_like(ids, dtype=torch.float32)
@@ -179,5 +176,8 @@ def loads(routing: Routing) -> Tensor:
 
 @torch.no_grad()
 def nudge_balance(router: Router, load_E: Tensor, speed: float) -> None:
-    """Aux-loss-free balancing after a step: overloaded experts lose `speed`, others gain it."""
+    """Update the balancing bias after a step (arXiv 2408.15664).
+
+    Overloaded experts lose `speed`, others gain it.
+    """
     router.balance += speed * torch.sign(load_E.mean() - load_E)

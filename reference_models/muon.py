@@ -1,4 +1,4 @@
-"""Muon for matrices stacked along a first dimension, where torch's own takes two dimensions only."""
+"""Muon for matrices stacked along a first dimension; torch's own takes two dimensions only."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,8 +10,9 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(grad_ERC: Tensor, iterations: int = 5, eps: float = 1e-7) -> Tensor:
-    """Each matrix's nearest semi-orthogonal one, by the quintic Newton-Schulz iteration (arXiv
-    2502.16982).
+    """Return the nearest semi-orthogonal matrix of each matrix, approximately.
+
+    Newton-Schulz: X ← aX + (bA + cA²)X with A = XXᵀ, five times (arXiv 2502.16982).
     """
     a, b, c = _NEWTON_SCHULZ
     x = grad_ERC.bfloat16() if grad_ERC.is_cuda else grad_ERC
@@ -25,8 +26,9 @@ def orthogonalize(grad_ERC: Tensor, iterations: int = 5, eps: float = 1e-7) -> T
 
 
 class StackedMuon(Optimizer):
-    """Nesterov momentum, orthogonalised per matrix, scaled to AdamW's RMS (0.2·√max(rows,
-    columns)).
+    """Nesterov momentum, orthogonalised for each matrix (arXiv 2502.16982).
+
+    The update is scaled by 0.2·√max(rows, columns), to the RMS of AdamW's.
     """
 
     def __init__(

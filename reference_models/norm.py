@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm in the type of its input: a float32 weight would send a bfloat16 stream down
-    a slow path.
+    """torch's RMSNorm in the type of its input.
+
+    With a float32 weight, torch would normalise a bfloat16 stream on a slow path.
     """
 
     def forward(self, x: Tensor) -> Tensor:

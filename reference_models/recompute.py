@@ -1,9 +1,8 @@
-"""Hyper-connections that are computed again in the backward, instead of kept (arXiv 2512.24880
-§4.3.2).
+"""Recomputation of hyper-connections in the backward (arXiv 2512.24880 §4.3.2).
 
-Of a block of layers, the first stream and what each site's attention or experts gave are kept.
-Everything else that the connections and norms need in the backward follows from these by running
-the light parts alone once more.
+For a block of layers, only the first streams and the output of each attention and experts module
+are kept. Everything else that connections and norms need in the backward is computed from these
+again, by running the light parts alone.
 """
 
 from collections.abc import Callable
@@ -17,24 +16,25 @@ from geodiag.reference_models.kernels.reference import Mix, Projected, Written
 
 
 def block_length(streams: int, layers: int) -> int:
-    """Layers a kept stream: √(nL/(n+2)) balances what is kept against what one block's backward
-    makes anew.
+    """Return the layers of a block, √(nL/(n+2)) (arXiv 2512.24880 §4.3.2).
+
+    It balances what is kept against what one block's backward computes again.
     """
     return max(1, round((streams * layers / (streams + 2)) ** 0.5))
 
 
 class Kept:
-    """A site's light parts, run as they are."""
+    """A site's light parts, with everything kept for the backward."""
 
     def before(
         self, connection: nn.Module, norm: nn.Module, x_BSNC: Tensor, projected: Projected | None
     ) -> tuple[Mix, Tensor]:
-        """The maps, and the normalised input of the site's attention or experts."""
+        """Return the maps, and the normalised input of the site's attention or experts."""
         mix = connection(x_BSNC, projected)
         return mix, norm(mix.inner_TC)
 
     def inside(self, heavy: Callable[..., Any], hidden_BSC: Tensor, *more: Tensor) -> Any:
-        """The attention or the experts."""
+        """Run the attention or the experts."""
         return heavy(hidden_BSC, *more)
 
     def after(
@@ -45,7 +45,7 @@ class Kept:
         mix: Mix,
         next_phi: Tensor | None,
     ) -> Written:
-        """The streams after the site."""
+        """Return the streams after the site."""
         return connection.write(x_BSNC, branch_BSC, mix, next_phi)  # type: ignore[operator]
 
 
@@ -60,14 +60,14 @@ class _Site(NamedTuple):
 
 
 class _Saved(NamedTuple):
-    """Stands in the graph for a tensor that was not kept."""
+    """Placeholder in the graph for a tensor that was not kept."""
 
     site: int
     number: int
 
 
 class _Hidden(NamedTuple):
-    """Stands in the graph for a view of a site's normalised input."""
+    """Placeholder in the graph for a view of a site's normalised input."""
 
     site: int
     size: torch.Size
@@ -76,8 +76,9 @@ class _Hidden(NamedTuple):
 
 
 class Recomputed(Kept):
-    """One block of layers in one forward. Its tensors come back, all at once, when the backward
-    asks for the first.
+    """One block of layers in one forward, without its tensors.
+
+    All of them are computed again when the backward unpacks the first.
     """
 
     def __init__(self, x_BSNC: Tensor, projected: Projected | None) -> None:
@@ -85,11 +86,11 @@ class Recomputed(Kept):
         self._sums = None if projected is None else projected.sums_STK
         self._sites: list[_Site] = []
         self._norm: nn.Module
-        """Of the site that has begun and not yet ended."""
+        """The norm of the site between its `before` and `after`."""
         self._numbers: list[int] = []
-        """Tensors that each site has saved so far."""
+        """Number of tensors that each site has saved so far."""
         self._before: list[int] = []
-        """How many of them before its attention or experts."""
+        """How many of these were saved before its attention or experts."""
         self._again: dict[tuple[int, int], Tensor] = {}
         self._hidden: dict[int, Tensor] = {}
 
@@ -104,11 +105,9 @@ class Recomputed(Kept):
         return made
 
     def inside(self, heavy: Callable[..., Any], hidden_BSC: Tensor, *more: Tensor) -> Any:
-        site, where, dtype = (
-            len(self._numbers) - 1,
-            hidden_BSC.untyped_storage().data_ptr(),
-            hidden_BSC.dtype,
-        )
+        site = len(self._numbers) - 1
+        where = hidden_BSC.untyped_storage().data_ptr()
+        dtype = hidden_BSC.dtype
 
         def forget(saved: Tensor) -> Tensor | _Hidden:
             if saved.dtype != dtype or saved.untyped_storage().data_ptr() != where:
@@ -139,8 +138,8 @@ class Recomputed(Kept):
         if saved not in self._again:
             self._replay()
         if saved.number <= self._before[saved.site]:
-            # Whoever used the site's normalised input is through: its gradient is what this was
-            # waiting for.
+            # The backward of the norm needs the gradient of its output, so the modules that used
+            # the normalised input have finished, and the input is free.
             self._hidden.pop(saved.site, None)
         return self._again.pop(saved)
 
@@ -152,9 +151,7 @@ class Recomputed(Kept):
         return self._hidden[saved.site].as_strided(saved.size, saved.stride, saved.offset)
 
     def _replay(self) -> None:
-        """Runs the light parts of all sites once more; what they save now is what they saved then,
-        in that order.
-        """
+        """Run the light parts of all sites again; they save the same tensors in the same order."""
         again: dict[tuple[int, int], Tensor] = {}
         x, sums = self._first, self._sums
         for i, site in enumerate(self._sites):

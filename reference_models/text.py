@@ -1,6 +1,4 @@
-"""Where training text comes from: the interpreter's own library, a folder, text files, or a flat
-token file.
-"""
+"""Training text: the standard library's source, a folder, a text file, or a flat token file."""
 
 import sysconfig
 from collections.abc import Iterator
@@ -42,7 +40,7 @@ _CODE = {
     ".jl",
 }
 _WIDE_ID = 1 << 22
-"""No vocabulary is larger."""
+"""Larger than every vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,9 @@ class Corpus:
 
 
 def open_corpus(data: str) -> Corpus:
-    """`stdlib`, a folder, a text file, or a `.bin` of uint16/uint32 token ids.
+    """Open `stdlib`, a folder, a text file, or a `.bin` of uint16 or uint32 token ids.
 
-    FileNotFoundError or ValueError, each with the fix in its message.
+    Raises FileNotFoundError or ValueError; the message names the fix.
     """
     if data == "stdlib":
         return stdlib()
@@ -82,9 +80,7 @@ def open_corpus(data: str) -> Corpus:
 
 
 def stdlib() -> Corpus:
-    """Bytes of the interpreter's standard library: code, tests, codec tables and prose, each a
-    domain.
-    """
+    """Return the bytes of the standard library, in the domains code, tests, codecs and prose."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "__pycache__"}
     files = sorted(p for p in _texts_in(root) if not skip & set(p.relative_to(root).parts))
@@ -101,13 +97,12 @@ def stdlib() -> Corpus:
 
 
 def flat_tokens(path: Path) -> Corpus:
-    """A flat little-endian uint16 or uint32 token file, mapped, not read; which of the two is told
-    from the ids.
-    """
+    """Map a flat little-endian token file of uint16 or uint32; the ids show which of the two."""
     size = path.stat().st_size
     if size < 4 or size % 2:
         raise ValueError(
-            f"{path} has {size} bytes, no flat file of tokens; write the ids as uint16 or uint32 and no more"
+            f"{path} has {size} bytes, no flat file of tokens; write the ids as uint16 or uint32 "
+            f"and no more"
         )
     tokens = np.memmap(path, "<u4" if size % 4 == 0 and _is_wide(path) else "<u2", mode="r")
     largest = max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
@@ -115,15 +110,13 @@ def flat_tokens(path: Path) -> Corpus:
 
 
 def _is_wide(path: Path) -> bool:
-    """Whether the ids are 32-bit: then every second 16-bit half is a small high half, unlike its
-    neighbours.
-    """
+    """Whether the ids are 32-bit: then every second 16-bit word is a small high half."""
     low, high = np.fromfile(path, "<u2", count=1 << 20).reshape(-1, 2).max(0).tolist()
     return high < _WIDE_ID >> 16 and (high == 0 or low > 16 * high)
 
 
 def _texts_in(folder: Path) -> Iterator[Path]:
-    """Text and code files, hidden folders left out: a `.venv` in a project is not its text."""
+    """Yield text and code files, without hidden folders such as `.venv`."""
     for path in folder.rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if _is_text(path) and not hidden and path.is_file():

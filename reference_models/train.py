@@ -17,12 +17,12 @@ from geodiag.reference_models.muon import StackedMuon
 from geodiag.reference_models.transformer import Output, Transformer
 
 _LARGEST_LR = 1e30
-"""Beyond it, a step does not fit into float32."""
+"""With a larger learning rate, an update overflows float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a reference model is trained."""
+    """Settings of the training of a reference model."""
 
     steps: int = 300
     sequences: int = 8
@@ -33,10 +33,10 @@ class TrainConfig:
     """Final learning rate as a share of `lr`, reached by a cosine."""
     weight_decay: float = 0.1
     clip: float = 1.0
-    """Largest gradient norm; infinity to leave gradients alone."""
+    """Largest gradient norm; infinity for no clipping."""
     deterministic: bool = False
-    """Whether a GPU computes the same gradients every time; attention's backward does not by
-    itself.
+    """Whether gradients on a GPU repeat bit for bit, which the backward of attention does not by
+    default.
     """
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class TrainConfig:
             )
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, then cosine decay."""
+        """Return the learning rate of a step: linear warm-up, then cosine decay."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = min((step - self.warmup) / max(self.steps - self.warmup, 1), 1.0)
@@ -69,7 +69,7 @@ class TrainConfig:
 
 
 class StepResult(NamedTuple):
-    """Tensors stay on the device: reading them would make the step wait."""
+    """Results of a step. Tensors stay on the device: reading them would wait for the step."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -81,7 +81,7 @@ class StepResult(NamedTuple):
 
 
 def optimizers_of(model: Transformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices (torch's own for plain ones), AdamW for everything else."""
+    """Return Muon for the blocks' matrices (torch's own for 2-D ones), and AdamW for the rest."""
     flat: list[Tensor] = []
     stacked: list[Tensor] = []
     rest: list[Tensor] = []
@@ -100,16 +100,14 @@ def optimizers_of(model: Transformer, config: TrainConfig) -> list[torch.optim.O
 
 
 def _attention(repeatable: bool) -> AbstractContextManager[None]:
-    """Forwards are repeatable as they are, but one of them decides which backward follows: cuDNN's
-    never is.
-    """
+    """Exclude cuDNN's attention if results must repeat: its backward is not deterministic."""
     kinds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(kinds) if repeatable else nullcontext()
 
 
 @contextmanager
 def _repeatable(wanted: bool) -> Iterator[None]:
-    """Inside, no operation may add up in an order of its own."""
+    """Allow only deterministic algorithms inside the context."""
     if not wanted:
         yield
         return
@@ -125,7 +123,7 @@ def _repeatable(wanted: bool) -> Iterator[None]:
 
 
 class Progress:
-    """How far a training is: beside weights and optimizers, all that a resume needs."""
+    """Number of steps done: with weights and optimizers, all that a resume needs."""
 
     def __init__(self) -> None:
         self.steps_done = 0
@@ -138,10 +136,10 @@ class Progress:
 
 
 class Trainer:
-    """Owns the optimizers. A step is `accumulate` of every micro-batch, then `update`.
+    """The training loop's state. A step is `accumulate` for every micro-batch, then `update`.
 
-    Of several ranks each trains on its share of the batch, and `forward` is the model as it is
-    called there: inside DDP, say. A model that is sharded is called itself.
+    Each rank trains on its share of the batch. `forward` is the callable to train, for example the
+    model wrapped in DDP; by default the model itself, as for a sharded model.
     """
 
     def __init__(
@@ -163,7 +161,7 @@ class Trainer:
         self._tokens = 0
 
     def accumulate(self, batch: Batch) -> None:
-        """Forward and backward on one micro-batch."""
+        """Run forward and backward on one micro-batch."""
         with _attention(self.config.deterministic):
             output = self.forward(batch.token_ids_BS)
             loss = self.model.loss(output, batch.targets_BS)
@@ -183,7 +181,7 @@ class Trainer:
 
     @property
     def ready(self) -> bool:
-        """Whether all micro-batches of the step are in."""
+        """Whether all micro-batches of the step are accumulated."""
         return len(self._losses) == self.config.micro_batches
 
     @property
@@ -192,8 +190,9 @@ class Trainer:
         return not self._losses
 
     def update(self) -> StepResult:
-        """Clips, steps the optimizers and balances the routers. ValueError before the step has its
-        micro-batches.
+        """Clip gradients, step the optimizers and balance the routers.
+
+        Raises ValueError before all micro-batches of the step are accumulated.
         """
         if not self.ready:
             raise ValueError(
@@ -201,9 +200,8 @@ class Trainer:
             )
         lr = self.config.lr_at(self.steps_done) * self.lr_scale
         norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        norm = (
-            norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        )  # of weights spread over ranks
+        if hasattr(norm, "full_tensor"):  # of sharded weights
+            norm = norm.full_tensor()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -218,21 +216,21 @@ class Trainer:
         return result
 
     def step(self, batch: Batch) -> StepResult:
-        """One optimizer step on a whole batch."""
+        """Run one optimizer step on a whole batch."""
         for part in batch.split(self.config.micro_batches):
             self.accumulate(part)
         return self.update()
 
     def _balance(self) -> None:
         assert self._load_LE is not None, "update() checks that there were micro-batches"
-        if dist.is_initialized():  # every rank's tokens count, or the ranks' biases would part
+        if dist.is_initialized():  # the same load on every rank, or their biases would diverge
             dist.all_reduce(self._load_LE)
         for block, load_E in zip(self.model.blocks, self._load_LE, strict=True):
             if not isinstance(block.moe.router, HashRouter):
                 nudge_balance(block.moe.router, load_E, self.model.config.balance_speed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resume needs. Save it between steps: micro-batches under way are not in it."""
+        """Return everything a resume needs. Accumulated micro-batches are not included."""
         return {
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],

@@ -19,14 +19,14 @@ from geodiag.reference_models.recompute import KEPT, Kept, Recomputed, block_len
 class Output(NamedTuple):
     logits_BSV: Tensor
     routings: tuple[Routing, ...]
-    """One a layer: the choice that was used, for balancing and for whoever watches."""
+    """One for each layer: the choice that was used, for balancing and monitoring."""
 
 
 class Loss(NamedTuple):
     total: Tensor
-    """What is differentiated."""
+    """The value to differentiate."""
     token: Tensor
-    """Cross-entropy, nats a token."""
+    """Cross-entropy in nats/token."""
     per_sequence_B: Tensor
 
 
@@ -51,9 +51,11 @@ class Layer(nn.Module):
         projected: Projected | None = None,
         next_phi: Tensor | None = None,
     ) -> tuple[Tensor, Routing, Projected | None]:
-        """`run` says what the backward will find, and what it will make anew. `projected` comes
-        from the layer before;
-        `next_phi` is of the layer behind, whose first site finds its streams projected by it."""
+        """Run both sites. `run` decides what is kept for the backward and what is computed again.
+
+        `projected` comes from the previous layer. `next_phi` is φ of the next layer's first site,
+        by which this layer's last kernel projects the streams.
+        """
         mix, hidden = run.before(self.attn_hc, self.attn_norm, x_BSNC, projected)
         branch = run.inside(self.attn, hidden, rotary)
         x_BSNC, projected, _ = run.after(self.attn_hc, x_BSNC, branch, mix, self.ffn_hc.next_phi)
@@ -86,7 +88,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Initialises every weight; output projections are scaled down by depth."""
+        """Initialise every weight; output projections are scaled down by depth."""
         std, deep = self.config.init_std, self.config.init_std / (2 * self.config.layers) ** 0.5
         for name, p in self.named_parameters():
             if p.dim() > 1:
@@ -98,8 +100,9 @@ class Transformer(nn.Module):
                 m.reset()
 
     def _to_stream_type(self) -> None:
-        """Matrices and embedding in the stream's type; routers, hyper-connections and norms stay
-        float32.
+        """Convert matrices and embedding to the stream's type.
+
+        Routers, hyper-connections and norms stay float32.
         """
         if self.config.dtype == "bfloat16":
             for name, p in self.named_parameters():
@@ -114,22 +117,23 @@ class Transformer(nn.Module):
 
     @property
     def blocks(self) -> list[Layer]:
-        """`layers` with their type."""
+        """`layers`, typed."""
         return [m for m in self.layers if isinstance(m, Layer)]
 
     def forward(self, token_ids_BS: Tensor) -> Output:
-        """Token ids (B, S) to logits (B, S, V). ValueError for a sequence longer than the model was
-        laid out for.
+        """Return logits (B, S, V) of token ids (B, S).
+
+        Raises ValueError for a sequence longer than `config.sequence`.
         """
         if token_ids_BS.shape[1] > self.config.sequence:
             raise ValueError(
-                f"sequence {token_ids_BS.shape[1]} is longer than config.sequence {self.config.sequence}"
+                f"sequence {token_ids_BS.shape[1]} is longer than "
+                f"config.sequence {self.config.sequence}"
             )
         x = self.embed(token_ids_BS).unsqueeze(-2).expand(-1, -1, self.config.streams, -1)
         routings, projected = [], None
-        behind = [block.attn_hc.next_phi for block in self.blocks[1:]] + [None]
-        # Compiled, the partitioner decides what is kept: the light parts are what it makes anew by
-        # itself.
+        next_phis = [block.attn_hc.next_phi for block in self.blocks[1:]] + [None]
+        # Under torch.compile the partitioner decides what is kept, and recomputes the light parts.
         differentiated = torch.is_grad_enabled()
         forgets = (
             self.config.recompute == "mhc" and differentiated and not torch.compiler.is_compiling()
@@ -137,18 +141,18 @@ class Transformer(nn.Module):
         length, run = block_length(self.config.streams, len(self.layers)), KEPT
         for i, layer in enumerate(self.layers):
             if self.config.recompute == "layers" and differentiated:
-                arguments = (token_ids_BS, self.rotary, KEPT, projected, behind[i])
+                arguments = (token_ids_BS, self.rotary, KEPT, projected, next_phis[i])
                 x, routing, projected = checkpoint(layer, x, *arguments, use_reentrant=False)
             else:
                 run = Recomputed(x, projected) if forgets and i % length == 0 else run
                 x, routing, projected = layer(
-                    x, token_ids_BS, self.rotary, run, projected, behind[i]
+                    x, token_ids_BS, self.rotary, run, projected, next_phis[i]
                 )
             routings.append(routing)
         return Output(self.head(self.norm(self.read_out(x))), tuple(routings))
 
     def loss(self, output: Output, targets_BS: Tensor) -> Loss:
-        """Cross-entropy plus the sequence balance loss of the learned routers."""
+        """Return the cross-entropy, and its sum with the balance loss of the learned routers."""
         each = F.cross_entropy(
             output.logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction="none"
         )

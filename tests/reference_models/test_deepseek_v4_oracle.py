@@ -150,7 +150,7 @@ def test_read_out_agrees(theirs: DeepseekV4Config, ours: ModelConfig) -> None:
 
 
 def dense(ids: Tensor, weights: Tensor) -> Tensor:
-    """Gate weights by expert, so that the order in which a router lists its choice does not matter."""
+    """Gate weights by expert, independent of the order in which a router lists its choice."""
     return torch.zeros(len(ids), E).scatter(1, ids, weights)
 
 

@@ -61,7 +61,7 @@ def test_another_branch_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def alive(model: Transformer) -> dict[str, int]:
-    """How many of the tensors at each kind of place outlive the forward, for the backward's sake."""
+    """Number of tensors of each kind that outlive the forward, kept for the backward."""
     seen: dict[str, list[StorageWeakRef]] = {"stream": [], "input": [], "branch": []}
 
     def watch(kind: str, tensor: Tensor) -> None:

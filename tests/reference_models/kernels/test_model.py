@@ -18,9 +18,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def made(kernels: str, residual: str, **changes: Any) -> Transformer:
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab=32, layers=2, channels=16, heads=2, head_dim=8, sequence=8, experts=4, expert_dim=8, alpha_init=0.5,
-        residual=residual, streams=4, swiglu_limit=0.05, kernels=kernels,
-    )  # fmt: skip
+        vocab=32,
+        layers=2,
+        channels=16,
+        heads=2,
+        head_dim=8,
+        sequence=8,
+        experts=4,
+        expert_dim=8,
+        alpha_init=0.5,
+        residual=residual,
+        streams=4,
+        swiglu_limit=0.05,
+        kernels=kernels,
+    )
     return Transformer(replace(config, **changes)).to(DEVICE)
 
 

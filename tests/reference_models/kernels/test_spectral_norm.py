@@ -1,4 +1,4 @@
-"""The spectral norm's three implementations against float64's singular values, near-ties included."""
+"""Three implementations of the spectral norm against singular values in float64, with near-ties."""
 
 import math
 

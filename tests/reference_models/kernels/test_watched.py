@@ -1,6 +1,4 @@
-"""Diagnostics that the kernels measure on the way are those of the torch path: same rows, through
-the whole monitor.
-"""
+"""Statistics that the kernels measure equal those of the torch path, through the whole monitor."""
 
 from pathlib import Path
 
@@ -17,8 +15,9 @@ from geodiag.reference_models.train import TrainConfig, Trainer
 from geodiag.reference_models.transformer import Transformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALLEST = {"vocab": 32, "channels": 16, "heads": 2, "head_dim": 8, "sequence": 8, "experts": 4}
 IDENTITY = ("rank", "attempt", "step", "layer", "site", "expert")
-# Where tokens are sampled, torch has the spectral norms of the sample and the kernel has all of them.
+# With sampled tokens, torch has the norms of the sample, and the kernel those of all tokens.
 OF_SAMPLE = {"spectral_norm_res": 2e-3, "spectral_norm_res_max": 2e-3}
 
 
@@ -27,9 +26,16 @@ def recorded(
 ) -> geodiag.Run:
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab=32, layers=2, channels=16, heads=2, head_dim=8, sequence=8, experts=4, expert_dim=8, alpha_init=0.5,
-        residual=residual, streams=4, swiglu_limit=0.05, kernels=kernels, **options,
-    )  # fmt: skip
+        **SMALLEST,
+        layers=2,
+        expert_dim=8,
+        alpha_init=0.5,
+        residual=residual,
+        streams=4,
+        swiglu_limit=0.05,
+        kernels=kernels,
+        **options,
+    )
     with torch.device(DEVICE):
         model = Transformer(config)
     trainer = Trainer(model, TrainConfig(steps=50, sequences=2, warmup=0, lr=1e-4))
@@ -98,15 +104,12 @@ def test_recomputation_records_the_same(tmp_path: Path, recompute: str) -> None:
 
 @pytest.mark.slow
 def test_one_compiled_graph_serves_sampled_steps_and_others(tmp_path: Path) -> None:
-    """Kernels look at a flag on the device; nothing that a graph is guarded by changes with the
-    cadence.
-    """
+    """Kernels read a flag on the device, so the cadence changes nothing that guards a graph."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab=32, layers=1, hash_layers=0, channels=16, heads=2, head_dim=8, sequence=8, experts=4, expert_dim=16,
-        dtype="bfloat16", kernels="triton",
-    )  # fmt: skip
+        **SMALLEST, layers=1, hash_layers=0, expert_dim=16, dtype="bfloat16", kernels="triton"
+    )
     with torch.device(DEVICE):
         model = Transformer(config)
     trainer = Trainer(model, TrainConfig(steps=50, sequences=2, warmup=0, lr=1e-4))
