@@ -1,4 +1,4 @@
-"""Attached to a real training: values follow their definitions, and the training does not notice."""
+"""A monitor of a real training: values follow their definitions; results stay bit-identical."""
 
 import math
 from itertools import pairwise
@@ -65,7 +65,7 @@ def test_recomputation_records_the_same_values(tmp_path: Path, recompute: str) -
         layers_equal(plain.read(table), recomputed.read(table), 1e-5)
 
 
-def test_what_a_checkpoint_computes_again_is_not_looked_at_again(tmp_path: Path) -> None:
+def test_what_a_checkpoint_recomputes_is_not_measured_again(tmp_path: Path) -> None:
     """Hooks fire in the backward too; what they showed in the forward is on record already."""
     t, seen = small.trainer(recompute="layers"), []
     with (
@@ -94,7 +94,7 @@ def test_gradient_accumulation_records_the_same_values(tmp_path: Path) -> None:
     )
 
 
-def test_micro_batches_that_were_not_announced_are_all_recorded(tmp_path: Path) -> None:
+def test_more_micro_batches_than_passed_to_attach_are_all_recorded(tmp_path: Path) -> None:
     """Buffers grow by themselves: the values of four micro-batches are those of the whole batch."""
     whole, quarters = (
         recorded(tmp_path, "a", steps=1),
@@ -378,7 +378,7 @@ def test_nan_loss_is_recorded_as_a_spike_and_training_goes_on(tmp_path: Path) ->
     assert run.read("events")["kind"].tolist()[:2] == ["attempt", "nonfinite"]
 
 
-def test_a_broken_tap_is_reported_once_and_training_goes_on(
+def test_a_failing_hook_is_reported_once_and_training_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     bare = small.train(small.trainer(), 4)
@@ -389,8 +389,8 @@ def test_a_broken_tap_is_reported_once_and_training_goes_on(
             lambda _: (_ for _ in ()).throw(RuntimeError("no entropy")),
         )
         assert small.train(t, 4, monitor) == bare
-    said = capsys.readouterr().err
-    assert said.count("could not record routers") == 1
+    printed = capsys.readouterr().err
+    assert printed.count("could not record routers") == 1
     events = geodiag.open_run(tmp_path / "run").read("events")
     assert (events["kind"] == "problem").sum() == 1
     layers = geodiag.open_run(tmp_path / "run").read("layers")
@@ -423,7 +423,7 @@ def test_a_failure_at_the_end_of_a_step_is_reported_once_and_the_loss_is_kept(
     assert {4, 5} <= set(run.read("layers")["step"]), "it is tried again at every step"
 
 
-def test_hooks_come_off(tmp_path: Path) -> None:
+def test_close_removes_all_hooks(tmp_path: Path) -> None:
     t = small.trainer()
 
     def hooks() -> int:
@@ -476,7 +476,9 @@ def test_the_detectors_events_reach_the_run(tmp_path: Path) -> None:
     assert "would have acted" in events[events.kind == "decision"].iloc[0]["message"]
 
 
-def test_a_run_that_is_begun_again_is_another_attempt_and_replaces_nothing(tmp_path: Path) -> None:
+def test_a_run_that_is_started_again_is_another_attempt_and_replaces_nothing(
+    tmp_path: Path,
+) -> None:
     for start, steps in ((0, 4), (2, 3)):
         t = small.trainer()
         with small.watch(t, tmp_path / "run", first_step=start) as monitor:

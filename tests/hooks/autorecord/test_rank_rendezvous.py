@@ -26,33 +26,33 @@ def me(monkeypatch: pytest.MonkeyPatch) -> threading.local:
 
 @pytest.fixture
 def of_two(me: threading.local) -> Callable[[int, timedelta], bool]:
-    """`of_two(rank, patience)`: the muster of one of the two."""
+    """`of_two(rank, timeout)`: the answer of one of the two ranks."""
 
-    def muster(rank: int, patience: timedelta) -> bool:
+    def answer_of(rank: int, timeout: timedelta) -> bool:
         me.rank = rank
-        return all_ranks_present(patience)
+        return all_ranks_present(timeout)
 
-    return muster
+    return answer_of
 
 
-def test_the_first_ranks_word_is_everyones(me: threading.local) -> None:
+def test_every_rank_gets_the_value_of_rank_0(me: threading.local) -> None:
     for me.rank, own in enumerate(("runs/first", "runs/second")):
         assert value_of_rank_0(own) == "runs/first"
 
 
-def test_ranks_that_all_come_begin(of_two) -> None:
-    said: list[bool] = []
-    other = threading.Thread(target=lambda: said.append(of_two(1, timedelta(seconds=20))))
+def test_ranks_that_are_all_present_begin(of_two) -> None:
+    answers: list[bool] = []
+    other = threading.Thread(target=lambda: answers.append(of_two(1, timedelta(seconds=20))))
     other.start()
-    said.append(of_two(0, timedelta(seconds=20)))
+    answers.append(of_two(0, timedelta(seconds=20)))
     other.join()
-    assert said == [True, True]
+    assert answers == [True, True]
 
 
-def test_a_rank_that_waited_in_vain_decides_for_the_one_that_comes_late(of_two) -> None:
+def test_a_rank_whose_wait_timed_out_decides_for_the_late_one(of_two) -> None:
     assert not of_two(1, SOON)
     assert not of_two(0, SOON), "all are here by now, but one of them has gone on"
 
 
-def test_a_process_alone_waits_for_nobody() -> None:
+def test_a_single_process_waits_for_no_rank() -> None:
     assert all_ranks_present(timedelta(0))

@@ -1,5 +1,5 @@
-"""`geodiag run`: scripts that nobody edited are recorded, bit for bit as they are, or left alone
-with a reason.
+"""`geodiag run`: unedited scripts are recorded with bit-identical results, or run unrecorded with a
+reason.
 """
 
 import os
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 # -- trainings -----------------------------------------------------------------------------
 
 
-def test_the_first_step_of_an_optimizer_made_late_has_its_loss_and_gradient_norm(
+def test_the_first_step_of_an_optimizer_created_late_has_its_loss_and_gradient_norm(
     folder: Path,
 ) -> None:
     run = recorded(folder, watched(folder, unedited.LATE))
@@ -82,8 +82,8 @@ def test_two_ranks_under_torchrun_record_into_one_run(folder: Path, parallel: st
     assert run.status() == "finished"
     assert run.manifest["world_size"] == 2
     steps = run.read("steps").sort_values(["rank", "step"])
-    said = [float(x) for r in (0, 1) for x in (folder / f"losses-{r}").read_text().split()]
-    assert steps["loss"].tolist() == said
+    losses = [float(x) for r in (0, 1) for x in (folder / f"losses-{r}").read_text().split()]
+    assert steps["loss"].tolist() == losses
     assert "problem" not in set(run.read("events")["kind"]), done.stderr
     assert done.stderr.count("geodiag watches") == 1
 
@@ -91,14 +91,14 @@ def test_two_ranks_under_torchrun_record_into_one_run(folder: Path, parallel: st
 # -- endings -------------------------------------------------------------------------------
 
 
-def test_a_script_that_fails_fails_as_it_would_and_its_run_says_so(folder: Path) -> None:
+def test_a_script_that_fails_has_its_own_error_and_its_run_is_failed(folder: Path) -> None:
     done = watched(folder, unedited.PLAIN + "raise RuntimeError('a bug')\n")
     assert done.returncode == 1
     assert "RuntimeError: a bug" in done.stderr
     recorded(folder, done, "failed")
 
 
-def test_an_exit_code_is_the_commands_and_one_that_is_not_0_is_a_failure(folder: Path) -> None:
+def test_the_exit_code_is_that_of_the_command_and_not_0_is_a_failure(folder: Path) -> None:
     done = watched(folder, unedited.PLAIN + "sys.exit(7)\n")
     assert done.returncode == 7
     recorded(folder, done, "failed")
@@ -119,23 +119,23 @@ def test_a_signal_is_passed_on_and_ctrl_c_reaches_the_command_once(folder: Path)
         (signal.SIGINT, 130, "interrupted"),
         (signal.SIGTERM, 143, "interrupted"),
     ):
-        process, said = until_it_waits(folder)
+        process, printed = until_it_waits(folder)
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
         assert process.returncode == code, errors
-        recorded(folder, subprocess.CompletedProcess([], code, said, errors), status)
+        recorded(folder, subprocess.CompletedProcess([], code, printed, errors), status)
         (folder / "run").rename(folder / f"run-{number}")
 
 
-def test_a_killed_command_loses_no_step_that_was_done(folder: Path) -> None:
-    process, said = until_it_waits(folder)
+def test_a_killed_command_loses_no_finished_step(folder: Path) -> None:
+    process, printed = until_it_waits(folder)
     child = next(
         p for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     )
     os.kill(int(child), signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGKILL
-    recorded(folder, subprocess.CompletedProcess([], 0, said, errors), "interrupted")
+    recorded(folder, subprocess.CompletedProcess([], 0, printed, errors), "interrupted")
 
 
 def test_stdin_is_the_commands_own(folder: Path) -> None:
@@ -183,7 +183,7 @@ print(sitecustomize.mark, sorted(m for m in sys.modules if m.startswith("geodiag
     )
 
 
-def test_a_script_that_never_trains(folder: Path) -> None:
+def test_a_script_that_never_trains_is_explained(folder: Path) -> None:
     done = watched(
         folder,
         "from few import *\nmodel = Blocks()\nx = adamw(model)\nloss_of(model, batch())\nprint(1)\n",
@@ -203,7 +203,7 @@ def test_a_model_without_blocks_trains_unrecorded(folder: Path) -> None:
     assert done.stderr.count("training goes on unrecorded") == 1
 
 
-def test_a_run_directory_that_cannot_be_made_ends_no_training(folder: Path) -> None:
+def test_a_run_directory_that_cannot_be_created_ends_no_training(folder: Path) -> None:
     done = watched(folder, unedited.PLAIN, "--run", "few.py/run")
     nothing(done, "cannot write a run to")
     assert len(done.stdout.split()) == 4
@@ -215,7 +215,7 @@ def test_a_script_that_attaches_geodiag_itself_keeps_its_own_record(folder: Path
     assert open_run(folder / "own").read("steps")["loss"].tolist() == [float(done.stdout)]
 
 
-def test_a_failure_of_geodiag_is_said_once_and_the_training_goes_on(
+def test_a_failure_of_geodiag_is_reported_once_and_the_training_goes_on(
     folder: Path, monkeypatch
 ) -> None:
     broken = "import geodiag.hooks.autorecord.model_search as s\ns.count_held = lambda *_: 1 / 0\n"

@@ -55,8 +55,8 @@ def test_a_training_is_bit_for_bit_the_same_and_every_step_with_its_loss_is_on_r
             "of the step, not of the next"
         )
     if name == "ACCUMULATED":
-        said = [float(line) for line in done.stderr.splitlines() if line[0].isdigit()]
-        assert steps["grad_norm"].tolist() == said, "before it was clipped"
+        norms = [float(line) for line in done.stderr.splitlines() if line[0].isdigit()]
+        assert steps["grad_norm"].tolist() == norms, "before it was clipped"
     if name == "ADVERSARIES":
         assert done.stderr.count("what that one trains is not recorded") == 1
     if name == "EXPERTS":

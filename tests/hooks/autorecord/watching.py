@@ -1,4 +1,4 @@
-"""`geodiag run` of a script in a process of its own, and the same script without it, for the tests."""
+"""A script under `geodiag run` in its own process, and without it, for the tests."""
 
 import contextlib
 import io
@@ -45,10 +45,10 @@ def unwatched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the script prints without geodiag."""
     monkeypatch.syspath_prepend(str(folder))
     sys.modules.pop("few", None)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         runpy.run_path(str(folder / "train.py"), run_name="__main__")
-    return said.getvalue()
+    return printed.getvalue()
 
 
 def recorded(folder: Path, done: subprocess.CompletedProcess, status: str = "finished") -> Run:

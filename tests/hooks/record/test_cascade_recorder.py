@@ -1,6 +1,4 @@
-"""The cascade behind a spike as an event: told once for each, while nobody waits, and never in a
-training's way.
-"""
+"""CascadeRecorder: one event for each spike, written in the background; failures are reported."""
 
 import subprocess
 import sys
@@ -35,7 +33,7 @@ def train(folder: Path, steps: int, **watched: Any) -> list[float]:
     return losses
 
 
-def told(folder: Path) -> list[dict[str, Any]]:
+def cascade_events(folder: Path) -> list[dict[str, Any]]:
     rows = geodiag.open_run(folder).read_arrow("events").to_pylist()
     return [r | {"data": details(r["data"])} for r in rows if r["kind"] == "cascade"]
 
@@ -47,7 +45,7 @@ def spikes(folder: Path) -> list[dict[str, Any]]:
 
 def test_each_spike_leaves_the_cascade_that_the_record_gives(tmp_path: Path) -> None:
     train(tmp_path / "run", 125)
-    (spike,), (event,) = spikes(tmp_path / "run"), told(tmp_path / "run")
+    (spike,), (event,) = spikes(tmp_path / "run"), cascade_events(tmp_path / "run")
     assert event["step"] == spike["step"] + AFTER
     found = geodiag.explain(tmp_path / "run", 0)
     assert (found.stage, found.layer) == (1, 1)
@@ -57,12 +55,12 @@ def test_each_spike_leaves_the_cascade_that_the_record_gives(tmp_path: Path) -> 
         found.expert,
     )
     assert event["message"] == found.words
-    said = event["data"]
-    assert said["attempt"] == 0
+    data = event["data"]
+    assert data["attempt"] == 0
     for name in ("stage", "onset", "spike_onset", "lead", "cause", "defence", "evidence"):
-        assert said[name] == found.as_json()[name], name
-    assert said["path"][:-1] == found.as_json()["path"][:-1]
-    assert said["spike"]["end"] is None  # it was not over when it was told
+        assert data[name] == found.as_json()[name], name
+    assert data["path"][:-1] == found.as_json()["path"][:-1]
+    assert data["spike"]["end"] is None  # it was not over when it was explained
 
 
 def test_a_calm_training_leaves_none(tmp_path: Path) -> None:
@@ -73,36 +71,38 @@ def test_a_calm_training_leaves_none(tmp_path: Path) -> None:
             )  # an outlier is no spike
     kinds = [r["kind"] for r in geodiag.open_run(tmp_path / "run").read_arrow("events").to_pylist()]
     assert "outlier" in kinds
-    assert told(tmp_path / "run") == []
+    assert cascade_events(tmp_path / "run") == []
 
 
-def test_what_the_end_cuts_off_is_told_at_the_end(tmp_path: Path) -> None:
+def test_a_spike_shortly_before_the_end_is_explained_at_the_end(tmp_path: Path) -> None:
     train(tmp_path / "run", RISEN[0] + 5)
-    (spike,), (event,) = spikes(tmp_path / "run"), told(tmp_path / "run")
+    (spike,), (event,) = spikes(tmp_path / "run"), cascade_events(tmp_path / "run")
     assert spike["step"] <= event["step"] < spike["step"] + AFTER
     assert event["data"]["spike_onset"] == RISEN[0]
 
 
-def test_a_spike_that_was_rolled_back_is_told_as_its_attempt_lived_it(tmp_path: Path) -> None:
+def test_a_spike_that_was_rolled_back_is_explained_from_its_own_attempt(tmp_path: Path) -> None:
     t = small.trainer()
     snapshots = geodiag.Snapshots(t.model, t.optimizers, every=10, where="memory")
     policy = geodiag.Policy.parse("rollback", mode="auto")
     with small.watch(t, tmp_path / "run", snapshots=snapshots, policy=policy) as monitor:
-        for lived, _ in enumerate(monitor.batches(iter(lambda: 0, 1))):
+        for taken, _ in enumerate(monitor.batches(iter(lambda: 0, 1))):
             step = monitor.next_step
             small.one_step(t, small.tokens(step))
-            monitor.step(3.0 + 0.01 * (step % 3) + (3.0 if step >= 90 and lived < 100 else 0.0))
+            monitor.step(3.0 + 0.01 * (step % 3) + (3.0 if step >= 90 and taken < 100 else 0.0))
             if step == 110:
                 break
     rows = geodiag.open_run(tmp_path / "run").read_arrow("events").to_pylist()
     assert [r["kind"] for r in rows].count("rollback") == 1
-    (event,) = told(tmp_path / "run")
+    (event,) = cascade_events(tmp_path / "run")
     assert event["data"]["attempt"] == 0
     assert event["data"]["spike_onset"] == 90
     assert event["step"] == spikes(tmp_path / "run")[0]["step"]
 
 
-def test_nobody_waits_for_it_until_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_training_does_not_wait_for_it_until_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go, explained, steps = threading.Event(), cascade_recorder.told, []
 
     def slow(*a: Any) -> Any:
@@ -115,13 +115,13 @@ def test_nobody_waits_for_it_until_the_end(tmp_path: Path, monkeypatch: pytest.M
         monitor.step(3.0 + 0.01 * (step % 2) + (3.0 if step in RISEN else 0.0))
         steps.append(step)
     assert len(steps) == 130
-    assert told(tmp_path / "run") == []
+    assert cascade_events(tmp_path / "run") == []
     go.set()
     monitor.close()
-    assert len(told(tmp_path / "run")) == 1
+    assert len(cascade_events(tmp_path / "run")) == 1
 
 
-def test_a_failure_is_said_once_and_training_goes_on(
+def test_a_failure_is_reported_once_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = train(tmp_path / "plain", 125)
@@ -142,7 +142,7 @@ def test_a_failure_is_said_once_and_training_goes_on(
     assert capsys.readouterr().err.count("no such window") == 1
 
 
-def test_an_interpreter_that_ends_without_close_tells_the_last_spike_and_closes_the_run(
+def test_an_interpreter_that_ends_without_close_explains_the_last_spike_and_closes_the_run(
     tmp_path: Path,
 ) -> None:
     script = f"""
@@ -165,4 +165,4 @@ for step in range(100):
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=ROOT)
     assert geodiag.open_run(tmp_path / "run").manifest["status"] == "interrupted"
-    assert len(told(tmp_path / "run")) == 1
+    assert len(cascade_events(tmp_path / "run")) == 1
