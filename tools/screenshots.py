@@ -1,4 +1,4 @@
-"""Write screenshots of every page: `python tools/screenshots.py FOLDER RUN [--out docs/screenshots]`.
+"""Write screenshots of every page: `python tools/screenshots.py FOLDER RUN [--out FOLDER]`.
 
 The script serves the folder itself and uses the system's Chromium (or $CHROMIUM). It writes
 <page>.png and <page>-dark.png. With `--cascade NAME` it writes only the verdict and the figure of

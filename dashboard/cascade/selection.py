@@ -16,7 +16,12 @@ from geodiag.spikes.recorded import Seen, spikes_of
 
 LONGEST = 1500
 """Most steps of a stage map. Each column is compared with the steps before it, which takes time."""
-_QUIET, _PAD, _AFTER = 240, 24, 8
+_QUIET = 240
+"""Steps shown of a run without a cascade."""
+_PAD = 24
+"""Fewest steps shown before and after a cascade."""
+_AFTER = 8
+"""Steps after a spike that can still change its cascade."""
 _STEPS_A_REFRESH = 60
 """The stage map of a live run is recomputed after each 1/60 of the window."""
 

@@ -76,11 +76,9 @@ def row_name(row: tuple[int, int]) -> str:
 
 def to_grids(table: str, rows: pa.Table, names: list[str]) -> dict[str, Grid]:
     """Return one grid per metric; ranks are merged by the rule of each metric."""
-    step_n, layer_n, second_n = (
-        rows["step"].to_numpy(),
-        rows["layer"].to_numpy(),
-        _second_key(table, rows),
-    )
+    step_n = rows["step"].to_numpy()
+    layer_n = rows["layer"].to_numpy()
+    second_n = _second_key(table, rows)
     rank_n = rows["rank"].to_numpy()
     width = _rows_per_step(step_n, layer_n, second_n, rank_n)
     if width:

@@ -26,7 +26,8 @@ class SupersededSteps(NamedTuple):
 
 def merge_step_rows(rows: pa.Table, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Return columns of `steps`, ranks merged: the named metrics, or all and the routing mode."""
-    step_n, rank_n = rows["step"].to_numpy(), rows["rank"].to_numpy()
+    step_n = rows["step"].to_numpy()
+    rank_n = rows["rank"].to_numpy()
     steps_S, at_n = np.unique(step_n, return_inverse=True)
     out: dict[str, np.ndarray] = {"step": steps_S}
     ranks, rank_n = np.unique(rank_n, return_inverse=True)

@@ -95,7 +95,8 @@ def first_of_each_stage(onsets: Sequence[Onset], cascade: Cascade) -> list[Onset
 def _draw_line(fig: go.Figure, points: Sequence[tuple[float, float]], theme: Theme) -> None:
     """Draw one smooth line. The last piece leads to the loss across other maps and is thinner."""
     for i, ((x0, y0), (x1, y1)) in enumerate(pairwise(points)):
-        last, middle = i == len(points) - 2, (x0 + x1) / 2
+        last = i == len(points) - 2
+        middle = (x0 + x1) / 2
         fig.add_shape(
             type="path",
             path=f"M {x0},{y0} C {middle},{y0} {middle},{y1} {x1},{y1}",

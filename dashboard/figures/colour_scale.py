@@ -30,13 +30,15 @@ def shade(metric: Metric, values: np.ndarray, theme: Theme, centre: float | None
         return Shade({"colorscale": theme.heat, "cmin": 0, "cmax": 1, "showscale": False}, False)
     low, high = float(finite.min()), float(finite.max())
     if is_gain(metric) or centre is not None:
-        middle, least = centre or 1.0, _LEAST_GAIN if centre is None else 2.0
+        middle = centre or 1.0
+        least = _LEAST_GAIN if centre is None else 2.0
         positive = finite[finite > 0] / middle
         reach = (
             max(least, float(positive.max()), 1 / float(positive.min())) if len(positive) else least
         )
         reach = min(reach, max(least, 1e4 if centre is None else 4.0))
-        a, b = np.log10(middle) - np.log10(reach), np.log10(middle) + np.log10(reach)
+        a = np.log10(middle) - np.log10(reach)
+        b = np.log10(middle) + np.log10(reach)
         return Shade(
             _axis(theme.gain, float(a), float(b), metric.unit, _ticks(float(a), float(b))), True
         )

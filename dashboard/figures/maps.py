@@ -23,7 +23,13 @@ class Tile(NamedTuple):
         return float(np.abs(self.cell_NN.sum(1)).max())
 
 
-_TITLE_PX, _GAP, _APART, _FEW = 19, 0.02, 0.05, 6
+_TITLE_PX = 19
+_GAP = 0.02
+"""Distance between maps, as a share of the width."""
+_APART = 0.05
+"""Distance between groups of maps."""
+_FEW = 6
+"""Fewer maps than this are not drawn larger."""
 
 
 def residual_maps(
@@ -46,7 +52,9 @@ def residual_maps(
     count = max(_FEW, sum(len(tiles) for _, tiles in groups))
     wide = (1 - _APART * (len(groups) - 1) - _GAP * (count - len(groups))) / count
     reach = max(1.0, *(float(np.nanmax(np.abs(t.cell_NN))) for _, tiles in groups for t in tiles))
-    left, i, high = 0.0, 0, tile_px / inner
+    left = 0.0
+    i = 0
+    high = tile_px / inner
     for when, tiles in groups:
         _draw_text(fig, when, left, high + 2 * _TITLE_PX / inner, theme.soft, 11.5)
         for tile in tiles:

@@ -184,7 +184,7 @@ def _draw_spikes(
     superseded: Sequence[SupersededSteps],
     theme: Theme,
 ) -> None:
-    """Draw a ring at each onset, whose hover text describes the spike, and a diamond at its peak."""
+    """Draw a ring at each onset, with a hover text about the spike, and a diamond at its peak."""
     texts = {"hovertemplate": "%{text}<extra></extra>"}
     silent = {"hoverinfo": "skip"}
     for name, symbol, size, hover in (

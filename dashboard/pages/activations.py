@@ -15,7 +15,8 @@ from geodiag.dashboard.server.run_library import RunLibrary
 from geodiag.dashboard.url.url_state import View
 from geodiag.metrics.registry import menu, panels
 
-NAME, TITLE = "activations", "Activations"
+NAME = "activations"
+TITLE = "Activations"
 
 OVERALL = menu(NAME)
 EXPERTS = menu(NAME, "experts")

@@ -40,7 +40,8 @@ from geodiag.dashboard.url.live_figures import event_marks, register_drawing
 from geodiag.dashboard.url.url_state import View
 from geodiag.dashboard.url.url_sync import sync_url
 
-NAME, TITLE = "cascade", "Cascade"
+NAME = "cascade"
+TITLE = "Cascade"
 
 _EXPERTS = {"load": "share of the layer's assignments", "act_rms": "RMS of the activations"}
 _NO_MAPS = "No residual maps near this step. attach(every={'matrices': 10}) samples more of them."
@@ -48,10 +49,10 @@ _NO_HYPER = "This model has no hyper-connections, so it has no residual maps."
 _NO_TOKENS = "No traced tokens near this step. attach(trace='flipped') traces some."
 PICTURE = (
     "Each map shows one stage of the cascade: rows are layers, the first on top; columns are "
-    "steps. The colour is the distance of the layer from its own past, in robust z (standard deviations, "
-    "estimated from the median). A change that lasts for 64 samples becomes part of that past. "
-    "Rings mark where a stage left its usual range; the line leads from the origin to the loss. "
-    "Click a cell to see its measurements; drag to zoom in time."
+    "steps. The colour is the distance of the layer from its own past, in robust z (standard "
+    "deviations, estimated from the median). A change that lasts for 64 samples becomes part of "
+    "that past. Rings mark where a stage left its usual range; the line leads from the origin to "
+    "the loss. Click a cell to see its measurements; drag to zoom in time."
 )
 """Explanation of the cascade figure."""
 _EVIDENCE = "Metrics that left their usual range at the origin. Click a row to see its series."
@@ -59,13 +60,13 @@ _SERIES = "The metrics behind this stage in this layer. The band is their range 
 _EXPERTS_TIP = "Every expert of the layer. A frame marks the expert of the origin."
 _MAPS = (
     "Token means of the residual maps H_res of this layer, and their product from the first site "
-    "to this layer (composite map), before the cascade and at the cell. Rows are streams out, columns "
-    "streams in; the gain is the largest absolute row sum."
+    "to this layer (composite map), before the cascade and at the cell. Rows are streams out, "
+    "columns streams in; the gain is the largest absolute row sum."
 )
 _TOKENS = (
     "The same few tokens, followed through the layers in two fixed random projections. The colour "
-    "is the expert, a ring marks a changed choice of experts; faint lines are the same tokens before "
-    "the cascade."
+    "is the expert, a ring marks a changed choice of experts; faint lines are the same tokens "
+    "before the cascade."
 )
 
 

@@ -15,7 +15,8 @@ from geodiag.dashboard.url.url_state import View
 from geodiag.events import KINDS, details
 from geodiag.health import SPIKES
 
-NAME, TITLE = "events", "Events"
+NAME = "events"
+TITLE = "Events"
 _AROUND = 60
 """Steps shown before and after an event that was clicked."""
 

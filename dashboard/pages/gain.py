@@ -31,7 +31,8 @@ from geodiag.dashboard.url.url_sync import Control, sync_url
 from geodiag.metrics.registry import quantities
 from geodiag.metrics.schema import METRICS, SITES
 
-NAME, TITLE = "gain", "Gain"
+NAME = "gain"
+TITLE = "Gain"
 
 _OVER = {"mean": "mean", "max": "worst token", "min": "smallest", "of_mean": "of mean map"}
 QUANTITIES = quantities(NAME)
@@ -177,7 +178,8 @@ def draw_profile(cache: RunCache, view: View, theme: Theme) -> go.Figure:
 
 
 def _matrices(cache: RunCache, view: View, theme: Theme) -> go.Figure:
-    step, (layer, site) = step_of(cache, view), _site(cache, view)
+    step = step_of(cache, view)
+    layer, site = _site(cache, view)
     found = site_matrices(cache, layer, SITES[site], step) if step is not None else None
     return map_matrices(found[1] if found else {}, theme)
 
@@ -187,7 +189,8 @@ def _when(cache: RunCache, view: View) -> str:
 
 
 def _where(cache: RunCache, view: View) -> str:
-    step, site = step_of(cache, view), _site(cache, view)
+    step = step_of(cache, view)
+    site = _site(cache, view)
     found = site_matrices(cache, site[0], SITES[site[1]], step) if step is not None else None
     return (
         f"{row_name(site)}, sampled at step {integer(found[0])}"
@@ -219,7 +222,8 @@ def _worst_site(library: RunLibrary, pathname: str, view: View) -> str | None:
 
 
 def _clicked(library: RunLibrary, pathname: str, view: View, name: str, point: dict) -> View:
-    cache, site = library.at_address(pathname), View.parse(f"?site={point.get('y')}").site
+    cache = library.at_address(pathname)
+    site = View.parse(f"?site={point.get('y')}").site
     if cache is None or site is None:
         return view
     if name == "gain-profile":

@@ -20,7 +20,8 @@ from geodiag.dashboard.url.url_state import View
 from geodiag.dashboard.url.url_sync import Control, sync_url
 from geodiag.health import SPIKES
 
-NAME, TITLE = "overview", "Overview"
+NAME = "overview"
+TITLE = "Overview"
 _RECENT = 7
 STAGES = (
     "Stage scores: distance of the worst layer from its own past in robust z (standard "

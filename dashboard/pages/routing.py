@@ -16,7 +16,8 @@ from geodiag.dashboard.url.url_state import View
 from geodiag.metrics.registry import menu, panels
 from geodiag.metrics.schema import ROUTING_MODES
 
-NAME, TITLE = "routing", "Routing"
+NAME = "routing"
+TITLE = "Routing"
 
 FLIPS = menu(NAME)
 LOADS = menu(NAME, "experts")

@@ -17,8 +17,12 @@ from geodiag.dashboard.server.run_library import RunLibrary
 from geodiag.dashboard.url.live_figures import detected_spikes
 from geodiag.health import SPIKES
 
-NAME, TITLE = "runs", "Runs"
-_SPARK, _MANY = 90, 40
+NAME = "runs"
+TITLE = "Runs"
+_SPARK = 90
+"""Points of the small loss curve."""
+_MANY = 40
+"""Longer lists get a scroll bar of their own."""
 
 _NUMBER = {"filter": "agNumberColumnFilter", "type": "rightAligned"}
 _COMMAS = {"function": "params.value == null ? '–' : d3.format(',')(params.value)"}

@@ -127,11 +127,12 @@ def _stages(c: Comparison, paper: HtmlFile) -> html.Section:
     tip = (
         "Distance of the worst layer from its own past, in robust z (standard deviations, "
         f"estimated from the median). The dotted line is the alert level, {ALERT:g}: a stage above "
-        f"it for three steps in a row is unusual. Noise up to {_LEAST_Z:g} is drawn at the bottom. {_ZOOM}"
+        f"it for three steps in a row is unusual. Noise up to {_LEAST_Z:g} is drawn at the bottom. "
+        f"{_ZOOM}"
     )
     what = "Scores of the three stages of every run over steps"
     return card(
-        "Stages, each run against its own past",
+        "Stage scores, each run against its own past",
         paper.chart(partial(draw_stages, c), what, "steps"),
         tip=tip,
     )

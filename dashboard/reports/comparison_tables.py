@@ -22,56 +22,49 @@ METRICS_TIP = (
 )
 
 
+_HEADS = (
+    "run", "status", "last step", "tokens", "shared loss", "newest loss", "spikes", "model",
+    "started, UTC",
+)  # fmt: skip
+
+
 def head(c: Comparison, title: str) -> html.Section:
     """Return the card with the runs, their status, and the mean loss over common steps."""
     shared = c.shared()
-    at = shared["last_step"]
-    known = [v for v in shared["loss"] if v is not None]
-    rows = []
-    for i, (s, loss) in enumerate(zip(c.runs, shared["loss"], strict=True)):
-        h, tokens = s.health, s.tokens()
-        model = ", ".join(
-            str(text) for key in ("residual", "size") if (text := s.cache.setting(key))
+    rows = [_run_row(c, i, shared["loss"]) for i in range(len(c.runs))]
+    note = "These runs have no step in common."
+    if shared["last_step"] is not None:
+        note = (
+            f"shared loss: mean over the {shared['steps']} newest steps that all runs have, "
+            f"up to step {integer(shared['last_step'])}"
         )
-        best = (
-            len(known) > 1
-            and number(loss) == number(min(known))
-            and len({number(v) for v in known}) > 1
-        )
-        rows.append(
-            [
-                named(c, i),
-                badge(h.status),
-                integer(h.last_step),
-                "–" if tokens is None else _short(float(tokens[-1])),
-                _better(number(loss), best),
-                number(h.last_loss),
-                str(len(s.spikes)),
-                model or str(s.cache.manifest_section("found").get("family") or "–"),
-                utc(s.cache.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
-            ]
-        )
-    mean = (
-        f"shared loss: mean over the {shared['steps']} newest steps that all runs have, "
-        f"up to step {integer(at)}"
-    )
-    heads = [
-        "run",
-        "status",
-        "last step",
-        "tokens",
-        "shared loss",
-        "newest loss",
-        "spikes",
-        "model",
-        "started, UTC",
-    ]
-    text = notice("These runs have no step in common." if at is None else mean)
-    wrong = [html.Div([html.B(s.label), *problems(s.cache)]) for s in c.runs if s.cache.problems()]
+    unread = [html.Div([html.B(s.label), *problems(s.cache)]) for s in c.runs if s.cache.problems()]
     return html.Section(
-        [html.H1(title), table(heads, rows, (2, 3, 4, 5, 6)), text, *wrong],
+        [html.H1(title), table(_HEADS, rows, (2, 3, 4, 5, 6)), notice(note), *unread],
         className="card runs-of",
     )
+
+
+def _run_row(c: Comparison, i: int, losses: Sequence[float | None]) -> list[Any]:
+    """The row of run number `i`; the best of the shared `losses` is marked if it is visible."""
+    run = c.runs[i]
+    tokens = run.tokens()
+    names = [run.cache.setting(key) for key in ("residual", "size")]
+    model = ", ".join(str(name) for name in names if name)
+    known = [v for v in losses if v is not None]
+    differ = len({number(v) for v in known}) > 1
+    best = differ and number(losses[i]) == number(min(known))
+    return [
+        named(c, i),
+        badge(run.health.status),
+        integer(run.health.last_step),
+        "–" if tokens is None else _short(float(tokens[-1])),
+        _better(number(losses[i]), best),
+        number(run.health.last_loss),
+        str(len(run.spikes)),
+        model or str(run.cache.manifest_section("found").get("family") or "–"),
+        utc(run.cache.run.manifest.get("created"), "%Y-%m-%d %H:%M"),
+    ]
 
 
 def metrics(c: Comparison) -> html.Div:
@@ -93,15 +86,16 @@ def metrics(c: Comparison) -> html.Div:
     return table(heads, rows, range(1, len(heads)), "metrics-of")
 
 
-def _cells(side: ComparedRun, i: int, name: str, better: Mapping[str, Sequence[int]]) -> list[Any]:
-    metric, worst = metric_of(name), side.health.worst.get(name)
+def _cells(run: ComparedRun, i: int, name: str, better: Mapping[str, Sequence[int]]) -> list[Any]:
+    metric = metric_of(name)
+    worst = run.health.worst.get(name)
     if worst is None:
         return ["–", "–"]
     text = [
         _better(value(worst.value, metric), i in better["worst"]),
         html.Span(place(worst), className="at"),
     ]
-    return [html.Div(text), _better(value(side.last.get(name), metric), i in better["last"])]
+    return [html.Div(text), _better(value(run.last.get(name), metric), i in better["last"])]
 
 
 def spikes(c: Comparison) -> Any:
@@ -110,17 +104,17 @@ def spikes(c: Comparison) -> Any:
     for i, s in enumerate(c.runs):
         if not s.spikes:
             rows.append([named(c, i), html.Span("none", className="soft"), "", "", "", ""])
-        for seen, words in s.spikes:
-            assert seen.spike is not None
-            end = "not over" if seen.spike.end is None else integer(seen.spike.end)
+        for recorded, words in s.spikes:
+            assert recorded.spike is not None
+            end = "not over" if recorded.spike.end is None else integer(recorded.spike.end)
             more = words or html.Span("see geodiag cascade RUN", className="soft")
             rows.append(
                 [
                     named(c, i),
-                    integer(seen.onset),
-                    integer(seen.spike.peak),
+                    integer(recorded.onset),
+                    integer(recorded.spike.peak),
                     end,
-                    html.Span(seen.spike.kind, className=f"kind kind-{seen.spike.kind}"),
+                    html.Span(recorded.spike.kind, className=f"kind kind-{recorded.spike.kind}"),
                     more,
                 ]
             )

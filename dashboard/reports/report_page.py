@@ -61,7 +61,8 @@ class Report:
 
     def html(self, now: float) -> str:
         """Return the HTML of the report; `now` is the time of writing in seconds since 1970."""
-        cache, run = self.cache, self.cache.run
+        cache = self.cache
+        run = cache.run
         paper = HtmlFile(f"{run.name} · geodiag report")
         cache.grids("layers", *_component_value(cache))  # one read of a long table instead of five
         sections = [
@@ -134,14 +135,16 @@ def _loss(cache: RunCache, paper: HtmlFile) -> html.Section:
 
 def _timeline(cache: RunCache, theme: Theme) -> go.Figure:
     """Draw the timeline of the overview, with the same range of steps as the maps below it."""
-    fig, ends = overview.draw_timeline(cache, View(), theme), step_extent(cache)
+    fig = overview.draw_timeline(cache, View(), theme)
+    ends = step_extent(cache)
     return fig.update_xaxes(range=[ends[0] - 0.5, ends[1] + 0.5]) if ends else fig
 
 
 def _gain(r: Report, paper: HtmlFile) -> html.Div:
     worst = r.health.composite.worst
     step = worst.step if worst else None
-    cache, view = r.cache, View(step=step)
+    cache = r.cache
+    view = View(step=step)
     name = gain.QUANTITIES[gain.quantity(cache, view)][0]
     when = f"at step {integer(step)}" if step is not None else "at the newest step"
     lacks = (

@@ -10,7 +10,8 @@ _NAMES: dict[str, str] = {
     "htmlFor": "for",
     "colSpan": "colspan",
 }
-_TIP, _LINK = "Tooltip", "Link"
+_TIP = "Tooltip"
+_LINK = "Link"
 
 
 def render(part: Any) -> str:
@@ -22,7 +23,8 @@ def render(part: Any) -> str:
     if not hasattr(part, "to_plotly_json"):
         return escape(str(part))
     element = part.to_plotly_json()
-    props, name = dict(element["props"]), element["type"]
+    props = dict(element["props"])
+    name = element["type"]
     children = props.pop("children", None)
     if name == _TIP:
         return _tipped(children, props.get("label", ""))

@@ -1,4 +1,4 @@
-"""Compression: gzip if the browser accepts it, equal content after decompression, preload headers."""
+"""Compression: gzip if the browser accepts it, equal content when unpacked, preload headers."""
 
 import gzip
 import json
