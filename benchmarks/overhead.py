@@ -158,11 +158,13 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# What recording costs",
         "",
-        f"`{settings['size']}` mHC, {settings['sequences']} sequences a step, every monitor on, probes "
+        f"`{settings['size']}` mHC, {settings['sequences']} sequences a step, every monitor on, "
+        "probes "
         "and weight spectra",
         f"every {PROBE_EVERY} steps, against the same steps without geodiag, in turns: "
         f"{settings['rounds']} rounds of",
-        f"blocks of {settings['block']} steps. Time over the bare block's of the same round: median "
+        f"blocks of {settings['block']} steps. Time over the bare block's of the same round: "
+        "median "
         "and 95 % interval.",
         "",
         f"{where(result)} Load before: {result['load_before']:.2f}.",

@@ -24,7 +24,7 @@ def watch(training: "Training") -> None:
     """
     status = "failed"
     try:
-        if training.place.rank != 0:
+        if training.rank_info.rank != 0:
             for _ in training.steps():
                 pass
         elif sys.stderr.isatty():
@@ -37,7 +37,7 @@ def watch(training: "Training") -> None:
         raise
     finally:
         training.close(status)
-        if status == "interrupted" and training.place.rank == 0:
+        if status == "interrupted" and training.rank_info.rank == 0:
             last = training.monitor.last
             kept = f"{last.step + 1} steps, which are kept" if last else "no step"
             line = f"interrupted after {kept}; see geodiag show {training.options.run}"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from geodiag.reference_models.data import Batch
 
 
-class Place:
+class RankInfo:
     """Rank and device of this process; a process that torchrun did not start is the only rank.
 
     GeodiagError if there are fewer GPUs than ranks.
@@ -50,7 +50,7 @@ class Place:
         if not dist.is_initialized():
             dist.init_process_group(backend)
 
-    def same(self, value: str) -> str:
+    def broadcast(self, value: str) -> str:
         """Return the `value` of rank 0 on every rank."""
         if self.world == 1:
             return value
@@ -74,7 +74,7 @@ class Place:
             )
         return sequences // self.world
 
-    def mine(self, batch: "Batch") -> "Batch":
+    def local_part(self, batch: "Batch") -> "Batch":
         """Return this rank's sequences of a step: every `world`-th, so that domains stay mixed."""
         if self.world == 1:
             return batch
@@ -85,7 +85,7 @@ class Place:
             domain_B=batch.domain_B[mine],
         )
 
-    def spread(self, model: Any, parallel: str) -> "nn.Module":
+    def parallelize(self, model: Any, parallel: str) -> "nn.Module":
         """Return the model to call: itself on one rank, sharded in place (`fsdp`), or in DDP."""
         if self.world == 1:
             return model

@@ -38,7 +38,7 @@ def train(
         options = replace(options, run=new_run_folder(f"{options.size}-{options.residual}"))
     training = Training(options)
     watch(training)
-    if training.place.rank == 0:
+    if training.rank_info.rank == 0:
         _print_verdict(training)
 
 

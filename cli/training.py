@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from geodiag.cli.micro_batches import MicroBatches
 from geodiag.cli.model_setup import Setup, build_loader, build_model, configure, find_device
-from geodiag.cli.torchrun import Place
+from geodiag.cli.torchrun import RankInfo
 from geodiag.cli.train_options import Options
 from geodiag.errors import GeodiagError
 
@@ -42,9 +42,9 @@ class Training:
         if options.deterministic:
             # cuBLAS computes repeatable results only with this workspace; torch demands it.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        self.place = Place(options.device)
-        run = Path(self.place.same(str(options.run)))
-        self.options = options = replace(options, device=self.place.device_name, run=run)
+        self.rank_info = RankInfo(options.device)
+        run = Path(self.rank_info.broadcast(str(options.run)))
+        self.options = options = replace(options, device=self.rank_info.device_name, run=run)
 
         # Everything that can be refused is refused before the run directory is made.
         faults = [Fault.parse(text) for text in options.inject]
@@ -53,11 +53,11 @@ class Training:
         self._check_run_folder()
 
         self.device = find_device(options.device)
-        share = self.place.share(options.sequences, options.micro_batches)
+        share = self.rank_info.share(options.sequences, options.micro_batches)
         setup = configure(options, share, self.device)
         torch.manual_seed(options.seed)
         self.model = build_model(setup.model, self.device)
-        called_model = self.place.spread(self.model, options.parallel)
+        called_model = self.rank_info.parallelize(self.model, options.parallel)
         self.trainer = Trainer(self.model, setup.train, called_model)
         self.loader = build_loader(setup.corpus, options, setup.model.sequence)
 
@@ -78,7 +78,7 @@ class Training:
                     f"{fault.kind}@{fault.step} comes after the last step; "
                     f"pass --steps {fault.step + 50}"
                 )
-        sharded = self.place.world > 1 and options.parallel == "fsdp"
+        sharded = self.rank_info.world > 1 and options.parallel == "fsdp"
         if sharded and any(f.kind == "grad-scale" for f in faults):
             raise GeodiagError(
                 "grad-scale cannot be planted in sharded weights; pass --parallel ddp"
@@ -110,7 +110,7 @@ class Training:
         from geodiag.metrics.cadence import parse_every
 
         options = self.options
-        probe = self._to_device(self.place.mine(self.loader.batch(PROBE_STEP)))
+        probe = self._to_device(self.rank_info.local_part(self.loader.batch(PROBE_STEP)))
         probe_length = max(1, PROBE_TOKENS // len(probe.domain_B))
         return attach(
             self.model,
@@ -168,7 +168,7 @@ class Training:
         self.monitor.close(status)
         self.routing.remove()
         self.faults.remove()
-        self.place.leave()
+        self.rank_info.leave()
 
     def _record_event(self, kind: str, message: str, **details: Any) -> None:
         self.monitor.event(kind, message, **details)
@@ -186,7 +186,7 @@ class Training:
         on.
         """
         tokens = self.faults.batch(batch.step, batch.token_ids_BS, self.model.config.vocab)
-        mine = self.place.mine(batch._replace(token_ids_BS=tokens))
+        mine = self.rank_info.local_part(batch._replace(token_ids_BS=tokens))
         return mine.split(self.options.micro_batches)
 
     def _to_device(self, batch: "Batch") -> "Batch":

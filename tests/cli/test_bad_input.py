@@ -31,7 +31,7 @@ def one_line(result, *words: str) -> None:
 @pytest.mark.parametrize(
     "command", [("show",), ("runs",), ("routing", "status"), ("routing", "on")]
 )
-def test_a_path_where_nothing_lies(cli, tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_a_path_that_does_not_exist(cli, tmp_path: Path, command: tuple[str, ...]) -> None:
     name, *action = command
     one_line(
         cli(name, tmp_path / "absent", *action), "absent does not exist", "pass a run directory"
@@ -46,12 +46,12 @@ def test_a_folder_that_holds_no_run(cli, tmp_path: Path) -> None:
     one_line(cli("runs", tmp_path / "photos"), "holds no runs", "sample_runs")
 
 
-def test_a_file_where_a_run_is_meant(cli, tmp_path: Path) -> None:
+def test_a_file_instead_of_a_run_directory(cli, tmp_path: Path) -> None:
     (tmp_path / "loss.csv").write_text("step,loss\n")
     one_line(cli("show", tmp_path / "loss.csv"), "has no run.json")
 
 
-def test_a_url_that_nothing_here_can_open(cli) -> None:
+def test_a_url_of_an_unknown_protocol(cli) -> None:
     one_line(cli("show", "nosuch://bucket/run"), "cannot open nosuch://bucket/run")
 
 
@@ -68,7 +68,7 @@ def test_a_truncated_manifest_is_named_and_the_rows_are_read(
 
 
 @pytest.mark.parametrize("attempts", ['"none"', "[1, null]", '[{"attempt": "x"}]', "null"])
-def test_a_manifest_whose_attempts_make_no_sense_is_read_and_resumed(
+def test_a_manifest_with_invalid_attempts_is_read_and_resumed(
     make_run, tmp_path: Path, attempts: str
 ) -> None:
     make_run(steps=8)
@@ -77,7 +77,7 @@ def test_a_manifest_whose_attempts_make_no_sense_is_read_and_resumed(
     Run.create(tmp_path / "run").close()
 
 
-def test_a_run_of_another_version_says_so(make_run, tmp_path: Path) -> None:
+def test_a_run_of_another_schema_version_is_refused_by_name(make_run, tmp_path: Path) -> None:
     make_run(steps=3)
     (tmp_path / "run/run.json").write_text('{"schema_version": 99}')
     run = open_run(tmp_path / "run")
@@ -128,7 +128,7 @@ def test_a_corrupt_part_is_named_and_the_rest_is_read(
 
 
 @pytest.mark.parametrize("harm", [garbage, empty, cut, overwritten_inside])
-def test_a_corrupt_part_stops_neither_the_recording_nor_the_merging(
+def test_a_corrupt_part_does_not_stop_recording_or_compaction(
     make_run, monkeypatch, tmp_path, harm
 ) -> None:
     monkeypatch.setattr(writing, "ROLL_BATCHES", 1)
@@ -184,7 +184,7 @@ def test_a_part_without_its_key_columns_is_named(make_run, tmp_path: Path) -> No
     assert run.problems == {f"steps/rank-0/{part.name}": "has no column attempt"}
 
 
-def test_strange_files_in_a_table_are_no_rows(make_run, tmp_path: Path) -> None:
+def test_unknown_files_in_a_table_are_ignored(make_run, tmp_path: Path) -> None:
     make_run(steps=4)
     for stray in (".DS_Store", "part-x-y.parquet", "notes.txt"):
         (tmp_path / "run/steps" / stray).write_bytes(b"?")
@@ -197,7 +197,7 @@ def test_strange_files_in_a_table_are_no_rows(make_run, tmp_path: Path) -> None:
 # -- callers -------------------------------------------------------------------------------
 
 
-def test_an_unknown_table_or_column_lists_those_there_are(make_run) -> None:
+def test_an_unknown_table_or_column_lists_the_known_ones(make_run) -> None:
     run = make_run()
     with pytest.raises(GeodiagError, match="no table 'step'; pass one of steps, layers"):
         run.read("step")
@@ -205,7 +205,7 @@ def test_an_unknown_table_or_column_lists_those_there_are(make_run) -> None:
         run.read("steps", ["lss"])
 
 
-def test_a_run_folder_that_cannot_be_made_or_written(tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_created_or_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/geodiag-run")):
         with pytest.raises(
@@ -215,7 +215,7 @@ def test_a_run_folder_that_cannot_be_made_or_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
-def test_a_folder_without_rights_is_said_to_be_one(make_run, tmp_path: Path) -> None:
+def test_a_folder_without_permissions_is_reported_as_such(make_run, tmp_path: Path) -> None:
     make_run()
     (tmp_path / "run").chmod(0o000)
     try:
@@ -225,7 +225,7 @@ def test_a_folder_without_rights_is_said_to_be_one(make_run, tmp_path: Path) -> 
         (tmp_path / "run").chmod(0o755)
 
 
-def test_refused_listings_and_files_name_the_rights(tmp_path: Path, monkeypatch) -> None:
+def test_refused_listings_and_files_name_the_permissions(tmp_path: Path, monkeypatch) -> None:
     store = Folder.of(tmp_path)
 
     def refuse(*args, **how):
@@ -256,7 +256,7 @@ def test_the_real_process_prints_one_line_and_exits_with_1(tmp_path: Path) -> No
     assert "pass a run directory" in done.stderr
 
 
-def test_an_unknown_command_or_option_is_explained_without_a_traceback() -> None:
+def test_an_unknown_command_or_option_causes_no_traceback() -> None:
     for args in (("shwo", "x"), ("show", "x", "--jsn"), ("routing", "x", "sideways")):
         done = geodiag(*args)
         assert done.returncode == 1
@@ -264,7 +264,7 @@ def test_an_unknown_command_or_option_is_explained_without_a_traceback() -> None
         assert done.stderr.strip().endswith("--help")
 
 
-def test_a_reader_that_goes_away_is_no_error(make_run, tmp_path: Path) -> None:
+def test_a_closed_pipe_is_no_error(make_run, tmp_path: Path) -> None:
     make_run()
     geodiag = f'"{sys.executable}" -m geodiag.cli'
     command = f'{geodiag} show "{tmp_path}/run" --json | head -c 1'
@@ -273,7 +273,7 @@ def test_a_reader_that_goes_away_is_no_error(make_run, tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_control_c_ends_quietly_with_130(tmp_path: Path) -> None:
+def test_ctrl_c_exits_with_130_and_prints_nothing(tmp_path: Path) -> None:
     code = (
         "import geodiag.health\n"
         "def stop(*_): raise KeyboardInterrupt\n"

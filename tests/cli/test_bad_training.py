@@ -32,7 +32,7 @@ def train(cli: Callable[..., Any], text: Path, tmp_path: Path) -> Callable[..., 
     return run
 
 
-def said(folder: Path, result: Any, *words: str) -> None:
+def refused_in_one_line(folder: Path, result: Any, *words: str) -> None:
     """One line, and no run directory."""
     one_line(result, *words)
     assert not (folder / "run").exists(), "nothing half-made is left"
@@ -61,11 +61,11 @@ def said(folder: Path, result: Any, *words: str) -> None:
 def test_a_fault_that_cannot_be_planted(
     train, tmp_path: Path, fault: str, words: list[str]
 ) -> None:
-    said(tmp_path, train("--inject", fault), *words)
+    refused_in_one_line(tmp_path, train("--inject", fault), *words)
 
 
-def test_a_fault_of_maps_in_a_model_without_any(train, tmp_path: Path) -> None:
-    said(
+def test_a_fault_of_residual_maps_in_a_model_without_them(train, tmp_path: Path) -> None:
+    refused_in_one_line(
         tmp_path,
         train("--residual", "plain", "--inject", "residual-expand@1"),
         "has no place for it",
@@ -84,7 +84,7 @@ def test_an_existing_run_is_refused_and_left_as_it_is(train, tmp_path: Path) -> 
     one_line(train(), "already holds a run")
 
 
-def test_a_file_in_the_place_of_the_run_or_above_it(train, tmp_path: Path) -> None:
+def test_a_file_at_the_run_directory_or_above_it(train, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     one_line(train(), "cannot write a run to", "pass a folder you may write")
     one_line(train("--run", tmp_path / "run/below"), "cannot write a run to", "Not a directory")
@@ -94,7 +94,7 @@ def test_a_file_in_the_place_of_the_run_or_above_it(train, tmp_path: Path) -> No
 # -- data ----------------------------------------------------------------------------------
 
 
-def test_data_that_cannot_be_trained_on(train, tmp_path: Path) -> None:
+def test_unusable_data_is_refused(train, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "few.txt").write_text("few words")
     (tmp_path / "odd.bin").write_bytes(b"12345")
@@ -106,10 +106,10 @@ def test_data_that_cannot_be_trained_on(train, tmp_path: Path) -> None:
         "odd.bin": ["has 5 bytes", "uint16 or uint32"],
         "blank.txt": ["is empty"],
     }.items():
-        said(tmp_path, train("--data", tmp_path / name), *words)
+        refused_in_one_line(tmp_path, train("--data", tmp_path / name), *words)
 
 
-def test_data_that_may_not_be_read(train, tmp_path: Path, monkeypatch) -> None:
+def test_unreadable_data_is_refused(train, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "secret.txt").write_text("hidden")
 
     def refuse(self: Path) -> bytes:
@@ -117,19 +117,23 @@ def test_data_that_may_not_be_read(train, tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     out = train("--data", tmp_path / "secret.txt")
-    said(tmp_path, out, "cannot read", "secret.txt: Permission denied", "pass data you may read")
+    refused_in_one_line(
+        tmp_path, out, "cannot read", "secret.txt: Permission denied", "pass data you may read"
+    )
 
 
 # -- the machine ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["toaster", "", "cuda:99", "meta", "hpu"])
-def test_a_device_that_is_not_here(train, tmp_path: Path, device: str) -> None:
-    said(tmp_path, train("--device", device), f"no device '{device}' here", "pass --device cpu")
+def test_a_missing_device_is_refused(train, tmp_path: Path, device: str) -> None:
+    refused_in_one_line(
+        tmp_path, train("--device", device), f"no device '{device}' here", "pass --device cpu"
+    )
 
 
-def test_triton_kernels_on_a_cpu(train, tmp_path: Path) -> None:
-    said(
+def test_triton_kernels_on_a_cpu_are_refused(train, tmp_path: Path) -> None:
+    refused_in_one_line(
         tmp_path,
         train("--kernels", "triton", "--device", "cpu"),
         "need a GPU",
@@ -137,9 +141,9 @@ def test_triton_kernels_on_a_cpu(train, tmp_path: Path) -> None:
     )
 
 
-def test_a_model_that_no_memory_here_could_hold(train, tmp_path: Path, monkeypatch) -> None:
+def test_a_model_larger_than_memory_is_refused(train, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("geodiag.cli.model_setup.device_memory", lambda device: 8e9)
-    said(
+    refused_in_one_line(
         tmp_path,
         train("--size", "3b", "--device", "cpu"),
         "needs 38 GB",
@@ -160,9 +164,7 @@ def crashing(monkeypatch, error: BaseException) -> None:
     monkeypatch.setattr(Trainer, "update", fail)
 
 
-def test_memory_that_runs_out_while_training_fails_the_run_and_keeps_its_steps(
-    train, tmp_path, monkeypatch
-) -> None:
+def test_out_of_memory_fails_the_run_and_keeps_its_steps(train, tmp_path, monkeypatch) -> None:
     crashing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     out = train()
     assert out.exit_code == 1
@@ -173,7 +175,7 @@ def test_memory_that_runs_out_while_training_fails_the_run_and_keeps_its_steps(
     kept(tmp_path / "run", "failed")
 
 
-def test_a_bug_in_the_training_is_not_hidden_and_the_run_is_closed(
+def test_an_unexpected_error_propagates_and_the_run_is_closed(
     train, tmp_path: Path, monkeypatch
 ) -> None:
     crashing(monkeypatch, RuntimeError("a bug"))
@@ -214,16 +216,16 @@ def kept(folder: Path, status: str) -> None:
         (["--lr", "nan"], ["not nan"]),
     ],
 )
-def test_numbers_that_make_no_sense(
+def test_numbers_out_of_range_are_refused(
     train, tmp_path: Path, options: list[str], words: list[str]
 ) -> None:
-    said(tmp_path, train(*options), *words)
+    refused_in_one_line(tmp_path, train(*options), *words)
 
 
-def test_a_choice_that_is_none_names_the_choices(train, tmp_path: Path) -> None:
+def test_an_unknown_choice_lists_the_choices(train, tmp_path: Path) -> None:
     for options, words in (
         (["--size", "huge"], "27b"),
         (["--residual", "mch"], "mhc"),
         (["--seed", "-1"], "0"),
     ):
-        said(tmp_path, train(*options), words)
+        refused_in_one_line(tmp_path, train(*options), words)

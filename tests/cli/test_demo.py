@@ -1,4 +1,4 @@
-"""`geodiag demo --no-serve`: the fault is planted, found and answered, and the loss comes back."""
+"""`geodiag demo --no-serve`: the fault is planted, found and repaired, and the loss recovers."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from geodiag.run import open_run
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_demo_tells_a_true_story(tmp_path: Path) -> None:
+def test_the_demo_finds_the_fault_and_recovers(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -41,12 +41,12 @@ def test_the_demo_tells_a_true_story(tmp_path: Path) -> None:
     before = loss.loc[FAULT_STEP - 30 : FAULT_STEP - 1].mean()
     assert torn.iloc[-1] > before + 1
     assert loss.iloc[-20:].mean() < before + 0.5
-    told = " ".join(done.stdout.split())  # the table folds its lines
-    for said in (
+    shown = " ".join(done.stdout.split())  # the table folds its lines
+    for words in (
         "planted lr-shock",
         "spike",
         "back to the snapshot",
         "on for 40 steps",
         "warmup to on",
     ):
-        assert said in told
+        assert words in shown

@@ -32,10 +32,10 @@ def ignore() -> None:
 def test_geodiag_train_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = kills.start(run, kills.text(tmp_path), "--steps", "6", preexec_fn=ignore)
-    heard = kills.wait_for(process, 2)
+    printed = kills.wait_for(process, 2)
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=120)
-    assert process.returncode == 0, heard + rest
+    assert process.returncode == 0, printed + rest
     assert open_run(run).status() == "finished"
     assert open_run(run).read("steps")["step"].tolist() == list(range(6))
 

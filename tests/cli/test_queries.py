@@ -64,7 +64,7 @@ def record_maps(
         (1.0, 1.00, 0.00, math.inf, "composite gain is infinite"),
     ],
 )
-def test_show_says_plainly_whether_the_composite_gain_grew(
+def test_show_prints_whether_the_composite_gain_grew(
     tmp_path, cli, fwd, bwd, residual, composite, words
 ) -> None:
     run = Run.create(tmp_path / "a")
@@ -75,7 +75,7 @@ def test_show_says_plainly_whether_the_composite_gain_grew(
     assert words in " ".join(out.output.split())
 
 
-def test_show_says_when_there_are_no_residual_maps(tmp_path: Path, cli) -> None:
+def test_show_reports_missing_residual_maps(tmp_path: Path, cli) -> None:
     run = Run.create(tmp_path / "plain", found={"missing": ["no hyper-connections here"]})
     run.append("steps", {"step": [0], "loss": [2.0]})
     run.close()
@@ -98,24 +98,24 @@ def test_show_json_has_the_worst_value_of_every_metric_with_its_place(
     run.event(Event(step=4, kind="spike", message="the loss left its trend"))
     run.event(Event(step=4, kind="outlier", message="and came back"))
     run.close()
-    said = json.loads(cli("show", tmp_path / "run", "--json").output)
-    assert said["run"] == str(tmp_path / "run")
-    assert (said["status"], said["last_step"], said["spikes"]) == ("finished", 4, 1)
-    assert said["found"] == {"sites": 6, "routers": 3, "experts": 12}
-    assert said["worst"]["flip_rate"] == {"value": 0.75, "step": 5, "layer": 1, "site": "ffn"}
-    assert said["worst"]["clamp_hits"] == {
+    shown = json.loads(cli("show", tmp_path / "run", "--json").output)
+    assert shown["run"] == str(tmp_path / "run")
+    assert (shown["status"], shown["last_step"], shown["spikes"]) == ("finished", 4, 1)
+    assert shown["found"] == {"sites": 6, "routers": 3, "experts": 12}
+    assert shown["worst"]["flip_rate"] == {"value": 0.75, "step": 5, "layer": 1, "site": "ffn"}
+    assert shown["worst"]["clamp_hits"] == {
         "value": 400.0,
         "step": 5,
         "layer": 1,
         "site": None,
         "expert": 1,
     }
-    assert said["worst"]["loss"] == {"value": 3.0, "step": 0, "layer": None, "site": None}
-    assert "lr" not in said["worst"], "a metric without a bad end has no worst value"
-    assert "grad_norm" not in said["worst"], "what was never measured is absent, not zero"
+    assert shown["worst"]["loss"] == {"value": 3.0, "step": 0, "layer": None, "site": None}
+    assert "lr" not in shown["worst"], "a metric without a bad end has no worst value"
+    assert "grad_norm" not in shown["worst"], "what was never measured is absent, not zero"
 
 
-def test_worst_follows_the_bad_end_skips_nulls_and_puts_what_is_not_finite_first(
+def test_the_worst_value_follows_the_bad_side_skips_nulls_and_prefers_non_finite(
     tmp_path: Path,
 ) -> None:
     run = Run.create(tmp_path / "a")
@@ -148,7 +148,7 @@ def test_worst_follows_the_bad_end_skips_nulls_and_puts_what_is_not_finite_first
     )
 
 
-def test_health_is_the_same_however_the_run_is_cut_into_stretches(
+def test_health_does_not_depend_on_how_the_run_is_cut_into_chunks(
     tmp_path: Path, monkeypatch
 ) -> None:
     run = Run.create(tmp_path / "a")
@@ -201,7 +201,7 @@ def test_a_run_without_a_step_is_shown(tmp_path: Path, cli) -> None:
     assert json.loads(cli("show", tmp_path / "empty", "--json").output)["last_step"] is None
 
 
-def test_a_pipe_is_never_cut_nor_folded_and_a_terminal_is_folded_between_words(
+def test_output_in_a_pipe_is_not_folded_and_on_a_terminal_between_words_only(
     make_run, cli, monkeypatch, tmp_path
 ):
     run, words = make_run(close=False), "it grew and grew " * 12
@@ -221,33 +221,33 @@ def test_a_pipe_is_never_cut_nor_folded_and_a_terminal_is_folded_between_words(
     assert path in str(prose(f"{path}: finished"))
 
 
-def test_layers_that_cannot_be_read_are_not_taken_for_a_model_without_maps(
+def test_unreadable_layers_do_not_count_as_a_model_without_residual_maps(
     make_run, cli, tmp_path: Path
 ) -> None:
     make_run()
     for part in (tmp_path / "run/layers").rglob("*.parquet"):
         part.write_bytes(b"PAR1 and no more")
-    said = cli("show", tmp_path / "run").output
-    assert "composite gain: the recorded residual maps could not be read" in said
-    assert "no hyper-connections" not in said
+    shown = cli("show", tmp_path / "run").output
+    assert "composite gain: the recorded residual maps could not be read" in shown
+    assert "no hyper-connections" not in shown
 
 
 # -- runs ----------------------------------------------------------------------------------
 
 
-def test_runs_lists_every_run_and_survives_a_broken_one(make_run, cli, tmp_path: Path) -> None:
+def test_runs_lists_every_run_also_a_broken_one(make_run, cli, tmp_path: Path) -> None:
     make_run("good")
     make_run("open", close=False)
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn/run.json").write_text('{"status": "fin')
     (tmp_path / "notes").mkdir()
-    said = {Path(r["run"]).name: r for r in json.loads(cli("runs", tmp_path, "--json").output)}
-    assert {n: r["status"] for n, r in said.items()} == {
+    shown = {Path(r["run"]).name: r for r in json.loads(cli("runs", tmp_path, "--json").output)}
+    assert {n: r["status"] for n, r in shown.items()} == {
         "good": "finished",
         "open": "running",
         "torn": "interrupted",
     }
-    assert set(said["good"]) >= {"run", "status", "last_step", "spikes", "worst", "found"}
+    assert set(shown["good"]) >= {"run", "status", "last_step", "spikes", "worst", "found"}
     out = cli("runs", tmp_path)
     assert out.exit_code == 0
     assert "×1.005 at step 0" in out.output
@@ -286,8 +286,13 @@ def test_routing_prints_the_step_at_which_the_request_was_acknowledged(
     make_run, cli, tmp_path: Path
 ) -> None:
     run = make_run(close=False)
-    said = json.loads(request(cli, tmp_path / "run", run, "on", "--delay", 4, "--json").output)
-    assert (said["state"], said["step"], said["delay"], said["asked"]) == ("obeyed", 20, 4, "on")
+    shown = json.loads(request(cli, tmp_path / "run", run, "on", "--delay", 4, "--json").output)
+    assert (shown["state"], shown["step"], shown["delay"], shown["asked"]) == (
+        "obeyed",
+        20,
+        4,
+        "on",
+    )
     status = json.loads(cli("routing", tmp_path / "run", "status", "--json").output)
     assert (status["policy"], status["pending"], status["status"]) == ("on", None, "running")
 
@@ -366,8 +371,8 @@ def test_routing_status_prints_what_follows_and_when_the_next_decision_is_possib
     out = " ".join(cli("routing", tmp_path / "run", "status").output.split())
     assert "last rollback" in out
     assert not any(word in out for word in words), "nothing follows once the training is over"
-    said = json.loads(cli("routing", tmp_path / "run", "status", "--json").output)["last_decision"]
-    assert said == {"step": 7, "reason": "spike: back to the snapshot of step 3"} | data
+    shown = json.loads(cli("routing", tmp_path / "run", "status", "--json").output)["last_decision"]
+    assert shown == {"step": 7, "reason": "spike: back to the snapshot of step 3"} | data
 
 
 def test_a_request_to_a_finished_training_is_refused(make_run, cli, tmp_path: Path) -> None:
@@ -382,7 +387,7 @@ def test_a_request_to_a_finished_training_is_refused(make_run, cli, tmp_path: Pa
 
 
 def test_doctor_checks_each_part_of_the_machine(cli) -> None:
-    said = {c["name"]: c for c in json.loads(cli("doctor", "--json").output)}
+    shown = {c["name"]: c for c in json.loads(cli("doctor", "--json").output)}
     assert {
         "python",
         "torch",
@@ -393,8 +398,8 @@ def test_doctor_checks_each_part_of_the_machine(cli) -> None:
         "disk",
         "cores",
         "versions",
-    } <= {n.split(" ")[0] if n.startswith("gpu") else n for n in said}
-    assert said["torch"]["state"] == "ok"
+    } <= {n.split(" ")[0] if n.startswith("gpu") else n for n in shown}
+    assert shown["torch"]["state"] == "ok"
     assert cli("doctor").exit_code == 0
 
 
@@ -432,7 +437,7 @@ def test_one_odd_step_does_not_put_a_stage_outside_its_history(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "words"),
     [
         (["shwo"], "No such command 'shwo'"),
         (["train", "--size", "huge"], "'huge' is not one of 'tiny', 'small'"),
@@ -443,10 +448,10 @@ def test_one_odd_step_does_not_put_a_stage_outside_its_history(tmp_path: Path) -
     ],
 )
 def test_a_mistyped_command_is_one_line_that_names_the_help(
-    typed: list[str], said: str, cli
+    typed: list[str], words: str, cli
 ) -> None:
     out = cli(*typed)
     assert out.exit_code == 1
-    assert said in out.stderr
+    assert words in out.stderr
     assert out.stderr.strip().endswith("--help")
     assert len(out.stderr.strip().splitlines()) == 1

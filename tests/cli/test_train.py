@@ -1,4 +1,4 @@
-"""`geodiag train`: what a run holds afterwards, and what Ctrl-C and kill -9 leave of one."""
+"""`geodiag train`: the recorded run, also after Ctrl-C, kill -9, a rollback and a resume."""
 
 import json
 import random
@@ -29,7 +29,7 @@ def train(cli: Callable[..., Any], text: Path, tmp_path: Path) -> Callable[..., 
 
 
 @pytest.mark.parametrize("residual", ["plain", "hc", "mhc"])
-def test_a_training_records_every_step_and_ends_with_its_verdict(
+def test_a_training_records_every_step_and_prints_its_health(
     train, tmp_path: Path, residual: str
 ) -> None:
     out = train("--residual", residual)
@@ -56,7 +56,7 @@ def test_a_training_records_every_step_and_ends_with_its_verdict(
     )
 
 
-def test_the_manifest_says_how_the_run_was_made(train, tmp_path: Path) -> None:
+def test_the_manifest_holds_all_settings(train, tmp_path: Path) -> None:
     train("--seed", 5, "--clamp", 0, "--inject", "lr-shock@2=3")
     config = open_run(tmp_path / "run").manifest["config"]
     assert config["options"]["seed"] == 5
@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(train, tmp_
 @pytest.mark.parametrize(
     "how", [["--micro-batches", "2"], ["--recompute", "layers"], ["--every", "2"]]
 )
-def test_how_a_step_is_computed_or_sampled_does_not_change_what_it_does(
+def test_micro_batches_recomputation_and_cadence_do_not_change_the_losses(
     train, tmp_path: Path, how
 ) -> None:
     train()
@@ -99,7 +99,7 @@ def test_how_a_step_is_computed_or_sampled_does_not_change_what_it_does(
         assert a == pytest.approx(b, rel=1e-3, nan_ok=True)
 
 
-def test_a_run_goes_into_a_folder_named_by_size_residual_and_time(
+def test_the_default_run_folder_is_named_by_size_residual_and_time(
     cli, text: Path, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -113,7 +113,7 @@ def test_a_run_goes_into_a_folder_named_by_size_residual_and_time(
     assert made.name.startswith("tiny-plain-20")
 
 
-def test_a_fault_is_on_record_at_its_step_and_layer(train, tmp_path: Path) -> None:
+def test_a_fault_is_recorded_at_its_step_and_layer(train, tmp_path: Path) -> None:
     assert train("--inject", "expert-scale@2:3=5").exit_code == 0
     events = open_run(tmp_path / "run").read("events")
     (fault,) = events[events["kind"] == "fault"].to_dict("records")
@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_is_an_event_and_loses_nothing(
     assert json.loads(shown.stdout)["last_step"] == 4
 
 
-def test_an_enormous_learning_rate_is_survived(train, tmp_path: Path) -> None:
+def test_an_enormous_learning_rate_does_not_stop_the_training(train, tmp_path: Path) -> None:
     assert train("--lr", "1e30").exit_code == 0
     assert open_run(tmp_path / "run").read("steps")["step"].tolist() == [0, 1, 2, 3]
 
@@ -153,20 +153,22 @@ def test_an_enormous_learning_rate_is_survived(train, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 2])
-def test_ctrl_c_closes_the_run_as_interrupted_and_says_what_is_kept(
+def test_ctrl_c_closes_the_run_as_interrupted_and_prints_what_is_kept(
     text: Path, tmp_path: Path, steps: int
 ) -> None:
     process = kills.start(tmp_path / "run", text)
-    heard = kills.wait_for(process, steps)
+    printed = kills.wait_for(process, steps)
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
-    assert process.returncode == 130, heard + rest
-    assert "Traceback" not in heard + rest
-    assert "Error" not in heard + rest
+    assert process.returncode == 130, printed + rest
+    assert "Traceback" not in printed + rest
+    assert "Error" not in printed + rest
     run = open_run(tmp_path / "run")
     assert run.status() == "interrupted"
     if steps:
-        assert run.manifest["status"] == "interrupted", "it said so itself, nobody guessed"
+        assert run.manifest["status"] == "interrupted", (
+            "written by the training itself, not inferred"
+        )
         assert not list((tmp_path / "run/journal").glob("*.arrows")), "closed, not cut off"
     have = run.read("steps")["step"].tolist()
     assert have == list(range(len(have)))
@@ -176,7 +178,7 @@ def test_ctrl_c_closes_the_run_as_interrupted_and_says_what_is_kept(
 
 
 @pytest.mark.slow
-def test_five_trainings_killed_at_random_moments_lose_no_step_that_was_done(
+def test_trainings_killed_at_random_moments_lose_no_finished_step(
     text: Path, tmp_path: Path
 ) -> None:
     rng = random.Random(3)
@@ -188,7 +190,7 @@ def test_five_trainings_killed_at_random_moments_lose_no_step_that_was_done(
 # -- rollback and resume -------------------------------------------------------------------
 
 
-def test_a_killed_training_is_resumed_from_disk_and_ends_as_if_nothing_had_been(
+def test_a_resumed_training_has_the_losses_of_an_uninterrupted_one(
     cli, train, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from geodiag.reference_models.train import Trainer
@@ -221,21 +223,19 @@ def test_a_killed_training_is_resumed_from_disk_and_ends_as_if_nothing_had_been(
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert run.read("steps")["attempt"].tolist() == [0] * 4 + [1] * 3
     faults = run.read("events").query("kind == 'fault'")
-    assert faults["attempt"].tolist() == [0, 1], "what comes after the snapshot comes again"
+    assert faults["attempt"].tolist() == [0, 1], "faults after the snapshot are planted again"
 
 
-def test_a_training_that_ended_can_be_made_longer(cli, train, tmp_path: Path) -> None:
+def test_a_finished_training_can_be_resumed_with_more_steps(cli, train, tmp_path: Path) -> None:
     train("--rollback", "disk")
     done = cli("train", "--resume", tmp_path / "run", "--steps", 6)
     assert done.exit_code == 0, done.output
     steps = open_run(tmp_path / "run").read("steps")
     assert steps["step"].tolist() == list(range(6))
-    assert steps["attempt"].tolist() == [0] * 4 + [1] * 2, (
-        "the end of a training is kept whenever it comes"
-    )
+    assert steps["attempt"].tolist() == [0] * 4 + [1] * 2, "the last step always has a snapshot"
 
 
-def test_what_cannot_be_resumed_is_refused_with_the_fix(
+def test_a_run_that_cannot_be_resumed_is_refused_with_the_fix(
     cli, train, make_run, tmp_path: Path
 ) -> None:
     assert train().exit_code == 0
@@ -270,16 +270,14 @@ def test_what_cannot_be_resumed_is_refused_with_the_fix(
         (["--rollback", "memory", "--snapshot-bytes", "1000"], "the budget in memory is 0.001 MB"),
     ],
 )
-def test_a_policy_that_makes_no_sense_is_one_line(
-    train, tmp_path: Path, options: list, words: str
-) -> None:
+def test_an_invalid_policy_is_one_line(train, tmp_path: Path, options: list, words: str) -> None:
     out = train(*options)
     assert (out.exit_code, out.stderr.count("\n")) == (1, 1)
     assert words in out.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_lost_a_doubled_or_an_incomplete_step_would_be_seen(make_run, tmp_path: Path) -> None:
+def test_a_lost_doubled_or_incomplete_step_is_found(make_run, tmp_path: Path) -> None:
     make_run("whole", steps=6, layers=6)
     assert kills.judge(tmp_path / "whole", 6).wrong is None
     assert kills.judge(tmp_path / "whole", 5).wrong is None, "the step in flight may be there"

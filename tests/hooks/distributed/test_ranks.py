@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import geodiag
-from geodiag.cli.torchrun import Place
+from geodiag.cli.torchrun import RankInfo
 from geodiag.hooks.distributed.rank_exchange import Ranks
 from geodiag.hooks.distributed.rank_messages import RankMessage, RankMessages
 from geodiag.run import Run
@@ -440,10 +440,10 @@ def test_torchrun_trains_the_reference_model_and_every_command_reads_the_run(
 
 
 def test_sequences_that_do_not_divide_among_the_ranks_are_one_line() -> None:
-    place = Place("cpu")
-    place.world = 2
-    assert place.share(8, 2) == 4
+    rank_info = RankInfo("cpu")
+    rank_info.world = 2
+    assert rank_info.share(8, 2) == 4
     with pytest.raises(
         geodiag.GeodiagError, match="3 sequences do not divide among 2 ranks; pass --sequences 2"
     ):
-        place.share(3, 1)
+        rank_info.share(3, 1)
