@@ -1,10 +1,10 @@
 """The dashboard: pages that read run directories, and reports of the same charts in one file.
 
-Packages, from the ground up. A package imports only packages to the left of it:
+Packages, in the order of their imports. A package may import only packages to the left of it, and
+no neighbour of its own column (tests/project/test_imports.py):
 
-    data ─► figures ─► server ─► url ─► components ─► cascade ─► pages ─► reports
-                                                                   │
-                                                                   └────► app ─► serve
+    data ─┬─► figures ─┬─► url ─► components ─► cascade ─► pages ─► reports ─► app ─► serve
+          └─► server ──┘
 
     data         tables of a run as dense arrays, cached and brought up to date
     figures      pure functions from arrays to Plotly figures
