@@ -39,9 +39,7 @@ from geodiag.reference_models.transformer import Transformer
 
 
 def find(model: nn.Module) -> Layout | None:
-    """The layout of a reference `Transformer`, or of the one inside a wrapper; None for other
-    models.
-    """
+    """Return the layout of a reference `Transformer`, also in a wrapper; None for other models."""
     own = next((m for m in model.modules() if isinstance(m, Transformer)), None)
     if own is None:
         return None
@@ -73,6 +71,7 @@ def find(model: nn.Module) -> Layout | None:
 
 
 def _named(rows: Tensor | None, layout: StatsLayout) -> StatsRows | None:
+    """Return the kernel's rows with the names of their columns."""
     return None if rows is None else StatsRows(rows, layout.names)
 
 
@@ -112,9 +111,11 @@ def _site(
 
 
 def _measure(connection: nn.Module, gains: Tensor | None, streams: Tensor | None) -> bool:
+    """Set the flags of a site's kernels. Return whether its kernels can measure."""
     if not isinstance(connection, HyperConnection):
         return False
-    connection.flag, connection.write.flag = gains, streams
+    connection.flag = gains
+    connection.write.flag = streams
     return select(connection.config.kernels, connection.phi.device) is not REFERENCE
 
 
@@ -145,8 +146,8 @@ def _router(layer: int, router: Router) -> RouterSite:
 
 
 def _attention(layer: int, attention: Attention) -> AttentionSite:
-    """The fused attention keeps its logits to itself: those of some queries are worked out beside
-    it.
+    """Return the attention site. Fused attention returns no logits, so those of some queries are
+    computed beside it.
     """
 
     def largest(args: tuple, _: dict) -> Tensor:

@@ -23,7 +23,7 @@ def streams() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("site", range(6))
-def test_hc_starts_as_its_paper_says(site: int) -> None:
+def test_hc_starts_with_the_values_of_its_paper(site: int) -> None:
     mix = started("hc", site)(streams())
     read = torch.eye(N)[site % N]
     for found, wanted in (

@@ -50,7 +50,9 @@ def test_the_standard_library_has_several_domains_and_enough_text(library: Corpu
     assert min(len(t) for t in library.domains.values()) > 10_000
 
 
-def test_the_standard_library_is_found_wherever_python_lies(monkeypatch, tmp_path: Path) -> None:
+def test_the_standard_library_is_found_for_every_installation_of_python(
+    monkeypatch, tmp_path: Path
+) -> None:
     root = tmp_path / "site-packages" / "python"
     (root / "encodings").mkdir(parents=True)
     (root / "site-packages/torch").mkdir(parents=True)
@@ -87,7 +89,7 @@ def write(path: Path, ids: np.ndarray, kind: str) -> Path:
 
 @pytest.mark.parametrize("vocab", [40, 65, 256, 50_257, 60_000])
 @pytest.mark.parametrize("kind", ["<u2", "<u4"])
-def test_sixteen_and_thirty_two_bit_tokens_are_told_apart(
+def test_sixteen_and_thirty_two_bit_tokens_are_distinguished(
     tmp_path: Path, vocab: int, kind: str
 ) -> None:
     ids = np.random.default_rng(0).integers(0, vocab, 4000)
@@ -110,20 +112,20 @@ def test_an_odd_number_of_sixteen_bit_tokens_is_read_whole(tmp_path: Path) -> No
     assert flat_tokens(write(tmp_path / "t.bin", ids, "<u2")).domains["t"].tolist() == ids.tolist()
 
 
-def test_the_largest_id_counts_wherever_it_stands(tmp_path: Path) -> None:
+def test_the_largest_id_counts_at_every_position(tmp_path: Path) -> None:
     ids = np.ones(3_000_001, np.int64)
     ids[-1] = 999
     assert flat_tokens(write(tmp_path / "t.bin", ids, "<u2")).vocab == 1000
 
 
-def test_text_that_is_not_there_says_what_to_pass(tmp_path: Path) -> None:
+def test_missing_text_is_an_error_that_names_what_to_pass(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").write_bytes(b"\xff")
     (tmp_path / "empty").mkdir()
     (tmp_path / "nothing.txt").touch()
     (tmp_path / "odd.bin").write_bytes(b"12345")
     (tmp_path / "short.bin").write_bytes(b"12")
-    for name, said in {
+    for name, message in {
         "absent": "does not exist; pass --data stdlib, a folder",
         "photos": "holds no text or code files; pass a folder with some",
         "empty": "holds no text or code files",
@@ -134,11 +136,11 @@ def test_text_that_is_not_there_says_what_to_pass(tmp_path: Path) -> None:
         with pytest.raises((ValueError, FileNotFoundError)) as e:
             open_corpus(str(tmp_path / name))
         assert name in str(e.value)
-        assert said in str(e.value)
+        assert message in str(e.value)
         assert "\n" not in str(e.value)
 
 
-def test_too_little_text_and_a_loader_that_cannot_be_are_refused(three: Corpus) -> None:
+def test_too_little_text_and_invalid_loader_settings_are_refused(three: Corpus) -> None:
     with pytest.raises(
         ValueError, match="has 10000 tokens, in no domain one sequence of 7001; add text"
     ):

@@ -199,7 +199,7 @@ def test_the_block_is_each_tokens_weighted_experts_plus_the_shared_one() -> None
     assert error(out.hidden_BSC.flatten(0, 1), slow.roll(1, 0)) > 0.5
 
 
-def test_an_expert_that_nobody_chose_gets_no_gradient_and_does_no_harm() -> None:
+def test_an_unchosen_expert_gets_no_gradient_and_changes_nothing() -> None:
     torch.manual_seed(0)
     block = MoE(config(), layer=1)
     for p in block.parameters():

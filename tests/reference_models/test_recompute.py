@@ -38,7 +38,9 @@ def gradients(model: Transformer, passes: int = 1) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("residual", ["mhc", "hc", "plain"])
 @pytest.mark.parametrize("recompute", ["mhc", "layers"])
-def test_gradients_are_bitwise_those_of_what_is_kept(residual: str, recompute: str) -> None:
+def test_recomputed_gradients_are_bitwise_those_without_recomputation(
+    residual: str, recompute: str
+) -> None:
     wanted, found = gradients(made("none", residual), 2), gradients(made(recompute, residual), 2)
     assert wanted.keys() == found.keys()
     for name, grad in found.items():
@@ -80,7 +82,7 @@ def alive(model: Transformer) -> dict[str, int]:
     return found
 
 
-def test_of_a_block_of_layers_one_stream_is_kept_and_what_its_heavy_parts_gave() -> None:
+def test_a_block_keeps_one_stream_and_the_outputs_of_its_heavy_parts() -> None:
     assert alive(made("none")) == {"stream": 12, "input": 12, "branch": 12}
     assert alive(made("mhc")) == {"stream": 3, "input": 0, "branch": 12}
 
@@ -88,7 +90,9 @@ def test_of_a_block_of_layers_one_stream_is_kept_and_what_its_heavy_parts_gave()
 @pytest.mark.parametrize(
     ("streams", "layers", "length"), [(4, 12, 3), (4, 30, 4), (1, 12, 2), (4, 1, 1), (8, 60, 7)]
 )
-def test_a_stream_is_kept_every_so_many_layers(streams: int, layers: int, length: int) -> None:
+def test_the_block_length_follows_the_papers_formula(
+    streams: int, layers: int, length: int
+) -> None:
     assert block_length(streams, layers) == length
     cost = {k: streams * layers / k + (streams + 2) * k for k in range(1, layers + 1)}
     assert cost[length] <= 1.1 * min(cost.values()), (
@@ -96,7 +100,7 @@ def test_a_stream_is_kept_every_so_many_layers(streams: int, layers: int, length
     )
 
 
-def test_without_gradient_nothing_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradient_nothing_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recomputed, "before", lambda *_: pytest.fail("there will be no backward"))
     with torch.no_grad():
         made("mhc")(torch.zeros(1, 4, dtype=torch.long))

@@ -56,7 +56,7 @@ def test_output_and_backward_are_those_of_autograd_through_the_plain_iterations(
 
 @pytest.mark.parametrize("order", SIDES)
 @pytest.mark.parametrize("scale", [1, 6])
-def test_the_backward_stands_up_to_finite_differences(scale: float, order: str) -> None:
+def test_the_backward_agrees_with_finite_differences(scale: float, order: str) -> None:
     z = logits(scale, tokens=3).requires_grad_()
     assert torch.autograd.gradcheck(
         lambda z: sinkhorn(z, 5, 1e-6, order), (z,), eps=1e-6, atol=1e-7, rtol=1e-5
@@ -145,6 +145,6 @@ def test_a_permutation_of_streams_permutes_the_map() -> None:
     assert error(sinkhorn(z[:, p][:, :, q]), sinkhorn(z)[:, p][:, :, q]) < TOLERANCE
 
 
-def test_any_leading_shape_will_do() -> None:
+def test_any_leading_shape_is_accepted() -> None:
     z = logits(1, tokens=12)
     assert torch.equal(sinkhorn(z.view(3, 4, 4, 4)), sinkhorn(z).view(3, 4, 4, 4))

@@ -74,7 +74,7 @@ def test_the_large_sizes_have_the_papers_shapes(
     assert c.dtype == "bfloat16"
 
 
-def test_the_large_sizes_keep_in_float32_what_decides() -> None:
+def test_the_large_sizes_keep_routers_and_coefficients_in_float32() -> None:
     kept = {
         n.split(".", 2)[-1] for n, p in built("3b").named_parameters() if p.dtype == torch.float32
     }
@@ -108,7 +108,7 @@ def test_a_bfloat16_model_trains_a_step(residual: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"residual": "mch"}, "residual is one of plain, hc, mhc, not 'mch'"),
         ({"residual": "plain"}, "has one stream, not 4; pass streams=1"),
@@ -132,13 +132,13 @@ def test_a_bfloat16_model_trains_a_step(residual: str) -> None:
         ({"swiglu_limit": float("nan")}, "swiglu_limit is positive or None"),
     ],
 )
-def test_a_config_that_cannot_be_says_what_could(changes: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_an_invalid_config_is_an_error_that_names_valid_values(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ModelConfig(**changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"steps": 0}, "steps is at least 1, not 0"),
         ({"sequences": 0}, "sequences is at least 1"),
@@ -154,8 +154,10 @@ def test_a_config_that_cannot_be_says_what_could(changes: dict, said: str) -> No
         ({"warmup": -1}, "warmup is 0 or more"),
     ],
 )
-def test_a_training_that_cannot_be_says_what_could(changes: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_training_settings_are_an_error_that_names_valid_values(
+    changes: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
 
 

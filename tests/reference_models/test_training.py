@@ -110,7 +110,7 @@ def test_the_optimizers_are_given_the_schedules_rate() -> None:
     assert t.step(batch(7)).lr == pytest.approx(10 * t.config.lr_at(7))
 
 
-def test_gradients_are_clipped_to_the_limit_and_the_norm_said_is_from_before() -> None:
+def test_gradients_are_clipped_to_the_limit_and_the_reported_norm_is_the_unclipped_one() -> None:
     def seen(clip: float) -> tuple[float, float]:
         torch.manual_seed(0)
         t = Trainer(Transformer(config()), TrainConfig(steps=9, sequences=SEQUENCES, clip=clip))
@@ -122,12 +122,12 @@ def test_gradients_are_clipped_to_the_limit_and_the_norm_said_is_from_before() -
         )
         return t.step(batch(0)).grad_norm.item(), found[0]
 
-    said, applied = seen(math.inf)
-    assert applied == pytest.approx(said, rel=1e-6)
-    for clip in (said / 3, said * 3):
+    reported, applied = seen(math.inf)
+    assert applied == pytest.approx(reported, rel=1e-6)
+    for clip in (reported / 3, reported * 3):
         again, applied = seen(clip)
-        assert again == pytest.approx(said, rel=1e-6)
-        assert applied == pytest.approx(min(clip, said), rel=1e-4)
+        assert again == pytest.approx(reported, rel=1e-6)
+        assert applied == pytest.approx(min(clip, reported), rel=1e-4)
 
 
 # -- micro-batches -------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_the_balancing_bias_goes_by_the_loads_of_all_micro_batches() -> None:
     assert all(b.any() for b in biases[0])
 
 
-def test_a_step_that_lacks_micro_batches_is_refused() -> None:
+def test_an_update_before_all_micro_batches_is_refused() -> None:
     t = trainer(micro_batches=2)
     t.accumulate(batch(0).split(2)[0])
     with pytest.raises(ValueError, match="1 of 2 micro-batches"):
@@ -210,7 +210,7 @@ def test_a_resume_that_forgets_something_would_be_seen(lost: str) -> None:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_a_repeatable_training_has_repeatable_backwards_and_no_attention_whose_is_not(
+def test_deterministic_training_uses_deterministic_backwards_only(
     wanted: bool,
 ) -> None:
     def mode() -> tuple[bool, bool]:

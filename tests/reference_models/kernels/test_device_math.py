@@ -37,19 +37,19 @@ def worst(ours: torch.Tensor, truth: torch.Tensor) -> float:
     return float((ours.double() / truth - 1).abs().max())
 
 
-def test_they_are_right_to_float32_s_last_digits(values: torch.Tensor) -> None:
+def test_results_are_exact_to_the_last_digits_of_float32(values: torch.Tensor) -> None:
     ours, x = measured(values), values.double()
     assert worst(ours[0], x.exp()) < 4 * ERROR
     assert worst(ours[2], 1 / (1 + (-x).exp())) < 4 * ERROR
     assert worst(measured(values.abs())[1], 1 / x.abs()) < ERROR
 
 
-def test_a_step_of_bfloat16_would_be_seen(values: torch.Tensor) -> None:
+def test_an_error_of_one_bfloat16_step_exceeds_the_tolerance(values: torch.Tensor) -> None:
     x = values.double()
     assert worst(measured(values)[2], 1 / (1 + (-x * (1 + 1 / 256)).exp())) > 1000 * ERROR
 
 
-def test_where_numbers_end(device: str) -> None:
+def test_values_at_the_limits_of_float32(device: str) -> None:
     inf, nan = float("inf"), float("nan")
     ends = torch.tensor([inf, -inf, nan, 0.0, 200.0, -200.0, 1e-30, 1e30], device=device)
     e, over, s = measured(ends).cpu().tolist()

@@ -86,7 +86,7 @@ def test_options_mean_what_they_mean_in_the_reference(device, error, tolerance, 
 @pytest.mark.parametrize(
     "twin", ["transposed res", "zero gradients", "no norm gradient", "stale coefficients"]
 )
-def test_what_must_fail_does(device, error, tolerance, twin):
+def test_wrong_results_exceed_the_tolerance(device, error, tolerance, twin):
     leaves = inputs(device, torch.bfloat16, 4, 72, 21)
     truth = run(reference_site, double(leaves))
     least = 3 * tolerance[torch.bfloat16]
@@ -171,7 +171,7 @@ def test_a_bad_number_ruins_its_own_token_and_no_other(device, bad):
     assert ours["dphi"].isnan().any()
 
 
-def test_an_output_that_nobody_used_costs_no_gradient(device, error, tolerance):
+def test_an_unused_output_costs_no_gradient(device, error, tolerance):
     leaves = [v.requires_grad_() for v in inputs(device, torch.float32, 4, 32, 9)[:4]]
     truth = [v.detach().double().requires_grad_() for v in leaves]
     for field in range(5):
@@ -183,7 +183,7 @@ def test_an_output_that_nobody_used_costs_no_gradient(device, error, tolerance):
             assert error(a, b) < tolerance[torch.float32]
 
 
-def test_leading_shape_is_kept_and_no_tokens_are_no_trouble(device):
+def test_leading_shape_is_kept_and_zero_tokens_are_accepted(device):
     x, phi, alpha, bias, f = inputs(device, torch.float32, 4, 16, 6)
     mix = mhc_pre(x.view(2, 3, 4, 16), phi, alpha, bias)
     assert [tuple(m.shape) for m in mix[:5]] == [
@@ -204,7 +204,7 @@ def test_leading_shape_is_kept_and_no_tokens_are_no_trouble(device):
     assert none["dphi"].abs().max() == 0
 
 
-def test_what_no_kernel_serves_is_refused_by_name(device):
+def test_unsupported_input_is_an_error_that_names_it(device):
     x, phi, alpha, bias, _ = inputs(device, torch.float32, 4, 16, 3)
     with pytest.raises(ValueError, match="streams, not 3"):
         mhc_pre(x[:, :3], phi, alpha, bias)

@@ -110,7 +110,7 @@ def test_the_fused_kernel_measures_what_the_single_one_does(device):
     assert off.isnan().all()
 
 
-def test_it_serves_what_it_is_made_for_and_says_so(device):
+def test_fuses_accepts_exactly_the_streams_that_the_kernel_takes(device):
     assert fuses(torch.empty(1, 4, 2560, dtype=torch.bfloat16, device=device))
     if device == "cuda":
         for odd in (
@@ -131,7 +131,7 @@ def test_compiles_whole_and_gives_the_eager_numbers(device, error, tolerance):
         assert error(ours[name], eager[name]) < tolerance[leaves[0].dtype], name
 
 
-def test_no_tokens_are_no_trouble(device):
+def test_zero_tokens_are_accepted(device):
     x, phi, alpha, bias, f, next_phi = inputs(*shape(device))
     none = run(fused, (x[:0], phi, alpha, bias, f[:0], next_phi))
     assert none["streams"].shape[0] == 0

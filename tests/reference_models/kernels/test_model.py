@@ -57,7 +57,7 @@ def test_both_kernels_give_the_same_loss_and_gradients(residual: str) -> None:
         assert error < 1e-3, name
 
 
-def test_streams_are_projected_by_the_kernel_that_wrote_them_unless_somebody_changes_them(
+def test_streams_are_projected_by_the_kernel_that_wrote_them_unless_they_were_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     projected = []

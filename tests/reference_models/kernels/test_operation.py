@@ -13,7 +13,7 @@ def leaves(device):
     return [torch.randn(*s, device=device).div(4).requires_grad_() for s in shapes]
 
 
-def test_both_ways_have_the_same_bits_and_gradients(device):
+def test_direct_and_registered_calls_have_the_same_bits_and_gradients(device):
     inputs = leaves(device)
     registered = torch.ops.geodiag.mhc_pre(*inputs, 5, 1e-6, 1e-6, "columns-first", None, None)
     straight = mhc_pre_linked(*inputs, iterations=5).mix
@@ -27,7 +27,7 @@ def test_both_ways_have_the_same_bits_and_gradients(device):
     assert not torch.equal(other.res_TNN, registered[3])
 
 
-def test_fake_tensors_are_only_looked_at():
+def test_fake_tensors_launch_no_kernel():
     with FakeTensorMode():
         out = sinkhorn(torch.empty(7, 4, 4, requires_grad=True))
     assert out.shape == (7, 4, 4)

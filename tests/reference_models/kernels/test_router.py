@@ -93,7 +93,7 @@ def test_a_given_choice_is_weighed_as_the_kernel_s_own_bit_for_bit(device, error
     assert error(gradient(own), want) > 1e-2, "the twin: another choice has other gradients"
 
 
-def test_entropy_margin_load_and_flips_are_what_they_say(device, error):
+def test_entropy_margin_load_and_flips_are_their_definitions(device, error):
     logits, bias = torch.randn(33, 12, device=device), 0.2 * torch.randn(12, device=device)
     before = torch.stack([torch.randperm(12, device=device)[:3] for _ in range(33)])
     routed = route(logits, bias, 3, 1.0, before)
@@ -119,6 +119,6 @@ def test_nan_keeps_ids_valid_and_weights_nan_in_its_own_token(device):
     assert routed.weights_TK[[0, 1, 3, 4]].isfinite().all()
 
 
-def test_a_choice_that_leaves_nobody_out_is_refused(device):
+def test_choosing_all_experts_is_refused(device):
     with pytest.raises(ValueError, match="k is 1 to 3"):
         route(torch.randn(2, 4, device=device), torch.zeros(4, device=device), 4, 1.0)

@@ -1,4 +1,4 @@
-"""Which kernels run is said once."""
+"""The configuration alone selects the kernels."""
 
 import inspect
 

@@ -50,7 +50,7 @@ def test_of_one_stream_the_map_is_one_and_has_no_gradient(device):
 @pytest.mark.parametrize(
     "twin", ["zero gradient", "transposed", "gradient of the last iteration only"]
 )
-def test_what_must_fail_does(device, error, twin):
+def test_wrong_results_exceed_the_tolerance(device, error, twin):
     logits = 3 * torch.randn(21, 4, 4, device=device)
     upstream = torch.randn(21, 4, 4, device=device)
     value, grad = run(reference.sinkhorn, logits.double(), upstream)
@@ -80,7 +80,7 @@ def test_infinite_logits_are_not_a_plausible_map(device):
     assert sinkhorn(logits)[1].isnan().any()
 
 
-def test_leading_shape_is_kept_and_no_tokens_are_no_trouble(device):
+def test_leading_shape_is_kept_and_zero_tokens_are_accepted(device):
     assert sinkhorn(torch.randn(2, 3, 4, 4, device=device)).shape == (2, 3, 4, 4)
     assert sinkhorn(torch.randn(0, 4, 4, device=device)).shape == (0, 4, 4)
 
@@ -89,6 +89,6 @@ def test_leading_shape_is_kept_and_no_tokens_are_no_trouble(device):
     ("shape", "options"),
     [((3, 3, 3), {}), ((3, 4, 2), {}), ((3, 4, 4), {"iterations": 0}), ((3, 4, 4), {"order": "x"})],
 )
-def test_what_no_kernel_serves_is_refused_by_name(device, shape, options):
+def test_unsupported_input_is_an_error_that_names_it(device, shape, options):
     with pytest.raises(ValueError, match=r"N one of|iterations|order"):
         sinkhorn(torch.randn(shape, device=device), **options)

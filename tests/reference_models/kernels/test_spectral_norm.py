@@ -117,6 +117,6 @@ def test_all_implementations_agree_and_a_nan_stays_in_its_map(device):
         torch.testing.assert_close(norms, ours, rtol=1e-6, atol=0, equal_nan=True)
 
 
-def test_all_implementations_square_as_often():
+def test_all_implementations_have_the_same_number_of_squarings():
     assert mhc_stats.SQUARINGS.value == formulas.SQUARINGS
     assert composite_gains_kernel.SQUARINGS.value == formulas.SQUARINGS

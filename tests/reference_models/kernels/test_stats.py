@@ -1,4 +1,4 @@
-"""The geometry that the mHC kernels measure on the way, against its definitions in METRICS."""
+"""Statistics of maps and streams by the mHC kernels, against the definitions in docs/metrics.md."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def test_the_streams_metrics_are_their_definitions(device):
         assert float(got[name]) == pytest.approx(float(value), rel=1e-5), name
 
 
-def test_switched_off_says_nan_and_changes_no_result(device):
+def test_switched_off_writes_nan_and_changes_no_result(device):
     torch.manual_seed(3)
     _, _, on, out_on, _ = site(device)
     torch.manual_seed(3)
@@ -117,7 +117,7 @@ def test_a_row_of_the_maps_is_as_wide_as_the_kernel_writes_it(device):
     assert rows.shape[-1] == len(STREAMS_LAYOUT.names)
 
 
-def test_the_monitor_finds_columns_by_name_wherever_a_kernel_put_them(device):
+def test_the_monitor_finds_columns_by_name_in_any_order(device):
     _, _, before, _, _ = site(device)
     mix, names = before.mix, MAPS_LAYOUT.names
     shuffled = torch.randperm(len(names)).tolist()

@@ -127,7 +127,7 @@ def test_nan_passes_through_the_clamp_and_into_the_extrema(device):
     assert extrema(counted)[1].isfinite().all()
 
 
-def test_no_rows_are_no_trouble(device):
+def test_zero_rows_are_accepted(device):
     assert clamped_swiglu(torch.randn(0, 16, device=device)).shape == (0, 8)
     with pytest.raises(ValueError, match="even width"):
         clamped_swiglu(torch.randn(2, 15, device=device))
