@@ -15,6 +15,18 @@ from geodiag.run import Run
 from tests.paths import ROOT
 
 KERNELS = ROOT / "tests/reference_models/kernels"
+SLOW = [
+    ROOT / "tests" / place
+    for place in (
+        "benchmarks",  # small runs of the measurements
+        "geodiag/store/test_crash.py",  # processes that are killed
+        "hooks/adapters/test_deepseek_v4.py",  # trainings of transformers' model
+        "hooks/autorecord",  # `geodiag run` in processes of its own
+        "hooks/distributed",  # several ranks
+        "reference_models/test_deepseek_v4_oracle.py",
+    )
+]
+"""Folders and files whose tests all have the marker slow; single tests carry it themselves."""
 
 if not torch.cuda.is_available():
     # Triton reads it once, when it is first imported, which any test's imports may bring about.
@@ -34,8 +46,13 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the kernels, which run in Triton's interpreter where there is no GPU."""
+    """Mark the tests of slow folders, and those of the kernels.
+
+    Kernels run in Triton's interpreter where there is no GPU.
+    """
     for item in items:
+        if any(item.path.is_relative_to(place) for place in SLOW):
+            item.add_marker(pytest.mark.slow)
         if item.path.is_relative_to(KERNELS):
             item.add_marker(pytest.mark.triton)
 

@@ -125,6 +125,7 @@ def test_an_alarm_that_two_samples_reach_is_refused() -> None:
         EarlyWarning(alarm=10, allowed=5, most=11)
 
 
+@pytest.mark.slow
 def test_a_broken_expert_warns_in_a_real_training_before_anything_else_is_raised(
     tmp_path: Path,
 ) -> None:
@@ -148,6 +149,7 @@ def test_a_broken_expert_warns_in_a_real_training_before_anything_else_is_raised
     assert event["message"] == str(found)
 
 
+@pytest.mark.slow
 def test_the_scores_of_a_training_are_those_that_its_record_gives_afterwards(
     tmp_path: Path,
 ) -> None:

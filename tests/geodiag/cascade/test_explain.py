@@ -360,6 +360,7 @@ def test_unsampled_steps_decide_nothing() -> None:
     assert found.start == 50
 
 
+@pytest.mark.slow
 def test_a_real_training_with_a_broken_expert_is_explained_while_it_goes_on(tmp_path: Path) -> None:
     from geodiag.hooks.faults import plant
     from tests.hooks.small import one_step, tokens, trainer, watch
