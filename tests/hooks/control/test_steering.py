@@ -15,6 +15,7 @@ from geodiag.control import Request, write_request
 from geodiag.hooks.control.policy import Policy
 from geodiag.hooks.monitor import Monitor
 from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
+from geodiag.store.files import Folder
 from tests.hooks import small
 
 
@@ -126,7 +127,7 @@ def test_ranks_that_cannot_be_talked_to_are_not_switched_one_by_one(
 
 def test_a_request_from_before_the_run_is_not_obeyed(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    write_request(tmp_path / "run", Request(routing="on"))
+    write_request(Folder.of(tmp_path / "run"), Request(routing="on"))
     live = Live(tmp_path / "run")
     live.steps(3)
     live.monitor.close()
@@ -138,7 +139,7 @@ def test_a_request_is_obeyed_once(tmp_path: Path) -> None:
     live = Live(tmp_path / "run")
     asked = live.ask("on")
     live.steps(2)
-    write_request(live.path, asked)  # the same, written again
+    write_request(Folder.of(live.path), asked)  # the same, written again
     live.steps(2)
     live.monitor.close()
     assert len(live.events("acknowledge")) == 1
