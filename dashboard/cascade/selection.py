@@ -12,7 +12,7 @@ from geodiag.dashboard.figures.cascade import STAGES, CascadeScene
 from geodiag.dashboard.url.live_figures import event_marks
 from geodiag.dashboard.url.url_state import View
 from geodiag.errors import GeodiagError
-from geodiag.spikes.recorded import Seen, spikes_of
+from geodiag.spikes.recorded import RecordedSpike, spikes_of
 
 LONGEST = 1500
 """Most steps of a stage map. Each column is compared with the steps before it, which takes time."""
@@ -76,7 +76,7 @@ def cache_of_spike(cache: RunCache, step: int | None) -> RunCache:
     return cache.as_of_attempt(attempts[-1] if attempts else None)
 
 
-def _spikes(cache: RunCache) -> list[Seen]:
+def _spikes(cache: RunCache) -> list[RecordedSpike]:
     return cache.memo("known spikes", lambda: spikes_of(cache.run))
 
 

@@ -1,13 +1,12 @@
 """The verdict of a cascade: links to all spikes, the verdict card, the rows of the evidence."""
 
-import re
 from typing import Any
 from urllib.parse import quote
 
 from dash import dcc, html
 
 from geodiag.cascade.explain import Cascade
-from geodiag.cascade.words import where
+from geodiag.cascade.words import fix_sentence, place_label
 from geodiag.dashboard.cascade.selection import (
     SpikeOrWarning,
     chosen_step,
@@ -104,9 +103,9 @@ def evidence_rows(found: Cascade) -> list[dict[str, Any]]:
         table = "experts" if e.expert is not None else "layers" if e.layer is not None else "steps"
         known = METRICS.get((table, e.metric)) or METRICS.get(("layers", e.metric))
         place = " · ".join(
-            where(e.layer if e.layer is None or e.layer >= 0 else None, e.site, e.expert).split(
-                ", "
-            )
+            place_label(
+                e.layer if e.layer is None or e.layer >= 0 else None, e.site, e.expert
+            ).split(", ")
         )
         out.append({
             "id": str(i), "stage": e.stage or "–", "layer": e.layer, "where": place or "whole run",
@@ -130,7 +129,7 @@ def _cause(found: Cascade) -> str:
 
 
 def _facts(found: Cascade) -> list:
-    place = where(found.layer, found.site, found.expert) or {
+    place = place_label(found.layer, found.site, found.expert) or {
         "lr": "learning rate",
         "data": "batch",
     }.get(str(found.cause), "–")
@@ -172,7 +171,7 @@ def _facts(found: Cascade) -> list:
 
 def _without_defence(found: Cascade) -> str:
     """Return the words without the suggested fix, which is shown beside them."""
-    return re.sub(rf" [A-Z][a-z ]+: {re.escape(str(found.defence))}\.$", "", found.words)
+    return found.words.removesuffix(f" {fix_sentence(found)}")
 
 
 def _fact(label: str, value: Any, text: str) -> Any:
@@ -188,7 +187,7 @@ def _others(view: View, found: Cascade) -> list:
         return []
     items: list[Any] = []
     for a in found.alternatives:
-        place = " · ".join(where(a.layer, a.site, a.expert).split(", ")) or str(a.stage)
+        place = " · ".join(place_label(a.layer, a.site, a.expert).split(", ")) or str(a.stage)
         text: list[Any] = [
             html.B(f"{a.confidence:.2f}"),
             f" {place}, stage {a.stage}, from step {integer(a.onset)}: {a.why}",

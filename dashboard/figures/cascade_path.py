@@ -8,7 +8,7 @@ from itertools import pairwise
 import plotly.graph_objects as go
 
 from geodiag.cascade.explain import Cascade, Onset
-from geodiag.cascade.words import layers_in_words, measured, where
+from geodiag.cascade.words import layers_label, measurement_label, place_label
 from geodiag.dashboard.figures.style import Theme, faded, upright
 
 
@@ -139,7 +139,7 @@ def _draw_rings(
 
 
 def _hover(onset: Onset) -> str:
-    panels = where(onset.layer, onset.site, onset.expert)
+    panels = place_label(onset.layer, onset.site, onset.expert)
     return f"<b>{panels}</b><br>{onset.metric} {onset.score:.0f} σ from step {onset.step:,}"
 
 
@@ -150,8 +150,8 @@ def _onset_label(first_onset: Onset, onsets: Sequence[Onset], cascade: Cascade) 
         cascade.layer,
     )
     if origin:
-        panels = " · ".join(where(cascade.layer, cascade.site, cascade.expert).split(", "))
-        text = measured(cascade.evidence[0]) if cascade.evidence else first_onset.metric
+        panels = " · ".join(place_label(cascade.layer, cascade.site, cascade.expert).split(", "))
+        text = measurement_label(cascade.evidence[0]) if cascade.evidence else first_onset.metric
         return f"<b>{panels}</b><br>{text}"
     layers = sorted(
         {int(k.layer) for k in onsets if k.stage == first_onset.stage and k.layer is not None}
@@ -161,9 +161,7 @@ def _onset_label(first_onset: Onset, onsets: Sequence[Onset], cascade: Cascade) 
         if cascade.onset is None or first_onset.step == cascade.onset
         else f", {_after(first_onset.step - cascade.onset)}"
     )
-    return (
-        f"<b>{layers_in_words(layers)}</b><br>{first_onset.metric} {first_onset.score:.0f} σ{later}"
-    )
+    return f"<b>{layers_label(layers)}</b><br>{first_onset.metric} {first_onset.score:.0f} σ{later}"
 
 
 def _after(steps: int) -> str:

@@ -16,7 +16,7 @@ from geodiag.health import Health, health
 from geodiag.jsonable import jsonable
 from geodiag.metrics.registry import headlines
 from geodiag.run import Run
-from geodiag.spikes.recorded import Seen, spikes_of
+from geodiag.spikes.recorded import RecordedSpike, spikes_of
 
 MOST_RUNS = 12
 """Lines that can be distinguished: four colours times three kinds of dashes."""
@@ -36,7 +36,7 @@ class ComparedRun:
     health: Health
     last: dict[str, float]
     """Newest value of each key metric; for layers the value of the worst layer."""
-    spikes: tuple[tuple[Seen, str | None], ...]
+    spikes: tuple[tuple[RecordedSpike, str | None], ...]
     """Each spike, with its cascade in words if it was explained."""
 
     def tokens(self) -> np.ndarray | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dash import html
 
-from geodiag.cascade.words import where
+from geodiag.cascade.words import place_label
 from geodiag.dashboard.components.components import card, notice
 from geodiag.dashboard.components.text import factor, integer, metric_help, number, percent, utc
 from geodiag.dashboard.data.run_cache import RunCache
@@ -67,7 +67,7 @@ def value(v: float | None, metric: Metric) -> str:
 
 def place(worst: Worst) -> str:
     """Return the place of a worst value: `step 161 · layer 1 · ffn`."""
-    spot = where(worst.layer, worst.site, worst.expert)
+    spot = place_label(worst.layer, worst.site, worst.expert)
     return " · ".join([f"step {integer(worst.step)}", *(spot.split(", ") if spot else [])])
 
 
@@ -123,7 +123,7 @@ def event_table(cache: RunCache) -> html.Section:
             integer(e["step"]),
             hint(e["kind"], KINDS.get(e["kind"], ""), f"kind kind-{e['kind']}"),
             e["message"] or "",
-            " · ".join(where(e["layer"], e["site"], e["expert"]).split(", ")),
+            " · ".join(place_label(e["layer"], e["site"], e["expert"]).split(", ")),
             str(e["attempt"] or 0),
             utc(e["time"]),
         ]

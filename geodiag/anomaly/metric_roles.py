@@ -1,10 +1,10 @@
-"""Which metric speaks for which part of a layer, and so for which stage: what makes an origin an
-origin.
+"""The part of a layer, and so the stage, that each metric belongs to.
 
-Inside a training step causes run one way: through the layers' forward in order, then back through
-the gradients. A metric of a *part* depends on that part's own weights and on what came before it in
-the step, so the first part that leaves its range is where the step went wrong. What accumulates
-over layers (the stream, composite gains) shows how far it reached, never where it began.
+Inside a training step, cause and effect run in one direction: forward through the layers, then
+backward through the gradients. A metric of a part depends on the weights of that part and on what
+was computed before it, so that the first part out of range is where the step went wrong. Metrics
+that accumulate over layers (the stream, composite gains) show how far a fault spread, never where
+it began.
 """
 
 from collections.abc import Collection
@@ -26,7 +26,7 @@ PARTS: tuple[Part, ...] = (
     "stream",
     "gradient",
 )
-"""In the order in which a site's forward passes them; gradients come last."""
+"""In the order of a site's forward pass; gradients come last."""
 STAGE_OF: dict[Part, int | None] = {
     "data": None,
     "map": 3,
@@ -39,7 +39,7 @@ STAGE_OF: dict[Part, int | None] = {
 }
 
 
-class Place(NamedTuple):
+class SeriesPlace(NamedTuple):
     """One part of one site."""
 
     layer: int
@@ -48,8 +48,8 @@ class Place(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int, int, int]:
-        """Its turn within a step: the forward from the first layer, then the gradients from the
-        last.
+        """Position in a step: the forward pass from the first layer on, then the gradients from the
+        last layer on.
         """
         if self.part == "data":
             return -1, 0, 0, 0
@@ -67,7 +67,7 @@ class Series(NamedTuple):
 
     metric: str
     layer: int
-    """-1 for what belongs to no layer."""
+    """-1 if it belongs to no layer."""
     site: str | None
     expert: int | None = None
 
@@ -77,39 +77,39 @@ class Series(NamedTuple):
 
 
 HASHED = ("load", "max_vio", "load_cv")
-"""Where experts are chosen by a hash of the token, these depend on the batch alone."""
+"""Metrics that depend on the batch alone in a layer with a hash router."""
 _FLOORS = {"log": 0.01, "root": 0.01, "plain": 0.003}
 _MAP_FLOOR = 0.02
-"""Two per cent more or less gain of one map is nothing to act on, however quiet it was."""
+"""Changes of 2 % in the gain of one map are ignored, however quiet it was."""
 
 SIGNALS: dict[tuple[str, str], Metric] = {
     (m.table, m.name): m for part in PARTS for m in METRICS.values() if m.part == part
 }
-"""(table, metric) → the metrics that speak for a part, and so for an origin, in the order of parts.
+"""(table, name) → metric, for the metrics that belong to a part, in the order of parts.
 
-All other metrics are recorded and shown, and take no part in the search for an origin.
+All other metrics are recorded and shown, but not used in the search for an origin.
 """
 
 
 def least_spread(metric: Metric) -> float:
-    """Return the least spread that counts, on the metric's scale: below it is noise of an idle
-    quantity.
+    """Return the least spread of a metric, on its scale: smaller changes of an idle metric are
+    noise.
     """
     return _MAP_FLOOR if metric.part == "map" else _FLOORS[metric.noise_scale]
 
 
-def place_of(series: Series, hashed: Collection[int] = ()) -> Place:
-    """The part of the site that a series speaks for; `hashed` are the layers whose router is a
-    hash.
-    """
+def place_of(series: Series, hashed: Collection[int] = ()) -> SeriesPlace:
+    """Return the part of the site that a series belongs to; `hashed`: layers with a hash router."""
     if series.layer in hashed and series.metric in HASHED:
-        return Place(series.layer, series.site, "data")
-    return Place(series.layer, series.site, _part(series))
+        return SeriesPlace(series.layer, series.site, "data")
+    return SeriesPlace(series.layer, series.site, _part(series))
 
 
 def rescaled(values: np.ndarray, log: np.ndarray, root: np.ndarray) -> np.ndarray:
-    """Values on the scales on which their noise is alike at every size: logarithms, roots of
-    shares, or as they are.
+    """Return values on a scale on which their noise does not depend on their size.
+
+    log, root: masks of the series to transform. The logarithm is for sizes, the square root for
+    shares and counts (it stabilises the variance of a Poisson count; Anscombe 1948, Biometrika 35).
     """
     with np.errstate(all="ignore"):
         out = np.where(log, np.log(np.maximum(np.abs(values), 1e-12)), values)

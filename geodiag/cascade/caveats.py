@@ -1,110 +1,111 @@
-"""Caveats: what a record lacks, in the words that lower the confidence of what is told from it."""
+"""Caveats: gaps in a record that make its cascade less certain, each in one phrase."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from geodiag.cascade.stage_map import Judged
+from geodiag.cascade.scored_window import ScoredWindow
 from geodiag.run import Run
-from geodiag.spikes.recorded import Seen
+from geodiag.spikes.recorded import RecordedSpike
 from geodiag.store.manifest import known_starts
 
 ENOUGH = 32
-"""Samples before the loss from which one can tell what is usual."""
+"""Samples before the loss that are enough to know the normal range."""
 _HOLE = 3
-"""Usual distances between samples that make a hole."""
+"""Gap between samples, in usual gaps, that counts as a hole."""
+
+_MISSING = {
+    "experts": ("no expert can be named", 0.9),
+    "layers": ("no layer can be named", 0.2),
+    "steps": ("the loss is unknown", 0.2),
+}
+"""Table → the consequence of its absence, and the trust that is left."""
 
 
 class Caveat(NamedTuple):
-    """One thing to keep in mind."""
+    """One gap in the record."""
 
     words: str
     trust: float
-    """Factor on the confidence."""
+    """Factor on the confidence of the cascade."""
 
 
-def caveats(run: Run, window: Judged, seen: Seen, others: Sequence[Seen]) -> list[Caveat]:
-    """Everything that a reader of this cascade should know of its record."""
+def caveats(
+    run: Run, window: ScoredWindow, spike: RecordedSpike, others: Sequence[RecordedSpike]
+) -> list[Caveat]:
+    """Return every caveat about the record of a cascade."""
     return [
-        *(_missing(t) for t in window.tracks.missing),
-        *_sampling(window, seen.onset),
-        *_ranks(run, window),
-        *_attempts(run, seen),
-        *_neighbours(seen, others),
+        *(_missing_table(table) for table in window.recorded.missing),
+        *_sampling(window, spike.onset),
+        *_missing_ranks(run, window),
+        *_later_attempts(run, spike),
+        *_open_spikes(spike, others),
         *(Caveat(f"{piece} could not be read: {why}", 0.9) for piece, why in run.problems.items()),
     ]
 
 
-def _missing(table: str) -> Caveat:
-    means = {
-        "experts": "no expert can be named",
-        "layers": "no layer can be named",
-        "steps": "the loss is not known",
-    }
-    return Caveat(
-        f"table {table} has no rows here: {means[table]}", 0.9 if table == "experts" else 0.2
-    )
+def _missing_table(table: str) -> Caveat:
+    consequence, trust = _MISSING[table]
+    return Caveat(f"the table {table} has no rows here, so {consequence}", trust)
 
 
-def _sampling(window: Judged, onset: int) -> list[Caveat]:
-    steps = window.step_S[window.tracks.sampled_S]
+def _sampling(window: ScoredWindow, onset: int) -> list[Caveat]:
+    """Return caveats about too few samples, or samples that are far apart."""
+    steps = window.step_S[window.recorded.sampled_S]
     before = steps[steps < onset]
-    if len(before) < ENOUGH:
-        few = {0: "no sample", 1: "only one sample"}.get(len(before), f"only {len(before)} samples")
-        return [Caveat(f"{few} before the loss to tell what is usual", max(0.1, len(before) / 64))]
-    said, gaps = [], np.diff(before[-4 * ENOUGH :])
+    count = len(before)
+    if count < ENOUGH:
+        samples = {0: "no samples", 1: "only one sample"}.get(count, f"only {count} samples")
+        words = f"{samples} before the loss, so the normal range is uncertain"
+        return [Caveat(words, max(0.1, count / 64))]
+
+    recent = before[-4 * ENOUGH :]
+    gaps = np.diff(recent)
     usual = int(np.median(gaps))
+    found = []
     if usual > 1:
-        said.append(
-            Caveat(
-                f"layers were sampled every {usual} steps: an onset may lie {usual - 1} steps earlier",
-                0.9,
-            )
-        )
+        cadence = f"layers were sampled every {usual} steps"
+        words = f"{cadence}, so the onset may be up to {usual - 1} steps earlier"
+        found.append(Caveat(words, 0.9))
     for i in np.flatnonzero(gaps > _HOLE * usual):
-        first = int(before[-4 * ENOUGH :][i])
-        said.append(
-            Caveat(
-                f"nothing was sampled from step {first + 1:,} to {first + int(gaps[i]) - 1:,}", 0.8
-            )
-        )
+        first = int(recent[i]) + 1
+        last = int(recent[i]) + int(gaps[i]) - 1
+        found.append(Caveat(f"nothing was sampled from step {first:,} to {last:,}", 0.8))
     if onset - before[-1] > _HOLE * usual:
-        said.append(
-            Caveat(f"nothing was sampled from step {int(before[-1]) + 1:,} to the loss", 0.5)
-        )
-    return said
+        words = f"nothing was sampled from step {int(before[-1]) + 1:,} until the loss changed"
+        found.append(Caveat(words, 0.5))
+    return found
 
 
-def _ranks(run: Run, window: Judged) -> list[Caveat]:
+def _missing_ranks(run: Run, window: ScoredWindow) -> list[Caveat]:
     world = run.manifest.get("world_size")
-    there = window.tracks.ranks
-    if isinstance(world, int) and 0 < there < world and there > 1:
-        return [Caveat(f"{world - there} of {world} ranks left no rows here", 0.8)]
+    present = window.recorded.ranks
+    if isinstance(world, int) and 1 < present < world:
+        return [Caveat(f"{world - present} of {world} ranks recorded no rows here", 0.8)]
     return []
 
 
-def _attempts(run: Run, seen: Seen) -> list[Caveat]:
+def _later_attempts(run: Run, spike: RecordedSpike) -> list[Caveat]:
+    if spike.attempt is None:
+        return []
     later = [
-        a
-        for a, first in known_starts(run.manifest).items()
-        if a > (seen.attempt or 0) and first <= seen.onset
+        attempt
+        for attempt, first in known_starts(run.manifest).items()
+        if attempt > spike.attempt and first <= spike.onset
     ]
-    if seen.attempt is not None and later:
-        return [
-            Caveat(
-                f"the training went back before this step: told as attempt {seen.attempt} lived it",
-                1.0,
-            )
-        ]
-    return []
+    if not later:
+        return []
+    words = f"the training later restarted before this step; this describes attempt {spike.attempt}"
+    return [Caveat(words, 1.0)]
 
 
-def _neighbours(seen: Seen, others: Sequence[Seen]) -> list[Caveat]:
+def _open_spikes(spike: RecordedSpike, others: Sequence[RecordedSpike]) -> list[Caveat]:
+    """Return a caveat if an earlier spike of the same attempt was not over."""
     for other in others:
-        spike = other.spike
-        if spike is None or other.attempt != seen.attempt or other.onset >= seen.onset:
+        if other.spike is None or other.attempt != spike.attempt or other.onset >= spike.onset:
             continue
-        if spike.end is None or spike.end > seen.onset:
-            return [Caveat(f"the {spike.kind} of step {other.onset:,} was not over", 0.8)]
+        if other.spike.end is None or other.spike.end > spike.onset:
+            words = f"the {other.spike.kind} that began at step {other.onset:,} was not over"
+            return [Caveat(words, 0.8)]
     return []

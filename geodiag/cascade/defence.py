@@ -1,4 +1,4 @@
-"""Which defence addresses which stage, in the words of the table in README.md."""
+"""Suggested fixes: the defence against each stage, as in the table of README.md."""
 
 from typing import Literal
 
@@ -6,36 +6,41 @@ from geodiag.run import Run
 
 Stage = int | Literal["data"] | None
 
-NAMES = {1: "local curvature", 2: "routing instability", 3: "amplification", "data": "the batch"}
-"""Stage → what it is called."""
+NAMES = {
+    1: "local curvature",
+    2: "routing instability",
+    3: "amplification",
+    "data": "the batch",
+}
+"""Stage → its name."""
 
 _DEFENCES = {
     1: "SwiGLU clamping",
     2: "anticipatory routing",
     3: "mHC: doubly stochastic residual maps",
-    "data": "the batch: leave it out, or mix its domain in slowly",
+    "data": "skip this batch, or mix its domain in slowly",
 }
 
 
 def defence_for(stage: Stage, cause: str | None, part: str | None, mhc: bool) -> str | None:
-    """What would have stopped a cascade that began so; None where nothing is known that fits.
+    """Return the defence that fits the origin of a cascade; None if none is known.
 
-    mhc: the residual maps are doubly stochastic already, so that what still grows is the block's
-    own.
+    mhc: True if the residual maps are doubly stochastic already. Growth in a block's output then
+    comes from the block itself.
     """
     if cause == "lr":
-        return "the learning rate: back to before that step, with a smoother schedule"
+        return "return to the learning rate before that step, with a smoother schedule"
     if stage is None:
         return None
     if stage == 3 and part == "gradient":
-        return "a clip of this layer's own gradient; mHC bounds only what is carried on"
+        return "clipping of this layer's gradient (mHC bounds only the residual maps)"
     if stage == 3 and part == "write" and mhc:
-        return "mHC is on and bounds the maps; this block's output wants a clamp"
+        return "clamping of this block's output (mHC is on and bounds the residual maps already)"
     return _DEFENCES[stage]
 
 
 def is_mhc(run: Run) -> bool:
-    """Whether the run says that its residual maps are projected."""
+    """Return True if the run's configuration has projected residual maps."""
     config = run.manifest.get("config")
     model = config.get("model") if isinstance(config, dict) else None
     return isinstance(model, dict) and model.get("residual") == "mhc"

@@ -1,10 +1,9 @@
-"""Early warning: says, while a run trains, that a place has left its range, and no spike was raised
-yet.
+"""Early warning: report a place that left its range before a spike is raised.
 
-Fed with the same scores that the cascade is told from. A place warns when its scores add up to a
-clear excess over at least three samples, so that one odd batch never does; what was told is not
-told again until it has been calm, nor what follows from it. While the loss is out of range too, the
-detector has the first word: `Held`.
+The input are the same scores from which the cascade is explained. A place warns when its scores add
+up to a clear excess over at least three samples, so that one odd batch never does. A place warns
+again only after it was calm, and what moves shortly after a warning belongs to it. While the loss
+is out of range too, the warning waits for the spike detector (`PendingWarning`).
 """
 
 from collections.abc import Sequence
@@ -13,22 +12,26 @@ from typing import Any
 
 import numpy as np
 
-from geodiag.anomaly.metric_roles import Place
+from geodiag.anomaly.metric_roles import SeriesPlace
 from geodiag.cascade.defence import NAMES, Stage
-from geodiag.cascade.origin import EXPLAINS
-from geodiag.cascade.words import where
+from geodiag.cascade.origin import EXPLAINING_SHARE
+from geodiag.cascade.words import place_label
 from geodiag.spikes.detector import Verdict
 
+# K places
+
 SETTLING = 64
-"""Samples before the first warning: while a training settles, everything moves."""
+"""Samples before the first warning: at the start of a training, every metric moves."""
+
+_PER_PLACE = ("_sum_K", "_since_K", "_samples_K", "_reported_K")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Warning:
-    """A place left its range, and no spike was raised yet."""
+class EarlyWarning:
+    """A place that left its range while no spike was raised."""
 
     step: int
-    """When it was said."""
+    """The step of the report."""
     since: int
     """The step at which the place left its range."""
     stage: Stage
@@ -36,108 +39,126 @@ class Warning:
     site: str | None
     part: str
     score: float
-    """Robust z of the place at `step`."""
+    """Robust z of the place when it was detected."""
 
     def __str__(self) -> str:
+        range_ = f"out of range since step {self.since}, {self.score:.0f} robust σ"
         if self.stage == "data":
-            return f"the batches have been out of range since step {self.since}, {self.score:.0f} robust σ"
-        place = where(self.layer, self.site)
-        return f"{place}: {NAMES[self.stage]} (stage {self.stage}) since step {self.since}, {self.score:.0f} robust σ"
+            return f"the batch: {range_}"
+        place = place_label(self.layer, self.site)
+        return f"{place}: stage {self.stage}, {NAMES[self.stage]}; {range_}"
 
     def details(self) -> dict[str, Any]:
-        """What the event `early_warning` holds."""
+        """Return the `data` of the event `early_warning`."""
         names = ("since", "stage", "part", "score")
         return {n: getattr(self, n) for n in names}
 
 
-class EarlyWarning:
-    """Scores of the places in, once a sampled step; a `Warning` out, seldom."""
+class EarlyWarningDetector:
+    """Turns the scores of all places, once a sampled step, into rare early warnings."""
 
     def __init__(
         self, *, alarm: float = 20.0, allowed: float = 6.0, most: float = 14.0, spreads: int = 24
     ) -> None:
         """
-        alarm: summed excess that warns. allowed: score that is no excess. most: score that one
-        sample counts for at most; three samples at least are needed. spreads: samples in which what
-        else moves belongs to what was said.
+        alarm: summed excess that warns.
+        allowed: score up to which a sample is no excess.
+        most: score at which one sample is cut, so that at least three samples are needed.
+        spreads: samples after a warning in which further alarms belong to it.
         """
         if not 0 < allowed < most or alarm <= 2 * (most - allowed):
             raise ValueError("need 0 < allowed < most, and an alarm that two samples cannot reach")
-        self.alarm, self.allowed, self.most, self.spreads = alarm, allowed, most, spreads
-        self._places: list[Place] = []
-        self._sum, self._since, self._known = np.zeros(0), np.zeros(0, int), np.zeros(0, int)
-        self._told = np.zeros(0, bool)
-        self._spreading = 0
+        self.alarm = alarm
+        self.allowed = allowed
+        self.most = most
+        self.spreads = spreads
+        self._places: list[SeriesPlace] = []
+        self._sum_K = np.zeros(0)
+        self._since_K = np.zeros(0, int)
+        self._samples_K = np.zeros(0, int)
+        self._reported_K = np.zeros(0, bool)
+        self._spreading = 0  # samples left in which alarms belong to the last warning
 
-    def update(self, step: int, places: Sequence[Place], at_place: np.ndarray) -> Warning | None:
-        """The scores of one step."""
+    def update(
+        self, step: int, places: Sequence[SeriesPlace], score_K: np.ndarray
+    ) -> EarlyWarning | None:
+        """Add the scores of one step; return a warning if a new place is out of range."""
         if len(places) != len(self._places):
-            self._adopt(list(places))
-        known = ~np.isnan(at_place)
+            self._set_places(list(places))
+        known = ~np.isnan(score_K)
         if not known.any():
             return None
-        self._known += known
-        excess = np.where(known, np.minimum(at_place, self.most) - self.allowed, 0.0)
-        self._since[(self._sum <= 0) & (excess > 0)] = step
-        self._sum = np.minimum(np.maximum(self._sum + excess, 0.0), 2 * self.alarm) * (
-            self._known > SETTLING
-        )
-        alarms = self._sum >= self.alarm
-        news = alarms & ~self._told
-        self._told = (self._told | alarms) & (self._sum > 0)
-        spreading, self._spreading = self._spreading > 0, self._spreading - 1
-        if not news.any():
+        self._accumulate(step, score_K, known)
+
+        alarms = self._sum_K >= self.alarm
+        new = alarms & ~self._reported_K
+        self._reported_K = (self._reported_K | alarms) & (self._sum_K > 0)
+        spreading = self._spreading > 0
+        self._spreading -= 1
+        if not new.any():
             return None
-        self._spreading = self.spreads  # as long as it goes on, it is the same cascade
-        return None if spreading else self._said(step, at_place, alarms)
+        self._spreading = self.spreads  # each further alarm prolongs the same cascade
+        return None if spreading else self._warning(step, score_K, alarms)
 
-    def _said(self, step: int, at_place: np.ndarray, alarms: np.ndarray) -> Warning:
-        """Of what is out of range, the first in time and then in the order of the step that stands
-        out enough.
+    def _accumulate(self, step: int, score_K: np.ndarray, known: np.ndarray) -> None:
+        """Add the excess of each place to its sum."""
+        # Idea: a CUSUM for each place: S[t] = clip(S[t-1] + min(score, most) − allowed, 0, 2 alarm)
+        # (Page 1954, Biometrika 41). The bound lets a place become calm soon after its last excess.
+        self._samples_K += known
+        excess = np.where(known, np.minimum(score_K, self.most) - self.allowed, 0.0)
+        self._since_K[(self._sum_K <= 0) & (excess > 0)] = step
+        total = np.minimum(np.maximum(self._sum_K + excess, 0.0), 2 * self.alarm)
+        self._sum_K = total * (self._samples_K > SETTLING)
+
+    def _warning(self, step: int, score_K: np.ndarray, alarms: np.ndarray) -> EarlyWarning:
+        """Return a warning for the first place out of range, in time and then in a step's order.
+
+        A place counts if its sum is at least a share of the largest one, as in `rank_origins`.
         """
-        rising = np.flatnonzero(self._sum >= EXPLAINS * self._sum[alarms].max())
-        k = min((int(k) for k in rising), key=lambda k: (self._since[k], k))
+        rising = np.flatnonzero(self._sum_K >= EXPLAINING_SHARE * self._sum_K[alarms].max())
+        k = min((int(k) for k in rising), key=lambda k: (self._since_K[k], k))
         place = self._places[k]
-        whole = place.part == "data"
-        return Warning(
+        is_batch = place.part == "data"
+        return EarlyWarning(
             step=step,
-            since=int(self._since[k]),
-            stage="data" if whole else place.stage,
-            layer=None if whole else place.layer,
-            site=None if whole else place.site,
+            since=int(self._since_K[k]),
+            stage="data" if is_batch else place.stage,
+            layer=None if is_batch else place.layer,
+            site=None if is_batch else place.site,
             part=place.part,
-            score=float(np.nan_to_num(at_place[k])),
+            score=float(np.nan_to_num(score_K[k])),
         )
 
-    def _adopt(self, places: list[Place]) -> None:
-        """More places from here on; what is known of the others is kept."""
-        old = {p: i for i, p in enumerate(self._places)}
-        keep = [old.get(p) for p in places]
-        for name in ("_sum", "_since", "_known", "_told"):
-            was = getattr(self, name)
-            setattr(self, name, np.array([0 if i is None else was[i] for i in keep], was.dtype))
+    def _set_places(self, places: list[SeriesPlace]) -> None:
+        """Add places; the sums of the present ones are kept."""
+        index = {p: i for i, p in enumerate(self._places)}
+        source = [index.get(p) for p in places]
+        for name in _PER_PLACE:
+            old = getattr(self, name)
+            new = np.array([0 if i is None else old[i] for i in source], old.dtype)
+            setattr(self, name, new)
         self._places = places
 
 
-class Held:
-    """A warning that waits, while the loss is out of range as well, for the word of the spike
-    detector.
-    """
+class PendingWarning:
+    """Holds a warning back while the loss is out of range, until the spike detector decides."""
 
     def __init__(self, normal: float, wait: int = 5) -> None:
-        """normal: σ up to which a loss is in its range. wait: steps in which a detector that will
-        speak has spoken.
         """
-        self.normal, self.wait = normal, wait
-        self._waiting: Warning | None = None
+        normal: score in σ up to which a loss is in its range.
+        wait: steps after which the spike detector has had time to raise a spike.
+        """
+        self.normal = normal
+        self.wait = wait
+        self._waiting: EarlyWarning | None = None
 
-    def update(self, step: int, news: Warning | None, verdict: Verdict) -> Warning | None:
-        """What is to be said at this step; nothing more of what a raised spike says louder."""
-        said = self._waiting or news
+    def update(self, step: int, new: EarlyWarning | None, verdict: Verdict) -> EarlyWarning | None:
+        """Return the warning to report at this step; a raised spike replaces the warning."""
+        warning = self._waiting or new
         self._waiting = None
-        if said is None or verdict.active:
+        if warning is None or verdict.active:
             return None
-        if verdict.score > self.normal and step < said.step + self.wait:
-            self._waiting = said
+        if verdict.score > self.normal and step < warning.step + self.wait:
+            self._waiting = warning
             return None
-        return replace(said, step=step)
+        return replace(warning, step=step)

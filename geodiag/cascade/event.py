@@ -1,20 +1,19 @@
-"""A cascade as an event: the row of kind `cascade` that a training leaves for each of its spikes."""
+"""A cascade as an event: the row of kind `cascade` that a training records for each spike."""
 
 from geodiag.cascade.explain import explain
 from geodiag.events import Event
 from geodiag.run import open_run
 from geodiag.spikes.event import Spike
-from geodiag.spikes.recorded import Seen
+from geodiag.spikes.recorded import RecordedSpike
 
 _COLUMNS = ("layer", "site", "expert", "words")
-"""What an event has a column for."""
+"""Fields that have a column of their own in the table `events`."""
 
 
-def told(url: str, spike: Spike, attempt: int, step: int) -> Event:
-    """The cascade behind a spike that an attempt lived, as far as it is on record by now, told at
-    `step`.
-    """
-    found = explain(open_run(url), Seen(spike=spike, onset=spike.onset, attempt=attempt))
+def cascade_event(url: str, spike: Spike, attempt: int, step: int) -> Event:
+    """Explain a spike of an attempt from the rows recorded by now, as an event of step `step`."""
+    recorded = RecordedSpike(spike=spike, onset=spike.onset, attempt=attempt)
+    found = explain(open_run(url), recorded)
     data = {k: v for k, v in found.as_json().items() if k not in _COLUMNS}
     return Event(
         step=step,

@@ -1,4 +1,4 @@
-"""A cascade in words: what a trainer reads in ten seconds."""
+"""A cascade in words: one to four sentences that are understood in ten seconds."""
 
 import math
 from typing import TYPE_CHECKING
@@ -9,61 +9,75 @@ if TYPE_CHECKING:
     from geodiag.cascade.evidence import Evidence
     from geodiag.cascade.types import Cascade
 
+_OUTCOMES = {
+    "spike": "the loss spike",
+    "divergence": "the loss divergence",
+    "nonfinite": "the non-finite loss",
+}
 
-def in_words(c: "Cascade") -> str:
-    """One to three sentences: where and when it began, how it went on, what would have stopped it."""
+
+def describe(c: "Cascade") -> str:
+    """Return where and when the cascade began, how it spread, and the suggested fix."""
     if c.onset is None:
-        end = "before the loss did" if c.spike else f"up to step {c.spike_onset:,}"
-        return f"No internal precursor found: nothing that was recorded left its range {end}."
-    return " ".join(s for s in (_began(c), _went_on(c), _fits(c)) if s)
+        until = "before the loss did" if c.spike else f"up to step {c.spike_onset:,}"
+        return f"No internal precursor found: no recorded metric left its range {until}."
+    return " ".join(s for s in (_origin_sentence(c), _spread_sentence(c), fix_sentence(c)) if s)
 
 
-def _began(c: "Cascade") -> str:
-    """Where, when, and the two loudest measurements."""
+def _origin_sentence(c: "Cascade") -> str:
+    """Return the stage, the place, the step and the two strongest measurements."""
     assert c.onset is not None
-    what = "the loss" if c.spike else f"step {c.spike_onset:,}"
-    ahead = (
-        f"{_steps(c.lead)} before {what}, at step {c.onset:,}"
-        if c.lead and c.lead > 0
-        else f"at step {c.onset:,}"
-    )
+    when = f"at step {c.onset:,}"
+    if c.lead and c.lead > 0:
+        when += f", {_steps(c.lead)} before {_outcome(c)}"
     if c.cause == "lr":
-        e = c.evidence[0]
-        rate = f"{e.value:.3g} where its schedule led to {e.usual:.3g}"
-        return f"The learning rate began it, {ahead}: {rate}. All layers follow, so none is blamed."
-    seen = "; ".join(measured(e) for e in c.evidence[:2])
+        rate = c.evidence[0]
+        return (
+            f"Cause: the learning rate. It left its schedule {when}: {rate.value:.3g} "
+            f"instead of {rate.usual:.3g}. All layers react to it, so no layer is blamed."
+        )
+    metrics = "; ".join(measurement_label(e) for e in c.evidence[:2])
     if c.stage == "data":
-        domain = f" ({c.domain})" if c.domain else ""
-        return f"The batch began it{domain}, {ahead}: the data left its range before any layer did, {seen}."
-    place = where(c.layer, c.site, c.expert)
-    return f"Began {ahead}, in {place}: {NAMES[c.stage or 1]} (stage {c.stage}), {seen}."
+        domain = f" (domain {c.domain})" if c.domain else ""
+        return f"Cause: the batch{domain}. The data left its range before any layer, {when}: {metrics}."
+    place = place_label(c.layer, c.site, c.expert)
+    return f"Stage {c.stage}: {NAMES[c.stage or 1]}. It began in {place}, {when}: {metrics}."
 
 
-def _went_on(c: "Cascade") -> str:
+def _outcome(c: "Cascade") -> str:
+    if c.spike is None:
+        return f"step {c.spike_onset:,}"
+    return _OUTCOMES.get(c.spike["kind"], "the loss spike")
+
+
+def _spread_sentence(c: "Cascade") -> str:
+    """Return the layers that left their range later, stage by stage."""
     later = [o for o in c.path if o.layer is not None and (o.stage, o.layer) != (c.stage, c.layer)]
     if not later:
         return ""
     by_stage: dict[Stage, list[int]] = {}
     for o in later:
         by_stage.setdefault(o.stage, []).append(o.layer if o.layer is not None else 0)
-    said = [f"{layers_in_words(sorted(set(ls)))} (stage {s})" for s, ls in by_stage.items()]
-    return f"It reached {', then '.join(said[:3])}."
+    groups = [f"{layers_label(sorted(set(ls)))} (stage {s})" for s, ls in by_stage.items()]
+    verb = "It spread to" if c.cause == "layer" else "Out of range after that:"
+    return f"{verb} {', then '.join(groups[:3])}."
 
 
-def _fits(c: "Cascade") -> str:
-    return f"Fits: {c.defence}." if c.defence else ""
+def fix_sentence(c: "Cascade") -> str:
+    """Return the sentence with the suggested fix; empty if there is none."""
+    return f"Suggested fix: {c.defence}." if c.defence else ""
 
 
-def where(layer: int | None, site: str | None = None, expert: int | None = None) -> str:
-    """`layer 3, ffn, expert 6`."""
+def place_label(layer: int | None, site: str | None = None, expert: int | None = None) -> str:
+    """Return a place as text, e.g. `layer 3, ffn, expert 6`."""
     parts = [] if layer is None else [f"layer {layer}"]
     parts += [site] if site and site != "block" else []
     parts += [] if expert is None else [f"expert {expert}"]
     return ", ".join(parts)
 
 
-def layers_in_words(layers: list[int]) -> str:
-    """`layer 4`, `layers 4–6`, `layers 1, 4–6`."""
+def layers_label(layers: list[int]) -> str:
+    """Return sorted layers as text: `layer 4`, `layers 4–6` or `layers 1, 4–6`."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
@@ -74,14 +88,16 @@ def layers_in_words(layers: list[int]) -> str:
     return f"layer{'s' * (len(layers) > 1)} {', '.join(spans)}"
 
 
-def measured(e: "Evidence") -> str:
-    """`gate_amax 38 (usually 4.2)`."""
+def measurement_label(e: "Evidence") -> str:
+    """Return a measurement as text, e.g. `gate_amax 38 (usually 4.2)`."""
     return f"{e.metric} {_number(e.value, e.unit)} (usually {_number(e.usual, e.unit)})"
 
 
 def _number(value: float, unit: str) -> str:
-    if not math.isfinite(value):
-        return "not finite" if not math.isnan(value) else "unknown"
+    if math.isnan(value):
+        return "unknown"
+    if math.isinf(value):
+        return "not finite"
     return f"{100 * value:.3g} %" if unit == "share" else f"{'×' if unit == '×' else ''}{value:.3g}"
 
 

@@ -1,47 +1,63 @@
 """Spike detection: one float in, one verdict out."""
 
 import math
-from collections import deque
-from dataclasses import replace
 from typing import Any, NamedTuple
 
-from geodiag.spikes.drift import Drift
-from geodiag.spikes.event import OpenSpike, Row, Spike
-from geodiag.spikes.evidence import Evidence
-from geodiag.spikes.trend import Trend
+from geodiag.spikes.drift import DriftDetector
+from geodiag.spikes.event import OpenSpike, ScoredUpdate, Spike
+from geodiag.spikes.evidence import EvidenceAccumulator
+from geodiag.spikes.open_events import OpenEvents
+from geodiag.spikes.trend import Excess, Trend
 
 __all__ = ["Spike", "SpikeDetector", "Verdict"]
 
-_RISING = 1.5
-"""σ above the trend at which a loss may already be rising: an onset is walked back while it is
-exceeded.
-"""
-
 
 class Verdict(NamedTuple):
-    """What the detector says about one update."""
+    """The detector's result for one update."""
 
     score: float
-    """Robust σ above the loss's own trend; NaN while there is no trend yet, infinite for a
+    """Robust σ above the trend of the loss; NaN while there is no trend yet, infinite for a
     non-finite loss.
     """
     raised: Spike | None
-    """Detected at this update. An outlier is known only when it is over: it is raised complete."""
+    """The spike detected at this update. An outlier is raised once it is over, so it is complete."""
     ended: Spike | None
-    """Was under way and is over."""
+    """The spike that ended at this update."""
     active: bool
-    """Inside a spike, divergence or non-finite stretch right now."""
+    """True while a spike, a divergence or a non-finite stretch is open."""
+
+
+class _Changes(NamedTuple):
+    """What one update raised and ended."""
+
+    raised: Spike | None = None
+    ended: Spike | None = None
 
 
 class SpikeDetector:
-    """Streaming spike detection from the loss, with the gradient norm as a second opinion.
+    """Streaming spike detection from the loss, optionally confirmed by the gradient norm.
 
-    Each update is judged in robust σ above the trend of earlier normal updates (spike_trend.py);
-    `hold` steps of a clear excess make a spike, fewer an outlier (spike_evidence.py); a slow climb
-    is a divergence (spike_drift.py). Nothing out of range is learned, so a spike cannot hide the
-    next one; a loss that stays out of range for
-    `patience` updates is a divergence and then the new normal, so nothing blinds the detector for
-    good.
+    Each update is scored in robust σ above the trend of earlier normal updates (`trend.py`). A
+    clear excess that lasts `hold` steps is a spike; a shorter one is an outlier (`evidence.py`). A
+    slow climb is a divergence (`drift.py`).
+
+    Losses out of range are not learned, so that a spike cannot hide the next one. A loss that stays
+    out of range for `patience` updates is a divergence, and its level is then accepted as normal,
+    so that no event disables the detector for good.
+
+    threshold: score in σ of a clear excess.
+    normal: score in σ up to which a loss is in its range and is learned.
+    hold: steps that a clear excess must last to be a spike, and updates in range that end it;
+    one or two steps are a bad batch.
+    drift: rise in σ of the long median above its minimum that is a divergence.
+    patience: updates out of range after which their level is accepted as normal.
+    floor: least σ, as a share of the loss; changes of a very quiet loss below it are ignored.
+    warmup: updates before there is a trend.
+    short, long: updates in the two medians of the trend.
+    noise: updates in the noise estimate.
+    smooth: share of the previous value in each logged loss from which a log counts as smoothed.
+    tails: share of near misses from which the noise has heavy tails, so that a single update of
+    a sparse log is never a spike.
     """
 
     def __init__(
@@ -60,223 +76,192 @@ class SpikeDetector:
         smooth: float = 0.6,
         tails: float = 0.01,
     ) -> None:
-        """
-        threshold: σ of a clear excess.
-        normal: σ up to which a loss is in its range and is learned.
-        hold: steps that a clear excess must last, and updates in range that end it; one or two are
-        a bad batch.
-        drift: σ by which the long median may climb above its best before that is a divergence.
-        patience: updates out of range before they are the new normal.
-        floor: least σ, as a share of the loss; a very quiet loss need not be watched to the last
-        digit.
-        warmup: updates before there is a trend.
-        short, long: updates in the two medians of the trend.
-        noise: updates in the noise estimate.
-        smooth: share of the last update that the log must carry over to count as smoothed before
-        logging.
-        tails: share of near misses above which the noise has heavy tails, and one sparse update is
-        no spike.
-        """
-        if not (
-            0 < normal < threshold
-            and hold >= 1
-            and 4 <= warmup <= short <= long
-            and hold <= long
-            and noise >= 16
-        ):
-            raise ValueError(
-                "need 0 < normal < threshold, 1 ≤ hold ≤ long, 4 ≤ warmup ≤ short ≤ long, noise ≥ 16"
-            )
-        self.normal, self.threshold, self.hold, self.patience = normal, threshold, hold, patience
+        _check_options(normal, threshold, hold, warmup, short, long, noise)
+        self.normal = normal
+        self.threshold = threshold
+        self.hold = hold
+        self.patience = patience
         self._trend = Trend(
             long=long, short=short, noise=noise, warmup=warmup, floor=floor, smooth=smooth
         )
-        self._evidence = Evidence(
+        self._evidence = EvidenceAccumulator(
             threshold=threshold, normal=normal, hold=hold, noise=noise, tails=tails
         )
-        self._drift = Drift(limit=drift, memory=2 * patience)
-        self._recent: deque[Row] = deque(maxlen=long)
-        self._active: OpenSpike | None = None
-        self._excursion: OpenSpike | None = None
-        self._calm = 0
-        self._unlearned = 0
-        self._quiet = 0
-        self._normal_level = 0.0
+        self._drift = DriftDetector(limit=drift, memory=2 * patience)
+        self._open = OpenEvents(recent=long)
+        self._since_climb = 0  # updates since the level last climbed
+        self._normal_level = 0.0  # level to which a divergence must return
 
     @property
     def current(self) -> Spike | None:
-        """What is under way right now, as it stands."""
-        return self._active.at(None) if self._active else None
+        """The spike that is open at present, as far as it is known; None if there is none."""
+        return self._open.active.as_spike(None) if self._open.active else None
 
     def update(self, step: int, loss: float, grad_norm: float | None = None) -> Verdict:
-        """Judges one update; only updates passed before have a say in it."""
-        step, loss = int(step), float(loss)
-        last = self._evidence.last_step
-        ended = self._go_back(step) if last is not None and step < last else None
-        self._evidence.tick(step)
-        if not math.isfinite(loss):
-            return self._nonfinite(step, ended)
-        if self._active and self._active.kind == "nonfinite":
-            ended = self._end(step)
+        """Score one update from the updates before it, and return what it raises and ends.
 
-        ready, excess = self._trend.ready, self._trend.judge(loss)
-        row = Row(step, loss, max(excess) if excess else 0.0)
-        in_range = row.score < self.normal
-        self._recent.append(row)
-        if self._active:
-            self._active.grow(row)
-        raised = None
-        if self._active and self._active.kind == "spike":
-            self._unlearned += 1
-            self._calm = self._calm + 1 if in_range else 0
-            if self._calm >= self.hold and self._is_back():
-                ended = self._end(self._recent[-self.hold].step)
-        elif excess and self._evidence.add(excess.fresh, grad_norm):
-            ended = self._end(step) or ended
-            raised = self._spike()
-        elif in_range:
-            raised = self._outlier(step)
-            self._learn(row, grad_norm)
-            if self._trend.ready:
-                climb, settled = self._follow_drift(row)
-                raised, ended = raised or climb, ended or settled
-        else:
-            self._unlearned += 1
-            self._trend.skip()
-            if self._excursion:
-                self._excursion.grow(row)
-            else:
-                self._excursion = OpenSpike.over("outlier", [row])
-        if self._unlearned > self.patience:
-            stayed, over = self._adopt(step)
-            raised, ended = raised or stayed, ended or over
-        return Verdict(row.score if ready else math.nan, raised, ended, self._active is not None)
-
-    # -- what can happen to a loss -----------------------------------------------------------
-
-    def _spike(self) -> Spike:
-        """A spike is raised: walked back from here to where the rise began."""
-        rows = list(self._recent)
-        first = len(rows) - 1
-        while first > 0 and rows[first - 1].score > _RISING:
-            first -= 1
-        self._active, self._calm = OpenSpike.over("spike", rows[first:]), 0
-        self._forget_excursion()
-        self._trend.skip()
-        return self._active.at(None)
-
-    def _is_back(self) -> bool:
-        """The last `hold` updates are in the middle of the range, not merely at its edge."""
-        last = [row.score for row in list(self._recent)[-self.hold :]]
-        return sum(last) <= self.hold * self.normal / 2
-
-    def _outlier(self, step: int) -> Spike | None:
-        """The loss is back in its range and nothing was raised: if it was clearly out, that was an
-        outlier.
+        A step smaller than the previous one is a rollback or a resume.
         """
-        excursion = self._excursion
-        self._excursion = None
+        step = int(step)
+        loss = float(loss)
+        last = self._evidence.last_step
+        ended = self._handle_rollback(step) if last is not None and step < last else None
+        self._evidence.record_step(step)
+        if not math.isfinite(loss):
+            return self._handle_nonfinite(step, ended)
+        if self._open.is_open("nonfinite"):
+            ended = self._open.close(step)
+
+        ready = self._trend.ready
+        excess = self._trend.judge(loss)
+        update = ScoredUpdate(step, loss, max(excess) if excess else 0.0)
+        self._open.record(update)
+
+        changes = self._classify(update, excess, grad_norm)
+        raised = changes.raised
+        ended = changes.ended or ended
+        if self._open.unlearned > self.patience:
+            accepted = self._accept_level(step)
+            raised = raised or accepted.raised
+            ended = ended or accepted.ended
+        score = update.score if ready else math.nan
+        return Verdict(score, raised, ended, self._open.active is not None)
+
+    def _classify(
+        self, update: ScoredUpdate, excess: Excess | None, grad_norm: float | None
+    ) -> _Changes:
+        """Handle an update inside a spike, at the start of a spike, in range, or out of range."""
+        in_range = update.score < self.normal
+        if self._open.is_open("spike"):
+            return _Changes(ended=self._open.continue_spike(in_range, self.normal, self.hold))
+        if excess and self._evidence.add(excess.innovation, grad_norm):
+            return self._raise_spike(update.step)
+        if in_range:
+            return self._learn_normal(update, grad_norm)
+        self._trend.skip()
+        self._open.extend_excursion(update)
+        return _Changes()
+
+    def _raise_spike(self, step: int) -> _Changes:
+        """Open a spike, which ends a divergence if one is open."""
+        ended = self._open.close(step)
+        raised = self._open.start_spike()
+        self._evidence.clear()
+        self._trend.skip()
+        return _Changes(raised, ended)
+
+    def _learn_normal(self, update: ScoredUpdate, grad_norm: float | None) -> _Changes:
+        """Learn an update in range; it may end an outlier or complete a slow climb."""
+        outlier = self._end_excursion(update.step)
+        self._trend.learn(update.step, update.loss)
+        self._evidence.learn(grad_norm)
+        if not self._trend.ready:
+            return _Changes(outlier)
+        drifted = self._follow_drift(update)
+        return _Changes(outlier or drifted.raised, drifted.ended)
+
+    def _end_excursion(self, step: int) -> Spike | None:
+        """Return the excursion that ends at `step` if it is an outlier, else count a near miss."""
+        excursion = self._open.end_excursion()
         if excursion is None:
             return None
         if excursion.score < self.threshold:
-            self._evidence.near_miss()
+            self._evidence.add_near_miss()
             return None
         excursion.detected = step
-        return excursion.at(step)
+        return excursion.as_spike(step)
 
-    def _nonfinite(self, step: int, ended: Spike | None) -> Verdict:
+    def _handle_nonfinite(self, step: int, ended: Spike | None) -> Verdict:
+        """Raise `nonfinite` once for each stretch of non-finite losses."""
         raised = None
-        if self._active is None or self._active.kind != "nonfinite":
-            ended = self._end(step) or ended
-            self._active = OpenSpike("nonfinite", step, step, step, math.inf, math.inf)
-            raised = self._active.at(None)
-        self._recent.clear()  # an onset is not walked back across it
-        self._forget_excursion()
-        self._trend.lose_thread()
+        if not self._open.is_open("nonfinite"):
+            ended = self._open.close(step) or ended
+            event = OpenSpike("nonfinite", step, step, step, math.inf, math.inf)
+            raised = self._open.start(event)
+        self._trend.forget_previous()
+        self._forget_recent()
         return Verdict(math.inf, raised, ended, True)
 
-    def _follow_drift(self, row: Row) -> tuple[Spike | None, Spike | None]:
-        """What slow drift raises and ends at this update."""
-        level, sigma = self._trend.slow_level, self._trend.sigma
-        climb = self._drift.update(row.step, level, sigma)
+    def _follow_drift(self, update: ScoredUpdate) -> _Changes:
+        """Raise a divergence if the slow level has climbed, or end it once the level is back."""
+        level = self._trend.slow_level
+        sigma = self._trend.sigma
+        climb = self._drift.update(update.step, level, sigma)
         if climb:
-            self._quiet = 0
-            if self._active is None:
+            self._since_climb = 0
+            if self._open.active is None:
                 self._normal_level = climb.best
-                self._active = OpenSpike(
-                    "divergence", row.step, climb.onset, row.step, row.loss, climb.score
+                event = OpenSpike(
+                    "divergence", update.step, climb.onset, update.step, update.loss, climb.score
                 )
-                return self._active.at(None), None
-        elif self._active:
-            self._quiet += 1
-            if level <= self._normal_level + self.normal * sigma or self._quiet >= self.patience:
-                return None, self._end(row.step)
-        return None, None
+                return _Changes(raised=self._open.start(event))
+        elif self._open.active:
+            self._since_climb += 1
+            is_back = level <= self._normal_level + self.normal * sigma
+            if is_back or self._since_climb >= self.patience:
+                return _Changes(ended=self._open.close(update.step))
+        return _Changes()
 
-    def _adopt(self, step: int) -> tuple[Spike | None, Spike | None]:
-        """Out of range for so long that this is the new normal: what that raises and ends."""
-        raised = ended = None
-        was = self._active or self._excursion
-        if was and was.kind != "divergence":
-            ended = self._end(step)
+    def _accept_level(self, step: int) -> _Changes:
+        """Accept the recent level as normal; a spike that caused it becomes a divergence."""
+        changes = _Changes()
+        divergence = self._open.as_divergence(step)
+        if divergence:
+            ended = self._open.close(step)
             self._normal_level = self._trend.slow_level
-            self._active = replace(was, kind="divergence", detected=step)
-            raised = self._active.at(None)
-        self._quiet = 0
-        self._trend.adopt([(row.step, row.loss) for row in self._recent])
+            changes = _Changes(self._open.start(divergence), ended)
+        self._since_climb = 0
+        self._trend.restart_from([(update.step, update.loss) for update in self._open.recent])
         self._drift.restart()
-        self._recent.clear()
-        self._forget_excursion()
-        return raised, ended
+        self._forget_recent()
+        return changes
 
-    def _go_back(self, step: int) -> Spike | None:
-        """Training went back to `step`, by a rollback or a resume: what was under way is over."""
-        ended = self._end(step)
-        self._trend.forget_from(step)
+    def _handle_rollback(self, step: int) -> Spike | None:
+        """Forget the updates of `step` and later; return the spike that the rollback ends."""
+        ended = self._open.close(step)
+        self._trend.rewind_to(step)
         self._drift.restart()
         self._evidence.restart()
-        self._recent.clear()
-        self._forget_excursion()
+        self._forget_recent()
         return ended
 
-    def _end(self, step: int) -> Spike | None:
-        over, self._active = self._active, None
-        self._unlearned = 0
-        return over.at(step) if over else None
-
-    def _learn(self, row: Row, grad_norm: float | None) -> None:
-        self._unlearned = 0
-        self._trend.learn(row.step, row.loss)
-        self._evidence.learn(grad_norm)
-
-    def _forget_excursion(self) -> None:
-        self._excursion, self._unlearned = None, 0
+    def _forget_recent(self) -> None:
+        """Forget the recent updates and the excursion: no onset is searched before this update."""
+        self._open.recent.clear()
+        self._open.drop_excursion()
         self._evidence.clear()
 
-    # -- saving and resuming -----------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resume needs, as plain JSON-able data without NaN or infinity."""
+        """Return all that a resume needs, as JSON-able data without NaN or infinity."""
         return {
             "trend": self._trend.state_dict(),
             "evidence": self._evidence.state_dict(),
             "drift": self._drift.state_dict(),
-            "recent": [list(row) for row in self._recent],
-            "active": self._active and self._active.state_dict(),
-            "excursion": self._excursion and self._excursion.state_dict(),
-            "calm": self._calm,
-            "unlearned": self._unlearned,
-            "quiet": self._quiet,
+            "quiet": self._since_climb,
             "normal_level": self._normal_level,
+            **self._open.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`, which a detector with the same options gave."""
+        """Restore `state`, the `state_dict()` of a detector with the same options."""
         self._trend.load_state_dict(state["trend"])
         self._evidence.load_state_dict(state["evidence"])
         self._drift.load_state_dict(state["drift"])
-        self._recent = deque((Row(*row) for row in state["recent"]), maxlen=self._recent.maxlen)
-        self._active = OpenSpike.from_state(state["active"]) if state["active"] else None
-        self._excursion = OpenSpike.from_state(state["excursion"]) if state["excursion"] else None
-        self._calm, self._unlearned = state["calm"], state["unlearned"]
-        self._quiet, self._normal_level = state["quiet"], state["normal_level"]
+        self._since_climb = state["quiet"]
+        self._normal_level = state["normal_level"]
+        self._open.load_state_dict(state)
+
+
+def _check_options(
+    normal: float, threshold: float, hold: int, warmup: int, short: int, long: int, noise: int
+) -> None:
+    if not (
+        0 < normal < threshold
+        and hold >= 1
+        and 4 <= warmup <= short <= long
+        and hold <= long
+        and noise >= 16
+    ):
+        raise ValueError(
+            "need 0 < normal < threshold, 1 ≤ hold ≤ long, 4 ≤ warmup ≤ short ≤ long, noise ≥ 16"
+        )

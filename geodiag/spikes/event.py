@@ -1,4 +1,4 @@
-"""One thing that happened to a loss, and its making while it still happens."""
+"""Spike events: a finished or current spike, and the mutable record of an open one."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
@@ -8,59 +8,63 @@ Kind = Literal["spike", "outlier", "divergence", "nonfinite"]
 
 @dataclass(frozen=True, kw_only=True)
 class Spike:
-    """One thing that happened to the loss."""
+    """One abnormal stretch of the loss."""
 
     kind: Kind
-    """`spike`, `outlier` (over before it lasted), `divergence` (slow, or a spike that stayed),
-    `nonfinite`.
+    """`spike`; `outlier` (too short for a spike); `divergence` (a slow climb, or a spike whose loss
+    stayed high); `nonfinite`.
     """
     detected: int
-    """Step of the update that raised it."""
+    """Step of the update at which the detector raised it."""
     onset: int
     """First step of the sustained rise."""
     peak: int | None
     """Step of the largest loss so far."""
     end: int | None
-    """Step at which the loss was back in its range, was taken as the new normal, or that a rollback
-    went to.
+    """Step at which the loss was back in its range or its new level was accepted as normal, or the
+    step that a rollback returned to. None while the spike is open.
     """
     score: float
-    """Robust σ above the trend at the worst update; infinite for `nonfinite`."""
+    """Largest robust σ above the trend; infinite for `nonfinite`."""
 
 
-class Row(NamedTuple):
-    """One judged update."""
+class ScoredUpdate(NamedTuple):
+    """One update of the training with its score."""
 
     step: int
     loss: float
     score: float
+    """Robust σ above the trend."""
 
 
 @dataclass
 class OpenSpike:
-    """A spike that is still going on: its peak and score can grow."""
+    """A spike that has not ended: its peak and its score can still grow."""
 
     kind: Kind
     detected: int
     onset: int
     peak: int
     largest: float
+    """Largest loss so far, the loss of step `peak`."""
     score: float
 
     @classmethod
-    def over(cls, kind: Kind, rows: list[Row]) -> "OpenSpike":
-        """Raised at the last of these rows, which began at the first."""
-        worst = max(rows, key=lambda row: row.loss)
-        score = max(row.score for row in rows)
-        return cls(kind, rows[-1].step, rows[0].step, worst.step, worst.loss, score)
+    def from_updates(cls, kind: Kind, updates: list[ScoredUpdate]) -> "OpenSpike":
+        """Open a spike that began at the first of `updates` and is detected at the last."""
+        worst = max(updates, key=lambda update: update.loss)
+        score = max(update.score for update in updates)
+        return cls(kind, updates[-1].step, updates[0].step, worst.step, worst.loss, score)
 
-    def grow(self, row: Row) -> None:
-        self.score = max(self.score, row.score)
-        if row.loss > self.largest:
-            self.peak, self.largest = row.step, row.loss
+    def extend(self, update: ScoredUpdate) -> None:
+        """Add one more update, and move the peak if its loss is the largest."""
+        self.score = max(self.score, update.score)
+        if update.loss > self.largest:
+            self.peak = update.step
+            self.largest = update.loss
 
-    def at(self, end: int | None) -> Spike:
-        """As it stands, or as it ended."""
+    def as_spike(self, end: int | None) -> Spike:
+        """Return the spike so far; `end` is None while it is open."""
         return Spike(
             kind=self.kind,
             detected=self.detected,
@@ -71,11 +75,13 @@ class OpenSpike:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        # JSON knows neither infinity nor NaN, and only a non-finite loss has them.
+        """Return the state as JSON-able data."""
+        # JSON has neither infinity nor NaN, and only a non-finite loss needs them.
         return asdict(self) | ({"largest": None, "score": None} if self.kind == "nonfinite" else {})
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "OpenSpike":
+        """Restore an open spike from `state_dict()`."""
         finite = (
             {"largest": float("inf"), "score": float("inf")} if state["kind"] == "nonfinite" else {}
         )

@@ -1,4 +1,4 @@
-"""A recorded loss as updates, from a CSV or a run, and all that the detector says about it."""
+"""Loss curves from a CSV or a run, and the spikes that the detector finds in them."""
 
 import csv
 import math
@@ -12,7 +12,7 @@ from geodiag.spikes.detector import Spike, SpikeDetector
 
 
 class Update(NamedTuple):
-    """One row of a loss curve: what `SpikeDetector.update` takes."""
+    """One row of a loss curve: the arguments of `SpikeDetector.update`."""
 
     step: int
     loss: float
@@ -20,9 +20,9 @@ class Update(NamedTuple):
 
 
 def read_updates(target: str) -> list[Update]:
-    """The updates in a run directory or a CSV, in the order in which training made them.
+    """Return the updates of a run directory or a CSV, in the order of the training.
 
-    Rows without a loss are left out. GeodiagError where there is nothing to read.
+    Rows without a loss are left out. Raises GeodiagError if there is nothing to read.
     """
     updates = _read_csv(Path(target)) if Path(target).is_file() else _read_run(target)
     if not updates:
@@ -33,23 +33,24 @@ def read_updates(target: str) -> list[Update]:
 
 
 def find_spikes(updates: Iterable[Update], detector: SpikeDetector | None = None) -> list[Spike]:
-    """Everything the detector raises, one update at a time, as it stands after the last one."""
+    """Run the detector over the updates and return all that it raises, as known at the end."""
     detector = detector or SpikeDetector()
     found: list[Spike] = []
     for update in updates:
         verdict = detector.update(*update)
         if verdict.ended:
-            _put(found, verdict.ended)
+            _replace_or_append(found, verdict.ended)
         if verdict.raised:
             found.append(verdict.raised)
     if detector.current:
-        _put(found, detector.current)
+        _replace_or_append(found, detector.current)
     return found
 
 
-def _put(found: list[Spike], spike: Spike) -> None:
-    """Replaces what was known of `spike`; it was raised last of its kind and step, or before
-    `found` began.
+def _replace_or_append(found: list[Spike], spike: Spike) -> None:
+    """Replace the earlier state of `spike` in `found`; append it if there is none.
+
+    There is none if it was raised before the first of these updates.
     """
     for i in reversed(range(len(found))):
         if (found[i].kind, found[i].detected) == (spike.kind, spike.detected):
@@ -66,7 +67,7 @@ def _read_run(target: str) -> list[Update]:
             ", or a CSV with the columns step,loss" if "pass a run directory" in str(error) else ""
         )
         raise GeodiagError(f"{error}{other}") from None
-    # All attempts: a spike that was rolled back did happen.
+    # All attempts, because a spike that was rolled back is still reported.
     table = run.read_arrow("steps", ["step", "loss", "grad_norm"], attempt="all", ranks="merged")
     return [
         Update(row["step"], row["loss"], row["grad_norm"])
@@ -86,19 +87,25 @@ def _read_csv(path: Path) -> list[Update]:
         ) from None
     if not rows:
         raise GeodiagError(f"{path} is empty; pass a CSV with the columns step,loss")
-    names = [name.strip().lower() for name in rows[0]]
-    missing = [name for name in ("step", "loss") if name not in names]
-    if missing:
-        has = ", ".join(rows[0]) or "none"
-        raise GeodiagError(
-            f"{path} has no column {' and no column '.join(missing)}; name it so (it has: {has})"
-        )
-    columns = [names.index(name) if name in names else None for name in Update._fields]
+
+    columns = _find_columns(path, rows[0])
     cells = (
         (line, [_cell(row, column) for column in columns])
         for line, row in enumerate(rows[1:], start=2)
     )
     return [_update(path, line, row) for line, row in cells if row[1]]
+
+
+def _find_columns(path: Path, header: list[str]) -> list[int | None]:
+    """Return the column of each field of `Update`; None for a missing gradient norm."""
+    names = [name.strip().lower() for name in header]
+    missing = [name for name in ("step", "loss") if name not in names]
+    if missing:
+        has = ", ".join(header) or "none"
+        raise GeodiagError(
+            f"{path} has no column {' and no column '.join(missing)}; rename one (it has: {has})"
+        )
+    return [names.index(name) if name in names else None for name in Update._fields]
 
 
 def _cell(row: Sequence[str], column: int | None) -> str:
@@ -111,7 +118,7 @@ def _update(path: Path, line: int, cells: list[str]) -> Update:
     )
     if step is None or not math.isfinite(step) or step != int(step):
         raise GeodiagError(f"{path}, line {line}: step is {cells[0]!r}; write a whole number")
-    assert loss is not None  # rows without one were left out
+    assert loss is not None  # rows without a loss are left out before
     return Update(int(step), loss, grad_norm)
 
 

@@ -1,6 +1,4 @@
-"""A sliding window that is always sorted: medians and quantiles in microseconds, with no array
-library.
-"""
+"""A sliding window kept sorted: its median and quantiles take microseconds, without numpy."""
 
 from bisect import bisect_left, insort
 from collections import deque
@@ -8,10 +6,16 @@ from collections.abc import Iterable
 
 _NORMAL_IQR = 1.349
 """Interquartile range of a normal distribution, in σ."""
+_SMALL_SAMPLE = 8.0
+
+
+def small_sample_factor(count: int) -> float:
+    """Return 1 + 8 / `count`: the factor by which σ of few values is enlarged, to be cautious."""
+    return 1 + _SMALL_SAMPLE / count
 
 
 class SortedWindow:
-    """The newest `size` values, oldest first in `values` and smallest first in `_sorted`."""
+    """The newest `size` values; `values` has the oldest first, `_sorted` the smallest first."""
 
     __slots__ = ("_sorted", "size", "values")
 
@@ -24,18 +28,20 @@ class SortedWindow:
         return len(self._sorted)
 
     def push(self, value: float) -> None:
+        """Add a value; a full window drops its oldest."""
         if len(self._sorted) == self.size:
             del self._sorted[bisect_left(self._sorted, self.values[0])]
         self.values.append(value)
         insort(self._sorted, value)
 
     def keep_oldest(self, count: int) -> None:
-        """Forgets the newest values until `count` are left."""
+        """Remove the newest values until `count` are left."""
         while len(self.values) > count:
             del self._sorted[bisect_left(self._sorted, self.values.pop())]
 
     @property
     def median(self) -> float:
+        """The upper median."""
         return self._sorted[len(self._sorted) // 2]
 
     @property
@@ -48,6 +54,8 @@ class SortedWindow:
 
     @property
     def sigma(self) -> float:
-        """Robust standard deviation: one value in four may be anything."""
+        """Robust standard deviation; up to a quarter of the values may be arbitrary outliers."""
+        # σ ≈ IQR / 1.349, exact for a normal distribution
+        # (Huber and Ronchetti, Robust Statistics, 2nd ed., 2009).
         n = len(self._sorted)
         return (self._sorted[3 * n // 4] - self._sorted[n // 4]) / _NORMAL_IQR

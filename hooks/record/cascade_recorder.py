@@ -7,7 +7,7 @@ directory, as any reader computes it, on a thread that the training does not wai
 
 from functools import partial
 
-from geodiag.cascade.event import told
+from geodiag.cascade.event import cascade_event
 from geodiag.cascade.explain import AFTER
 from geodiag.health import SPIKES
 from geodiag.hooks.failure_guard import FailureGuard
@@ -54,4 +54,4 @@ class CascadeRecorder:
         self._thread.submit(guarded)
 
     def _record(self, spike: Spike, attempt: int, step: int) -> None:
-        self._run.event(told(self._run.url, spike, attempt, step))
+        self._run.event(cascade_event(self._run.url, spike, attempt, step))

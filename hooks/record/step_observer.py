@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from geodiag import __version__
-from geodiag.anomaly.stage_scores import Scores
-from geodiag.cascade.early_warning import EarlyWarning, Held, Warning
+from geodiag.anomaly.stage_scores import StageScorer
+from geodiag.cascade.early_warning import EarlyWarning, EarlyWarningDetector, PendingWarning
 from geodiag.hooks.distributed.rank_messages import RankMessages
 from geodiag.hooks.measure.values import GRADIENT_TOTAL
 from geodiag.hooks.record.table_rows import Host, Places, series_of, without_idle_experts
@@ -27,7 +27,7 @@ class Observation:
     grad_norm: float | None
     verdict: Verdict
     stages: dict[int, float]
-    warning: Warning | None = None
+    warning: EarlyWarning | None = None
     """Raised at this step: some place is out of its range, and the loss is not yet."""
     worst: dict[str, float] = field(default_factory=dict)
     """Largest value over places of the metrics on the progress line, on this rank."""
@@ -42,10 +42,10 @@ class Observer:
         """hashed: layers whose router is a hash."""
         self.detector, self.scores, self.early = (
             SpikeDetector(),
-            Scores(hashed=hashed),
-            EarlyWarning(),
+            StageScorer(hashed=hashed),
+            EarlyWarningDetector(),
         )
-        self._held = Held(self.detector.normal)
+        self._pending = PendingWarning(self.detector.normal)
         self._places = places
         self._keys: dict[str, int] = {}
         """Key of the values → number of series, in the order of the scores."""
@@ -90,7 +90,7 @@ class Observer:
             grad_norm=grad_norm,
             verdict=verdict,
             stages={s: messages.largest(f"stage{s}") for s in (1, 2, 3)},
-            warning=self._held.update(step, Warning(**news) if news else None, verdict),
+            warning=self._pending.update(step, EarlyWarning(**news) if news else None, verdict),
             worst=worst,
             messages=messages,
         )
@@ -99,7 +99,9 @@ class Observer:
         """Return what was learned so far. Only the same version of geodiag can read the scores."""
         return {
             "detector": self.detector.state_dict(),
-            "scores": pickle.dumps((__version__, self.scores, self.early, self._keys, self._held)),
+            "scores": pickle.dumps(
+                (__version__, self.scores, self.early, self._keys, self._pending)
+            ),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -110,7 +112,7 @@ class Observer:
         except (AttributeError, ImportError, TypeError):  # its classes have changed
             return
         if version == __version__:
-            self.scores, self.early, self._keys, self._held = learned
+            self.scores, self.early, self._keys, self._pending = learned
 
     def _add_new_series(self, host: Host) -> None:
         """Start the scores of keys that appear for the first time, as those of a first probe."""

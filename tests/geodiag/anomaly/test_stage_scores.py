@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from geodiag.anomaly.metric_roles import Series
-from geodiag.anomaly.stage_scores import Scores
+from geodiag.anomaly.stage_scores import StageScorer
 
 
 def values(steps: int, layers: int = 6, seed: int = 0) -> np.ndarray:
@@ -15,7 +15,7 @@ def values(steps: int, layers: int = 6, seed: int = 0) -> np.ndarray:
 
 def scored(rows: np.ndarray, name: str = "transport_gain_fwd") -> np.ndarray:
     """The worst score over layers at every step."""
-    judge = Scores([Series(name, layer, "ffn") for layer in range(rows.shape[1])])
+    judge = StageScorer([Series(name, layer, "ffn") for layer in range(rows.shape[1])])
     with np.errstate(all="ignore"):
         each = np.array([judge.update(row) for row in rows])
     return np.array([np.nan if np.isnan(row).all() else np.nanmax(row) for row in each])
@@ -51,7 +51,7 @@ def test_one_odd_moment_makes_the_next_one_less_odd_and_a_fault_that_stays_does_
     for t in range(100, 300, 20):
         rows[t, 2] *= 1.2
     rows[350:, 3] *= 1.2
-    judge = Scores([Series("transport_gain_fwd", layer, "ffn") for layer in range(6)])
+    judge = StageScorer([Series("transport_gain_fwd", layer, "ffn") for layer in range(6)])
     z = np.array([judge.update(row) for row in rows])
     assert z[280, 2] < 0.5 * z[100, 2]
     assert z[350, 3] > 10
@@ -64,7 +64,7 @@ def test_one_odd_moment_makes_the_next_one_less_odd_and_a_fault_that_stays_does_
 def test_evidence_counts_for_its_own_stage_only(name: str, stage: int) -> None:
     rows = np.minimum(values(100), 1.2)
     rows[90][0] *= 3
-    judge = Scores([Series(name, layer, "ffn") for layer in range(6)])
+    judge = StageScorer([Series(name, layer, "ffn") for layer in range(6)])
     last = {}
     for row in rows[:91]:
         last = judge.by_stage(judge.by_place(judge.update(row)))
@@ -98,7 +98,7 @@ def test_metrics_of_another_cadence_are_judged_by_their_own_past() -> None:
 
 def test_a_series_that_comes_later_has_a_past_of_its_own() -> None:
     rows = values(200)
-    judge = Scores([Series("transport_gain_fwd", 0, "ffn")])
+    judge = StageScorer([Series("transport_gain_fwd", 0, "ffn")])
     for t in range(100):
         judge.update(rows[t, :1])
     judge.extend([Series("max_vio", 0, "ffn")])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from geodiag.anomaly.series_window import read_tracks
+from geodiag.anomaly.series_window import read_series
 from geodiag.cascade.explain import cascades, explain, stage_map
 from geodiag.errors import GeodiagError
 from geodiag.events import Event
@@ -59,7 +59,7 @@ def test_a_spike_at_the_first_or_last_step_is_answered(tmp_path: Path, onset: in
     run = Planted(spike=onset).write(tmp_path / "run")
     confidence, said = trust(run)
     assert confidence == 0
-    assert ("before the loss to tell what is usual" in said) == (onset < 20)
+    assert ("before the loss, so the normal range is uncertain" in said) == (onset < 20)
     assert stage_map(run, max(0, onset - 5), onset + 5).scores.shape[0] == 3
 
 
@@ -125,7 +125,7 @@ def test_a_spike_that_was_rolled_back_is_told_as_its_own_attempt_lived_it(tmp_pa
     run.close()
     (found,) = cascades(run)
     assert (found.stage, found.layer, found.expert, found.onset) == (1, 2, 3, 230)
-    assert any("went back" in c for c in found.caveats)
+    assert any("restarted" in c for c in found.caveats)
     now = explain(run, 240)
     assert now.spike is None or now.spike_onset == 250
     assert stage_map(run, 230, 249).scores[0].max() < 8, "the newest attempt is what the map shows"
@@ -152,7 +152,7 @@ def test_no_rank_hides_what_another_one_saw(tmp_path: Path) -> None:
     second.append("steps", {"step": [0, 1], "loss": [2.0, 4.0], "data_shift": [0.1, 0.1]})
     second.close()
     run.close()
-    outcome = read_tracks(Run.open(tmp_path / "run"), 0, 1).outcome
+    outcome = read_series(Run.open(tmp_path / "run"), 0, 1).outcome
     assert outcome["lr"].tolist() == pytest.approx([1e-3, 1e-3])
     assert outcome["data_shift"].tolist() == pytest.approx([0.3, 0.3])
     assert outcome["loss"].tolist() == pytest.approx([2.0, 3.0])
@@ -179,8 +179,8 @@ def test_an_attempt_is_read_whole_while_the_next_one_begins(tmp_path: Path) -> N
     before = Run.open(tmp_path / "run")
     run.next_attempt()
     run.append("steps", {"step": range(10, 15), "loss": [2.0] * 5})
-    assert read_tracks(before, 0, 19, attempt=0).outcome["loss"].tolist() == [1.0] * 20
-    assert read_tracks(before, 0, 19, attempt=1).outcome["loss"].tolist() == [1.0] * 10 + [2.0] * 5
+    assert read_series(before, 0, 19, attempt=0).outcome["loss"].tolist() == [1.0] * 20
+    assert read_series(before, 0, 19, attempt=1).outcome["loss"].tolist() == [1.0] * 10 + [2.0] * 5
     run.close()
 
 

@@ -5,24 +5,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from geodiag.anomaly.metric_roles import Place
-from geodiag.cascade.early_warning import SETTLING, EarlyWarning, Held, Warning
+from geodiag.anomaly.metric_roles import SeriesPlace
+from geodiag.cascade.early_warning import (
+    SETTLING,
+    EarlyWarning,
+    EarlyWarningDetector,
+    PendingWarning,
+)
 from geodiag.events import details
 from geodiag.run import open_run
 from geodiag.spikes.detector import Verdict
 
 PLACES = [
-    Place(0, "ffn", "data"),
-    Place(1, "ffn", "router"),
-    Place(2, "ffn", "experts"),
-    Place(2, "ffn", "write"),
-    Place(3, "ffn", "gradient"),
+    SeriesPlace(0, "ffn", "data"),
+    SeriesPlace(1, "ffn", "router"),
+    SeriesPlace(2, "ffn", "experts"),
+    SeriesPlace(2, "ffn", "write"),
+    SeriesPlace(3, "ffn", "gradient"),
 ]
 
 
-def said(scores_SK: np.ndarray) -> list[Warning]:
+def said(scores_SK: np.ndarray) -> list[EarlyWarning]:
     """Every warning over the steps."""
-    early = EarlyWarning()
+    early = EarlyWarningDetector()
     found = [early.update(t, PLACES, row) for t, row in enumerate(scores_SK)]
     return [w for w in found if w is not None]
 
@@ -75,8 +80,8 @@ def test_of_places_that_move_together_the_first_in_the_order_of_the_step_is_name
 
 def held(news: int, scores: dict[int, float], active: range = range(0)) -> list[int]:
     """The steps at which one warning, that of step `news`, is said."""
-    waiting, found = Held(normal=3.0, wait=5), []
-    warning = Warning(
+    waiting, found = PendingWarning(normal=3.0, wait=5), []
+    warning = EarlyWarning(
         step=news, since=news - 2, stage=1, layer=2, site="ffn", part="experts", score=9.0
     )
     for t in range(news, news + 20):
@@ -111,7 +116,7 @@ def test_unsampled_steps_neither_add_nor_calm() -> None:
 
 
 def test_places_that_come_later_keep_what_is_known_of_the_others() -> None:
-    early = EarlyWarning()
+    early = EarlyWarningDetector()
     rows = calm()
     rows[150:, 2] = 40
     for t in range(151):
@@ -122,7 +127,7 @@ def test_places_that_come_later_keep_what_is_known_of_the_others() -> None:
 
 def test_an_alarm_that_two_samples_reach_is_refused() -> None:
     with pytest.raises(ValueError, match="two samples"):
-        EarlyWarning(alarm=10, allowed=5, most=11)
+        EarlyWarningDetector(alarm=10, allowed=5, most=11)
 
 
 @pytest.mark.slow
@@ -153,16 +158,16 @@ def test_a_broken_expert_warns_in_a_real_training_before_anything_else_is_raised
 def test_the_scores_of_a_training_are_those_that_its_record_gives_afterwards(
     tmp_path: Path,
 ) -> None:
-    from geodiag.anomaly.series_window import read_tracks
-    from geodiag.anomaly.stage_scores import Scores
+    from geodiag.anomaly.series_window import read_series
+    from geodiag.anomaly.stage_scores import StageScorer
     from tests.hooks.small import train, trainer, watch
 
     t = trainer()
     with watch(t, tmp_path / "run", probe_every=5) as monitor:
         train(t, 60, monitor)
     run = open_run(tmp_path / "run")
-    tracks = read_tracks(run, 0, 59)
-    scores = Scores(tracks.series, tracks.hashed)
+    tracks = read_series(run, 0, 59)
+    scores = StageScorer(tracks.series, tracks.hashed)
     again = [scores.by_stage(scores.by_place(scores.update(v))) for v in tracks.values_SP]
     steps = run.read("steps").sort_values("step")
     for stage in (1, 2, 3):

@@ -391,7 +391,7 @@ def test_what_grows_too_slowly_to_be_noticed_is_found_against_what_was_usual_lon
         planted.shift("gate_amax", 1, "ffn", t, 0.015)
     found = explain(planted.write(tmp_path / "run"))
     assert (found.stage, found.layer) == (1, 1)
-    assert any("drifted" in c for c in found.caveats)
+    assert any("slow drift" in c for c in found.caveats)
     assert found.confidence < 0.6
     steady = Planted().shift("gate_amax", 1, "ffn", 150, 0.1)  # elsewhere, and settled there
     assert explain(steady.write(tmp_path / "steady")).onset is None

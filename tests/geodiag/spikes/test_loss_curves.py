@@ -56,7 +56,7 @@ def test_columns_may_come_in_any_order_with_others_between_and_empty_losses_are_
     [
         ("", "is empty; pass a CSV with the columns step,loss"),
         ("step,loss\n", "has no recorded loss"),
-        ("step,train\n1,2\n", "has no column loss; name it so (it has: step, train)"),
+        ("step,train\n1,2\n", "has no column loss; rename one (it has: step, train)"),
         ("iteration,value\n1,2\n", "has no column step and no column loss"),
         ("1,2.5\n2,2.4\n", "has no column step"),
         ("step,loss\n1,2.5\n2,high\n", "line 3: loss is 'high'; write a number, nan or inf"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from geodiag import open_run
-from geodiag.anomaly.series_window import read_tracks
+from geodiag.anomaly.series_window import read_series
 from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.metrics.schema import METRICS
 from geodiag.run import Run
@@ -200,7 +200,7 @@ def test_all_readers_follow_the_definition(
     assert not differ(cache.steps()["data_shift"].tolist(), on_page)
 
     in_cascade = [_as_the_cascade(v) for v in expected]
-    window = read_tracks(run, 0, len(TRIPLES) - 1)
+    window = read_series(run, 0, len(TRIPLES) - 1)
     at = next(i for i, s in enumerate(window.series) if s.metric == "max_vio")
     assert not differ(window.values_SP[:, at].tolist(), in_cascade)
     assert not differ(window.outcome["data_shift"].tolist(), in_cascade)

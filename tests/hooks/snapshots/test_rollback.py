@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import geodiag
-from geodiag.cascade.early_warning import Warning
+from geodiag.cascade.early_warning import EarlyWarning
 from geodiag.hooks.routing.anticipatory import AnticipatoryRouting
 from geodiag.hooks.routing.router_lag import RouterLag
 from geodiag.reference_models.moe import ClampedSwiGLU
@@ -363,7 +363,7 @@ def test_a_warning_turns_routing_on_at_the_next_step(tmp_path: Path) -> None:
     observe = live.monitor._recorder.observer.observe
 
     def warned(step: int, *args: Any) -> Any:
-        warning = Warning(
+        warning = EarlyWarning(
             step=step, since=8, stage=2, layer=1, site="ffn", part="router", score=20.0
         )
         return replace(observe(step, *args), warning=warning if step == 12 else None)  # type: ignore[type-var]
