@@ -414,6 +414,6 @@ def test_a_spike_that_training_went_back_from_is_over(tmp_path: Path, cli) -> No
     run.next_attempt()
     run.event(Event(step=240, kind="recovered", message="", data=data | {"end": 240}))
     run.close()
-    assert "training went back to step 240" in cli("cascade", tmp_path / "run").output
+    assert "rolled back to step 240" in cli("cascade", tmp_path / "run").output
     for step in (250, 254):
         assert explain(tmp_path / "run", step).spike == data | {"end": 240}
