@@ -425,6 +425,7 @@ def test_it_says_what_was_written_what_was_left_out_and_what_to_do_next(
     assert sorted(os.listdir("exports/tensorboard") + os.listdir("exports/csv")) == ["hc", "hc"]
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_tensorflow_is_loaded(make_run, tmp_path: Path) -> None:
     make_run()
     for to in ("csv", "tensorboard"):
@@ -573,6 +574,7 @@ def test_without_tensorboard_the_line_says_how_to_get_it(
     assert os.listdir(tmp_path) == ["run"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["csv", "tensorboard"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, to: str) -> None:
     shutil.copytree(SAMPLES / "hc", tmp_path / "run")
@@ -588,6 +590,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, to: str) -> 
     assert os.listdir(tmp_path) == ["run"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["csv", "tensorboard"])
 def test_control_c_leaves_nothing(tmp_path: Path, to: str) -> None:
     code = (
@@ -623,6 +626,7 @@ def test_control_c_leaves_nothing(tmp_path: Path, to: str) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_bench_says_what_an_export_took(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 
 import geodiag
 from geodiag.metrics.schema import SCHEMA_VERSION, SCHEMAS
+from tests.geodiag.store import kills
 from tests.hooks import slow, small
 from tests.hooks.test_monitor import Seen
 from tests.paths import SAMPLES
@@ -97,7 +98,8 @@ def test_a_run_of_the_first_version_opens_and_reads_as_if_nothing_new_was_sample
 def test_a_mistaken_cadence_layer_or_token_is_one_line_with_the_fix(
     cli, tmp_path: Path, options: tuple[str, ...], said: str
 ) -> None:
-    done = cli("train", "--steps", 1, "--run", tmp_path / "run", *options)
+    data = kills.text(tmp_path)
+    done = cli("train", "--steps", 1, "--data", data, "--run", tmp_path / "run", *options)
     assert done.exit_code == 1
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

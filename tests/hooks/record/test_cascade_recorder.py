@@ -43,6 +43,7 @@ def spikes(folder: Path) -> list[dict[str, Any]]:
     return [r for r in rows if r["kind"] == "spike"]
 
 
+@pytest.mark.slow
 def test_each_spike_leaves_the_cascade_that_the_record_gives(tmp_path: Path) -> None:
     train(tmp_path / "run", 125)
     (spike,), (event,) = spikes(tmp_path / "run"), cascade_events(tmp_path / "run")
@@ -63,6 +64,7 @@ def test_each_spike_leaves_the_cascade_that_the_record_gives(tmp_path: Path) -> 
     assert data["spike"]["end"] is None  # it was not over when it was explained
 
 
+@pytest.mark.slow
 def test_a_calm_training_leaves_none(tmp_path: Path) -> None:
     with small.watch(small.trainer(), tmp_path / "run") as monitor:
         for step in range(120):
@@ -74,6 +76,7 @@ def test_a_calm_training_leaves_none(tmp_path: Path) -> None:
     assert cascade_events(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_spike_shortly_before_the_end_is_explained_at_the_end(tmp_path: Path) -> None:
     train(tmp_path / "run", RISEN[0] + 5)
     (spike,), (event,) = spikes(tmp_path / "run"), cascade_events(tmp_path / "run")
@@ -81,6 +84,7 @@ def test_a_spike_shortly_before_the_end_is_explained_at_the_end(tmp_path: Path) 
     assert event["data"]["spike_onset"] == RISEN[0]
 
 
+@pytest.mark.slow
 def test_a_spike_that_was_rolled_back_is_explained_from_its_own_attempt(tmp_path: Path) -> None:
     t = small.trainer()
     snapshots = geodiag.Snapshots(t.model, t.optimizers, every=10, where="memory")
