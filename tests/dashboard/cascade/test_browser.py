@@ -86,9 +86,8 @@ def test_the_overview_leads_to_the_cascade_and_from_one_to_the_next(page):
     page.get_by_role("link", name="early warning 351").click()
     page.wait_for_url("**/run/mhc-tear/cascade?spike=351")
     page.get_by_role("heading", name="Early warning at step 351").wait_for()
-    chosen = page.locator(".choice.here")
     until(page, "document.querySelector('.choice.here')?.innerText === 'early warning 351'")
-    assert chosen.count() == 1
+    assert page.locator(".choice.here").count() == 1
 
 
 def test_an_alternative_leads_to_its_own_cell(page):
