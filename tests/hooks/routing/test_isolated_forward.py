@@ -243,7 +243,7 @@ def test_after_a_rewind_the_queue_is_empty_and_the_same_batches_come_again() -> 
     )
 
 
-# -- aside ----------------------------------------------------------------------------------
+# -- tensor stash -----------------------------------------------------------------------
 
 
 def test_what_is_put_aside_comes_back_as_it_was() -> None:
