@@ -1,4 +1,4 @@
-"""The logger `geodiag`: one line for each thing that the person at a training has to know.
+"""The logger `geodiag`: what was found in a model, and what could not be recorded.
 
 A program that configures logging receives the lines like those of any library:
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from geodiag import log
+from geodiag.defaults import PROBE_EVERY
 from geodiag.errors import GeodiagError
 from geodiag.hooks.adapters import Layout, find_layout
 from geodiag.hooks.build_monitor import build_monitor
@@ -22,7 +23,7 @@ from geodiag.hooks.routing.base import Rerouting
 from geodiag.hooks.snapshots.disk_store import snapshots_in
 from geodiag.hooks.snapshots.snapshots import Snapshots
 from geodiag.hooks.step_measurement import MeasurementPlan
-from geodiag.metrics.cadence import PROBE_EVERY, Cadence, Every, parse_layers
+from geodiag.metrics.cadence import Cadence, Every, parse_layers
 from geodiag.run import Run
 
 _COUNTERFACTUAL = ("clamp_gate_rate", "clamp_up_high_rate", "clamp_up_low_rate")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from geodiag.hooks.failure_guard import FirstFailure
+from geodiag.hooks.failure_guard import FirstFailure, describe
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -98,7 +98,7 @@ def complete_on_all_ranks(model: nn.Module) -> Iterator[None]:
     except Exception as e:
         if not is_sharded(model) or torch.distributed.get_world_size() == 1:
             raise
-        line = f"{type(e).__name__}: {e}".splitlines()[0]
+        line = describe(e)
         raise CollectiveAborted(
             f"what geodiag runs on sharded weights, all ranks together, failed here ({line})"
         ) from e
