@@ -86,7 +86,8 @@ def _graded(trials: Sequence[Trial], options: Any) -> list[dict[str, Any]]:
     work = Work(options.runs, options.sequences, options.device)
     if options.grade_only:
         trials = [t for t in trials if (options.runs / t.name).is_dir()]
-    lines, console = [], Console(stderr=True)
+    lines = []
+    console = Console(stderr=True)
     with Progress(console=console) as progress:
         task = progress.add_task("trials", total=len(trials))
         for line in lines_of(

@@ -190,7 +190,8 @@ def _losses(run: Run) -> np.ndarray:
 
 def _effect(run: Run, twin: Run, planted: int, until: int) -> float:
     """Return the largest rise of the loss over the twin's, in σ of the twin's own noise."""
-    ours, theirs = _losses(run), _losses(twin)
+    ours = _losses(run)
+    theirs = _losses(twin)
     both = min(len(ours), len(theirs), until + 1)
     rise = ours[planted:both] - theirs[planted:both]
     if not np.isfinite(rise).all():

@@ -39,7 +39,8 @@ def write(
     path: Path, *, steps: int, layers: int, experts: int, seed: int = 0
 ) -> list[tuple[int, int]]:
     """Write the run; return the step and the layer at which each of its two cascades began."""
-    rng, calm = np.random.default_rng(seed), np.random.default_rng(seed + 1)
+    rng = np.random.default_rng(seed)
+    calm = np.random.default_rng(seed + 1)
     origins = [(steps // 2, layers // 3), (steps - 100, layers // 2)]
     run = Run.create(
         path, found={"sites": 2 * layers, "routers": layers, "experts": layers * experts}

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from geodiag.cli.train_options import Size
     from geodiag.reference_models.config import Residual
 
-EARLIEST, LATEST = 90, 120
+EARLIEST = 90
+LATEST = 120
 """Between these steps a fault is planted: after the steep descent, with a past to stand out from.
 """
 STEPS = 170
@@ -108,14 +109,16 @@ def plan(
     """
     from geodiag.reference_models.config import SIZES
 
-    config, trials = SIZES[size], []
+    config = SIZES[size]
+    trials = []
     for residual in residuals:
         for seed in seeds:
             base: dict[str, Any] = {"seed": seed, "residual": residual, "size": size}
             lengths = {k: GROWN_STEPS if k.startswith("growing ") else STEPS for k in kinds}
             trials += [Trial(**base, steps=steps) for steps in sorted(set(lengths.values()))]
             for kind in kinds:
-                rng, truth = random.Random(f"{kind} {residual} {seed}"), TRUTHS[kind]
+                rng = random.Random(f"{kind} {residual} {seed}")
+                truth = TRUTHS[kind]
                 step = rng.randint(EARLIEST, LATEST)
                 first = config.hash_layers if truth.stage == 2 else 0
                 layer = rng.randrange(first, config.layers) if truth.layered else None
@@ -143,7 +146,8 @@ def _drawn(rng: random.Random, truth: Truth) -> float | None:
 
 def train(trial: Trial, folder: Path, sequences: int, device: str) -> None:
     """Train one trial into `folder` under its name, unless it exists."""
-    home, rough = folder / trial.name, folder / f"{trial.name}.unfinished"
+    home = folder / trial.name
+    rough = folder / f"{trial.name}.unfinished"
     if home.exists():
         return
     import torch

@@ -83,7 +83,8 @@ class Reader:
     """A browser page of the server."""
 
     def __init__(self, browser: Any, server: Server) -> None:
-        self._tab, self._server = browser.new_page(viewport={"width": 1440, "height": 900}), server
+        self._tab = browser.new_page(viewport={"width": 1440, "height": 900})
+        self._server = server
         self._answered: list[Any] = []
         self._tab.on("requestfinished", lambda request: self._answered.append(request))
         self._tab.goto(server.url)
@@ -93,7 +94,8 @@ class Reader:
     def opens(self, path: str) -> dict[str, float]:
         """Open a page; return seconds to the last chart, server seconds, and bytes received."""
         self._answered.clear()
-        cpu, began = self._server.cpu_seconds(), time.perf_counter()
+        cpu = self._server.cpu_seconds()
+        began = time.perf_counter()
         self._tab.goto(f"{self._home}{path}")
         self._until(_DRAWN)
         seconds = time.perf_counter() - began
@@ -148,10 +150,8 @@ def measure(run: Path, steps: int, times: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with chromium() as browser:
         for page in PAGES:
-            path, window = (
-                f"/run/{run.name}/{page}",
-                f"?steps={steps // 2 - 150}-{steps // 2 + 150}",
-            )
+            path = f"/run/{run.name}/{page}"
+            window = f"?steps={steps // 2 - 150}-{steps // 2 + 150}"
             ways: dict[str, list] = {"first": [], "again": [], "zoomed": []}
             for _ in range(times):
                 server = Server(run.parent)
@@ -174,7 +174,8 @@ def follow(run: Path, steps: int, times: int) -> dict[str, float]:
 
     The delay includes the page's polling interval.
     """
-    seconds, cpu = [], []
+    seconds = []
+    cpu = []
     with chromium() as browser:
         server = Server(run.parent)
         growing = Run.create(run)
@@ -197,7 +198,8 @@ def follow(run: Path, steps: int, times: int) -> dict[str, float]:
 
 def page(result: dict[str, Any]) -> str:
     """Return the result as a Markdown page."""
-    asked, live = result["settings"], result["live"]
+    asked = result["settings"]
+    live = result["live"]
     lines = [
         "# How fast the page is",
         "",

@@ -49,7 +49,8 @@ class Clock:
         times = []
         for i in range(self.repeats):
             self.other.sum()
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start = torch.cuda.Event(enable_timing=True)
+            stop = torch.cuda.Event(enable_timing=True)
             start.record()
             runs[i % len(runs)]()
             stop.record()
@@ -66,6 +67,7 @@ def peaks(step: Step) -> dict[str, float]:
     before = torch.cuda.memory_allocated()
     results = step()
     torch.cuda.synchronize()
-    peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    peak = torch.cuda.max_memory_allocated()
+    after = torch.cuda.memory_allocated()
     del results
     return {"peak_mb": (peak - before) / 1e6, "excess_mb": (peak - after) / 1e6}

@@ -53,7 +53,9 @@ def operations(clock: Clock, peers: Path | None) -> Iterator[dict[str, object]]:
         from geodiag.benchmarks.kernels_peers import transformer_engine_sinkhorn
 
         yield from _sinkhorns(clock, "transformer-engine", transformer_engine_sinkhorn(peers), 1)
-    rows_A, width, experts = 98304, 1280, 64
+    rows_A = 98304
+    width = 1280
+    experts = 64
     gate_up = [
         torch.randn(rows_A, 2 * width, device="cuda", dtype=torch.bfloat16) * 5 for _ in range(SETS)
     ]

@@ -30,7 +30,8 @@ class Contestant(NamedTuple):
 
 def inputs(tokens: int, channels: int, innermost: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Return the leaves x, phi, alpha, bias, f, and upstream gradients of both results."""
-    n, k = STREAMS, STREAMS * STREAMS + 2 * STREAMS
+    n = STREAMS
+    k = STREAMS * STREAMS + 2 * STREAMS
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)

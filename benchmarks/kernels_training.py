@@ -36,7 +36,8 @@ def train(arm: str, size: str, steps: int, sequences: int, device: torch.device)
     trainer = Trainer(model, TrainConfig(steps=steps, sequences=sequences))
     loader = Loader(open_corpus("stdlib"), sequences, model.config.sequence)
     batches = [loader.batch(step) for step in range(steps)]
-    losses, began = [], time.perf_counter()
+    losses = []
+    began = time.perf_counter()
     for batch in batches:
         losses.append(trainer.step(batch.to(device)).loss)
     found = torch.stack(losses).tolist()

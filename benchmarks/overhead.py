@@ -56,7 +56,10 @@ class Estimate:
         The true median is between these ranks with a probability of at least 95 %, for any
         distribution. Fewer than six values allow no such interval; then it is their whole range.
         """
-        ordered, n, below, tail = sorted(values), len(values), 0, 0.0
+        ordered = sorted(values)
+        n = len(values)
+        below = 0
+        tail = 0.0
         while (tail := tail + math.comb(n, below) / 2**n) <= 0.025:
             below += 1
         skip = max(below - 1, 0)
@@ -73,7 +76,8 @@ class Arm:
         with device:
             model = Transformer(sized(size))
         self.trainer = Trainer(model, TrainConfig(steps=10_000, sequences=len(batches[0].domain_B)))
-        self.device, self.batches = device, cycle(batches)
+        self.device = device
+        self.batches = cycle(batches)
         self.losses: list[torch.Tensor] = []
         self.monitor: Monitor | None = None
         if every is not None:
@@ -120,7 +124,8 @@ def compare(
 ) -> dict[str, Any]:
     """Return every arm's steps per second, and its time relative to the bare training."""
     torch.set_num_threads(threads)
-    where, shape = torch.device(device), sized(size)
+    where = torch.device(device)
+    shape = sized(size)
     loader = Loader(open_corpus(data), sequences, shape.sequence)
     batches = [loader.batch(step).to(where) for step in range(4 * PROBE_EVERY)]
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}

@@ -134,7 +134,8 @@ def killed(parallel: str, ranks: int, device: str, folder: Path, seconds: float)
 
 def resumed(parallel: str, ranks: int, device: str, folder: Path, seconds: float) -> dict[str, Any]:
     """Remove the newest snapshot of rank 1; return whether all ranks resume from a common one."""
-    run, ends = folder / "run", time.monotonic() + seconds
+    run = folder / "run"
+    ends = time.monotonic() + seconds
     options = (
         "--device",
         device,
@@ -203,7 +204,8 @@ def parts(ranks: int, device: str) -> dict[str, Part]:
 
 def run(args: Namespace) -> dict[str, Any]:
     """Run all parts; a part that fails reports its error and the others go on."""
-    ends, found = time.monotonic() + 60 * args.minutes, dict[str, Any]()
+    ends = time.monotonic() + 60 * args.minutes
+    found = dict[str, Any]()
     with tempfile.TemporaryDirectory() as name:
 
         def one(part: str, measure: Part) -> None:

@@ -39,7 +39,8 @@ class Started:
     """
 
     def __init__(self, command: list[str], log: Path, seconds: float) -> None:
-        self.log, self.began = log, time.monotonic()
+        self.log = log
+        self.began = time.monotonic()
         self.ends = self.began + seconds
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:

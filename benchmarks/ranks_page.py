@@ -49,7 +49,8 @@ def _timed(worker: Mapping[str, Any], timed: list[str]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for parallel in timed:
-        c, s = worker[parallel]["cost"], worker[parallel]["same"]
+        c = worker[parallel]["cost"]
+        s = worker[parallel]["same"]
         apart = " | ".join(f"{s[n]:.1e}" if s[n] else "the same bits" for n in _COMPARED)
         more = f"{100 * (c['watched_ms'] / c['bare_ms'] - 1):+.1f} %"
         peak = "–" if c["peak_gb"] is None else f"{c['peak_gb']:.1f} GB"
@@ -91,10 +92,8 @@ def _killed(part: Mapping[str, Any]) -> str:
 def _resumed(part: Mapping[str, Any]) -> str:
     if failed := _failed(part):
         return failed
-    begins, kept = (
-        part["began_again_at"],
-        [[s for s in steps if s != part["lost"]] for steps in part["kept"]],
-    )
+    begins = part["began_again_at"]
+    kept = [[s for s in steps if s != part["lost"]] for steps in part["kept"]]
     right = part["code"] == 0 and set(begins) == {max(set.intersection(*map(set, kept)))}
     went = (
         f"all went on from step {begins[0]}" if right else f"the ranks went on from {begins}, WRONG"

@@ -61,7 +61,8 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 def where(result: dict[str, Any]) -> str:
     """Return machine and versions on one line of a page."""
-    m, v = result["machine"], result["versions"]
+    m = result["machine"]
+    v = result["versions"]
     place = f"{m.get('gpu', m['cpu'])}, {m['cores']} cores, {m['system']}"
     return f"{place}; " + ", ".join(f"{name} {number}" for name, number in v.items()) + "."
 

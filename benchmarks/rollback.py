@@ -84,7 +84,9 @@ def run(size: str, sequences: int, rounds: int, device: str, free: bool = False)
     for _ in range(2):
         bench.step()
     first = [bench.timed(bench.take) for _ in range(KEEP)]
-    calls, plain, with_snapshot = [], [], []
+    calls = []
+    plain = []
+    with_snapshot = []
     for _ in range(rounds):
         plain.append(bench.timed(bench.step))
 
@@ -97,7 +99,8 @@ def run(size: str, sequences: int, rounds: int, device: str, free: bool = False)
         with_snapshot.append(bench.timed(both))
     bench.trainer.config = replace(bench.trainer.config, deterministic=not free)
     copies = [bench.timed(bench.take) for _ in range(2)]
-    before, size_bytes = bench.state(), bench.snapshots._in_memory[-1].buffer.size
+    before = bench.state()
+    size_bytes = bench.snapshots._in_memory[-1].buffer.size
     once = [bench.step() for _ in range(2)]
     changed = sum(not torch.equal(a, b) for a, b in zip(before, bench.state(), strict=True))
     restore = bench.timed(lambda: bench.snapshots.restore(bench._taken))
@@ -127,7 +130,8 @@ def run(size: str, sequences: int, rounds: int, device: str, free: bool = False)
 def markdown(result: dict[str, Any]) -> str:
     lines = ["# What snapshots and going back cost", "", where(result), ""]
     for r in result["runs"]:
-        extra, step = r["extra_seconds"], r["step_seconds"]
+        extra = r["extra_seconds"]
+        step = r["step_seconds"]
         share = 100 * extra["median"] / step / EVERY
         firsts = " and ".join(f"{s:.2f}" for s in r["first_seconds"])
         same = "the same bits" if r["losses_repeat"] else "not the same bits"

@@ -44,7 +44,8 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
 def order(trial: dict[str, Any]) -> tuple[bool, int, str, int, int]:
     """Return the sort key of a trial: larger models first, then the order of the plan."""
     scenarios = [s.name for plan in plans("tiny") for s, _ in plan]
-    name, arm = trial["scenario"]["name"], trial["arm"]["name"]
+    name = trial["scenario"]["name"]
+    arm = trial["arm"]["name"]
     place = scenarios.index(name) if name in scenarios else len(scenarios)
     return trial["scenario"]["size"] == "tiny", place, name, list(ARMS).index(arm), trial["seed"]
 
@@ -119,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     result["trials"] = sum(not t.get("same") for t in trials)
     result["places"] = sorted({t["place"] for t in trials})
     result["steps"] = sum(len(t["steps"]) for t in trials if not t.get("same"))
-    result["rows"], result["pooled"] = summarise(trials), pooled(trials)
+    result["rows"] = summarise(trials)
+    result["pooled"] = pooled(trials)
     kept = {name: value for name, value in result.items() if name != "rows"}
     save("routing", kept, page(result), options.out)
     (options.out / "routing_trials.jsonl.gz").write_bytes(

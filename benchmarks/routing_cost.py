@@ -65,7 +65,9 @@ class Bench:
         self.trainer: Trainer = Trainer(model, TrainConfig(steps=10_000, sequences=sequences))
         loader = Loader(open_corpus(data), sequences, shape.sequence)
         self.batches = cycle([loader.batch(s).to(self.device) for s in range(16)])
-        self.detector, self.controller, self._steps = SpikeDetector(), Controller(), 0
+        self.detector = SpikeDetector()
+        self.controller = Controller()
+        self._steps = 0
 
     @staticmethod
     def forward(model: torch.nn.Module, batch: Batch) -> Any:
@@ -103,7 +105,8 @@ class Bench:
 
     def alone(self, turns: int) -> dict[str, float]:
         """Return the seconds of a capture, of a full forward, and of forward and backward."""
-        batch, found = next(self.batches), {}
+        batch = next(self.batches)
+        found = {}
         routing = AnticipatoryRouting(self.trainer.model, DELAY, forward=self.forward)
         parts: dict[str, Callable[[], Any]] = {
             "capture": lambda: routing._capture(batch),
@@ -132,16 +135,20 @@ def run(
 ) -> dict[str, Any]:
     """Return every arm's relative time and the parts alone; as many rounds as `seconds` allow."""
     chosen = [name for name in ARMS if name == "bare" or not any(word in name for word in but)]
-    bench, times = Bench(size, sequences, device), {name: list[float]() for name in chosen}
+    bench = Bench(size, sequences, device)
+    times = {name: list[float]() for name in chosen}
     bench.turn(*ARMS["bare"], steps)
     alone = bench.alone(3)
-    names, rounds, began = chosen, 0, time.perf_counter()
+    names = chosen
+    rounds = 0
+    began = time.perf_counter()
     while rounds < 2 or time.perf_counter() - began < seconds * rounds / (rounds + 1):
         start = rounds % len(names)
         for name in names[start:] + names[:start]:
             times[name].append(bench.turn(*ARMS[name], steps))
         rounds += 1
-    step, shape = statistics.median(times["bare"]), bench.trainer.model.config
+    step = statistics.median(times["bare"])
+    shape = bench.trainer.model.config
     found: dict[str, Any] = {
         "size": size,
         "parameters": sum(p.numel() for p in bench.trainer.model.parameters()),

@@ -52,7 +52,9 @@ def kept(trial: Mapping[str, Any]) -> dict[int, float]:
 
 def against_twin(trial: Mapping[str, Any], twin: Mapping[str, Any], onset: int) -> dict[str, float]:
     """Return the cost of a planted fault against the training of the same seed without it."""
-    healthy, seen, steps = kept(twin), losses(trial), trial["steps"]
+    healthy = kept(twin)
+    seen = losses(trial)
+    steps = trial["steps"]
     excess = np.array([x - healthy[s] for s, x in zip(steps, seen, strict=True)])
     first = next((i for i, s in enumerate(steps) if s >= onset), len(steps))
     after = excess[first:]

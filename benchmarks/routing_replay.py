@@ -42,11 +42,10 @@ class Moment:
     """State of a training before a step."""
 
     def __init__(self, step: int, trainer: Trainer, detector: SpikeDetector, level: float) -> None:
-        self.step, self.level = step, level
-        self._trainer, self._detector = (
-            copy.deepcopy(trainer.state_dict()),
-            copy.deepcopy(detector.state_dict()),
-        )
+        self.step = step
+        self.level = level
+        self._trainer = copy.deepcopy(trainer.state_dict())
+        self._detector = copy.deepcopy(detector.state_dict())
 
     def restore(self, trainer: Trainer) -> SpikeDetector:
         trainer.load_state_dict(copy.deepcopy(self._trainer))
@@ -110,8 +109,11 @@ onset to detection.
 def study(seed: int, scenario: Scenario, tell: Callable[[dict[str, Any]], None]) -> None:
     """One training; every spike of it is replayed with every change before the training goes on."""
     trainer, loader = setup(scenario, seed)
-    detector, kept, recent = SpikeDetector(), list[Moment](), list[float]()
-    step, resting = 0, 0
+    detector = SpikeDetector()
+    kept = list[Moment]()
+    recent = list[float]()
+    step = 0
+    resting = 0
     while step < scenario.steps:
         if step % EVERY == 0:
             kept = [*kept, Moment(step, trainer, detector, _median(recent[-20:]))][-8:]
@@ -124,7 +126,8 @@ def study(seed: int, scenario: Scenario, tell: Callable[[dict[str, Any]], None])
                 here = Moment(step + 1, trainer, detector, 0.0)
                 for name in CHANGES:
                     tell({"seed": seed, **replay(name, early[-1], raised, trainer, loader)})
-                detector, resting = here.restore(trainer), step + AFTER
+                detector = here.restore(trainer)
+                resting = step + AFTER
         step += 1
     tell({"seed": seed, "change": None, "steps": scenario.steps, "losses": recent})
 
@@ -138,7 +141,8 @@ def replay(
     left_out = range(spike.onset - 1, spike.detected + 1) if name == "skip-batch" else range(0)
     steps = [s for s in range(moment.step, last + 2 * DELAY + 32) if s not in left_out]
     data = CHANGES[name](trainer, (loader.batch(s) for s in steps))
-    losses, spikes = [], []
+    losses = []
+    spikes = []
     for step, batch in islice(enumerate(data, moment.step), last - moment.step):
         losses.append(_step(trainer, batch))
         raised = detector.update(step, losses[-1]).raised
@@ -187,7 +191,8 @@ def work(job: tuple[int, Scenario, str]) -> int:
 def run(seeds: Sequence[int], workers: int, minutes: float, out: Path) -> Path:
     """Study seed after seed until the time is up; return the file of the lines."""
     out.mkdir(parents=True, exist_ok=True)
-    ends, path = time.monotonic() + 60 * minutes, out / "routing_replay.jsonl"
+    ends = time.monotonic() + 60 * minutes
+    path = out / "routing_replay.jsonl"
     path.touch()
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         done = pool.imap_unordered(work, [(seed, NATURAL, str(path)) for seed in seeds])

@@ -187,7 +187,8 @@ def train(scenario: Scenario, arm: Arm, seed: int, device: str = "cpu") -> dict[
     """Train and return every executed step with its loss and records, and all settings."""
     where = torch.device(device)
     trainer, loader = setup(scenario, seed, where)
-    model, vocab = trainer.model, trainer.model.config.vocab
+    model = trainer.model
+    vocab = trainer.model.config.vocab
     faults = Faults([Fault.parse(scenario.fault)] if scenario.fault else [], find_layout(model))
     with tempfile.TemporaryDirectory() as folder:
         routing = _routing(arm, model)

@@ -136,10 +136,12 @@ def run(
 ) -> list[dict[str, Any]]:
     """Train until the time is up; append every finished trial to `trials.jsonl`."""
     out.mkdir(parents=True, exist_ok=True)
-    schedule, found = Schedule(planned, device), []
+    schedule = Schedule(planned, device)
+    found = []
     gpus: Sequence[str | None] = visible() if device == "cuda" else [None]
     crew = [Worker(gpus[i % len(gpus)]) for i in range(workers)]
-    idle, under_way = list(crew), dict[Future, tuple[Worker, Job]]()
+    idle = list(crew)
+    under_way = dict[Future, tuple[Worker, Job]]()
     ends = time.monotonic() + 60 * minutes
     with ThreadPoolExecutor(workers) as threads, (out / "trials.jsonl").open("a") as kept:
         while True:

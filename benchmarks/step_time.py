@@ -91,7 +91,8 @@ def time_arm(
                 probe_every=1 << 30,
                 quiet=True,
             )
-        passes, whole = [], []
+        passes = []
+        whole = []
 
         def step(i: int) -> None:
             began = time.perf_counter()

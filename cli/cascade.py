@@ -74,7 +74,8 @@ def _parts(c: "Cascade") -> list["RenderableType"]:
 def _head(c: "Cascade") -> str:
     if c.spike is None:
         return f"[bold]Step {c.spike_onset:,}[/]  [dim]the loss did not leave its trend here[/]"
-    peak, end = c.spike["peak"], c.spike["end"]
+    peak = c.spike["peak"]
+    end = c.spike["end"]
     tail = "" if peak is None else f"  peak at step {peak:,}"
     if end is None:
         tail += "  still on"

@@ -69,7 +69,8 @@ def _parameters(options: type) -> Iterator[inspect.Parameter]:
         declaration.rich_help_panel = _panel(options, f.name)
         default = f.default
         if _is_repeatable(annotation):
-            annotation, default = list[str] | None, None
+            annotation = list[str] | None
+            default = None
         assert default is not MISSING, f"option {f.name} has no default"
         shown = Annotated[annotation, declaration]  # type: ignore[valid-type]
         yield inspect.Parameter(f.name, _KEYWORD, default=default, annotation=shown)

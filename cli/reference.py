@@ -135,7 +135,8 @@ class _Parameter:
         return self._in_range(placeholders[kind])
 
     def _in_range(self, placeholder: str) -> str:
-        low, high = self.info.min, self.info.max
+        low = self.info.min
+        high = self.info.max
         left = "" if low is None else f"{low:g} ≤ " if high is not None else ""
         right = f" ≤ {high}" if high is not None else f" ≥ {low:g}" if low is not None else ""
         return left + placeholder + right

@@ -99,7 +99,8 @@ def _row(h: "Health", name: str) -> tuple[str, str, str, str]:
     from geodiag.metrics.schema import METRICS
 
     table = "steps" if ("steps", name) in METRICS else "layers"
-    metric, worst = METRICS[table, name], h.worst[name]
+    metric = METRICS[table, name]
+    worst = h.worst[name]
     bad = outside(name, worst, table)
     value = number(worst.value, metric.unit)
     low, high = metric.healthy or (None, None)
