@@ -24,6 +24,7 @@ import torch
 
 import geodiag
 from geodiag.benchmarks.report import Parser, save, say, setting, where
+from geodiag.defaults import PROBE_EVERY
 from geodiag.hooks.monitor import Monitor
 from geodiag.reference_models.config import sized
 from geodiag.reference_models.data import Batch, Loader
@@ -31,7 +32,6 @@ from geodiag.reference_models.text import open_corpus
 from geodiag.reference_models.train import TrainConfig, Trainer
 from geodiag.reference_models.transformer import Transformer
 
-PROBE_EVERY = 10
 ARMS: dict[str, int | None] = {
     "bare": None,
     "bare again": None,

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from geodiag.benchmarks.report import Parser, save, say, setting, where
+from geodiag.defaults import PROBE_EVERY
 from geodiag.hooks.adapters import find_layout
 from geodiag.hooks.failure_guard import RaisingGuard
 from geodiag.hooks.probes.batch import PROBE_TOKENS
 from geodiag.hooks.probes.runner import PROBES, Probes
-from geodiag.metrics.cadence import PROBE_EVERY, Cadence
+from geodiag.metrics.cadence import Cadence
 from geodiag.metrics.registry import keys_of
 from geodiag.reference_models.config import sized
 from geodiag.reference_models.data import Batch
