@@ -65,7 +65,7 @@ class Planted:
         return run
 
     def append(self, run: Run, first: int = 0) -> None:
-        """The steps from `first` on, as this attempt lived them."""
+        """The steps from `first` on, as rows of the present attempt."""
         rng, step_S = np.random.default_rng(self.seed), np.arange(self.steps)
         loss = 2 + 0.02 * rng.standard_normal(self.steps)
         if self.spike is not None:
@@ -80,10 +80,10 @@ class Planted:
             if table not in self.skip:
                 run.append(table, columns)
         if self.spike is not None and "events" not in self.skip:
-            self.tell(run, self.spike)
+            self.record_spike(run, self.spike)
 
-    def tell(self, run: Run, onset: int) -> None:
-        """What the detector would say of the loss."""
+    def record_spike(self, run: Run, onset: int) -> None:
+        """Add the event that the detector leaves for a spike."""
         data = {
             "kind": "spike",
             "detected": onset + 2,

@@ -1,4 +1,4 @@
-"""What a record may lack: every cascade is an answer with its caveat, or one line that names the
+"""Incomplete records: every cascade is an answer with its caveat, or one line that names the
 fix.
 """
 
@@ -57,22 +57,24 @@ def test_without_steps_a_spike_on_record_is_still_explained(tmp_path: Path) -> N
 @pytest.mark.parametrize("onset", [0, 1, 5, 299])
 def test_a_spike_at_the_first_or_last_step_is_answered(tmp_path: Path, onset: int) -> None:
     run = Planted(spike=onset).write(tmp_path / "run")
-    confidence, said = trust(run)
+    confidence, words = trust(run)
     assert confidence == 0
-    assert ("before the loss, so the normal range is uncertain" in said) == (onset < 20)
+    assert ("before the loss, so the normal range is uncertain" in words) == (onset < 20)
     assert stage_map(run, max(0, onset - 5), onset + 5).scores.shape[0] == 3
 
 
-def test_a_fault_soon_after_the_start_is_told_with_less_confidence(tmp_path: Path) -> None:
+def test_a_fault_soon_after_the_start_is_explained_with_less_confidence(tmp_path: Path) -> None:
     early = explain(expert_fault(at=24, spike=28).write(tmp_path / "early"))
     late = explain(expert_fault().write(tmp_path / "late"))
     assert early.confidence < 0.6 * late.confidence
 
 
-def test_spikes_that_overlap_are_told_apart_and_the_second_says_so(tmp_path: Path) -> None:
+def test_overlapping_spikes_are_explained_separately_and_the_second_has_a_caveat(
+    tmp_path: Path,
+) -> None:
     planted = expert_fault()
     run = planted.write(tmp_path / "run", close=False)
-    planted.tell(run, 258)
+    planted.record_spike(run, 258)
     run.close()
     first, second = cascades(run)
     assert (first.spike_onset, second.spike_onset) == (250, 258)
@@ -81,7 +83,7 @@ def test_spikes_that_overlap_are_told_apart_and_the_second_says_so(tmp_path: Pat
     assert second.confidence < first.confidence
 
 
-def test_a_sparse_cadence_is_said_and_the_layer_still_found(tmp_path: Path) -> None:
+def test_a_sparse_cadence_is_a_caveat_and_the_layer_is_still_found(tmp_path: Path) -> None:
     planted = expert_fault(at=2300, steps=2600, spike=2350, every=10)
     found = explain(planted.write(tmp_path / "run"))
     assert (found.stage, found.layer, found.onset) == (1, 2, 2300)
@@ -118,7 +120,7 @@ class _Holes:
         self.run.event(event)
 
 
-def test_a_spike_that_was_rolled_back_is_told_as_its_own_attempt_lived_it(tmp_path: Path) -> None:
+def test_a_spike_that_was_rolled_back_is_explained_from_its_own_attempt(tmp_path: Path) -> None:
     run = expert_fault().write(tmp_path / "run", close=False)
     run.next_attempt()
     Planted(spike=None, seed=5).append(run, first=225)  # the second attempt has no fault
@@ -131,7 +133,7 @@ def test_a_spike_that_was_rolled_back_is_told_as_its_own_attempt_lived_it(tmp_pa
     assert stage_map(run, 230, 249).scores[0].max() < 8, "the newest attempt is what the map shows"
 
 
-def test_ranks_that_left_nothing_are_said(tmp_path: Path) -> None:
+def test_ranks_without_rows_are_a_caveat(tmp_path: Path) -> None:
     planted = expert_fault()
     run = planted.write(tmp_path / "run", close=False, world_size=4)
     second = Run.create(tmp_path / "run", rank=1, world_size=4, attempt=0)
@@ -143,7 +145,7 @@ def test_ranks_that_left_nothing_are_said(tmp_path: Path) -> None:
     assert any("2 of 4 ranks" in c for c in found.caveats)
 
 
-def test_no_rank_hides_what_another_one_saw(tmp_path: Path) -> None:
+def test_no_rank_hides_the_values_of_another_one(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", world_size=2)
     run.append(
         "steps", {"step": [0, 1], "loss": [2.0, 2.0], "lr": [1e-3, 1e-3], "data_shift": [0.5, 0.5]}
@@ -217,9 +219,9 @@ def test_an_empty_run_is_one_line(tmp_path: Path) -> None:
 
 def test_on_the_command_line(tmp_path: Path, cli: Any) -> None:
     expert_fault().write(tmp_path / "run")
-    said = cli("cascade", tmp_path / "run", "--json")
-    assert said.exit_code == 0
-    (one,) = json.loads(said.output)
+    result = cli("cascade", tmp_path / "run", "--json")
+    assert result.exit_code == 0
+    (one,) = json.loads(result.output)
     assert (one["stage"], one["layer"], one["expert"], one["spike_onset"]) == (1, 2, 3, 250)
     shown = cli("cascade", tmp_path / "run", "--spike", 235)
     assert shown.exit_code == 0

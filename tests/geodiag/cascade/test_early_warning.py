@@ -1,4 +1,4 @@
-"""Early warning: seldom, before the loss, once."""
+"""Early warning: rare, before the loss, and reported once."""
 
 from pathlib import Path
 
@@ -25,8 +25,8 @@ PLACES = [
 ]
 
 
-def said(scores_SK: np.ndarray) -> list[EarlyWarning]:
-    """Every warning over the steps."""
+def warnings_of(scores_SK: np.ndarray) -> list[EarlyWarning]:
+    """Return every warning over the steps."""
     early = EarlyWarningDetector()
     found = [early.update(t, PLACES, row) for t, row in enumerate(scores_SK)]
     return [w for w in found if w is not None]
@@ -40,46 +40,46 @@ def test_noise_and_odd_batches_warn_of_nothing() -> None:
     rows = calm(20_000)
     rows[::50] += 12  # one odd batch out of fifty moves everything
     rows[1::50, 3] += 12  # and one place a step longer
-    assert said(rows) == []
+    assert warnings_of(rows) == []
 
 
 def test_what_stays_out_of_range_warns_at_its_third_sample_with_its_place_and_its_onset() -> None:
     rows = calm()
     rows[200:, 2] = 40
-    (found,) = said(rows)
+    (found,) = warnings_of(rows)
     assert (found.step, found.since) == (202, 200)
     assert (found.stage, found.layer, found.site, found.part) == (1, 2, "ffn", "experts")
     assert found.score == 40
     assert "layer 2, ffn" in str(found)
 
 
-def test_it_is_said_once_and_what_follows_from_it_belongs_to_it() -> None:
+def test_a_warning_is_reported_once_and_later_alarms_belong_to_it() -> None:
     rows = calm()
     rows[200:, 2] = 40
     rows[210:, 3] = 40
     rows[225:, 4] = 40
-    assert len(said(rows)) == 1
+    assert len(warnings_of(rows)) == 1
 
 
-def test_after_a_calm_the_next_one_is_said_again() -> None:
+def test_after_a_calm_the_next_warning_is_reported() -> None:
     rows = calm()
     rows[150:170, 2] = 40
     rows[300:, 1] = 40
-    assert [(w.since, w.stage) for w in said(rows)] == [(150, 1), (300, 2)]
+    assert [(w.since, w.stage) for w in warnings_of(rows)] == [(150, 1), (300, 2)]
 
 
 def test_of_places_that_move_together_the_first_in_the_order_of_the_step_is_named() -> None:
     rows = calm()
     rows[200:, 1:] = 30
-    (found,) = said(rows)
+    (found,) = warnings_of(rows)
     assert (found.stage, found.layer) == (2, 1)
     rows[200:, 0] = 30
-    (found,) = said(rows)
+    (found,) = warnings_of(rows)
     assert (found.stage, found.layer) == ("data", None)
 
 
-def held(news: int, scores: dict[int, float], active: range = range(0)) -> list[int]:
-    """The steps at which one warning, that of step `news`, is said."""
+def reported_steps(news: int, scores: dict[int, float], active: range = range(0)) -> list[int]:
+    """Return the steps at which the warning of step `news` is reported."""
     waiting, found = PendingWarning(normal=3.0, wait=5), []
     warning = EarlyWarning(
         step=news, since=news - 2, stage=1, layer=2, site="ffn", part="experts", score=9.0
@@ -92,26 +92,26 @@ def held(news: int, scores: dict[int, float], active: range = range(0)) -> list[
     return found
 
 
-def test_while_the_loss_is_out_of_range_too_the_detector_has_the_first_word() -> None:
+def test_while_the_loss_is_out_of_range_too_a_warning_waits_for_the_detector() -> None:
     odd = dict.fromkeys(range(100, 120), 4.0)
-    assert held(100, {}) == [100]
-    assert held(100, odd, active=range(102, 120)) == []
-    assert held(100, odd) == [105], "what the detector leaves open is warned of"
-    assert held(100, {100: 4.0, 101: 4.0}) == [102]
-    assert held(100, {}, active=range(90, 120)) == []
+    assert reported_steps(100, {}) == [100]
+    assert reported_steps(100, odd, active=range(102, 120)) == []
+    assert reported_steps(100, odd) == [105], "what the detector leaves open is warned of"
+    assert reported_steps(100, {100: 4.0, 101: 4.0}) == [102]
+    assert reported_steps(100, {}, active=range(90, 120)) == []
 
 
-def test_a_training_that_settles_is_not_warned_of() -> None:
+def test_a_training_that_settles_raises_no_warning() -> None:
     rows = calm()
     rows[20:SETTLING, 2] = 40
-    assert said(rows) == []
+    assert warnings_of(rows) == []
 
 
 def test_unsampled_steps_neither_add_nor_calm() -> None:
     rows = np.full((4000, len(PLACES)), np.nan)
     rows[::10] = calm(400)
     rows[2000::10, 2] = 40
-    (found,) = said(rows)
+    (found,) = warnings_of(rows)
     assert (found.step, found.since) == (2020, 2000)
 
 

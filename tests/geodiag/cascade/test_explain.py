@@ -167,7 +167,7 @@ def test_a_learning_rate_that_was_raised_long_before_is_not_blamed(tmp_path: Pat
     assert (found.cause, found.stage, found.layer, found.onset) == ("layer", 1, 2, 230)
 
 
-def test_a_rising_schedule_is_said_by_where_it_led(tmp_path: Path) -> None:
+def test_a_rising_schedule_is_continued_in_the_usual_value(tmp_path: Path) -> None:
     lr = np.linspace(1e-4, 3e-2, 300)
     lr[240:] = 0.2
     found = explain(Planted(lr=lr).write(tmp_path / "run"))
@@ -233,9 +233,11 @@ def test_a_fault_that_grows_slowly_is_dated_to_where_it_left_its_range(tmp_path:
 def test_a_fault_event_is_not_read_and_a_lie_in_it_changes_nothing(tmp_path: Path) -> None:
     honest = expert_fault().write(tmp_path / "honest")
     lying = expert_fault().write(tmp_path / "lying", close=False)
-    told = {"kind": "router-shift", "magnitude": 3.0, "last_step": 245}
+    details = {"kind": "router-shift", "magnitude": 3.0, "last_step": 245}
     lying.event(
-        Event(step=244, kind="fault", message="planted router-shift", layer=0, expert=1, data=told)
+        Event(
+            step=244, kind="fault", message="planted router-shift", layer=0, expert=1, data=details
+        )
     )
     lying.event(
         Event(
@@ -255,7 +257,7 @@ def test_a_fault_event_is_not_read_and_a_lie_in_it_changes_nothing(tmp_path: Pat
 
 def test_a_spike_is_asked_for_by_number_by_step_or_as_it_is(tmp_path: Path) -> None:
     run = expert_fault().write(tmp_path / "run", close=False)
-    expert_fault().tell(run, 120)
+    expert_fault().record_spike(run, 120)
     run.close()
     assert [c.spike_onset for c in cascades(run)] == [120, 250]
     assert explain(run, 0).spike_onset == 120
@@ -278,9 +280,9 @@ def test_a_step_without_a_spike_can_be_asked_about(tmp_path: Path) -> None:
 def test_as_json_every_key_is_there_and_unknowns_are_null(tmp_path: Path) -> None:
     found = explain(expert_fault().write(tmp_path / "a")).as_json()
     nothing = explain(Planted().write(tmp_path / "b")).as_json()
-    for said in (found, nothing):
-        assert set(said) >= KEYS | {"alternatives", "path", "words", "caveats"}
-        json.dumps(said, allow_nan=False)
+    for data in (found, nothing):
+        assert set(data) >= KEYS | {"alternatives", "path", "words", "caveats"}
+        json.dumps(data, allow_nan=False)
     assert nothing["stage"] is None
     assert nothing["layer"] is None
     assert found["evidence"][0]["unit"]

@@ -1,4 +1,4 @@
-"""The spike detector: what it must raise, what it must not, and what it remembers."""
+"""The spike detector: what it must raise, what it must not raise, and its state."""
 
 import json
 import math
@@ -16,7 +16,7 @@ def flat(n: int = 600, level: float = 3.0, sigma: float = 0.03, seed: int = 0) -
 
 
 def detect(losses, every: int = 1, grads=None, **options) -> list[Spike]:
-    """What is raised on these losses, logged every so many steps."""
+    """Return the spikes raised on losses that are logged every `every` steps."""
     updates = [
         Update(i * every, float(x), None if grads is None else grads[i])
         for i, x in enumerate(losses)
@@ -88,7 +88,7 @@ def test_one_row_of_a_sparse_log_is_no_spike_where_near_misses_are_common() -> N
     assert [s.kind for s in detect(heavy, every=5, tails=1.0) if s.onset == 17500] == ["spike"]
 
 
-def test_a_second_spike_soon_after_the_first_is_seen() -> None:
+def test_a_second_spike_soon_after_the_first_is_detected() -> None:
     losses = flat()
     losses[300:310] += 1.0
     losses[316:326] += 1.0
@@ -121,7 +121,7 @@ def test_a_spike_that_is_not_over_has_no_end_yet() -> None:
     assert (spike.end, spike.peak) == (None, 319)
 
 
-# -- nothing abnormal blinds it --------------------------------------------------------------
+# -- abnormal losses do not affect later verdicts --------------------------------------------------------------
 
 
 def test_nan_is_a_spike_and_does_not_blind_the_detector() -> None:
@@ -307,7 +307,7 @@ def test_a_gap_in_the_log_does_not_make_one_row_a_spike() -> None:
     assert [s.kind for s in found] == ["outlier"]
 
 
-def test_a_loss_that_explodes_before_there_is_a_trend_is_seen() -> None:
+def test_a_loss_that_explodes_before_there_is_a_trend_is_detected() -> None:
     (spike,) = detect([*np.linspace(11, 8, 8), *[40.0] * 20])
     assert (spike.kind, spike.onset, spike.detected) == ("spike", 8, 10)
 
@@ -316,7 +316,7 @@ def test_a_loss_that_explodes_before_there_is_a_trend_is_seen() -> None:
 
 
 def beginning(seed: int, n: int = 150) -> np.ndarray:
-    """A training's first steps: it falls by more than 20 σ, and then the noise is 0.15."""
+    """Return the first losses of a training: a fall of more than 20 σ, then noise of 0.15."""
     return (
         2.2
         + 3.4 * np.exp(-np.arange(n) / 12)
@@ -371,7 +371,7 @@ def test_a_rollback_far_back_forgets_the_lower_losses_and_stays_awake() -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, 299, 300, 301, 305, 312, 321, 410, 421, 500, 799, 1100])
-def test_a_resumed_detector_says_what_an_uninterrupted_one_says(cut: int) -> None:
+def test_a_resumed_detector_gives_the_verdicts_of_an_uninterrupted_one(cut: int) -> None:
     losses, grads = smoothed(flat(1200, sigma=0.3), 0.8), np.exp(flat(1200))
     losses[300:310] += 1.0
     losses[320] += 2.0
@@ -391,7 +391,7 @@ def test_a_resumed_detector_says_what_an_uninterrupted_one_says(cut: int) -> Non
     assert after.state_dict() == whole.state_dict()
 
 
-def test_a_detector_resumed_behind_a_steep_descent_still_knows_of_it() -> None:
+def test_a_detector_resumed_after_a_steep_descent_gives_the_same_verdicts() -> None:
     losses = 2.0 + 11.0 * np.exp(-np.arange(140) / 15) + 0.02 * flat(140)
     whole, before, after = SpikeDetector(), SpikeDetector(), SpikeDetector()
     for step in range(70):

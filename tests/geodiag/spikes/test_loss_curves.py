@@ -103,7 +103,7 @@ def test_a_run_is_read_with_all_its_attempts_as_they_happened(tmp_path: Path) ->
     assert (spike.kind, spike.onset, spike.end) == ("spike", 300, 290)
 
 
-def test_a_run_without_losses_says_so(tmp_path: Path) -> None:
+def test_a_run_without_losses_is_refused_with_the_reason(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run")
     run.append("steps", {"step": [0], "grad_norm": [1.0]})
     run.close()
@@ -156,7 +156,7 @@ def test_a_spike_still_on_at_the_end_is_listed_with_its_peak_so_far(tmp_path: Pa
     assert "still on" in printed(path)
 
 
-def test_where_nothing_happened_it_says_so_in_one_sentence_and_prints_an_empty_list(
+def test_without_events_one_sentence_or_an_empty_list_is_printed(
     tmp_path: Path,
 ) -> None:
     path = write_csv(tmp_path / "a.csv", losses())
