@@ -1,4 +1,4 @@
-"""Events: what happened, when, where and why, one row each."""
+"""Events: one row of the table `events` each, with step, place, kind, message and details."""
 
 import json
 import time
@@ -24,7 +24,7 @@ KINDS = {
     "attempt": "training began, resumed or rolled back",
     "problem": "geodiag itself could not do something; training went on",
 }
-"""Every kind of event and what it means."""
+"""Kind of event → its meaning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,8 @@ class Event:
         if self.kind not in KINDS:
             raise ValueError(f"unknown event kind {self.kind!r}; known: {', '.join(KINDS)}")
 
-    def columns(self) -> dict[str, list]:
-        """The event as columns of one row, as `Run.append` takes them."""
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the event as columns of one row, for `Run.append`."""
         row = {
             k: getattr(self, k)
             for k in ("step", "kind", "layer", "site", "expert", "message", "time")
@@ -54,7 +54,7 @@ class Event:
 
 
 def details(data: str | None) -> dict[str, Any]:
-    """An event's `data` as a dict again; empty where there is none or it makes no sense."""
+    """Return an event's `data` as a dict; empty where it is absent or not valid JSON."""
     try:
         found = json.loads(data or "{}")
     except ValueError:

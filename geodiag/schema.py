@@ -1,4 +1,4 @@
-"""Import name `geodiag.schema` of earlier versions; the schema itself is `geodiag.metrics.schema`."""
+"""Import name of earlier versions; the schema itself is `geodiag.metrics.schema`."""
 
 from geodiag.metrics.schema import (
     CATEGORIES,

@@ -3,7 +3,7 @@ all places.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -94,7 +94,7 @@ def _tags(table: str, rows: pa.Table, metrics: list[Metric]) -> list[list[str]]:
     keys += (
         ["rank"] if table == "tokens" else []
     )  # no rank's tokens are a share of anything: they are not merged
-    known: dict[tuple, list[str]] = {}
+    known: dict[tuple[Any, ...], list[str]] = {}
     tags = []
     for place in zip(*(rows[k].to_pylist() for k in keys), strict=True):
         if place not in known:
@@ -104,7 +104,7 @@ def _tags(table: str, rows: pa.Table, metrics: list[Metric]) -> list[list[str]]:
     return tags
 
 
-def _place(keys: dict) -> str:
+def _place(keys: dict[str, Any]) -> str:
     """`layer 03 attn`, `layer 03 expert 005`: of one length, so that they sort."""
     parts = []
     for name, value in keys.items():

@@ -1,6 +1,4 @@
-"""The folder that an export makes: whole or not at all, never inside a run, never over anything of
-somebody else's.
-"""
+"""The folder of an export: written whole or not at all, never in a run, never over other files."""
 
 import os
 import shutil
@@ -13,21 +11,20 @@ from geodiag.run import Run
 from geodiag.store.files import Folder
 
 MARK = "export.json"
-"""What was exported; also the sign by which an older export may be replaced."""
+"""Describes the export; `--force` replaces only a folder that has this file."""
 
 
 def default_out(run: Run, to: str) -> Path:
-    """`exports/tensorboard/hc` for `sample_runs/hc`: TensorBoard shows all runs of a folder beside
-    one another.
-    """
+    """Return `exports/tensorboard/hc` for `sample_runs/hc`: TensorBoard opens a folder of runs."""
     return Path("exports", to, run.name or "run")
 
 
 def refuse_early(out: Path, run: Run, force: bool) -> None:
-    """GeodiagError where nothing may be written to `out`, before the long work begins."""
+    """Raise GeodiagError where `out` may not be written, before the long work begins."""
     if ":/" in str(out):
         raise GeodiagError(
-            f"cannot write to {out}; pass a folder on this machine with --out, and copy it from there"
+            f"cannot write to {out}; "
+            "pass a folder on this machine with --out, and copy it from there"
         )
     store = Folder.of(run.url)
     if store.is_local:
@@ -55,15 +52,14 @@ def refuse_early(out: Path, run: Run, force: bool) -> None:
         raise GeodiagError(f"{out} exists and is not empty; {how}")
     if inside and MARK not in inside:
         raise GeodiagError(
-            f"{out} was not written by geodiag export, so --force leaves it alone; pass another --out"
+            f"{out} was not written by geodiag export, so --force leaves it alone; "
+            "pass another --out"
         )
 
 
 @contextmanager
 def whole_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A hidden folder beside `out` to write into; it becomes `out` when all went well, and is gone
-    when not.
-    """
+    """Yield a hidden folder beside `out`, renamed to `out` on success and removed on an error."""
     here = out.resolve()
     tmp, old = (here.with_name(f".{here.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     made = [p for p in here.parents if not p.exists()]
@@ -74,24 +70,24 @@ def whole_folder(out: Path, force: bool) -> Iterator[Path]:
         raise cannot_write(out, e) from None
     try:
         yield tmp
-        with told(out):
+        with disk_errors(out):
             if force and here.exists():
                 os.replace(here, old)
             os.replace(tmp, here)
-    except BaseException:  # Ctrl-C too: nothing half stays, and what was there before comes back
+    except BaseException:  # Ctrl-C too: remove what is incomplete, put the old folder back
         if old.exists() and not here.exists():
             os.replace(old, here)
         shutil.rmtree(tmp, ignore_errors=True)
         for parent in made:
-            with suppress(OSError):  # somebody else's file may be there by now
+            with suppress(OSError):  # another program may have written a file there
                 parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
-def told(out: Path) -> Iterator[None]:
-    """Around what writes: the disk's refusal in one line."""
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn an error of the disk into a GeodiagError."""
     try:
         yield
     except OSError as e:
@@ -99,7 +95,7 @@ def told(out: Path) -> Iterator[None]:
 
 
 def cannot_write(out: Path, error: OSError) -> GeodiagError:
-    """Why `out` cannot be written, and what to do."""
+    """Return the error for a folder that cannot be written."""
     why = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
     return GeodiagError(
         f"cannot write {out}: {why}; free space there, or pass a folder you may write with --out"

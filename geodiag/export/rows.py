@@ -1,6 +1,4 @@
-"""The rows of an export, a stretch of steps at a time: a long run takes gigabytes, what is held of
-it does not.
-"""
+"""The rows of an export, a range of steps at a time, because a long run has gigabytes of rows."""
 
 from collections.abc import Iterator
 
@@ -15,11 +13,11 @@ from geodiag.store.reader import Steps
 from geodiag.store.step_chunks import step_chunks
 
 CELLS = 1 << 22
-"""Numbers held at once; each is also text, or a curve's point, for a while."""
+"""Numbers in memory at once; each also becomes a text or a point of a curve."""
 
 
 class Pieces:
-    """Iterates over (table, rows) of what was chosen, in the order of tables and steps."""
+    """Iterates over (table, rows) of the selection, in the order of tables and steps."""
 
     def __init__(self, run: Run, choice: Choice, partial: bool = False) -> None:
         self._run, self._choice, self._partial = run, choice, partial
@@ -32,7 +30,7 @@ class Pieces:
         step, attempt = clock["step"].to_numpy(), clock["attempt"].to_numpy()
         self._attempts = ", ".join(str(a) for a in np.unique(attempt).tolist())
         self._ends = (int(step.min()), int(step.max())) if len(step) else None
-        self._plan = [(t, s) for t in choice.tables for s in self._stretches(t, running)]
+        self._plan = [(t, s) for t in choice.tables for s in self._step_ranges(t, running)]
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -41,14 +39,15 @@ class Pieces:
         for table, steps in self._plan:
             yield table, self._read(table, steps)
 
-    def held(self) -> str:
-        """Which steps there are to choose from, in words."""
+    def available(self) -> str:
+        """Return in words which steps the run has."""
         if self._ends is None:
             return "it recorded no step yet; wait for the first one"
-        return f"it holds steps {self._ends[0]} to {self._ends[1]} of attempt {self._attempts}; choose from these"
+        low, high = self._ends
+        return f"it holds steps {low} to {high} of attempt {self._attempts}; choose from these"
 
-    def _stretches(self, table: str, running: bool) -> list[Steps]:
-        """Ranges of steps that cover what is wanted; of a run that trains, up to the step it is at."""
+    def _step_ranges(self, table: str, running: bool) -> list[Steps]:
+        """Return ranges that cover the requested steps, up to the current one of a running run."""
         low, high = self._choice.steps
         if self._ends is None or table == "events":
             return [(low, high)]
@@ -71,22 +70,20 @@ class Pieces:
         return rows
 
     def _check(self) -> None:
-        """An export that looks whole and is not would be believed: a piece that cannot be read ends
-        it.
-        """
-        torn = [
-            p for p in self._run.problems if "/" in p
-        ]  # the others say that there is no such piece
+        """Raise GeodiagError where a piece cannot be read, unless the export may be partial."""
+        # Problems without a path are about ranks without rows, not about unreadable files.
+        torn = [p for p in self._run.problems if "/" in p]
         if torn and not self._partial:
             more = f", and {len(torn) - 1} more" if len(torn) > 1 else ""
             why = self._run.problems[torn[0]]
             raise GeodiagError(
-                f"cannot read {torn[0]} of {self._run.url}: {why}{more}; pass --partial to export the rest"
+                f"cannot read {torn[0]} of {self._run.url}: {why}{more}; "
+                "pass --partial to export the rest"
             )
 
 
 def moments(rows: pa.Table) -> np.ndarray:
-    """Index of the first row of each step of each rank and attempt; `rows` lie in that order."""
+    """Return the first row of each step of each rank and attempt; `rows` are sorted by them."""
     if not len(rows):
         return np.zeros(0, np.int64)
     new = np.ones(len(rows), bool)

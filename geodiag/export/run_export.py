@@ -1,7 +1,6 @@
-"""A run for the tools people already have: tables as CSV, or curves and texts as TensorBoard's
-event files.
+"""Export of a run: tables as CSV files, or curves and texts as TensorBoard event files.
 
-Choice (tables, columns, attempts) → Pieces (a stretch of steps at a time) → CsvFiles or EventFiles
+Choice (tables, columns, attempts) → Pieces (a range of steps at a time) → CsvFiles or EventFiles
 → whole_folder
 """
 
@@ -17,7 +16,7 @@ import pyarrow as pa
 
 from geodiag.errors import GeodiagError
 from geodiag.export.csv_files import CsvFiles
-from geodiag.export.output_folder import MARK, refuse_early, told, whole_folder
+from geodiag.export.output_folder import MARK, disk_errors, refuse_early, whole_folder
 from geodiag.export.rows import Pieces
 from geodiag.export.selection import Choice, choose
 from geodiag.export.tensorboard_files import EventFiles
@@ -25,35 +24,35 @@ from geodiag.run import Run
 
 Format = Literal["tensorboard", "csv"]
 Advance = Callable[[int, int, str], None]
-"""Called after every piece: pieces done, pieces in all, the table it was of."""
+"""Callback after every piece: pieces done, pieces in all, name of the table."""
 
 
 class Files(Protocol):
-    """A format: it is given the rows of the tables, piece by piece."""
+    """A file format: takes the rows of the tables piece by piece."""
 
     rows_by_file: dict[str, int]
 
     @property
     def tags(self) -> int | None:
-        """Curves and texts, where the format has them."""
+        """Number of curves and texts, None for a format without them."""
 
     @property
     def values(self) -> int:
-        """What was taken so far: points of curves and events, or rows."""
+        """Number of values written so far: points of curves and events, or rows."""
 
     def write(self, table: str, rows: pa.Table) -> None:
-        """Appends rows, which lie in the order of their steps."""
+        """Append rows, which are sorted by step."""
 
     def finish(self) -> None:
-        """Writes what comes last, and closes."""
+        """Write what comes after the last row, and close the files."""
 
     def abandon(self) -> None:
-        """Closes, and no more."""
+        """Close the files without completing them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written, and what was not."""
+    """Description of a finished export; also written to `export.json`."""
 
     run: str
     to: str
@@ -62,26 +61,26 @@ class Exported:
     files: list[dict[str, Any]]
     """Name and bytes; of a CSV its rows."""
     rows: dict[str, int]
-    """Table → rows that were read of it."""
+    """Table → number of rows that were read."""
     tags: int | None
     values: int
     seconds: float
     problems: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
-        said: dict[str, Any] = {
+        data: dict[str, Any] = {
             "run": self.run,
             "to": self.to,
             "out": self.out,
             "files": self.files,
         }
-        said |= {
+        data |= {
             "rows": self.rows,
             "tags": self.tags,
             "values": self.values,
             "seconds": round(self.seconds, 3),
         }
-        return said | {"left_out": self.choice.left_out, "problems": self.problems}
+        return data | {"left_out": self.choice.left_out, "problems": self.problems}
 
 
 def export(
@@ -94,11 +93,11 @@ def export(
     advance: Advance | None = None,
     **asked: Any,
 ) -> Exported:
-    """Writes `run` to the folder `out`, whole or not at all; `asked` is what `choose` takes.
+    """Write `run` to the folder `out`, whole or not at all; `asked` are the arguments of `choose`.
 
     GeodiagError where there is nothing to write, where `out` cannot be written or is in use, and,
     unless `partial`, where a piece of the run cannot be read. A run that is still training is
-    exported up to the step it is at.
+    exported up to its current step.
     """
     began = time.monotonic()
     choice = choose(to, **asked)
@@ -113,19 +112,19 @@ def export(
         )
         try:
             for done, (table, piece) in enumerate(pieces, 1):
-                with told(out):
+                with disk_errors(out):
                     files.write(table, piece)
                 rows[table] += len(piece)
                 if advance:
                     advance(done, len(pieces), table)
             if not files.values:
                 raise GeodiagError(
-                    f"{run.url} recorded nothing of what is asked for; {pieces.held()}"
+                    f"{run.url} recorded nothing of what is asked for; {pieces.available()}"
                 )
-            with told(out):
+            with disk_errors(out):
                 files.finish()
         except BaseException:  # Ctrl-C too: files are closed before their folder goes
-            with suppress(OSError):  # what happened first is what is told
+            with suppress(OSError):  # the first error is the one to report
                 files.abandon()
             raise
         done_now = Exported(
@@ -140,7 +139,7 @@ def export(
             seconds=time.monotonic() - began,
             problems=dict(run.problems),
         )
-        with told(out):
+        with disk_errors(out):
             (folder / MARK).write_text(
                 json.dumps(done_now.as_json(), indent=1) + "\n", encoding="utf-8"
             )
@@ -148,10 +147,10 @@ def export(
 
 
 def _listed(folder: Path, rows: dict[str, int]) -> list[dict[str, Any]]:
-    """Every file of the export, with its size and, where it has any, its rows."""
+    """Return name, size and, for a CSV, number of rows of every file of the export."""
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        said = {"file": name, "bytes": path.stat().st_size}
-        found.append(said | ({"rows": rows[name]} if name in rows else {}))
+        entry: dict[str, Any] = {"file": name, "bytes": path.stat().st_size}
+        found.append(entry | ({"rows": rows[name]} if name in rows else {}))
     return found

@@ -57,7 +57,8 @@ def choose(
     """
     if to == "csv" and places is not None:
         raise GeodiagError(
-            "--places is about curves, a CSV has every place; leave it out, or pass --to tensorboard"
+            "--places is about curves, a CSV has every place; "
+            "leave it out, or pass --to tensorboard"
         )
     possible = _TABLES[to]["all"]
     named = _named_tables(to, tables, possible)
@@ -90,7 +91,8 @@ def parse_steps(text: str | None) -> Steps:
     first, end = (int(e) if e else None for e in (low, high))
     if first is not None and end is not None and first >= end:
         raise GeodiagError(
-            f"--steps {text} holds no step: it ends where it begins, or earlier; pass A:B with A < B"
+            f"--steps {text} holds no step: it ends where it begins, or earlier; "
+            "pass A:B with A < B"
         )
     return first, end
 

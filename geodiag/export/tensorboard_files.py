@@ -168,5 +168,6 @@ def _protos() -> _Protos:
         return _Protos()
     except ImportError as e:
         raise GeodiagError(
-            f"--to tensorboard needs a package that is not here ({e}); pip install tensorboard, or pass --to csv"
+            f"--to tensorboard needs a package that is not here ({e}); "
+            "pip install tensorboard, or pass --to csv"
         ) from None

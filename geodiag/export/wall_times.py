@@ -37,11 +37,13 @@ class WallTimes:
             )
             - 1
         )
-        return self._times[np.maximum(at, 0)]
+        times: np.ndarray = self._times[np.maximum(at, 0)]
+        return times
 
 
 def _key(attempt: np.ndarray, step: np.ndarray) -> np.ndarray:
-    return (attempt << 32) + step
+    key: np.ndarray = (attempt << 32) + step
+    return key
 
 
 def _begun(manifest: dict[str, Any]) -> dict[int, float]:
@@ -61,4 +63,5 @@ def _since_first(step: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     """
     took = np.where(np.isfinite(seconds), seconds, 0.0)
     took[1:] *= np.diff(step)
-    return np.cumsum(took) - took[0]
+    elapsed: np.ndarray = np.cumsum(took) - took[0]
+    return elapsed

@@ -31,8 +31,9 @@ class Cadence:
     def of(
         cls, every: Every = 1, probe_every: int = PROBE_EVERY, layers: tuple[int, ...] | None = None
     ) -> "Cadence":
-        """What a user asked for, on top of the defaults. GeodiagError for a name that no metric
-        begins with.
+        """Return the cadence that a user requested, on top of the defaults.
+
+        GeodiagError for a prefix that no metric begins with.
         """
         asked = {"": every} if isinstance(every, int) else dict(every)
         if min([probe_every, *asked.values()]) < 1:
@@ -42,30 +43,32 @@ class Cadence:
             name: plain if n == 1 else max(1, n * probe_every // PROBE_EVERY)
             for name, n in _defaults().items()
         }
-        for prefix in sorted(asked, key=len):  # the longest, which says most, comes last and stays
+        for prefix in sorted(asked, key=len):  # the longest prefix comes last, and wins
             for name in _begin_with(prefix, list(steps)):
                 steps[name] = asked[prefix]
         return cls(steps, layers)
 
     @classmethod
     def of_run(cls, manifest: Mapping[str, Any]) -> "Cadence":
-        """The cadence that a run was recorded with; the defaults where its manifest does not say."""
+        """Return the cadence in a run's manifest, or the defaults where it has none."""
         config = manifest.get("config")
-        said = config.get("cadence") if isinstance(config, dict) else None
-        if not isinstance(said, dict) or not isinstance(said.get("every"), dict):
+        written = config.get("cadence") if isinstance(config, dict) else None
+        if not isinstance(written, dict) or not isinstance(written.get("every"), dict):
             return cls.of()
-        layers = said.get("layers")
-        return cls(_defaults() | said["every"], tuple(layers) if isinstance(layers, list) else None)
+        layers = written.get("layers")
+        return cls(
+            _defaults() | written["every"], tuple(layers) if isinstance(layers, list) else None
+        )
 
     def record(self) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """Return the cadence as data for the manifest."""
         return {
             "every": dict(self.every),
             "layers": None if self.layers is None else list(self.layers),
         }
 
     def due(self, step: int) -> frozenset[str]:
-        """The "table.metric" names that are sampled at `step`; the same object for the same set."""
+        """Return the "table.metric" names sampled at `step`; the same object for the same set."""
         periods = sorted(set(self.every.values()))
         key = tuple(step % p == 0 for p in periods)
         if key not in self._seen:
@@ -102,23 +105,23 @@ def _begin_with(prefix: str, names: Sequence[str]) -> list[str]:
 
 
 def parse_every(given: Iterable[str]) -> dict[str, int]:
-    """Command-line words, `10` or `amax_gain=1`, as a mapping. GeodiagError where one makes no
-    sense.
-    """
+    """Return command-line words, `10` or `amax_gain=1`, as a mapping. GeodiagError for others."""
     out: dict[str, int] = {}
     for word in given:
         name, _, number = word.rpartition("=")
         if not number.isdecimal() or int(number) < 1 or (not name and "=" in word):
             raise GeodiagError(
-                f"--every {word} is no cadence; pass a number of steps, or METRIC=STEPS, e.g. amax_gain=1"
+                f"--every {word} is no cadence; "
+                "pass a number of steps, or METRIC=STEPS, e.g. amax_gain=1"
             )
         out[name] = int(number)
     return out
 
 
 def parse_layers(given: str | Iterable[int] | None, count: int) -> tuple[int, ...] | None:
-    """`0-7,30-` or numbers as layers of a model that has `count`. GeodiagError where it has no such
-    layer.
+    """Return `0-7,30-`, or numbers, as layers of a model with `count` layers.
+
+    GeodiagError for a layer that the model does not have.
     """
     if given is None:
         return None

@@ -1,8 +1,4 @@
-"""The catalogue as a page: docs/metrics.md, printed from the registry so that the two cannot
-differ.
-
-`make docs` writes it; a test compares.
-"""
+"""docs/metrics.md, printed from the registry by `make docs`; a test compares the two."""
 
 from geodiag.events import KINDS
 from geodiag.metrics.schema import SCHEMAS, Metric, metrics_of
@@ -11,9 +7,10 @@ _ABOUT = {
     "steps": "One row a step.",
     "layers": "One row a residual site of a sampled step: `layer`, then `site` (`attn`, `ffn`).",
     "experts": "One row an expert of a sampled step.",
-    "matrices": "Token means of the residual maps: `map` (`pre`, `post`, `res`), row `i`, column `j`, `value`.",
-    "tokens": "A few traced tokens of the probe batch, one row a site: `token` is the place in the batch, `token_id` "
-    "its id in the vocabulary, `experts` the chosen ones, heaviest first.",
+    "matrices": "Token means of the residual maps: `map` (`pre`, `post`, `res`), row `i`, "
+    "column `j`, `value`.",
+    "tokens": "A few traced tokens of the probe batch, one row a site: `token` is the place in the "
+    "batch, `token_id` its id in the vocabulary, `experts` the chosen ones, heaviest first.",
     "domains": "One row a domain that the loader names, of a step's batch or of the probe batch.",
     "events": "What happened, when, where and why.",
 }
@@ -21,11 +18,14 @@ _STAGES = {1: "1 curvature", 2: "2 routing", 3: "3 amplification"}
 
 
 def page() -> str:
-    """The whole page as Markdown."""
-    keys = "Every row has `rank`, `attempt` and `step`; null is *not sampled* or *not applicable*, NaN is a measured NaN."
+    """Return the page as Markdown."""
+    keys = (
+        "Every row has `rank`, `attempt` and `step`; null is *not sampled* or *not applicable*, "
+        "NaN is a measured NaN."
+    )
     reduced = (
-        "*Every* is the default cadence in steps (`--every` changes it); *reduced by* says how micro-batches, then "
-        "ranks, become one value."
+        "*Every* is the default cadence in steps (`--every` changes it); *reduced by* says how "
+        "micro-batches, then ranks, become one value."
     )
     parts = [
         "# What geodiag records",

@@ -14,8 +14,7 @@ import pyarrow as pa
 
 _ID = b"geodiag.store.journal"
 _BROKEN = (pa.ArrowException, OSError, MemoryError)
-"""Errors of Arrow for bytes that end early or are not valid; an invalid length asks for much memory.
-"""
+"""Errors of Arrow for bytes that end early or are not valid, such as an absurd length."""
 
 
 class Journal:

@@ -1,8 +1,8 @@
-"""run.json: what is said of a run as a whole, and where each of its attempts began.
+"""run.json, the manifest: a run's configuration and status, and the first step of each attempt.
 
-A resumed or rolled-back training writes its steps again, under the next attempt number. Rows of an
-attempt that the manifest does not know (its first step was still in flight, or the manifest is
-lost) begin where their own first row says.
+A resumed or rolled-back training writes its steps again, under the next attempt number. An attempt
+that is not in the manifest (its first step was being written, or the manifest is lost) begins at
+the first step among its rows.
 """
 
 import platform
@@ -27,7 +27,7 @@ def begin(
     counterfactual: Sequence[str],
     world_size: int,
 ) -> dict[str, Any]:
-    """The manifest of a training that begins now, after what `old` tells."""
+    """Return the manifest of a training that begins now; `old` is the manifest before it."""
     return {
         "schema_version": SCHEMA_VERSION,
         "created": old.get("created", time.time()),
@@ -45,32 +45,34 @@ def begin(
 
 
 def next_attempt(old: dict[str, Any], rank: int) -> int:
-    """The first number that no attempt has used; a killed one may have left rows before its first
-    step.
+    """Return the first attempt number that is not used yet.
+
+    An attempt that was killed before its first step has used its number too, because it may have
+    left rows. The other ranks read the manifest after rank 0 has reserved the number in it.
     """
-    reserved = (
-        old.get("attempt") if rank == 0 else None
-    )  # the other ranks come after rank 0 reserved theirs
-    return 1 + max([*known_starts(old), reserved if isinstance(reserved, int) else -1], default=-1)
+    used = list(known_starts(old))
+    reserved = old.get("attempt")
+    if rank == 0 and isinstance(reserved, int):
+        used.append(reserved)
+    return 1 + max(used, default=-1)
 
 
 def known_starts(manifest: dict[str, Any]) -> dict[int, int]:
-    """Attempt → its first step, as far as the manifest says."""
+    """Return the first step of each attempt in the manifest."""
     return {e["attempt"]: e["first_step"] for e in _entries(manifest)}
 
 
 def all_starts(rows: pa.Table, known: dict[int, int]) -> dict[int, int]:
-    """`known`, and for every other attempt among the rows its own first step."""
-    lost = set(pc.unique(rows["attempt"]).to_pylist()) - set(known)
-    return known | {
-        a: pc.min(rows["step"].filter(pc.equal(rows["attempt"], a))).as_py() for a in lost
-    }
+    """Return `known` plus the first step of every other attempt among the rows."""
+    starts = dict(known)
+    for attempt in set(pc.unique(rows["attempt"]).to_pylist()) - set(known):
+        steps = rows["step"].filter(pc.equal(rows["attempt"], attempt))
+        starts[attempt] = pc.min(steps).as_py()
+    return starts
 
 
 def recovered(tables: list[pa.Table]) -> dict[str, Any]:
-    """The part of a lost manifest that the rows themselves tell: which attempts there were, where
-    they began.
-    """
+    """Return the attempts of a lost manifest, found in the rows of all tables."""
     starts: dict[int, int] = {}
     for rows in tables:
         for attempt, first in all_starts(rows, {}).items():
@@ -79,19 +81,20 @@ def recovered(tables: list[pa.Table]) -> dict[str, Any]:
 
 
 def entry(attempt: int, first_step: int) -> dict[str, Any]:
-    """What the manifest says of one attempt."""
+    """Return the manifest's entry of one attempt that begins now."""
     return {"attempt": attempt, "first_step": first_step, "time": time.time()}
 
 
 def _entries(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """The attempts on record; what makes no sense is left out."""
-    said = manifest.get("attempts")
-    dicts = [e for e in said if isinstance(e, dict)] if isinstance(said, list) else []
-    return [
-        e
-        for e in dicts
-        if isinstance(e.get("attempt"), int) and isinstance(e.get("first_step"), int)
-    ]
+    """Return the valid entries of `attempts`."""
+    entries = manifest.get("attempts")
+    return [e for e in entries if _is_entry(e)] if isinstance(entries, list) else []
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    return isinstance(entry.get("attempt"), int) and isinstance(entry.get("first_step"), int)
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,8 @@
-"""Parquet parts: closed, immutable pieces of a table, each naming the journals it was made from."""
+"""Parquet parts: closed, immutable pieces of a table; each names the journals it was made from.
+
+Small parts are merged into larger ones. A merged part names the journals of all its parts, so a
+reader leaves out a part whose journals are all in another one.
+"""
 
 import json
 import os
@@ -13,66 +17,69 @@ from geodiag.store.files import Folder, first_line
 
 _JOURNALS = b"geodiag.journals"
 UNREADABLE = (pa.ArrowException, OSError, ValueError, TypeError, MemoryError)
-"""What a part that is no Parquet file, or was cut or overwritten, makes Arrow raise."""
+"""Errors of Arrow for a part that is no Parquet file, or was cut off or overwritten."""
 MERGE = 10
-"""So many parts of one size class become one."""
+"""Parts of one size class that are merged into one."""
 GROUP_ROWS = 1 << 15
-"""Rows of a row group: who reads a few steps of a large part reads little more than these."""
+"""Rows of a row group: a reader of a few steps of a large part reads little more than these."""
 MERGE_BYTES = 128 << 20
-"""A merge holds its parts in memory, beside the training: never more than this."""
+"""Largest merge, because a merge holds its parts in memory beside the training."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part whose footer could be read: where it is, its rows, its steps, and the journals inside
-    it.
-    """
+    """A part whose footer could be read."""
 
     path: str
     journals: frozenset[str]
+    """Ids of the journals whose rows it contains."""
     rows: int
     first: int
+    """First step."""
     last: int
+    """Last step."""
 
     def replaces(self, other: "Part") -> bool:
-        """Whether this part holds all that `other` holds; of two alike exactly one replaces the
-        other.
+        """Return whether this part contains all rows of `other`.
+
+        Of two parts with the same journals, exactly one replaces the other.
         """
         if not other.journals or self is other:
-            return False  # a part that names no journal was written by somebody else: it stands for itself
+            return False  # a part without journals was not written by geodiag, and is kept
         if self.journals == other.journals:
             return (self.rows, self.path) > (other.rows, other.path)
         return self.journals > other.journals
 
 
 def write_part(folder: Path, table: pa.Table, journals: list[str]) -> Path:
-    """Writes `folder/part-<first>-<last>.parquet` whole and onto the disk, then gives it its name."""
+    """Write `part-<first>-<last>.parquet` to a temporary file, sync it to the disk, rename it."""
     folder.mkdir(parents=True, exist_ok=True)
     steps = table["step"].to_numpy()
     stem = f"part-{steps.min():08d}-{steps.max():08d}"
-    path, twin = folder / f"{stem}.parquet", 1
+    path = folder / f"{stem}.parquet"
+    twin = 1
     while path.exists():  # another attempt closed the same steps
-        path, twin = folder / f"{stem}.{twin}.parquet", twin + 1
+        path = folder / f"{stem}.{twin}.parquet"
+        twin += 1
     tmp = folder / f".{path.name}.tmp"
     table = table.replace_schema_metadata({_JOURNALS: json.dumps(journals).encode()})
     try:
         with tmp.open("wb") as f:
             pq.write_table(table, f, compression="zstd", row_group_size=GROUP_ROWS)
             f.flush()
-            os.fsync(f.fileno())  # the journal goes next: a machine that dies must not take both
+            os.fsync(f.fileno())  # the caller removes the journal next; a crash must not lose both
         os.replace(tmp, path)
     except OSError:
-        tmp.unlink(missing_ok=True)  # half a part would hold the space that a full disk lacks
+        tmp.unlink(missing_ok=True)  # half a part would use the space of a full disk
         raise
     return path
 
 
 def list_parts(store: Folder, sub: str, problems: dict[str, str]) -> list[Part]:
-    """The parts of one table and rank that hold rows no larger part holds; unreadable ones go to
-    `problems`.
+    """Return the parts of one table and rank that no other part replaces.
 
-    FileNotFoundError where a part was merged away between the listing and the look inside: list
-    again.
+    Unreadable parts are entered in `problems`. FileNotFoundError where a part was merged away
+    after the listing; then list again.
     """
     return _live_and_stale(store, sub, problems)[0]
 
@@ -80,13 +87,14 @@ def list_parts(store: Folder, sub: str, problems: dict[str, str]) -> list[Part]:
 def _live_and_stale(
     store: Folder, sub: str, problems: dict[str, str]
 ) -> tuple[list[Part], list[Part]]:
+    """Return the parts that no other part replaces, and those that another part replaces."""
     parts: list[Part] = []
     for name in store.names(sub):
         if not name.endswith(".parquet") or name.startswith("."):
             continue
         name = f"{sub}/{name}" if sub else name
         try:
-            parts.append(_look(store, name))
+            parts.append(_read_footer(store, name))
         except FileNotFoundError:
             raise
         except UNREADABLE as e:
@@ -103,7 +111,7 @@ def _live_and_stale(
     return live, stale
 
 
-def _look(store: Folder, name: str) -> Part:
+def _read_footer(store: Folder, name: str) -> Part:
     path = store.path(name)
     with store.fs.open(path, "rb") as f:
         footer = pq.read_metadata(f)
@@ -113,10 +121,9 @@ def _look(store: Folder, name: str) -> Part:
 
 
 def merge_parts(folder: Path) -> None:
-    """Joins the newest `MERGE` parts of a size class, class after class; the joined ones go last.
+    """Merge the newest `MERGE` parts of each size class; a merged part enters the next class.
 
-    A part that cannot be read stays where it is, and the merge is left to the parts that come after
-    it.
+    Where one of them cannot be read nothing is merged, until later parts take its place.
     """
     store = Folder.of(folder)
     live, _ = _live_and_stale(store, "", {})
@@ -135,12 +142,12 @@ def merge_parts(folder: Path) -> None:
         path = write_part(folder, table, sorted(frozenset().union(*(p.journals for p in group))))
         for part in group:
             os.unlink(part.path)
-        merged = _look(store, path.name)
+        merged = _read_footer(store, path.name)
         classes[len(str(len(merged.journals)))].append(merged)
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a killed process left: half-written files, and parts that a larger one holds."""
+    """Remove what a killed process left: half-written files, and parts that were merged already."""
     for tmp in folder.glob(".*.tmp"):
         tmp.unlink()
     for part in _live_and_stale(Folder.of(folder), "", {})[1]:

@@ -165,5 +165,6 @@ def fit(rows: pa.Table, schema: pa.Schema) -> pa.Table | str:
 
 def _same_kind(one: pa.DataType, other: pa.DataType) -> bool:
     """Return whether both are floats, both integers, or both neither."""
-    floats = pa.types.is_floating(one) == pa.types.is_floating(other)
-    return floats and pa.types.is_integer(one) == pa.types.is_integer(other)
+    if pa.types.is_floating(one) != pa.types.is_floating(other):
+        return False
+    return bool(pa.types.is_integer(one) == pa.types.is_integer(other))

@@ -1,4 +1,4 @@
-"""Writing a run: rows to journals, journals to parts, a heartbeat. One writer a rank."""
+"""Writing the tables of a run: rows to journals, journals to Parquet parts. One writer per rank."""
 
 import contextlib
 from collections.abc import Mapping
@@ -17,30 +17,35 @@ from geodiag.store.rank_pieces import fit
 
 ROLL_BYTES = 8 << 20
 ROLL_BATCHES = 400
+"""A journal becomes a part at this size, or this number of batches."""
 
 
 class TableWriter:
-    """The write side of one rank of a run."""
+    """Appends rows of one rank to the tables of a run."""
 
     def __init__(self, folder: Path, rank: int, attempt: int) -> None:
-        self.folder, self.rank, self.attempt = folder, rank, attempt
+        self.folder = folder
+        self.rank = rank
+        self.attempt = attempt
         self.first_step: int | None = None
-        """Where this attempt began, once it did."""
+        """First step of this attempt; an earlier attempt's, or None, before its first row."""
         self.last_step: int | None = None
-        self._marked = -1
+        self._attempt_of_first_step = -1
         self._journals: dict[str, Journal] = {}
         self._lock = Lock(folder / "journal" / f"rank-{rank}.lock")
         self._fold_leftovers()
 
     def append(self, table: str, columns: Mapping[str, Any]) -> None:
-        """Rows of `table`, safe from kill -9 when this returns. OSError where the disk refuses
-        them; they then stay in memory and are written with the next rows that fit.
+        """Append rows of `table`, which are safe from kill -9 when this returns.
+
+        OSError where the disk refuses them; they stay in memory and are written with the next rows
+        that fit.
         """
         batch = to_batch(table, columns, self.rank, self.attempt)
         if not batch.num_rows:
             return
         if table == "steps":
-            self._mark(batch["step"])
+            self._note_steps(batch["step"])
         if table not in self._journals:
             self._journals[table] = Journal(self._journal_path(table), SCHEMAS[table])
         journal = self._journals[table]
@@ -48,14 +53,16 @@ class TableWriter:
         if len(journal.batches) >= ROLL_BATCHES or journal.bytes >= ROLL_BYTES:
             self._roll(table, journal)
 
-    def _mark(self, steps: pa.Array) -> None:
-        if self._marked != self.attempt:
-            self._marked, self.first_step = self.attempt, steps[0].as_py()
+    def _note_steps(self, steps: pa.Array) -> None:
+        if self._attempt_of_first_step != self.attempt:
+            self._attempt_of_first_step = self.attempt
+            self.first_step = steps[0].as_py()
         self.last_step = steps[-1].as_py()
 
     def close(self) -> None:
-        """Turns every journal into a part. OSError where the disk refuses one: the others are
-        closed all the same.
+        """Turn every journal into a part and release the lock.
+
+        OSError where the disk refuses a part; the other journals become parts all the same.
         """
         refused: OSError | None = None
         for table, journal in self._journals.items():
@@ -76,18 +83,16 @@ class TableWriter:
         return self.folder / table / f"rank-{self.rank}"
 
     def _roll(self, table: str, journal: Journal) -> None:
+        """Turn a journal into a part, and merge small parts."""
         folder = self._table_folder(table)
         write_part(folder, pa.Table.from_batches(journal.batches), [journal.id])
         journal.restart()
-        with contextlib.suppress(
-            OSError
-        ):  # the rows are safe in small parts; the next roll tries again
+        # On a full disk the rows are safe in small parts, and the next roll merges again.
+        with contextlib.suppress(OSError):
             merge_parts(folder)
 
     def _fold_leftovers(self) -> None:
-        """What a killed process left is put in order before anything new is written: journals
-        become parts.
-        """
+        """Turn the journals that a killed process left into parts, before new rows are written."""
         for table in SCHEMAS:
             sweep(self._table_folder(table))
             path = self._journal_path(table)
@@ -96,22 +101,22 @@ class TableWriter:
                 self._fold(table, path)
 
     def _fold(self, table: str, path: Path) -> None:
-        name, batches = read_journal(path.read_bytes())
+        journal_id, batches = read_journal(path.read_bytes())
         rows = fit(pa.Table.from_batches(batches), SCHEMAS[table]) if batches else None
-        if not name or isinstance(rows, str):
-            path.rename(path.with_suffix(".unreadable"))  # keep what we cannot understand
+        if not journal_id or isinstance(rows, str):
+            path.rename(path.with_suffix(".unreadable"))  # kept, so that nothing is lost
             return
         known = list_parts(Folder.of(self._table_folder(table)), "", {})
-        if rows is not None and not any(name in p.journals for p in known):
-            write_part(self._table_folder(table), rows, [name])
+        if rows is not None and not any(journal_id in p.journals for p in known):
+            write_part(self._table_folder(table), rows, [journal_id])
         path.unlink()
 
 
 def to_batch(table: str, columns: Mapping[str, Any], rank: int, attempt: int) -> pa.RecordBatch:
-    """Columns as one record batch of the table's schema.
+    """Return columns as one record batch of the table's schema.
 
-    Values are sequences of one length, scalars (repeated), or numpy masked arrays (masked = null).
-    A column that is not given is null. ValueError for a column the table does not have.
+    Values are sequences of one length, scalars (repeated), or numpy masked arrays (masked is null).
+    A column that is not given is null. ValueError for a column that the table does not have.
     """
     schema = SCHEMAS[table]
     unknown = set(columns) - set(schema.names)
@@ -121,7 +126,7 @@ def to_batch(table: str, columns: Mapping[str, Any], rank: int, attempt: int) ->
         raise ValueError(f"rows of table {table} need a step")
     rows = max((len(v) for v in columns.values() if not _is_scalar(v)), default=1)
     given = {"rank": rank, "attempt": attempt, **columns}
-    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and says so
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
         return pa.record_batch(
             [_array(field, given.get(field.name), rows) for field in schema], schema=schema
         )
@@ -145,11 +150,12 @@ def _array(field: pa.Field, value: Any, rows: int) -> pa.Array:
     mask = np.ma.getmaskarray(value) if isinstance(value, np.ma.MaskedArray) else None
     if not isinstance(value, np.ndarray):
         return pa.array(value, field.type)
-    plain = np.ma.getdata(value).astype(field.type.to_pandas_dtype(), copy=False)
-    return pa.array(plain, field.type, mask=mask)
+    data = np.ma.getdata(value).astype(field.type.to_pandas_dtype(), copy=False)
+    return pa.array(data, field.type, mask=mask)
 
 
 def _coded(field: pa.Field, values: Any) -> pa.Array:
+    """Return texts as codes into the column's fixed dictionary."""
     codes = {name: code for code, name in enumerate(CATEGORIES[field.name])}
     unknown = {v for v in values if v is not None and v not in codes}
     if unknown:
