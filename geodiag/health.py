@@ -1,6 +1,4 @@
-"""A run's health in a few lines: the worst value of every metric, and what it says of the three
-stages.
-"""
+"""Health of a run: the worst value of every metric, and the state of the three stages."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -17,21 +15,20 @@ from geodiag.store.merge_ranks import key_names
 from geodiag.store.step_chunks import step_chunks
 
 SPIKES = ("spike", "divergence", "nonfinite")
-"""Kinds of events that count as a spike of the run; an outlier is over before anybody can act."""
+"""Kinds of events that count as a spike of the run; an outlier is over before one can act."""
 ALERT = 6.0
 """A stage's score, in robust z, from which its worst layer is outside its own history."""
 PERSISTENCE = 3
-"""So many steps in a row outside mean that a stage has left its history; fewer are one odd batch.
-"""
+"""Steps in a row above `ALERT` that mean a stage has left its history; fewer are one odd batch."""
 EXACT = 1e-2
 """How near to 1 the sums of a projected map stay on the side that was normalised last."""
 NEAR = 0.1
-"""Less growth than this over all of the depth is not worth the word."""
+"""Growth over the whole depth below this counts as none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Worst:
-    """The worst value that a metric took, and where."""
+    """The worst value of a metric, and its place."""
 
     value: float
     step: int
@@ -40,7 +37,7 @@ class Worst:
     expert: int | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """A value that is not finite is null, and named beside it."""
+        """Return the fields; a value that is not finite is null, and named in `nonfinite`."""
         said = {
             "value": jsonable(self.value),
             "step": self.step,
@@ -53,14 +50,13 @@ class Worst:
 
 @dataclass(frozen=True, kw_only=True)
 class Composite:
-    """Whether the residual maps, one after the other, amplify: the third stage in one word."""
+    """Whether the residual maps amplify when composed: the third stage in one word."""
 
     verdict: Literal["absent", "within", "flat", "grew", "nonfinite"]
     worst: Worst | None
     direction: Literal["forward", "backward"]
     bound: float | None
-    """What the truncated projection alone can account for; None where the maps are not projected.
-    """
+    """Gain that the truncated projection alone explains; None for maps without a projection."""
 
     def as_json(self) -> dict[str, Any]:
         worst = self.worst.as_json() if self.worst else None
@@ -74,7 +70,7 @@ class Composite:
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """What `geodiag show` and `geodiag runs` tell of a run."""
+    """Health of a run, as `geodiag show` and `geodiag runs` print it."""
 
     run: str
     status: Status
@@ -83,13 +79,11 @@ class Health:
     spikes: list[dict[str, Any]]
     worst: dict[str, Worst]
     left: dict[int, int | None]
-    """Stage → the first step at which it left its own history for good measure; None where it never
-    did.
-    """
+    """Stage → the first step at which it left its own history; None where it never did."""
     composite: Composite
     found: dict[str, int]
     missing: list[str]
-    """What this model does not have, in the words of the adapter that looked."""
+    """Parts that this model does not have, as the adapter reported them."""
     problems: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
@@ -110,9 +104,7 @@ class Health:
 
 
 def health(run: Run, names: Collection[str] | None = None) -> Health:
-    """Sums a run up; `names` are the metrics that are wanted, None for all: what nobody asks for is
-    not read.
-    """
+    """Return the health of a run; only the metrics in `names` are read, None for all."""
     steps = run.read_arrow("steps", ranks="merged")
     step_n = steps["step"].to_numpy()
     first, last = (int(step_n.min()), int(step_n.max())) if len(step_n) else (0, 0)
@@ -147,14 +139,14 @@ def health(run: Run, names: Collection[str] | None = None) -> Health:
 def _pieces(
     run: Run, table: str, names: Sequence[str], first: int, last: int
 ) -> Iterator[pa.Table]:
-    """The table's keys and named metrics, a stretch of steps after another."""
+    """Yield the table's keys and named metrics, one range of steps after another."""
     columns = [*key_names(table), *names]
     for steps in step_chunks(run, table, len(columns), first, last):
         yield run.read_arrow(table, columns, steps, ranks="merged")
 
 
 def _worst_in(pieces: Iterable[pa.Table], metrics: Sequence[Metric]) -> dict[str, Worst]:
-    """The worst value of each metric that was measured."""
+    """Return the worst value of each metric that was measured."""
     worst: dict[str, Worst] = {}
     for rows in pieces:
         for metric in metrics:
@@ -165,7 +157,7 @@ def _worst_in(pieces: Iterable[pa.Table], metrics: Sequence[Metric]) -> dict[str
 
 
 def _beats(value: float, known: float, low: bool) -> bool:
-    """Whether a later value is worse; the first that is not finite is the worst there can be."""
+    """Return whether a later value is worse; the first value that is not finite is the worst."""
     if not math.isfinite(known) or not math.isfinite(value):
         return math.isfinite(known)
     return value < known if low else value > known
@@ -181,9 +173,7 @@ def _left(steps: pa.Table, stage: int) -> int | None:
 
 
 def worst_of(rows: pa.Table, metric: Metric) -> Worst | None:
-    """The row where the metric was at its bad end; what is not finite is worse than all; nulls say
-    nothing.
-    """
+    """Return the worst value of a metric; not finite is worse than all, nulls are skipped."""
     column = rows[metric.name]
     measured = np.flatnonzero(column.is_valid().to_numpy())
     if not len(measured):
@@ -197,7 +187,7 @@ def worst_of(rows: pa.Table, metric: Metric) -> Worst | None:
 
 
 def outside(name: str, worst: Worst, table: str = "layers") -> bool:
-    """Whether the worst value lies outside the metric's healthy range; false where it has none."""
+    """Return whether a value is outside the metric's healthy range; false where it has none."""
     low, high = METRICS[table, name].healthy or (None, None)
     value = worst.value
     return (
@@ -256,7 +246,7 @@ def _truncation(projections: Iterable[pa.Table]) -> float | None:
 
 
 def _found(run: Run) -> dict[str, int]:
-    """How many sites, routers and experts the run watches, however its manifest lists them."""
+    """Return the numbers of sites, routers and experts in the manifest."""
     said = run.manifest.get("found")
     said = said if isinstance(said, dict) else {}
     counts = {name: said.get(name) for name in ("sites", "routers", "experts")}

@@ -1,4 +1,4 @@
-"""The folder of an export: written whole or not at all, never in a run, never over other files."""
+"""The folder of an export: written whole or not at all, never inside a run or over other files."""
 
 import os
 import shutil
