@@ -87,7 +87,8 @@ def _spike_at_step(run: Run, known: Sequence[RecordedSpike], step: int) -> Recor
     if last is None or not 0 <= step <= last:
         steps = "no step" if last is None else f"steps up to {last}"
         raise GeodiagError(
-            f"{run.url} has {len(known)} spikes and {steps}; pass --spike with one of them, not {step}"
+            f"{run.url} has {len(known)} spikes and {steps}; "
+            f"pass --spike with one of them, not {step}"
         )
     return RecordedSpike(spike=None, onset=step, attempt=None)
 

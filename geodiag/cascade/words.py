@@ -39,7 +39,8 @@ def _origin_sentence(c: "Cascade") -> str:
     metrics = "; ".join(measurement_label(e) for e in c.evidence[:2])
     if c.stage == "data":
         domain = f" (domain {c.domain})" if c.domain else ""
-        return f"Cause: the batch{domain}. The data left its range before any layer, {when}: {metrics}."
+        cause = f"Cause: the batch{domain}. The data left its range before any layer"
+        return f"{cause}, {when}: {metrics}."
     place = place_label(c.layer, c.site, c.expert)
     return f"Stage {c.stage}: {NAMES[c.stage or 1]}. It began in {place}, {when}: {metrics}."
 

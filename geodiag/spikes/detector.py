@@ -20,7 +20,7 @@ class Verdict(NamedTuple):
     non-finite loss.
     """
     raised: Spike | None
-    """The spike detected at this update. An outlier is raised once it is over, so it is complete."""
+    """The spike detected at this update. An outlier is raised complete, once it is over."""
     ended: Spike | None
     """The spike that ended at this update."""
     active: bool

@@ -44,9 +44,7 @@ def test_a_lasting_level_becomes_the_new_normal() -> None:
     assert np.nanmax(z[300:]) < 6
 
 
-def test_one_odd_moment_makes_the_next_one_less_odd_and_a_fault_that_stays_does_not_excuse_itself() -> (
-    None
-):
+def test_a_short_outlier_lowers_the_next_score_and_a_lasting_fault_does_not() -> None:
     rows = values(400)
     for t in range(100, 300, 20):
         rows[t, 2] *= 1.2

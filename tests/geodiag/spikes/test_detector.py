@@ -121,7 +121,7 @@ def test_a_spike_that_is_not_over_has_no_end_yet() -> None:
     assert (spike.end, spike.peak) == (None, 319)
 
 
-# -- abnormal losses do not affect later verdicts --------------------------------------------------------------
+# -- abnormal losses do not affect later verdicts --------------------------------------------
 
 
 def test_nan_is_a_spike_and_does_not_blind_the_detector() -> None:
