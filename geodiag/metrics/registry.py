@@ -1,18 +1,20 @@
 """The registry: every metric that geodiag records, and the questions other modules ask about them.
 
-Metrics are declared in residual_metrics.py, expert_metrics.py, router_metrics.py and
+Metrics are declared in gain_metrics.py, stream_metrics.py, expert_metrics.py, router_metrics.py and
 step_metrics.py, in the order in which docs/metrics.md lists them.
 """
 
 from collections.abc import Iterable, Set
 
 from geodiag.metrics import expert_metrics, router_metrics, step_metrics
+from geodiag.metrics.gain_metrics import GAIN_METRICS
 from geodiag.metrics.metric import Group, Metric
-from geodiag.metrics.residual_metrics import RESIDUAL_METRICS
+from geodiag.metrics.stream_metrics import STREAM_METRICS
 
 _DECLARED = [
     *step_metrics.OF_STEPS,
-    *RESIDUAL_METRICS,
+    *GAIN_METRICS,
+    *STREAM_METRICS,
     *expert_metrics.OF_LAYERS,
     *router_metrics.OF_LAYERS,
     *router_metrics.OF_EXPERTS,

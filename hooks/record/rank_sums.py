@@ -7,7 +7,7 @@ maximum of the ranks' values is computed here from sums that the ranks exchange 
 import numpy as np
 
 from geodiag.hooks.adapters.base import Layout
-from geodiag.hooks.measure.parameter_norms import (
+from geodiag.hooks.measure.parameter_metrics import (
     PARAMETERS,
     QUANTITIES,
     Owners,

@@ -18,7 +18,7 @@ from geodiag.hooks.measure.experts import EXPERTS
 from geodiag.hooks.measure.forward_hooks import ForwardHooks
 from geodiag.hooks.measure.gains import GAINS
 from geodiag.hooks.measure.metric_group import MetricGroup
-from geodiag.hooks.measure.parameter_norms import PARAMETERS
+from geodiag.hooks.measure.parameter_metrics import PARAMETERS
 from geodiag.hooks.measure.routers import ROUTERS
 from geodiag.hooks.measure.streams import STREAMS
 from geodiag.hooks.measure.values import Values

@@ -10,7 +10,7 @@ from torch import nn
 
 import geodiag
 from geodiag.hooks.adapters import find_layout
-from geodiag.hooks.measure import parameter_norms
+from geodiag.hooks.measure import parameter_metrics, parameter_norms
 from tests.hooks import small
 
 
@@ -102,7 +102,7 @@ def test_weights_are_copied_only_when_a_ratio_is_due(tmp_path: Path) -> None:
 def test_a_parameter_counts_in_its_layer_and_in_its_router_or_experts() -> None:
     t = small.trainer()
     layout = find_layout(t.model)
-    owners = parameter_norms.Owners(layout)
+    owners = parameter_metrics.Owners(layout)
     router = next(layout.routers[1].module.parameters())
     layer = layout.routers[1].layer
     assert owners.of(id(router)) == [layer, owners.first_router + 1]

@@ -1,7 +1,6 @@
-"""Metrics of the residual streams: maps between sites, the streams themselves, their gradients.
+"""Metrics of the residual maps H_res: gains of each map, of their products over depth, norms.
 
-Stage 3 of the tear cascade, amplification. One value a residual site (`attn`, `ffn`) unless the
-declaration names another place.
+Stage 3 of the tear cascade, amplification. One value a residual site (`attn`, `ffn`).
 """
 
 from functools import partial
@@ -13,12 +12,10 @@ _gain = partial(metric, "layers", group="gains", place="site")
 _map = partial(_gain, part="map", source=MHC)
 _of_mean = partial(_gain, source=MHC_FIGURE_8)
 _map_of_mean = partial(_of_mean, part="map")
-_stream = partial(metric, "layers", group="streams", place="site")
 _gain_page = partial(Chart, page="gain")
 
 _single = partial(_gain_page, quantity="single", menu="single-site gain")
 _composite = partial(_gain_page, quantity="composite", menu="composite gain")
-_transport = partial(_gain_page, quantity="transport", menu="transport gain")
 _spectral = partial(_gain_page, quantity="spectral", menu="spectral norm")
 
 
@@ -233,18 +230,6 @@ _MAPS = [
         "what the maps alone may make of a small change.",
         stage=3,
     ),
-    metric(
-        "layers",
-        "perturbation_growth",
-        "×",
-        ("last", "mean"),
-        "‖change of the last stream‖ over ‖small random change of the stream entering the layer‖, "
-        "probe tokens.",
-        group="growth",
-        place="layer",
-        every=50,
-        stage=3,
-    ),
     _map(
         "sinkhorn_residual",
         "1",
@@ -269,18 +254,6 @@ _MAPS = [
         "Largest entry of H_res before its projection: saturation.",
         source=MHC,
     ),
-]
-
-_STREAMS = [
-    _stream(
-        "branch_share",
-        "1",
-        "mean",
-        "How much of the update is the block's own output.",
-        worse=None,
-        part="write",
-        chart=_gain_page(quantity="branch", menu="branch share", over="mean"),
-    ),
     _gain(
         "post_concentration",
         "×",
@@ -289,100 +262,6 @@ _STREAMS = [
         worse=None,
         chart=_gain_page(quantity="post", menu="post concentration", over="mean"),
     ),
-    _stream(
-        "stream_amax",
-        "1",
-        "max",
-        "Largest |x| of the residual stream after the site.",
-        healthy=(None, 65504.0),
-        stage=3,
-        part="stream",
-        headline="Stage 3",
-        chart=_gain_page(menu="stream amax", over="max"),
-    ),
-    _stream(
-        "stream_rms",
-        "1",
-        "mean",
-        "RMS of the residual stream after the site.",
-        stage=3,
-        part="stream",
-        chart=_gain_page(menu="stream RMS", over="mean"),
-    ),
-    _stream(
-        "transport_gain_fwd",
-        "×",
-        "mean",
-        "Growth of a token's stream across the site, mean.",
-        stage=3,
-        part="write",
-        sides="both",
-        chart=_transport(over="mean"),
-    ),
-    _stream(
-        "transport_gain_fwd_max",
-        "×",
-        "max",
-        "Growth of a token's stream across the site, worst token.",
-        part="write",
-        chart=_transport(over="max"),
-    ),
-    _stream(
-        "transport_gain_bwd",
-        "×",
-        "mean",
-        "Growth of the gradient across the site, towards the input.",
-        stage=3,
-        part="gradient",
-        headline="Stage 3",
-        chart=_transport(over="mean"),
-    ),
-    metric(
-        "layers",
-        "grad_norm",
-        "1",
-        ("mean", "max"),
-        "Gradient norm of the layer's parameters.",
-        group="parameters",
-        place="layer",
-        stage=3,
-        part="gradient",
-        chart=_gain_page(quantity="grad", menu="layer gradient norm", over="mean"),
-    ),
 ]
 
-_UPDATES = [
-    metric(
-        "layers",
-        "update_ratio",
-        "1",
-        ("last", "mean"),
-        "‖Δθ‖ / ‖θ‖ of the layer's own parameters, Δθ their change in this optimizer step.",
-        group="parameters",
-        place="layer",
-        every=10,
-        chart=_gain_page(menu="update ratio", over="mean"),
-    ),
-    metric(
-        "layers",
-        "update_ratio_router",
-        "1",
-        ("last", "mean"),
-        "The same, of the router's parameters.",
-        group="parameters",
-        place="router",
-        every=10,
-    ),
-    metric(
-        "layers",
-        "update_ratio_experts",
-        "1",
-        ("last", "mean"),
-        "The same, of the routed experts' parameters.",
-        group="parameters",
-        place="experts",
-        every=10,
-    ),
-]
-
-RESIDUAL_METRICS = [*_SINGLE, *_COMPOSITE, *_OF_MEAN, *_MAPS, *_STREAMS, *_UPDATES]
+GAIN_METRICS = [*_SINGLE, *_COMPOSITE, *_OF_MEAN, *_MAPS]
