@@ -19,11 +19,16 @@ SLOW = [
     ROOT / "tests" / place
     for place in (
         "benchmarks",  # small runs of the measurements
+        "cli/test_train.py",  # trainings
         "geodiag/store/test_crash.py",  # processes that are killed
         "hooks/adapters/test_deepseek_v4.py",  # trainings of transformers' model
         "hooks/autorecord",  # `geodiag run` in processes of its own
+        "hooks/control/test_steering.py",  # trainings
         "hooks/distributed",  # several ranks
-        "reference_models/test_deepseek_v4_oracle.py",
+        "hooks/routing",  # trainings, each of them several times
+        "hooks/snapshots/test_rollback.py",  # the same
+        "reference_models/test_deepseek_v4_oracle.py",  # transformers' model
+        "reference_models/test_training.py",  # trainings
     )
 ]
 """Folders and files whose tests all have the marker slow; single tests carry it themselves."""
