@@ -22,14 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import geodiag
 from geodiag.errors import GeodiagError
-from geodiag.hooks import monitor as monitor_module
 from geodiag.hooks.control.policy import Policy
 from geodiag.hooks.distributed import rank_exchange as ranks_module
 from geodiag.hooks.measure import formulas as metrics
 from geodiag.hooks.monitor import Monitor
+from geodiag.hooks.probes import measures
 from geodiag.hooks.probes import perturbation_growth as growth
-from geodiag.hooks.probes import runner as probes
+from geodiag.hooks.record.step_writer import StepMetadata
 from geodiag.hooks.snapshots.disk_store import folder_of
+from geodiag.hooks.step_recording import FinishedStep, StepRecording
 from geodiag.reference_models.data import Batch
 from geodiag.reference_models.train import TrainConfig, Trainer
 from geodiag.reference_models.transformer import Transformer
@@ -202,17 +203,17 @@ def broken_inside(folder: Path, parallel: str) -> dict[str, Any]:
     """On rank 1 everything in geodiag fails at the steps 3 to 5, but for the probes."""
     t = made(parallel)
     run = geodiag.attach(t.model, t.optimizers, folder / "run", probe_every=2)
-    record = Monitor._record
+    metadata = StepRecording._metadata
 
-    def fails(self: Monitor, step: int, *rest: Any) -> None:
-        if RANK == 1 and 3 <= step <= 5:
+    def fails(self: StepRecording, finished: FinishedStep, absent: tuple[str, ...]) -> StepMetadata:
+        if RANK == 1 and 3 <= finished.step <= 5:
             raise ZeroDivisionError("on purpose")
-        record(self, step, *rest)
+        return metadata(self, finished, absent)
 
-    monitor_module.Monitor._record = fails  # type: ignore[method-assign]
+    StepRecording._metadata = fails  # type: ignore[method-assign]
     with run:
         losses = train(t, run, range(10))
-    monitor_module.Monitor._record = record  # type: ignore[method-assign]
+    StepRecording._metadata = metadata  # type: ignore[method-assign]
     return {"losses": losses}
 
 
@@ -233,9 +234,9 @@ def broken_probe(folder: Path, parallel: str) -> dict[str, Any]:
         ExitStack() as patches,
     ):
         places = [
-            (probes, "tear"),
-            (probes, "curvature"),
-            (growth, "_moved"),
+            (measures, "tear"),
+            (measures, "curvature"),
+            (growth, "_perturbed"),
             (metrics, "power_step"),
         ]
         for module, name in [*places, (metrics, "margins")] if RANK == 1 else []:
