@@ -221,7 +221,7 @@ def test_skipped_batches_are_never_trained_on_again(tmp_path: Path) -> None:
     again = [b for _, b in live.seen[detected + 1 :]]
     assert again == [b for b in range(40, 40 + len(again) + len(skipped)) if b not in skipped]
     assert (
-        f"without the batches of steps {onset - 1} to {detected}"
+        f"skip the batches of steps {onset - 1} to {detected}"
         in live.events("decision")[0]["message"]
     )
 
