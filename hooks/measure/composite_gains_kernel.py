@@ -28,9 +28,17 @@ def _spectral_norm(h, N: tl.constexpr):
         scale = 1.0 / tl.maximum(tl.max(tl.max(tl.abs(power), 2), 1), 1e-30)
         power = power * scale[:, None, None]
         power = tl.sum(power[:, :, :, None] * power[:, None, :, :], 2)
-    heaviest = tl.argmax(tl.sum(power * power, 1), 1)
+    # Not tl.argmax: of two equally heavy columns, threads that hold copies of a tile can each take
+    # another one, and the sum below is 0 then (seen on an H200 for [[a, b], [b, a]]).
     n = tl.arange(0, N)
-    v = tl.sum(tl.where(n[None, None, :] == heaviest[:, None, None], power, 0.0), 2)
+    v = tl.sum(tl.where(n[None, None, :] == 0, power, 0.0), 2)
+    weight = tl.sum(v * v, 1)
+    for j in tl.static_range(1, N):
+        column = tl.sum(tl.where(n[None, None, :] == j, power, 0.0), 2)
+        of_column = tl.sum(column * column, 1)
+        heavier = of_column > weight
+        weight = tl.where(heavier, of_column, weight)
+        v = tl.where(heavier[:, None], column, v)
     value = tl.sum(
         v * tl.sum(tl.where(gram == gram, gram, 0.0) * v[:, None, :], 2), 1
     ) / tl.maximum(tl.sum(v * v, 1), 1e-30)

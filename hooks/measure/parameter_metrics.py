@@ -98,4 +98,6 @@ def update_ratios(seen: ParameterTotals) -> tuple[np.ndarray | None, ...]:
 def _ratio(update: np.ndarray | None, weight: np.ndarray | None) -> np.ndarray | None:
     if update is None or weight is None or not len(weight):
         return None
-    return np.sqrt(update / weight)
+    # A router by hash has no parameters: not applicable, which is null and not NaN.
+    with np.errstate(invalid="ignore"):
+        return np.ma.masked_where(weight == 0, np.sqrt(update / weight))

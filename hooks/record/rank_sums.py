@@ -93,7 +93,7 @@ class RankSums:
             # The optimizer receives clipped gradients: scaled back by the trainer's own norm.
             clip = 1.0 if before is None or total is None else before / np.float64(total)
             found = PARAMETERS.step_values(ParameterTotals(squares, self._owners, clip))
-        host |= {key: np.asarray(value, np.float32) for key, value in found.items()}
+        host |= {key: np.ma.asarray(value, np.float32) for key, value in found.items()}
         norm = before if before is not None else total
         if norm is not None:
             host["steps.grad_norm"] = np.array([norm], np.float32)

@@ -49,14 +49,14 @@ def test_update_ratios_are_those_of_a_float64_copy(tmp_path: Path) -> None:
     ffn = rows[rows["site"] == "ffn"].set_index("layer")
     for layer in range(3):
         for metric, prefix in (
-            ("update_ratio", f"blocks.{layer}."),
-            ("update_ratio_router", f"blocks.{layer}.moe.router."),
-            ("update_ratio_experts", f"blocks.{layer}.moe.experts."),
+            ("update_ratio", f"layers.{layer}."),
+            ("update_ratio_router", f"layers.{layer}.moe.router."),
+            ("update_ratio_experts", f"layers.{layer}.moe.experts."),
         ):
             expected = slow_ratio(before, model, prefix)
             assert expected > 1e-4
             assert ffn[metric][layer] == pytest.approx(expected, rel=1e-5), (layer, metric)
-            wrong = slow_ratio(before, model, f"blocks.{(layer + 1) % 3}.")
+            wrong = slow_ratio(before, model, f"layers.{(layer + 1) % 3}.")
             assert ffn[metric][layer] != pytest.approx(wrong, rel=1e-5), "another layer's"
 
 
@@ -67,7 +67,7 @@ def test_large_parameters_are_compared_at_evenly_spread_elements(
     rows, before, model = recorded(tmp_path)
     ffn = rows[rows["site"] == "ffn"].set_index("layer")
     for layer in range(3):
-        expected = slow_ratio(before, model, f"blocks.{layer}.")
+        expected = slow_ratio(before, model, f"layers.{layer}.")
         assert ffn["update_ratio"][layer] == pytest.approx(expected, rel=0.3)
         assert ffn["update_ratio"][layer] != pytest.approx(expected, rel=1e-5)
 
@@ -106,7 +106,7 @@ def test_a_parameter_counts_in_its_layer_and_in_its_router_or_experts() -> None:
     router = next(layout.routers[1].module.parameters())
     layer = layout.routers[1].layer
     assert owners.of(id(router)) == [layer, owners.first_router + 1]
-    embedding = next(p for n, p in t.model.named_parameters() if "blocks" not in n)
+    embedding = next(p for n, p in t.model.named_parameters() if "layers" not in n)
     assert owners.of(id(embedding)) == [owners.outside]
 
 
@@ -123,3 +123,15 @@ def test_a_gradient_of_nan_is_a_norm_of_nan_and_not_a_missing_one(tmp_path: Path
     layers = run.read_arrow("layers", ["grad_norm"])["grad_norm"].to_pylist()
     assert all(np.isnan(v) for v in layers if v is not None)
     assert any(v is not None for v in layers)
+
+
+def test_a_module_without_parameters_has_no_ratio(tmp_path: Path) -> None:
+    owners = parameter_metrics.Owners(find_layout(small.trainer().model))
+    squares = {q: np.ones(owners.count) for q in parameter_metrics.QUANTITIES}
+    squares[parameter_metrics.WEIGHT_SQUARES][owners.first_router] = 0
+    squares[parameter_metrics.UPDATE_SQUARES][owners.first_router] = 0
+    totals = parameter_metrics.ParameterTotals(squares, owners, 1.0)
+    values = parameter_metrics.PARAMETERS.step_values(totals)
+    of_routers = values["layers.update_ratio_router"]
+    assert of_routers[0] is np.ma.masked
+    assert of_routers[1:].tolist() == [1.0] * (owners.routers - 1)
