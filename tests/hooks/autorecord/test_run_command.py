@@ -232,7 +232,7 @@ def test_mistakes_are_one_line_that_names_the_fix(
     cli: Callable[..., Any], tmp_path: Path, capfd
 ) -> None:
     one_line(cli("run"), "no command to run", "geodiag run -- python train.py")
-    one_line(cli("run", "--", "no-such-command"), "no command 'no-such-command'", "spelt")
+    one_line(cli("run", "--", "no-such-command"), "no command 'no-such-command'", "spelling")
     one_line(cli("run", "train.py"), "write python train.py")
     script = tmp_path / "train.py"
     script.write_text("")

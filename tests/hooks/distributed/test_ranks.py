@@ -20,6 +20,7 @@ from geodiag.cli.torchrun import RankInfo
 from geodiag.hooks.distributed.rank_exchange import Ranks
 from geodiag.hooks.distributed.rank_messages import RankMessage, RankMessages
 from geodiag.run import Run
+from tests.hooks import small
 from tests.hooks.distributed import scenarios
 from tests.hooks.distributed.launch import Rank, ranks
 
@@ -55,6 +56,10 @@ LOCAL = (
 the whole batch.
 """
 SKIPPED = ("rank", "attempt", "step_seconds", "record_seconds", "probe_seconds")
+
+
+FLIPS = ("flip_rate", "flip_top1", "flip_any")
+PROBE_TOKENS = small.SEQUENCES * small.SEQUENCE
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +119,14 @@ def test_merged_ranks_read_as_one_process_would_have_recorded(
         if one[name].dtype != np.float32 or one[name].isna().all():
             continue
         assert (one[name].isna() == two[name].isna()).all(), name
-        apart, size = (one[name] - two[name]).abs().max(), one[name].abs().max()
-        assert apart <= 0.01 * size + 1e-7, (name, apart, size)
+        apart, size = (one[name] - two[name]).abs(), one[name].abs().max()
+        if name in FLIPS:
+            # The ranks add up in another order. A token whose margin is as small as that rounding
+            # may flip in one of the two trainings only: one token, at one place.
+            assert (apart > 1e-7).sum() <= 1, (name, apart.max())
+            assert apart.max() <= 1.01 / PROBE_TOKENS, (name, apart.max())
+        else:
+            assert apart.max() <= 0.01 * size + 1e-7, (name, apart.max(), size)
         compared += 1
     assert compared >= {"steps": 3, "layers": 30, "experts": 3, "matrices": 1}[table]
 

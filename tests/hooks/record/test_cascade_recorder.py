@@ -107,13 +107,13 @@ def test_a_spike_that_was_rolled_back_is_explained_from_its_own_attempt(tmp_path
 def test_the_training_does_not_wait_for_it_until_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go, explained, steps = threading.Event(), cascade_recorder.told, []
+    go, explained, steps = threading.Event(), cascade_recorder.cascade_event, []
 
     def slow(*a: Any) -> Any:
         assert go.wait(60)
         return explained(*a)
 
-    monkeypatch.setattr(cascade_recorder, "told", slow)
+    monkeypatch.setattr(cascade_recorder, "cascade_event", slow)
     monitor = small.watch(small.trainer(), tmp_path / "run")
     for step in range(130):
         monitor.step(3.0 + 0.01 * (step % 2) + (3.0 if step in RISEN else 0.0))
@@ -133,7 +133,7 @@ def test_a_failure_is_reported_once_and_training_goes_on(
     def broken(*_: Any) -> Any:
         raise ZeroDivisionError("no such window")
 
-    monkeypatch.setattr(cascade_recorder, "told", broken)
+    monkeypatch.setattr(cascade_recorder, "cascade_event", broken)
     assert train(tmp_path / "run", 125) == plain
     run = geodiag.open_run(tmp_path / "run")
     assert run.status() == "finished"
