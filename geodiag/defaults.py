@@ -1,7 +1,7 @@
 """Defaults and limits shared by the Python interface and the command line; light to import."""
 
 PROBE_EVERY = 10
-"""Steps between probes. Slower probes have a multiple of it as their cadence and keep that ratio."""
+"""Steps between probes. The cadence of slower probes is a multiple of it, and keeps that ratio."""
 
 DELAY_STEPS = 8
 """Δ of anticipatory routing and of router lag, in steps."""

@@ -1,4 +1,4 @@
-"""Step measurement: what is due is measured while the step runs, and reduced or probed at its end."""
+"""StepMeasurement: hooks measure what is due during a step, probes at its end."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ class StepMeasurement:
             return due_only(self._probes.run(self._due), self._due)
 
     def step_values(self, grad_norm: Tensor | None) -> tuple[Values, tuple[str, ...]]:
-        """Return what the hooks measured of this step, and the due metrics that could not be measured.
+        """Return what the hooks measured of this step, and the metrics that could not be measured.
 
         grad_norm: the norm of all gradients before clipping, where the trainer knows it.
         """

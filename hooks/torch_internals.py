@@ -83,7 +83,7 @@ def move_last_forward_hook_to_front(module: nn.Module) -> None:
 def forward_pre_hooks(module: nn.Module) -> dict[int, tuple[Callable[..., Any], bool]]:
     """Return a module's forward pre-hooks by id, each with whether it takes keyword arguments.
 
-    `nn.Module._forward_pre_hooks`, `_forward_pre_hooks_with_kwargs`: hooks that are registered while
+    `nn.Module._forward_pre_hooks`, `_forward_pre_hooks_with_kwargs`: hooks registered while
     the module is being called do not run in that call, unless they are called by hand.
     """
     takes_kwargs = module._forward_pre_hooks_with_kwargs
@@ -124,7 +124,7 @@ def subtract_all(minuends: Sequence[Tensor], subtrahends: Sequence[Tensor]) -> l
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source into its target, in a few kernels for all of them. `torch._foreach_copy_`."""
+    """Copy each source into its target, with a few kernels in all: `torch._foreach_copy_`."""
     torch._foreach_copy_(list(targets), list(sources))
 
 

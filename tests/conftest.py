@@ -1,4 +1,4 @@
-"""What all tests share: markers, signals, runs in temporary folders, the command line in-process."""
+"""Shared by all tests: markers, signals, runs in temporary folders, the CLI in-process."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""One recorded metric: its name, unit and definition, and every fact that another module needs of it."""
+"""Metric: name, unit, definition and every other fact that geodiag needs of a recorded metric."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +9,7 @@ Group = Literal[
     "streams", "gains", "routers", "experts", "parameters",  # measured in every sampled step
     "flips", "tear", "tokens", "domains", "attention", "curvature", "growth", "spectra",  # probes
 ]  # fmt: skip
-"""Metrics that are measured together: when none of a group is due, the whole group costs nothing."""
+"""Metrics that are measured together: if none of a group is due, the group costs nothing."""
 
 IN_STEP: tuple[Group, ...] = ("streams", "gains", "routers", "experts", "parameters")
 """Groups measured by the hooks of the training step itself; all others are probes."""
@@ -32,7 +32,7 @@ class Chart:
     menu: str | None = None
     """Its entry in the menu of the page's large chart; None: not in the menu."""
     quantity: str | None = None
-    """Metrics of one quantity share one menu entry, and differ in `over`; default: the metric's name."""
+    """Metrics of a quantity share a menu entry and differ in `over`; default: the metric's name."""
     over: Literal["mean", "max", "min", "of_mean"] | None = None
     """How the quantity is reduced over tokens."""
     panel: str | None = None

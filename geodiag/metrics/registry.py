@@ -33,7 +33,7 @@ if len(BY_KEY) != len(_DECLARED):
     raise AssertionError("a metric is declared twice")
 
 MATRICES = "matrices"
-"""Key of the token-mean residual maps: a table of its own, without metrics, measured with the gains."""
+"""Key of the token-mean residual maps: a table without metrics, measured with the gains."""
 
 _HEADINGS = {
     "Outcome": "Outcome",
@@ -44,7 +44,7 @@ _HEADINGS = {
 
 
 def by_key(key: str) -> Metric:
-    """Return the metric that `table.name` names. KeyError, which names the key, for an unknown one."""
+    """Return the metric that `table.name` names. Raises KeyError for an unknown one."""
     if key not in BY_KEY:
         raise KeyError(f"no metric is registered as {key!r}; declare it in geodiag/metrics")
     return BY_KEY[key]
@@ -67,7 +67,7 @@ _KEYS: dict[Group, frozenset[str]] = {
 
 
 def headlines() -> dict[str, list[str]]:
-    """Return heading → names of the metrics of the one-screen summary, in `steps` or in `layers`."""
+    """Return heading → metrics of the one-screen summary, in `steps` or in `layers`."""
     return {
         heading: [m.name for m in _DECLARED if m.headline == section]
         for section, heading in _HEADINGS.items()

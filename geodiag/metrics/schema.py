@@ -90,7 +90,7 @@ _DESCRIBED = (
 
 
 def registry(counterfactual: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """Return what run.json describes of every metric; those in `counterfactual` are marked as such."""
+    """Return the description of every metric for run.json; `counterfactual` ones are marked."""
     marked = set(counterfactual)
     return [
         {field: getattr(m, field) for field in _DESCRIBED} | {"counterfactual": m.name in marked}

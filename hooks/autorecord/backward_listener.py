@@ -34,7 +34,7 @@ class StepLosses:
             self._sum = self._sum + loss.to(self._sum.device, non_blocking=True)
 
     def discard(self) -> None:
-        """Leave out the losses so far: an optimizer of another model stepped, whose losses they are.
+        """Leave out the losses so far: they belong to another model, whose optimizer stepped.
 
         If no loss follows until the next step, they were the recorded model's after all.
         """

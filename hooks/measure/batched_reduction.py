@@ -138,7 +138,7 @@ class BatchedReduction:
 def alike(
     seen: dict[int, Any], kind_of_place: Callable[[int], Hashable]
 ) -> Iterator[tuple[list[int], Any]]:
-    """Yield places whose tensors have the same shapes, and `kind_of_place`, with their tensors stacked.
+    """Yield places with tensors of the same shapes and the same kind, and their tensors stacked.
 
     Not all places of a model need have the same number of experts, or expose the same tensors.
     """

@@ -1,7 +1,7 @@
 """Composite gains and spectral norms of every site: one Triton kernel on a GPU.
 
-The row sums of a product of maps are the product applied to ones, so the kernel carries one vector a
-token through all sites, forward and backward. The definition is `formulas.composite_gains`.
+The row sums of a product of maps are the product applied to ones, so the kernel carries one
+vector a token through all sites, forward and backward. The definition is `formulas.composite_gains`.
 """
 
 # Bodies of kernels are Triton's language: arguments are pointers.
@@ -18,8 +18,8 @@ _BLOCK = 64
 
 
 def composites(res_STNN: Tensor) -> Tensor:
-    """Return (5, S, T): largest and smallest forward gain of H_s … H_1, largest and smallest backward
-    gain of H_S … H_s, and ‖H_s‖₂.
+    """Return (5, S, T): the largest and the smallest forward gain of H_s … H_1, the largest and the
+    smallest backward gain of H_S … H_s, and ‖H_s‖₂.
     """
     n = res_STNN.shape[-1]
     if not res_STNN.is_cuda or n & (n - 1) or not res_STNN.numel():

@@ -47,8 +47,8 @@ def _spectral_norm(h, N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S", "T"])
 def composite(res_ptr, out_ptr, S, T, N: tl.constexpr, BT: tl.constexpr):
-    """Carry BT tokens through all sites: program (·, 0) forward, (·, 1) backward, (·, 2) the spectral
-    norm of each site.
+    """Carry BT tokens through all sites: program (·, 0) forward, (·, 1) backward; program (·, 2)
+    computes the spectral norm of each site.
 
     v ← H_s v, v = 1 at first, so v = row sums of H_s … H_1; backward v ← H_sᵀ v from the last site.
     """

@@ -44,7 +44,7 @@ class DataShift:
 
     @torch.no_grad()
     def values(self) -> dict[str, Tensor]:
-        """Return the step's tokens, and 1 − cosine to the running mean, which this batch then enters."""
+        """Return the step's tokens and 1 − cosine to the running mean, then update the mean."""
         if not self._handles or self._guard.disabled(_NAME):
             return {}
         batch_C, tokens = self._buffers.mean("embedding")[0], self._buffers.sum("tokens")

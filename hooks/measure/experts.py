@@ -67,7 +67,7 @@ def count(
 
 
 class ExpertPlaces:
-    """Places of the buffers: the routed experts of each layer, and its shared expert if it has one."""
+    """Places of the buffers: each layer's routed experts, and its shared expert if it has one."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.places = [

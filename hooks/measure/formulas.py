@@ -120,7 +120,7 @@ def clamp_hits(gate_AF: Tensor, up_AF: Tensor, gate_limit: float, up_limit: floa
 
 @torch.no_grad()
 def by_expert(values_A: Tensor, expert_A: Tensor, experts: int, reduce: str = "sum") -> Tensor:
-    """Return the sum (or "amax") of the values of each expert's rows; 0 for an expert without rows."""
+    """Return the sum (or "amax") over each expert's rows; 0 for an expert without rows."""
     start = torch.zeros(experts, device=values_A.device)
     return start.scatter_reduce(
         0, expert_A.long(), values_A.float(), reduce, include_self=reduce == "sum"
@@ -129,7 +129,7 @@ def by_expert(values_A: Tensor, expert_A: Tensor, experts: int, reduce: str = "s
 
 @torch.no_grad()
 def over_median(values_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest and the smallest value over the median; NaN marks experts without tokens."""
+    """Return the largest and the smallest value over the median; NaN: an expert without tokens."""
     median = values_E.nanquantile(0.5, dim=-1)
     high = torch.where(values_E.isnan(), -torch.inf, values_E).amax(-1)
     low = torch.where(values_E.isnan(), torch.inf, values_E).amin(-1)
@@ -145,7 +145,7 @@ def flips(now_TK: Tensor, then_TK: Tensor) -> Tensor:
 
 @torch.no_grad()
 def first_choice(expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Return each token's expert with the largest gate weight, in whatever order they are listed."""
+    """Return each token's expert with the largest gate weight."""
     return expert_ids_TK.gather(-1, weights_TK.argmax(-1, keepdim=True)).squeeze(-1)
 
 

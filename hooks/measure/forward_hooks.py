@@ -1,7 +1,7 @@
 """Forward hooks: what each place of a layout writes into the step's buffers when the model runs.
 
-No hook reads a value on the host, and none changes what the model computes. Outside of torch.compile
-and CUDA graphs a hook only keeps references; when the forward ends, all places are reduced at once
+No hook reads a value on the host, and none changes what the model computes. Outside of
+torch.compile and CUDA graphs a hook only keeps references; when the forward ends, all places are reduced at once
 (see batched_reduction.py).
 """
 
@@ -72,7 +72,7 @@ class ForwardHooks:
             g: torch.ones((), dtype=torch.int32, device=buffers.device)
             for g in ("gains", "streams", "experts")
         }
-        """Read by the model's own kernels, so that a new set of due groups compiles no new graph."""
+        """Read by the model's kernels, so that a new set of due groups compiles no new graph."""
         self._due = GROUPS
         self._reduction = BatchedReduction(layout, buffers, guard, anticipatory)
         self._gradients = StreamGradientNorms(buffers, self._reduction, guard)

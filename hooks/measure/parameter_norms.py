@@ -37,8 +37,8 @@ every step.
 class ParameterNorms:
     """Hooks on the optimizers; `values` once a step, then `prepare` for the next.
 
-    Of what is sharded over ranks each rank sums its own share, without a collective. Shares are such
-    that the sum over all `ranks` is the whole.
+    Of sharded weights each rank sums its own share, without a collective. Shares are such that
+    the sum over all `ranks` is the whole.
     """
 
     def __init__(

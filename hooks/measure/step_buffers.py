@@ -71,7 +71,7 @@ class StepBuffers:
         self.current.add_(1)
 
     def _grow(self) -> None:
-        """Double the slots. A compiled forward cannot: there later micro-batches replace the oldest."""
+        """Double the slots. In a compiled forward later micro-batches replace the oldest instead."""
         self.slots *= 2
         self._lay_out(self._storages.copy())
 
@@ -112,7 +112,7 @@ class StepBuffers:
         )
 
     def index(self, tokens: int) -> Tensor | None:
-        """Return the sampled ones of so many tokens: evenly spaced, the same in every hook; None for all."""
+        """Return which of so many tokens are sampled, evenly spaced; None for all."""
         if tokens <= self.sample_size:
             return None
         if tokens not in self._indices:
@@ -162,7 +162,7 @@ class StepBuffers:
         return self._used().view(-1, *[1] * (self._buffers[name].dim() - 1))
 
     def sampled(self, name: str) -> Tensor:
-        """Return the sampled tokens of all slots, (P, M·T, …); `token_mask` marks those that exist."""
+        """Return the sampled tokens of all slots, (P, M·T, …); `token_mask` marks the real ones."""
         return self._buffers[name].transpose(0, 1).flatten(1, 2)
 
     def token_mask(self) -> Tensor:

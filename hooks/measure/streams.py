@@ -109,7 +109,7 @@ class StreamTotals(NamedTuple):
     norm_PT: Tensor
     """‖X‖_F of the sampled tokens."""
     branch_ST: Tensor | None
-    """‖H_postᵀ f‖ of the sampled tokens; None where the model does not expose its blocks' output."""
+    """‖H_postᵀ f‖ of the sampled tokens; None if the model does not expose its blocks' output."""
     mixed_ST: Tensor
     """‖H_res X‖ of the sampled tokens."""
     mask_T: Tensor

@@ -41,7 +41,7 @@ NOT_METRICS = frozenset(
 
 
 def unregistered(keys: Iterable[str]) -> list[str]:
-    """Return the keys that no row can be made of: neither a registered metric nor in `NOT_METRICS`."""
+    """Return the keys that are neither registered metrics nor in `NOT_METRICS`."""
     return [key for key in keys if key not in BY_KEY and key not in NOT_METRICS]
 
 

@@ -54,7 +54,7 @@ class Probes:
         trace: Trace = "flipped",
         by_domain: bool = False,
     ) -> None:
-        """batch: arguments of the probe batch; without it, the first batch of the training is taken.
+        """batch: arguments of the probe batch; default: the first batch of the training.
         trace: which of its tokens are followed. by_domain: the domains of its sequences are known.
         """
         self.layout = layout

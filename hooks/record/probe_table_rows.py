@@ -69,7 +69,7 @@ def domain_rows(
 
 
 def _means(domains: Sequence[str], values: np.ndarray) -> dict[str, float]:
-    """Return the mean over the sequences of each domain. Raises ValueError if the lengths differ."""
+    """Return the mean over each domain's sequences. Raises ValueError if the lengths differ."""
     if len(domains) != len(values):
         raise ValueError(
             f"{len(domains)} domains are named for {len(values)} sequences; name one a sequence"

@@ -1,4 +1,4 @@
-"""Table rows: the values of a step, copied to the host, as rows of `layers`, `experts`, `matrices`."""
+"""Table rows: the values of a step as rows of `layers`, `experts` and `matrices`."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""Environments in which a built wheel is installed with some of its extras, made without a download.
+"""Environments with a built wheel and some of its extras, made without a download.
 
 Such an environment is a fresh virtual environment. A file of its site-packages adds the packages of
 the present environment and hides those that neither geodiag nor the extras require. A package that
@@ -69,7 +69,7 @@ def install(wheel: Path, folder: Path, *extras: str) -> Environment:
 
 
 def required(needs: list[str], extras: set[str]) -> set[str]:
-    """Return the names of all distributions that geodiag's requirements ask for, directly or not."""
+    """Return the names of all distributions that geodiag requires, directly or not."""
     found: set[tuple[str, frozenset[str]]] = set()
     waiting = [(Requirement(need), frozenset(extras)) for need in needs]
     while waiting:

@@ -1,4 +1,4 @@
-"""The import graph of a checkout: its modules, what each one imports, loops and arrows between rooms.
+"""The import graph of a checkout: modules, imports, loops and arrows between rooms.
 
 A room is a folder or a module directly inside an area: `geodiag.hooks.measure.formulas` is in the
 room `measure` of the area `geodiag.hooks`.

@@ -1,4 +1,4 @@
-"""README.md and docs/ name every command, option, metric and kind of event; the tree is drawn as it is."""
+"""README.md and docs/ name every command, option, metric and kind of event."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""The wheel in environments that lack packages: what works with each extra, and what is reported."""
+"""The wheel in environments that lack packages: what works with each extra."""
 
 import json
 import re

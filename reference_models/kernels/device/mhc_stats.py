@@ -69,7 +69,7 @@ def _total(value, live):
 
 @triton.jit
 def spectral_norm(h, N: tl.constexpr):
-    """‖H‖₂ of each map of a tile (BT, N, N), low by at most N / (4e·1024) of itself: 4e-4 for N = 4.
+    """‖H‖₂ of each map of a tile (BT, N, N), at most N / (4e·1024) too low: 4e-4 for N = 4.
 
     G = HᵀH squared 10 times is G^1024; the Rayleigh quotient of its heaviest column is λ₁ of G
     (the definition and the bound's proof are those of `hooks/measure/formulas.py`).

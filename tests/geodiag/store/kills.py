@@ -31,7 +31,7 @@ _SAID = re.compile(r"^step (\d+)/", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Kill:
-    """What one killed training had said, and what is wrong with its record; None where nothing is."""
+    """Output of one killed training, and what is wrong with its record; None if nothing is."""
 
     said: int
     recorded: int

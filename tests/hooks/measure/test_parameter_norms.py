@@ -1,4 +1,4 @@
-"""Norms over parameters: update ratios against a float64 copy of all weights; nothing when not due."""
+"""Norms over parameters: update ratios against a float64 copy of all weights."""
 
 from pathlib import Path
 from typing import Any
