@@ -25,7 +25,7 @@ from flask import redirect
 from flask import request as http
 
 from geodiag.dashboard.components import control_panel, frame
-from geodiag.dashboard.components.components import notice
+from geodiag.dashboard.components.basic import notice
 from geodiag.dashboard.pages import activations, cascade, events, gain, overview, routing, runs
 from geodiag.dashboard.server.access import new_token, require_token
 from geodiag.dashboard.server.compression import compress, preload

@@ -16,7 +16,7 @@ from geodiag.hooks.measure.forward_hooks import GROUPS, ForwardHooks
 from geodiag.hooks.measure.parameter_norms import ParameterNorms
 from geodiag.hooks.measure.router_history import RouterHistory
 from geodiag.hooks.measure.step_buffers import StepBuffers
-from geodiag.hooks.measure.values import Values, due_only
+from geodiag.hooks.measure.step_values import Values, due_only
 from geodiag.hooks.probes.runner import PROBES, Probes
 from geodiag.hooks.probes.token_trace import Trace
 from geodiag.metrics.cadence import Cadence

@@ -6,14 +6,14 @@ from urllib.parse import quote
 from dash import dcc, html
 
 from geodiag.cascade.explain import Cascade
-from geodiag.cascade.words import fix_sentence, place_label
+from geodiag.cascade.verdict_text import fix_sentence, place_label
 from geodiag.dashboard.cascade.selection import (
     SpikeOrWarning,
     chosen_step,
     most_unusual_step,
     spikes_and_warnings,
 )
-from geodiag.dashboard.components.components import aria, notice, tip
+from geodiag.dashboard.components.basic import aria, notice, tip
 from geodiag.dashboard.components.text import METRICS, integer, number, percent
 from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.figures.cascade import STAGES

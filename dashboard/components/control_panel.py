@@ -8,7 +8,7 @@ import numpy as np
 from dash import Dash, Input, Output, State, ctx, html, no_update
 
 from geodiag.control import MODES
-from geodiag.dashboard.components.components import aria, card, notice, tip
+from geodiag.dashboard.components.basic import aria, card, notice, tip
 from geodiag.dashboard.components.text import POLICY, ROUTING, integer
 from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.server.run_library import RunLibrary

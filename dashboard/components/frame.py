@@ -8,7 +8,7 @@ import numpy as np
 from dash import dcc, html
 from flask import has_request_context, request
 
-from geodiag.dashboard.components.components import aria, badge, notice, tip
+from geodiag.dashboard.components.basic import aria, badge, notice, tip
 from geodiag.dashboard.components.text import ROUTING, STATUS, integer
 from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.data.timeline_marks import MARK_HELP

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 from dash import Dash, html
 
-from geodiag.dashboard.components.components import card, graph, options, segments, select
+from geodiag.dashboard.components.basic import card, graph, options, segments, select
 from geodiag.dashboard.components.layer_select import (
     experts_of,
     layer_of,

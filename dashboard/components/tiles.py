@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from geodiag.dashboard.components.components import tile
+from geodiag.dashboard.components.basic import tile
 from geodiag.dashboard.components.text import (
     ROUTING,
     factor,

@@ -8,7 +8,7 @@ from itertools import pairwise
 import plotly.graph_objects as go
 
 from geodiag.cascade.explain import Cascade, Onset
-from geodiag.cascade.words import layers_label, measurement_label, place_label
+from geodiag.cascade.verdict_text import layers_label, measurement_label, place_label
 from geodiag.dashboard.figures.style import Theme, faded, upright
 
 

@@ -23,7 +23,7 @@ from geodiag.dashboard.cascade.selection import (
     stages_of,
     window_of,
 )
-from geodiag.dashboard.components.components import card, graph
+from geodiag.dashboard.components.basic import card, graph
 from geodiag.dashboard.components.layer_select import sites_of
 from geodiag.dashboard.components.table import table
 from geodiag.dashboard.components.text import integer, number, percent

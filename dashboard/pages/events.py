@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 from dash import Dash, Input, Output, State, dcc, html, no_update
 
-from geodiag.dashboard.components.components import card, notice
+from geodiag.dashboard.components.basic import card, notice
 from geodiag.dashboard.components.table import table
 from geodiag.dashboard.components.text import utc
 from geodiag.dashboard.data.run_cache import RunCache

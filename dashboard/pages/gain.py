@@ -5,7 +5,7 @@ from functools import partial
 import plotly.graph_objects as go
 from dash import Dash, dcc, html
 
-from geodiag.dashboard.components.components import (
+from geodiag.dashboard.components.basic import (
     aria,
     card,
     graph,

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from dash import Dash, html
 
 from geodiag.dashboard.components import control_panel
-from geodiag.dashboard.components.components import card, graph, notice, segments
+from geodiag.dashboard.components.basic import card, graph, notice, segments
 from geodiag.dashboard.components.text import integer, metric, metric_help
 from geodiag.dashboard.components.tiles import tiles
 from geodiag.dashboard.data.run_cache import RunCache

@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 from dash import Dash, html
 
 from geodiag.dashboard.components import control_panel, layer_charts
-from geodiag.dashboard.components.components import card, graph, notice, options, segments
+from geodiag.dashboard.components.basic import card, graph, notice, options, segments
 from geodiag.dashboard.components.layer_charts import Lines, all_layers, experts, lines, one_layer
 from geodiag.dashboard.components.layer_select import layers_of
 from geodiag.dashboard.components.text import metric, metric_help

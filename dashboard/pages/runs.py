@@ -7,7 +7,7 @@ from urllib.parse import quote
 import numpy as np
 from dash import Dash, Input, Output, State, dcc, html, no_update
 
-from geodiag.dashboard.components.components import card
+from geodiag.dashboard.components.basic import card
 from geodiag.dashboard.components.table import table
 from geodiag.dashboard.components.text import metric, metric_help, number, utc
 from geodiag.dashboard.components.tiles import COMPOSITES, worst_now

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from dash import html
 
-from geodiag.dashboard.components.components import card, notice
+from geodiag.dashboard.components.basic import card, notice
 from geodiag.dashboard.components.text import integer, metric, metric_help, number, utc
 from geodiag.dashboard.figures.event_marks import draw_superseded
 from geodiag.dashboard.figures.run_overlay import Panel, Ring, Track, overlay

@@ -5,7 +5,7 @@ from typing import Any
 
 from dash import html
 
-from geodiag.dashboard.components.components import badge, notice
+from geodiag.dashboard.components.basic import badge, notice
 from geodiag.dashboard.components.frame import problems
 from geodiag.dashboard.components.text import integer, metric_help, number, utc
 from geodiag.dashboard.figures.run_overlay import stroke

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from dash import html
 from plotly.offline import get_plotlyjs
 
-from geodiag.dashboard.components.components import CHART_CONFIG, aria
+from geodiag.dashboard.components.basic import CHART_CONFIG, aria
 from geodiag.dashboard.figures.style import Theme
 from geodiag.dashboard.reports.figure import light_and_dark, template
 from geodiag.dashboard.reports.static_html import render

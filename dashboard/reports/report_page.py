@@ -9,7 +9,7 @@ from dash import html
 
 from geodiag.cascade.explain import Cascade
 from geodiag.dashboard.cascade.selection import cascade_of
-from geodiag.dashboard.components.components import card, notice
+from geodiag.dashboard.components.basic import card, notice
 from geodiag.dashboard.components.frame import legend
 from geodiag.dashboard.components.layer_select import layer_of
 from geodiag.dashboard.components.text import integer, metric, metric_help, utc

@@ -8,7 +8,7 @@ from dash import html
 from geodiag.cascade.explain import Cascade
 from geodiag.dashboard.cascade import verdict_card
 from geodiag.dashboard.cascade.selection import most_unusual_step
-from geodiag.dashboard.components.components import aria, card, notice
+from geodiag.dashboard.components.basic import aria, card, notice
 from geodiag.dashboard.components.text import integer, number
 from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.dashboard.pages import cascade as cascade_page

@@ -9,7 +9,7 @@ from dash import html
 
 from geodiag.cascade.explain import Cascade
 from geodiag.dashboard.cascade import verdict_card
-from geodiag.dashboard.components.components import badge, notice, tile
+from geodiag.dashboard.components.basic import badge, notice, tile
 from geodiag.dashboard.components.frame import problems
 from geodiag.dashboard.components.text import (
     STATUS,

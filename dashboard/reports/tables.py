@@ -7,8 +7,8 @@ from typing import Any
 
 from dash import html
 
-from geodiag.cascade.words import place_label
-from geodiag.dashboard.components.components import card, notice
+from geodiag.cascade.verdict_text import place_label
+from geodiag.dashboard.components.basic import card, notice
 from geodiag.dashboard.components.text import factor, integer, metric_help, number, percent, utc
 from geodiag.dashboard.data.run_cache import RunCache
 from geodiag.events import KINDS

@@ -18,7 +18,7 @@ from geodiag.cascade.origin import Candidate
 from geodiag.cascade.scored_window import ScoredWindow
 from geodiag.cascade.suspect_expert import suspect_expert
 from geodiag.cascade.types import Alternative, Cascade, Cause, Onset
-from geodiag.cascade.words import describe
+from geodiag.cascade.verdict_text import describe
 from geodiag.jsonable import jsonable
 from geodiag.run import Run
 from geodiag.spikes.recorded import RecordedSpike

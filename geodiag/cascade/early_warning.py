@@ -15,7 +15,7 @@ import numpy as np
 from geodiag.anomaly.metric_roles import SeriesPlace
 from geodiag.cascade.defence import NAMES, Stage
 from geodiag.cascade.origin import EXPLAINING_SHARE
-from geodiag.cascade.words import place_label
+from geodiag.cascade.verdict_text import place_label
 from geodiag.spikes.detector import Verdict
 
 # K places

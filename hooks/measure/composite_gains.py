@@ -1,7 +1,8 @@
 """Composite gains and spectral norms of every site: one Triton kernel on a GPU.
 
 The row sums of a product of maps are the product applied to ones, so the kernel carries one
-vector a token through all sites, forward and backward. The definition is `formulas.composite_gains`.
+vector a token through all sites, forward and backward. The definition is
+`formulas.composite_gains`.
 """
 
 # Bodies of kernels are Triton's language: arguments are pointers.

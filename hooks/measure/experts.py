@@ -14,7 +14,7 @@ from geodiag.hooks.adapters.base import ActView, ExpertSite, Layout, StatsRows
 from geodiag.hooks.measure import formulas
 from geodiag.hooks.measure.metric_group import MetricGroup
 from geodiag.hooks.measure.step_buffers import StepBuffers
-from geodiag.hooks.measure.values import EXPERT_ELEMENTS, Values
+from geodiag.hooks.measure.step_values import EXPERT_ELEMENTS, Values
 
 # L expert layers, P places (routed or shared experts of a layer), E experts, A rows, F expert dim
 

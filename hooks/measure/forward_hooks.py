@@ -1,8 +1,8 @@
 """Forward hooks: what each place of a layout writes into the step's buffers when the model runs.
 
 No hook reads a value on the host, and none changes what the model computes. Outside of
-torch.compile and CUDA graphs a hook only keeps references; when the forward ends, all places are reduced at once
-(see batched_reduction.py).
+torch.compile and CUDA graphs a hook only keeps references; when the forward ends, all places are
+reduced at once (see batched_reduction.py).
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ from geodiag.hooks.failure_guard import FailureGuard
 from geodiag.hooks.measure import experts, gains, routers, streams
 from geodiag.hooks.measure.batched_reduction import BatchedReduction, can_keep
 from geodiag.hooks.measure.step_buffers import StepBuffers
+from geodiag.hooks.measure.step_values import Values
 from geodiag.hooks.measure.stream_gradient_norms import StreamGradientNorms
-from geodiag.hooks.measure.values import Values
 from geodiag.metrics.metric import Group
 
 # T tokens, N streams, C channels

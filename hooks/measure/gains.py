@@ -15,7 +15,7 @@ from geodiag.hooks.measure import formulas
 from geodiag.hooks.measure.composite_gains import composites
 from geodiag.hooks.measure.metric_group import MetricGroup
 from geodiag.hooks.measure.step_buffers import StepBuffers, token_max, token_mean
-from geodiag.hooks.measure.values import Values
+from geodiag.hooks.measure.step_values import Values
 from geodiag.metrics.registry import MATRICES
 
 # S sites, P places of one batch, T tokens, N streams

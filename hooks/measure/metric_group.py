@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from geodiag.hooks.adapters.base import StatsRows
-from geodiag.hooks.measure.values import Values
+from geodiag.hooks.measure.step_values import Values
 from geodiag.metrics.metric import Group
 from geodiag.metrics.registry import by_key
 

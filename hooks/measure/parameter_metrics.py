@@ -11,7 +11,7 @@ import numpy as np
 
 from geodiag.hooks.adapters.base import Layout
 from geodiag.hooks.measure.metric_group import MetricGroup
-from geodiag.hooks.measure.values import GRADIENT_SQUARES, UPDATE_SQUARES, WEIGHT_SQUARES
+from geodiag.hooks.measure.step_values import GRADIENT_SQUARES, UPDATE_SQUARES, WEIGHT_SQUARES
 
 # O owners, L layers, R routers, X layers with experts
 

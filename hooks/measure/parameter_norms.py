@@ -18,7 +18,7 @@ from geodiag.hooks.adapters.base import Layout, Removable
 from geodiag.hooks.distributed.sharded_weights import local, replica_count
 from geodiag.hooks.failure_guard import FailureGuard
 from geodiag.hooks.measure.parameter_metrics import PARAMETERS, QUANTITIES, Owners
-from geodiag.hooks.measure.values import (
+from geodiag.hooks.measure.step_values import (
     GRADIENT_SQUARES,
     GRADIENT_TOTAL,
     UPDATE_SQUARES,

@@ -15,7 +15,7 @@ from geodiag.hooks.adapters.base import Layout, RouterSite, RouterView
 from geodiag.hooks.measure import formulas
 from geodiag.hooks.measure.metric_group import MetricGroup
 from geodiag.hooks.measure.step_buffers import StepBuffers
-from geodiag.hooks.measure.values import Values
+from geodiag.hooks.measure.step_values import Values
 
 # R routers, P places of one batch, T tokens, E experts, K experts per token
 

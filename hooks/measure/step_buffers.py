@@ -71,7 +71,7 @@ class StepBuffers:
         self.current.add_(1)
 
     def _grow(self) -> None:
-        """Double the slots. In a compiled forward later micro-batches replace the oldest instead."""
+        """Double the slots. In a compiled forward later micro-batches replace the oldest."""
         self.slots *= 2
         self._lay_out(self._storages.copy())
 

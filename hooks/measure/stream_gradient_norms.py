@@ -16,10 +16,10 @@ class StreamGradientNorms:
     """`watch` has the norm of a place's gradient written into the buffers.
 
     Inside a compiled graph, a function that torch.compile does not trace hooks the graph's own
-    tensor at every run. What enters the graph from outside has its whole gradient only there,
-    and an ordinary hook, which torch.compile puts outside of the graph, reads it. On a graph's own tensors
-    torch before 2.13 loses ordinary hooks, or fails on two hooks with the same buffer, so there the
-    ordinary hooks do nothing.
+    tensor at every run. What enters the graph from outside has its whole gradient only there, and
+    an ordinary hook, which torch.compile puts outside of the graph, reads it. On a graph's own
+    tensors torch before 2.13 loses ordinary hooks, or fails on two hooks with the same buffer, so
+    there the ordinary hooks do nothing.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from torch import Tensor
 from geodiag.hooks.adapters.base import Layout, WrittenView
 from geodiag.hooks.measure.metric_group import MetricGroup
 from geodiag.hooks.measure.step_buffers import StepBuffers, token_max, token_mean
-from geodiag.hooks.measure.values import Values
+from geodiag.hooks.measure.step_values import Values
 
 # S sites, P places (S sites, and the end of the last), T tokens, N streams, C channels, B blocks
 

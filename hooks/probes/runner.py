@@ -16,9 +16,11 @@ from torch import nn
 from geodiag.hooks.adapters.base import Choice, Layout
 from geodiag.hooks.failure_guard import FailureGuard
 from geodiag.hooks.measure.metric_group import MetricGroup
-from geodiag.hooks.measure.values import Values
+from geodiag.hooks.measure.step_values import Values
 from geodiag.hooks.probes.batch import ProbeBatch
-from geodiag.hooks.probes.measures import (
+from geodiag.hooks.probes.perturbation_growth import GROWTH, PerturbationGrowth
+from geodiag.hooks.probes.probe_forward import ProbeForward
+from geodiag.hooks.probes.probe_metrics import (
     COMPARED,
     DOMAINS,
     ON_PROBE_FORWARD,
@@ -26,8 +28,6 @@ from geodiag.hooks.probes.measures import (
     ProbeView,
     traced_tokens,
 )
-from geodiag.hooks.probes.perturbation_growth import GROWTH, PerturbationGrowth
-from geodiag.hooks.probes.probe_forward import ProbeForward
 from geodiag.hooks.probes.token_trace import Trace
 from geodiag.hooks.probes.weight_spectra import SPECTRA, WeightSpectra
 from geodiag.metrics.metric import Group

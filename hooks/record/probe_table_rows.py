@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from geodiag.hooks.measure.values import TRACED_EXPERTS, TRACED_IDS, TRACED_TOKENS
+from geodiag.hooks.measure.step_values import TRACED_EXPERTS, TRACED_IDS, TRACED_TOKENS
 from geodiag.hooks.record.table_rows import Columns, Host, Places
 
 

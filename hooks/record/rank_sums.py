@@ -13,7 +13,7 @@ from geodiag.hooks.measure.parameter_metrics import (
     Owners,
     ParameterTotals,
 )
-from geodiag.hooks.measure.values import GRADIENT_SQUARES, GRADIENT_TOTAL
+from geodiag.hooks.measure.step_values import GRADIENT_SQUARES, GRADIENT_TOTAL
 from geodiag.hooks.record.table_rows import Host
 
 # L layers, R routers, E experts, O owners of parameters

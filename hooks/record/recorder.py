@@ -19,7 +19,7 @@ from geodiag.events import Event
 from geodiag.hooks.adapters.base import Layout
 from geodiag.hooks.distributed.rank_exchange import Ranks
 from geodiag.hooks.failure_guard import FailureGuard, describe
-from geodiag.hooks.measure.values import unregistered
+from geodiag.hooks.measure.step_values import unregistered
 from geodiag.hooks.record.cascade_recorder import CascadeRecorder
 from geodiag.hooks.record.serial_worker import Worker
 from geodiag.hooks.record.step_observer import Observation, Observer

@@ -12,7 +12,7 @@ from geodiag import __version__
 from geodiag.anomaly.stage_scores import StageScorer
 from geodiag.cascade.early_warning import EarlyWarning, EarlyWarningDetector, PendingWarning
 from geodiag.hooks.distributed.rank_messages import RankMessages
-from geodiag.hooks.measure.values import GRADIENT_TOTAL
+from geodiag.hooks.measure.step_values import GRADIENT_TOTAL
 from geodiag.hooks.record.table_rows import Host, Places, series_of, without_idle_experts
 from geodiag.metrics.registry import live
 from geodiag.spikes.detector import SpikeDetector, Verdict

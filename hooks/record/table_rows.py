@@ -7,7 +7,7 @@ import numpy as np
 
 from geodiag.anomaly.metric_roles import SIGNALS, Series
 from geodiag.hooks.adapters.base import Layout
-from geodiag.hooks.measure.values import EXPERT_ELEMENTS
+from geodiag.hooks.measure.step_values import EXPERT_ELEMENTS
 from geodiag.metrics.metric import Metric, Place
 from geodiag.metrics.registry import BY_KEY, MATRICES
 

@@ -20,10 +20,10 @@ from geodiag.hooks.measure.gains import GAINS
 from geodiag.hooks.measure.metric_group import MetricGroup
 from geodiag.hooks.measure.parameter_metrics import PARAMETERS
 from geodiag.hooks.measure.routers import ROUTERS
+from geodiag.hooks.measure.step_values import Values
 from geodiag.hooks.measure.streams import STREAMS
-from geodiag.hooks.measure.values import Values
-from geodiag.hooks.probes.measures import ON_PROBE_FORWARD
 from geodiag.hooks.probes.perturbation_growth import GROWTH
+from geodiag.hooks.probes.probe_metrics import ON_PROBE_FORWARD
 from geodiag.hooks.probes.weight_spectra import SPECTRA
 from geodiag.hooks.record.probe_table_rows import domain_rows
 from geodiag.metrics.cadence import Cadence

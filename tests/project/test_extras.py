@@ -30,7 +30,8 @@ import geodiag, torch
 class Blocks(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(3))
+        block = torch.nn.Linear
+        self.layers = torch.nn.ModuleList(torch.nn.Sequential(block(8, 8)) for _ in range(3))
     def forward(self, x):
         for layer in self.layers:
             x = x + layer(x)

@@ -64,7 +64,8 @@ def test_the_installed_wheel_runs_away_from_the_checkout(built: Path, tmp_path: 
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as z:
         z.extractall(tmp_path)
-    code = "import geodiag; from geodiag.cli.main import main; print(geodiag.__file__, flush=True); main()"
+    code = "import geodiag; from geodiag.cli.main import main; "
+    code += "print(geodiag.__file__, flush=True); main()"
     env = {"PYTHONPATH": str(tmp_path), "PATH": ""}
     command = [sys.executable, "-c", code, "--version"]
     done = subprocess.run(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from dash import dcc, html
 
-from geodiag.dashboard.components.components import tip
+from geodiag.dashboard.components.basic import tip
 from geodiag.dashboard.figures.run_overlay import Panel, Track, overlay, stroke
 from geodiag.dashboard.figures.style import DARK, LIGHT
 from geodiag.dashboard.reports.comparison import better, compare

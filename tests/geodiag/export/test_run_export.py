@@ -156,7 +156,8 @@ def test_an_export_in_many_pieces_is_that_in_one(cli, tmp_path: Path, monkeypatc
 def test_every_curve_has_every_value_that_was_recorded_and_no_other(cli, tmp_path: Path) -> None:
     tables = ("steps", "layers", "experts", "tokens", "domains")
     said = export(
-        cli, SAMPLES / "hc", "tensorboard", tmp_path / "out", "--tables", ",".join(tables), "--places", "all",
+        cli, SAMPLES / "hc", "tensorboard", tmp_path / "out",
+        "--tables", ",".join(tables), "--places", "all",
         "--steps", "100:160",
     )  # fmt: skip
     seen, run, want = opened(tmp_path / "out"), open_run(SAMPLES / "hc"), {}
@@ -202,7 +203,8 @@ def test_by_default_curves_of_layers_are_the_worst_and_the_mean_and_a_nan_shows(
         tag: points(tmp_path / "out", tag) for tag in opened(tmp_path / "out").Tags()["scalars"]
     }
     assert set(curve) == {"loss", *(f"layers/{n}" for n in (
-        "flip_rate/max", "flip_rate/mean", "router_entropy/min", "router_entropy/mean", "branch_share/mean",
+        "flip_rate/max", "flip_rate/mean", "router_entropy/min", "router_entropy/mean",
+        "branch_share/mean",
     ))}  # fmt: skip
     assert curve["layers/flip_rate/max"] == pytest.approx(
         {0: 0.75, 1: math.nan, 2: 1.0}, nan_ok=True

@@ -29,7 +29,8 @@ run = Run.create(sys.argv[1])
 step = int(sys.argv[2])
 print("begun", flush=True)
 while True:
-    run.append("layers", {"step": [step] * 4, "layer": [0, 0, 1, 1], "site": ["attn", "ffn"] * 2, "flip_rate": 0.5})
+    places = {"layer": [0, 0, 1, 1], "site": ["attn", "ffn"] * 2}
+    run.append("layers", {"step": [step] * 4, **places, "flip_rate": 0.5})
     run.append("steps", {"step": [step], "loss": [float(step)]})
     run.heartbeat(step)
     print(step, flush=True)
@@ -219,7 +220,8 @@ soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 refused = 0
 for step in range(60):
     if step == 20:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + 100, hard))  # full amid a batch
+        full_amid_a_batch = journal.stat().st_size + 100
+        resource.setrlimit(resource.RLIMIT_FSIZE, (full_amid_a_batch, hard))
     if step == 40:
         assert Run.open(sys.argv[1]).read("steps", ["step"])["step"].tolist() == list(range(20))
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

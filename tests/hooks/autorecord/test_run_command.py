@@ -186,7 +186,8 @@ print(sitecustomize.mark, sorted(m for m in sys.modules if m.startswith("geodiag
 def test_a_script_that_never_trains_is_explained(folder: Path) -> None:
     done = watched(
         folder,
-        "from few import *\nmodel = Blocks()\nx = adamw(model)\nloss_of(model, batch())\nprint(1)\n",
+        "from few import *\nmodel = Blocks()\nx = adamw(model)\n"
+        "loss_of(model, batch())\nprint(1)\n",
     )
     assert (
         "no step was recorded in run: the training ended before its first step"

@@ -19,7 +19,8 @@ class Blocks(nn.Module):
     def __init__(self, width=16):
         super().__init__()
         self.embed = nn.Embedding(40, width)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Dropout(0.1)) for _ in range(3))
+        block = lambda: nn.Sequential(nn.Linear(width, width), nn.Dropout(0.1))
+        self.blocks = nn.ModuleList(block() for _ in range(3))
         self.head = nn.Linear(width, 40)
 
     def forward(self, ids):
@@ -222,7 +223,11 @@ for p in model.parameters():
     p.grad = torch.zeros_like(p)
 state = optimizer.state_dict()
 state["state"] = {
-    i: {"step": torch.tensor(900.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.ones_like(p)}
+    i: {
+        "step": torch.tensor(900.0),
+        "exp_avg": torch.zeros_like(p),
+        "exp_avg_sq": torch.ones_like(p),
+    }
     for i, p in enumerate(model.parameters())
 }
 optimizer.load_state_dict(state)
@@ -240,7 +245,9 @@ from few import *
 model = Blocks()
 optimizers = {p: torch.optim.SGD([p], lr=1e-2) for p in model.parameters()}
 for p in model.parameters():
-    p.register_post_accumulate_grad_hook(lambda p: (optimizers[p].step(), optimizers[p].zero_grad()) and None)
+    p.register_post_accumulate_grad_hook(
+        lambda p: (optimizers[p].step(), optimizers[p].zero_grad()) and None
+    )
 for _ in range(3):
     loss = loss_of(model, batch())
     loss.backward()

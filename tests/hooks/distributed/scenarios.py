@@ -26,8 +26,8 @@ from geodiag.hooks.control.policy import Policy
 from geodiag.hooks.distributed import rank_exchange as ranks_module
 from geodiag.hooks.measure import formulas as metrics
 from geodiag.hooks.monitor import Monitor
-from geodiag.hooks.probes import measures
 from geodiag.hooks.probes import perturbation_growth as growth
+from geodiag.hooks.probes import probe_metrics
 from geodiag.hooks.record.step_writer import StepMetadata
 from geodiag.hooks.snapshots.disk_store import folder_of
 from geodiag.hooks.step_recording import FinishedStep, StepRecording
@@ -234,8 +234,8 @@ def broken_probe(folder: Path, parallel: str) -> dict[str, Any]:
         ExitStack() as patches,
     ):
         places = [
-            (measures, "tear"),
-            (measures, "curvature"),
+            (probe_metrics, "tear"),
+            (probe_metrics, "curvature"),
             (growth, "_perturbed"),
             (metrics, "power_step"),
         ]

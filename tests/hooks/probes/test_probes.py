@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geodiag.hooks.adapters import find_layout
 from geodiag.hooks.failure_guard import FailureGuard, RaisingGuard
-from geodiag.hooks.measure.values import TRACED_EXPERTS, TRACED_IDS, TRACED_TOKENS
+from geodiag.hooks.measure.step_values import TRACED_EXPERTS, TRACED_IDS, TRACED_TOKENS
 from geodiag.hooks.probes import perturbation_growth as growth
 from geodiag.hooks.probes import probe_forward as look
 from geodiag.hooks.probes.curvature import directions

@@ -15,7 +15,7 @@ from geodiag.hooks.adapters.base import Choice, ExpertSite, Layout, RouterSite
 from geodiag.hooks.distributed.sharded_weights import for_each_gathered
 from geodiag.hooks.measure import formulas
 from geodiag.hooks.measure.metric_group import MetricGroup
-from geodiag.hooks.measure.values import TRACED_EXPERTS, TRACED_IDS, TRACED_TOKENS, Values
+from geodiag.hooks.measure.step_values import TRACED_EXPERTS, TRACED_IDS, TRACED_TOKENS, Values
 from geodiag.hooks.probes.batch import ProbeBatch
 from geodiag.hooks.probes.curvature import curvature, directions
 from geodiag.hooks.probes.probe_forward import ProbeResult
