@@ -38,14 +38,14 @@ class Worst:
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields; a value that is not finite is null, and named in `nonfinite`."""
-        said = {
+        found = {
             "value": jsonable(self.value),
             "step": self.step,
             "layer": self.layer,
             "site": self.site,
         }
-        said |= {} if self.expert is None else {"expert": self.expert}
-        return said | ({} if math.isfinite(self.value) else {"nonfinite": str(self.value)})
+        found |= {} if self.expert is None else {"expert": self.expert}
+        return found | ({} if math.isfinite(self.value) else {"nonfinite": str(self.value)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,9 +247,9 @@ def _truncation(projections: Iterable[pa.Table]) -> float | None:
 
 def _found(run: Run) -> dict[str, int]:
     """Return the numbers of sites, routers and experts in the manifest."""
-    said = run.manifest.get("found")
-    said = said if isinstance(said, dict) else {}
-    counts = {name: said.get(name) for name in ("sites", "routers", "experts")}
+    found = run.manifest.get("found")
+    found = found if isinstance(found, dict) else {}
+    counts = {name: found.get(name) for name in ("sites", "routers", "experts")}
     return {
         n: len(c) if isinstance(c, list | dict) else c if isinstance(c, int) else 0
         for n, c in counts.items()
@@ -258,5 +258,5 @@ def _found(run: Run) -> dict[str, int]:
 
 def _missing(run: Run) -> list[str]:
     found = run.manifest.get("found")
-    said = found.get("missing") if isinstance(found, dict) else None
-    return [str(line) for line in said] if isinstance(said, list) else []
+    missing = found.get("missing") if isinstance(found, dict) else None
+    return [str(line) for line in missing] if isinstance(missing, list) else []

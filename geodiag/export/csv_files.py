@@ -1,4 +1,4 @@
-"""A run as CSV: a file a table, and columns.csv, which says what the columns are.
+"""CSV files of a run: one file a table, and columns.csv, which describes the columns.
 
 A float is written with as many digits as give the same float back, NaN as `nan`; what was not
 sampled stays empty.
@@ -79,9 +79,7 @@ class CsvFiles:
 
 
 def as_text(rows: pa.Table) -> pa.Table:
-    """`rows` without the kinds of columns that CSV does not have: categories as words, lists with
-    blanks between.
-    """
+    """Return the rows with columns that CSV can hold: categories and lists become text."""
     columns = []
     for column in rows.columns:
         if pa.types.is_dictionary(column.type):
@@ -94,11 +92,13 @@ def as_text(rows: pa.Table) -> pa.Table:
 
 def _about(table: str, name: str) -> list[str]:
     kind = SCHEMAS[table].field(name).type
-    said = "text" if pa.types.is_dictionary(kind) or pa.types.is_string(kind) else str(kind)
-    said = {"float": "float32", "double": "float64"}.get(
-        said, "numbers" if pa.types.is_list(kind) else said
-    )
+    type_name = str(kind)
+    if pa.types.is_dictionary(kind) or pa.types.is_string(kind):
+        type_name = "text"
+    elif pa.types.is_list(kind):
+        type_name = "numbers"
+    type_name = {"float": "float32", "double": "float64"}.get(type_name, type_name)
     if (table, name) in METRICS:
         metric = METRICS[table, name]
-        return [name, said, metric.unit, metric.help]
-    return [name, said, "s" if name == "time" else "", _KEYS[name]]
+        return [name, type_name, metric.unit, metric.help]
+    return [name, type_name, "s" if name == "time" else "", _KEYS[name]]

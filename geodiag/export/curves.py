@@ -1,5 +1,5 @@
-"""Rows as points of curves: at every step so many (tag, value) pairs, a curve a place, or two over
-all places.
+"""Points of curves from rows: (tag, value) pairs of every step, one curve a place, or two over all
+places.
 """
 
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from geodiag.export.rows import moments
 from geodiag.metrics.schema import METRICS, Metric
 
 MANY = ("layers", "experts", "tokens")
-"""Tables with so many places that two curves may stand for all of them."""
+"""Tables with so many places that two curves may summarise all of them."""
 
 
 class Moment(NamedTuple):
     """One step of one rank and attempt, and the points of the curves there."""
 
     row: int
-    """Where it begins in the piece."""
+    """Its first row in the piece."""
     rank: int
     attempt: int
     step: int
@@ -27,7 +27,7 @@ class Moment(NamedTuple):
 
 
 def curves(table: str, rows: pa.Table, summary: bool) -> Iterator[Moment]:
-    """The moments of a piece, in its order. What was not sampled is no point; a NaN is one."""
+    """Yield the moments of a piece, in order. A null is not a point; a NaN is one."""
     first = moments(rows)
     metrics = [METRICS[table, n] for n in rows.column_names if (table, n) in METRICS]
     if not len(first) or not metrics:
@@ -50,13 +50,13 @@ def curves(table: str, rows: pa.Table, summary: bool) -> Iterator[Moment]:
 
 
 def metric_of(tag: str) -> Metric:
-    """The metric that a curve is of."""
+    """Return the metric of a curve."""
     table, _, rest = tag.partition("/")
     return METRICS[table, rest.split("/")[0]] if rest else METRICS["steps", tag]
 
 
 def _columns(rows: pa.Table, metrics: list[Metric]) -> tuple[np.ndarray, np.ndarray]:
-    """Values and whether they were sampled: a row a row, a column a metric."""
+    """Return the values, rows × metrics, and whether each was sampled."""
     known = np.column_stack([rows[m.name].is_valid().to_numpy() for m in metrics])
     values = np.column_stack([rows[m.name].to_numpy() for m in metrics])
     return values, known
@@ -65,8 +65,9 @@ def _columns(rows: pa.Table, metrics: list[Metric]) -> tuple[np.ndarray, np.ndar
 def _over_places(
     table: str, rows: pa.Table, metrics: list[Metric], first: np.ndarray
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """At every moment the mean over all places, and where a metric has a bad end, the worst. A NaN
-    shows in both.
+    """Return the mean over all places of every moment, and the worst of metrics with a bad end.
+
+    A NaN at any place makes both NaN.
     """
     tags, out, known = [], [], []
     for m in metrics:
@@ -87,13 +88,13 @@ def _over_places(
 
 
 def _tags(table: str, rows: pa.Table, metrics: list[Metric]) -> list[list[str]]:
-    """For every row the tags of its metrics; rows of one place share theirs."""
+    """Return the tags of the metrics of every row; rows of one place share them."""
     if table == "steps":
         return [[m.name for m in metrics]] * len(rows)
     keys = [n for n in ("token", "domain", "layer", "site", "expert") if n in rows.column_names]
     keys += (
         ["rank"] if table == "tokens" else []
-    )  # no rank's tokens are a share of anything: they are not merged
+    )  # tokens are traced on each rank by itself, and not merged
     known: dict[tuple[Any, ...], list[str]] = {}
     tags = []
     for place in zip(*(rows[k].to_pylist() for k in keys), strict=True):
@@ -105,7 +106,7 @@ def _tags(table: str, rows: pa.Table, metrics: list[Metric]) -> list[list[str]]:
 
 
 def _place(keys: dict[str, Any]) -> str:
-    """`layer 03 attn`, `layer 03 expert 005`: of one length, so that they sort."""
+    """Return `layer 03 attn` or `layer 03 expert 005`: zero-padded, so that tags sort."""
     parts = []
     for name, value in keys.items():
         if value is None or (name == "rank" and value == 0):

@@ -31,7 +31,7 @@ def refuse_early(out: Path, run: Run, force: bool) -> None:
         here, root = out.resolve(), Path(store.root).resolve()
         if here == root or root in here.parents:
             raise GeodiagError(
-                f"{out} lies inside the run; pass a folder outside of {run.url} with --out"
+                f"{out} is inside the run; pass a folder outside of {run.url} with --out"
             )
     try:
         inside = os.listdir(out)

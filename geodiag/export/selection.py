@@ -1,6 +1,4 @@
-"""What of a run is exported: tables, columns, steps, attempts; from what was asked for, or what
-makes sense.
-"""
+"""Selection of what is exported: tables, columns, steps, attempts, from the options or defaults."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -19,13 +17,13 @@ _TABLES = {
         "default": ("steps", "layers", "domains", "events"),
     },
 }
-"""Matrices are no curves; experts and tokens are too many of them, unless somebody asks."""
+"""Matrices are no curves. Experts and tokens are too many curves for a default."""
 _METRIC_NAMES = tuple(dict.fromkeys(name for _, name in METRICS))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What is exported, with nothing left open."""
+    """What is exported, after all defaults."""
 
     tables: dict[str, list[str]]
     """Table → its columns: the keys and the metrics."""
@@ -33,11 +31,11 @@ class Choice:
     attempt: int | Literal["newest", "all"]
     ranks: Literal["merged", "each"]
     places: Literal["summary", "all"]
-    """Curves of layers, experts and tokens: worst and mean over all of them, or each one's."""
+    """Curves of layers, experts and tokens: worst and mean over places, or one a place."""
     left_out: list[str]
     """Tables that could have been exported too."""
     asked: bool
-    """Whether the tables were named: then a CSV of one without rows has at least its header."""
+    """Whether the tables were named: then an empty table becomes a CSV with a header only."""
 
 
 def choose(
@@ -50,10 +48,10 @@ def choose(
     ranks: Literal["merged", "each"] = "merged",
     places: Literal["summary", "all"] | None = None,
 ) -> Choice:
-    """What was asked for, in words of the command line; GeodiagError for a name that is not there.
+    """Return the selection for options of the command line.
 
-    Of metrics that are named every place is wanted; of all of them, that many curves would serve
-    nobody.
+    If metrics are named, every place is exported; of all metrics, that would be too many curves.
+    Raises GeodiagError for a name that does not exist.
     """
     if to == "csv" and places is not None:
         raise GeodiagError(
@@ -80,7 +78,7 @@ def choose(
 
 
 def parse_steps(text: str | None) -> Steps:
-    """`A:B`, either end left open, as A ≤ step < B."""
+    """Parse `A:B`, A ≤ step < B; either end may be left out."""
     if text is None:
         return None, None
     low, colon, high = (piece.strip() for piece in text.partition(":"))
@@ -98,13 +96,13 @@ def parse_steps(text: str | None) -> Steps:
 
 
 def words(given: Sequence[str] | None) -> list[str] | None:
-    """Names given one by one or with commas between them."""
+    """Split names that are repeated or separated by commas."""
     names = [n.strip() for text in given or () for n in text.split(",") if n.strip()]
     return names or None
 
 
 def keys_of(table: str) -> list[str]:
-    """The columns of a table that are no metric."""
+    """Return the columns of a table that are not metrics."""
     return [n for n in SCHEMAS[table].names if (table, n) not in METRICS]
 
 
@@ -148,7 +146,7 @@ def _near(name: str, names: list[str], otherwise: str, listed: bool = True) -> s
 
 
 def _tables_with(metrics: list[str], possible: Sequence[str], default: Sequence[str]) -> set[str]:
-    """Where the metrics are: of a name that several tables have, those that are exported anyway."""
+    """Return the tables that have the metrics; of several, those that are exported by default."""
     found: set[str] = set()
     for name in metrics:
         having = [t for t in possible if (t, name) in METRICS]

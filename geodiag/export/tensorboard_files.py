@@ -1,4 +1,4 @@
-"""A run as TensorBoard's event files: curves, events as texts, the configuration as text and
+"""TensorBoard event files of a run: curves, events as text, configuration as text and
 hyperparameters.
 """
 
@@ -17,11 +17,10 @@ from geodiag.run import Run
 
 
 class EventFiles:
-    """Writes tables piece by piece; see `run_export.Files`. One event file for each attempt and
-    rank kept apart.
+    """Writes tables piece by piece; see `run_export.Files`. One event file an attempt and rank.
 
-    TensorBoard's record writer is used without its queue and thread: what the disk refuses is heard
-    at once.
+    TensorBoard's record writer is used without its queue and thread, so that an error of the disk
+    is raised at once.
     """
 
     def __init__(self, folder: Path, choice: Choice, run: Run, times: WallTimes) -> None:
@@ -49,8 +48,8 @@ class EventFiles:
 
     def finish(self) -> None:
         for sub, events in self._trail.items():
-            # TensorBoard drops what it has of a tag from a step on when that step comes again: in
-            # order, one text each.
+            # When a step comes again, TensorBoard drops a tag's later steps: so the events are
+            # written in order, one text a step.
             for (kind, step), rows in sorted(_together(events).items()):
                 text = "\n\n---\n\n".join(event_text(row) for row in rows)
                 self._text(sub, f"events/{kind}", text, step, rows[-1]["time"])
@@ -63,7 +62,7 @@ class EventFiles:
             writer.close()
 
     def _sub(self, attempt: int, rank: int) -> str:
-        """The folder below, which TensorBoard shows as a run of its own."""
+        """Return the subfolder, which TensorBoard shows as a run of its own."""
         parts = [f"attempt-{attempt}"] if self._choice.attempt == "all" else []
         return "/".join([*parts, *([f"rank-{rank}"] if self._choice.ranks == "each" else [])])
 
@@ -102,7 +101,7 @@ class EventFiles:
         if sub not in self._open:
             folder = self._folder / sub
             folder.mkdir(parents=True, exist_ok=True)
-            # TensorBoard knows a file of events by this beginning.
+            # TensorBoard recognises an event file by this first record.
             file = (folder / f"events.out.tfevents.{int(time):010d}.geodiag").open(
                 "wb", buffering=1 << 20
             )
@@ -117,7 +116,7 @@ class EventFiles:
 
 
 def _together(events: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """The events of one kind and step, in the order in which they happened."""
+    """Return the events of one kind and step, in their order."""
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in sorted(events, key=lambda row: row["time"]):
         found.setdefault((row["kind"], row["step"]), []).append(row)
@@ -125,7 +124,7 @@ def _together(events: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[s
 
 
 class _Protos:
-    """What is needed of tensorboard, none of which loads torch or TensorFlow."""
+    """The parts of tensorboard that are used; none of them loads torch or TensorFlow."""
 
     def __init__(self) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

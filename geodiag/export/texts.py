@@ -1,6 +1,4 @@
-"""What of a run is text in TensorBoard: its events and its configuration, as Markdown; its
-hyperparameters.
-"""
+"""Texts for TensorBoard: events and configuration as Markdown, single values as hyperparameters."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,11 +8,11 @@ from geodiag.events import details
 from geodiag.jsonable import jsonable
 
 _LONG = {"registry", "cadence"}
-"""What would fill pages and is told elsewhere."""
+"""Parts of the manifest that are left out: they are long, and exported elsewhere."""
 
 
 def configuration(manifest: Mapping[str, Any]) -> str:
-    """The manifest, without its longest parts, as a block of JSON."""
+    """Return the manifest, without its longest parts, as a block of JSON."""
     config = manifest.get("config")
     short = {k: v for k, v in manifest.items() if k not in _LONG}
     if isinstance(config, Mapping):
@@ -23,13 +21,13 @@ def configuration(manifest: Mapping[str, Any]) -> str:
 
 
 def hyperparameters(manifest: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """Every single value of the configuration, by its path: `options.lr`."""
+    """Return every single value of the configuration by its path, such as `options.lr`."""
     config = manifest.get("config")
     return dict(_leaves("", config)) if isinstance(config, Mapping) else {}
 
 
 def event_text(row: Mapping[str, Any]) -> str:
-    """One event: what happened, and its details."""
+    """Return one event as Markdown: the message and its details."""
     more = details(row["data"])
     return f"**{row['kind']}** at step {row['step']}: {row['message']}" + (
         f"\n\n{_block(more)}" if more else ""
@@ -37,7 +35,7 @@ def event_text(row: Mapping[str, Any]) -> str:
 
 
 def trail(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All events in one table: TensorBoard shows only a sample of many texts under one tag."""
+    """Return all events as one table: of many texts TensorBoard shows only a sample."""
     lines = ["| step | kind | what happened |", "|---:|---|---|"]
     for row in sorted(rows, key=lambda r: r["step"]):
         message = " ".join(str(row["message"]).replace("|", "\\|").split())
@@ -46,7 +44,7 @@ def trail(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _block(data: Any) -> str:
-    """JSON as Markdown leaves it alone."""
+    """Return JSON that Markdown does not change."""
     text = json.dumps(jsonable(data), indent=1, ensure_ascii=False)
     return "\n".join(f"    {line}" for line in text.splitlines())
 

@@ -1,4 +1,4 @@
-"""When each step was: the time at which its attempt began, and the seconds of every step since."""
+"""Wall times of steps: the start of each attempt, plus the seconds of its steps."""
 
 import time
 from typing import Any
@@ -8,7 +8,7 @@ import pyarrow as pa
 
 
 class WallTimes:
-    """Seconds since 1970 by attempt and step, as far as the run recorded them."""
+    """Seconds since 1970 of each attempt and step, where the run recorded them."""
 
     def __init__(self, steps: pa.Table, manifest: dict[str, Any]) -> None:
         """`steps` has attempt, step and step_seconds of all attempts, one row each."""
@@ -26,9 +26,7 @@ class WallTimes:
             self._times[of] = begun.get(a, self._fallback) + _since_first(step[of], seconds[of])
 
     def of(self, attempt: np.ndarray, step: np.ndarray) -> np.ndarray:
-        """The time at which these steps ended; of a step that left no time, that of the step before
-        it.
-        """
+        """Return when the steps ended; a step without a time gets that of the step before."""
         if not len(self._keys):
             return np.full(len(step), self._fallback)
         at = (
@@ -47,9 +45,9 @@ def _key(attempt: np.ndarray, step: np.ndarray) -> np.ndarray:
 
 
 def _begun(manifest: dict[str, Any]) -> dict[int, float]:
-    """Attempt → when its first step was recorded."""
-    said = manifest.get("attempts")
-    entries = [e for e in said if isinstance(e, dict)] if isinstance(said, list) else []
+    """Return attempt → the time at which its first step was recorded."""
+    recorded = manifest.get("attempts")
+    entries = [e for e in recorded if isinstance(e, dict)] if isinstance(recorded, list) else []
     return {
         e["attempt"]: float(e["time"])
         for e in entries
@@ -58,9 +56,7 @@ def _begun(manifest: dict[str, Any]) -> dict[int, float]:
 
 
 def _since_first(step: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Seconds from the end of the first step; a step that left none took no time, rather than an
-    invented one.
-    """
+    """Return seconds since the end of the first step; a step without seconds counts as 0."""
     took = np.where(np.isfinite(seconds), seconds, 0.0)
     took[1:] *= np.diff(step)
     elapsed: np.ndarray = np.cumsum(took) - took[0]

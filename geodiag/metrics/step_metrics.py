@@ -59,7 +59,7 @@ OF_STEPS = [
         "spike_score",
         "robust σ",
         ("last", "max"),
-        "How far the loss lies above its own trend.",
+        "How far the loss is above its own trend.",
         healthy=(None, 6.0),
         headline="Outcome",
     ),

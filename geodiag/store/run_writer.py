@@ -20,8 +20,10 @@ class RunWriter:
     Rank 0 alone writes run.json, control.json and heartbeat.json, for all ranks.
     """
 
-    def __init__(self, folder: Path, tables: TableWriter, rank: int, said: dict[str, Any]) -> None:
-        self.manifest = said
+    def __init__(
+        self, folder: Path, tables: TableWriter, rank: int, manifest: dict[str, Any]
+    ) -> None:
+        self.manifest = manifest
         self._folder = folder
         self._tables = tables
         self._rank = rank

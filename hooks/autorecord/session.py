@@ -60,7 +60,7 @@ class AutoRecorder:
         """Optimizers whose model was not found."""
         self._forward_hook: Any = None
 
-        # What is heard of the training.
+        # What the listeners observe of the training.
         self._losses = StepLosses()
         self._clipping = ClipListener()
         backward = BackwardListener(

@@ -14,7 +14,7 @@ def rollback_target(
     """Return the newest snapshot from strictly before the onset, None if there is none.
 
     warm_up: steps that routing needs before the onset; a snapshot that leaves so many is preferred.
-    restored_step, rolled_back_from: the last rollback. If it did not help, because the spike lies
+    restored_step, rolled_back_from: the last rollback. If it did not help, because the spike is
     in the steps it repeated, an older snapshot is preferred: the same snapshot and the same batches
     would lead to the same spike.
     """

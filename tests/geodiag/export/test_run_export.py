@@ -515,7 +515,7 @@ def test_a_folder_in_use_is_left_alone_and_an_older_export_is_replaced_when_aske
         "was not written by geodiag export",
     )
     assert (mine / "thesis.tex").exists()
-    refused(cli("export", run, "--to", "csv", "--out", run / "csv"), "lies inside the run")
+    refused(cli("export", run, "--to", "csv", "--out", run / "csv"), "is inside the run")
     refused(
         cli("export", run, "--to", "csv", "--out", mine / "thesis.tex"), "cannot write", "--out"
     )
