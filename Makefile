@@ -22,7 +22,7 @@ demo: .venv/.installed
 test: check
 	.ci/chromium
 	# A worker a core, one thread each; a file's tests stay together, since they share what is slow to make.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/.installed-test
 	$(BIN)/ruff format --check .
@@ -30,7 +30,7 @@ check: .venv/.installed-test
 	$(BIN)/mypy
 
 quick: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not browser and not triton" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not browser and not triton" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 one: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

@@ -50,11 +50,27 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, lambda _number, _frame: None)
 
 
+LONGEST = (
+    "hooks/distributed/test_ranks.py",
+    "cli/test_demo.py",
+    "hooks/autorecord/test_run_scripts.py",
+    "hooks/autorecord/test_run_command.py",
+    "reference_models/kernels/test_watched.py",
+    "hooks/routing/test_anticipatory.py",
+    "geodiag/store/test_crash.py",
+    "cli/test_train.py",
+    "dashboard/pages/test_browser.py",
+)
+"""Files that take minutes. They start first, so that workers end at about the same time."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of slow folders, and those of the kernels.
+    """Mark the tests of slow folders, and those of the kernels; put the longest files first.
 
     Kernels run in Triton's interpreter where there is no GPU.
     """
+    first = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
     for item in items:
         if any(item.path.is_relative_to(place) for place in SLOW):
             item.add_marker(pytest.mark.slow)
