@@ -237,9 +237,9 @@ def test_mistakes_are_one_line_that_names_the_fix(
     one_line(cli("run", "train.py"), "write python train.py")
     script = tmp_path / "train.py"
     script.write_text("")
-    one_line(cli("run", script), "no program of its own", f"write python {script}")
+    one_line(cli("run", script), "not executable", f"write python {script}")
     one_line(cli("run", "--run", tmp_path, "true"), "already holds", "pass another --run")
-    one_line(cli("run", "--every", "0", "true"), "no cadence")
+    one_line(cli("run", "--every", "0", "true"), "--every 0")
     one_line(cli("run", "--every", "gain_of_salt=1", "true"), "no metric begins with")
     one_line(cli("run", "--layers", "some", "true"), "--layers some names no layers")
     one_line(cli("run", "--trace", "some", "true"), "--trace some names no tokens")

@@ -58,8 +58,17 @@ the whole batch.
 SKIPPED = ("rank", "attempt", "step_seconds", "record_seconds", "probe_seconds")
 
 
-FLIPS = ("flip_rate", "flip_top1", "flip_any")
 PROBE_TOKENS = small.SEQUENCES * small.SEQUENCE
+OF_ONE_TOKEN = {
+    "flip_rate": 1.01 / PROBE_TOKENS,
+    "flip_top1": 1.01 / PROBE_TOKENS,
+    "flip_any": 1.01 / PROBE_TOKENS,
+    "tear": 2 / PROBE_TOKENS,
+    "tear_flipped": 2.0,
+}
+"""What one token more or less that flips may change: a share of the tokens; a jump between two
+outputs is rarely more than twice as long as one.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +129,11 @@ def test_merged_ranks_read_as_one_process_would_have_recorded(
             continue
         assert (one[name].isna() == two[name].isna()).all(), name
         apart, size = (one[name] - two[name]).abs(), one[name].abs().max()
-        if name in FLIPS:
+        if name in OF_ONE_TOKEN:
             # The ranks add up in another order. A token whose margin is as small as that rounding
             # may flip in one of the two trainings only: one token, at one place.
-            assert (apart > 1e-7).sum() <= 1, (name, apart.max())
-            assert apart.max() <= 1.01 / PROBE_TOKENS, (name, apart.max())
+            assert (apart > 0.01 * size + 1e-7).sum() <= 1, (name, apart.max())
+            assert not apart.max() > OF_ONE_TOKEN[name], (name, apart.max())
         else:
             assert apart.max() <= 0.01 * size + 1e-7, (name, apart.max(), size)
         compared += 1
