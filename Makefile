@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`. While you work: `make check` (format, lint,
-# types), `make quick` (tests under a minute), `make one ARGS=tests/hooks/test_monitor.py` (one test).
+# types), `make quick` (tests of what you changed), `make one ARGS=tests/hooks/test_monitor.py` (one test).
 # Each installs what it needs into .venv once; it asks pip again only when the two files below change.
 
 SHELL := /bin/bash
@@ -30,7 +30,7 @@ check: .venv/.installed-test
 	$(BIN)/mypy
 
 quick: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not browser and not triton" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $$($(BIN)/python tools/changed_tests.py) -m "not slow and not browser and not triton" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 one: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

@@ -25,6 +25,7 @@ SLOW = [
         "hooks/autorecord",  # `geodiag run` in processes of its own
         "hooks/control/test_steering.py",  # trainings
         "hooks/distributed",  # several ranks
+        "hooks/record/test_cascade_recorder.py",  # trainings that end in many ways
         "hooks/routing",  # trainings, each of them several times
         "hooks/snapshots/test_rollback.py",  # the same
         "reference_models/test_deepseek_v4_oracle.py",  # transformers' model
